@@ -1,0 +1,16 @@
+"""What the user can mend is a `UserError`; everything else is a fault of this program."""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong. The text says what, where, what was expected, what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class UpdateRefused(UserError):
+    """A client's update may not be aggregated; the round goes on without it."""
+
+
+class QuorumLost(UserError):
+    """Fewer clients than `min_clients` delivered a valid update; the last checkpoint stands."""

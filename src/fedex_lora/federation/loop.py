@@ -1,0 +1,205 @@
+"""The round loop. There is one; engines only carry its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedex_lora.adapter import AdapterState
+from fedex_lora.aggregate import Aggregate, Aggregator
+from fedex_lora.errors import QuorumLost, UpdateRefused
+from fedex_lora.federation.messages import (
+    Broadcast,
+    Update,
+    check,
+    encode_broadcast,
+    encode_update,
+)
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState, broadcast_to, start_of, step
+from fedex_lora.lowrank import LowRank
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A client that took the broadcast and sent nothing."""
+
+    client: str
+    reason: str
+
+
+class Transport(Protocol):
+    """Carries one round's messages."""
+
+    def exchange(
+        self, state: ServerState, broadcasts: Mapping[str, Broadcast]
+    ) -> Iterator[Update | Lost]:
+        """Delivers the broadcasts and yields one reply a client, in sorted order of the names."""
+        ...
+
+
+@dataclass
+class _Tally:
+    """What happened in a round, besides the numbers that are aggregated."""
+
+    taken: dict[str, Update] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    ends: dict[str, AdapterState] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+KeepUpdate = Callable[[int, Update, AdapterState], None]
+
+
+def run_round(
+    state: ServerState, settings: Settings, transport: Transport, keep: KeepUpdate | None = None
+) -> tuple[ServerState, Record]:
+    """One round: broadcast, collect, check, aggregate.
+
+    Args:
+        keep: Called with (round, update, end state) for every update taken.
+
+    Returns:
+        The next state and the round's record (without scores, which need a model).
+
+    Raises:
+        QuorumLost: Fewer than `min_clients` valid updates; `state` still stands.
+    """
+    round = state.version + 1
+    names = settings.sample(round)
+    broadcasts = {name: broadcast_to(state, settings, name) for name in names}
+    down = count_down(state, settings, broadcasts)
+    tally = _Tally()
+    aggregator = Aggregator(
+        settings.method,
+        settings.sites,
+        settings.method.trained(round),
+        settings.server_learning_rate,
+    )
+    for reply in transport.exchange(state, broadcasts):
+        if isinstance(reply, Lost):
+            tally.lost[reply.client] = reply.reason
+        else:
+            _take(reply, state, settings, aggregator, tally, keep)
+    _check_quorum(tally, settings, round)
+    began = perf_counter()
+    result = aggregator.finish() if settings.method.exchanges else None
+    after = step(state, settings, result, sorted(tally.taken), tally.ends)
+    tally.seconds += perf_counter() - began
+    return after, _record(round, settings, after, result, tally, down)
+
+
+def _take(
+    update: Update,
+    state: ServerState,
+    settings: Settings,
+    aggregator: Aggregator,
+    tally: _Tally,
+    keep: KeepUpdate | None,
+) -> None:
+    client = update.client
+    start = start_of(state, settings, client)
+    trained = settings.method.trained(state.version + 1)
+    try:
+        end = check(update, start, trained, state.version + 1, client)
+    except UpdateRefused as refusal:
+        tally.refused[client] = str(refusal)
+        return
+    began = perf_counter()
+    weight = 1.0 if settings.weights == "uniform" else float(update.examples)
+    if settings.method.exchanges:
+        aggregator.add(weight, start, end)
+        tally.up[client] = len(encode_update(update, start, settings.wire_dtype))
+    if settings.method.own_factors:
+        tally.ends[client] = end
+    tally.seconds += perf_counter() - began
+    tally.taken[client] = Update(
+        update.round, client, {}, {}, {}, update.examples, update.metrics, update.scores
+    )
+    if keep is not None:
+        keep(state.version + 1, update, end)
+
+
+def _check_quorum(tally: _Tally, settings: Settings, round: int) -> None:
+    if len(tally.taken) >= settings.min_clients:
+        return
+    reasons = [f"{c}: {why}" for c, why in {**tally.lost, **tally.refused}.items()]
+    raise QuorumLost(
+        f"round {round}: {len(tally.taken)} valid updates, federation.min_clients is "
+        f"{settings.min_clients}. " + "; ".join(reasons)
+    )
+
+
+def count_down(
+    state: ServerState, settings: Settings, broadcasts: Mapping[str, Broadcast]
+) -> dict[str, int]:
+    """Bytes of each client's message, by encoding it; equal messages are encoded once."""
+    if not settings.method.exchanges:
+        return dict.fromkeys(broadcasts, 0)
+    sizes: dict[object, int] = {}
+    down = {}
+    for client, message in broadcasts.items():
+        same = settings.method.assignment != "svd" or not settings.ranks
+        key = (state.held.get(client, 0), None if same else client)
+        if key not in sizes:
+            sizes[key] = len(encode_broadcast(message))
+        down[client] = sizes[key]
+    return down
+
+
+def _record(
+    round: int,
+    settings: Settings,
+    after: ServerState,
+    result: Aggregate | None,
+    tally: _Tally,
+    down: Mapping[str, int],
+) -> Record:
+    record: Record = {
+        "round": round,
+        "clients": {
+            c: {
+                "examples": u.examples,
+                **u.metrics,
+                **({"scores": dict(u.scores)} if u.scores else {}),
+            }
+            for c, u in tally.taken.items()
+        },
+        "refused": tally.refused,
+        "lost": tally.lost,
+        "weights": _weights(list(tally.taken.values()), settings),
+        "bytes_down": dict(down),
+        "bytes_up": tally.up,
+        "seconds": {"aggregate": tally.seconds},
+    }
+    if result is not None and result.deviation:
+        record["deviation"] = _mean(result.deviation)
+        record["ideal"] = _mean(result.ideal)
+        record["deviation_by_site"] = dict(result.deviation)
+        record["ideal_by_site"] = dict(result.ideal)
+    if after.carry:
+        record["carry"] = _norms(after.carry)
+        record["sent"] = _norms(after.ledger.since(round - 1).entries[-1][1])
+    return record
+
+
+def _weights(updates: Sequence[Update], settings: Settings) -> dict[str, float]:
+    n = {u.client: 1.0 if settings.weights == "uniform" else float(u.examples) for u in updates}
+    return {c: v / sum(n.values()) for c, v in n.items()}
+
+
+def _norms(by_site: Mapping[str, LowRank | Tensor]) -> float:
+    squares = [w.norm().item() ** 2 for w in by_site.values()]
+    return sum(squares) ** 0.5
+
+
+def _mean(by_site: Mapping[str, float]) -> float:
+    return sum(by_site.values()) / len(by_site)

@@ -1,0 +1,253 @@
+"""What crosses between server and client, and its bytes.
+
+A message holds only what the receiver lacks: factors that are a function of the seed, or that
+have not changed since the version it holds, are not sent. On the wire it is one safetensors blob.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedex_lora.adapter import AdapterState, Factors, Site, fresh
+from fedex_lora.errors import UpdateRefused, UserError
+from fedex_lora.ledger import Ledger
+from fedex_lora.lowrank import LowRank
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Server to client: what changed since the version it holds.
+
+    Attributes:
+        round: The round to train.
+        fresh: If set, A is drawn from (seed, this version) and B = 0; nothing of them is sent.
+        A, B, head: Tensors that changed, by site or parameter name.
+        ledger: The entries that the client lacks.
+    """
+
+    round: int
+    fresh: int | None = None
+    A: Tensors = field(default_factory=dict)
+    B: Tensors = field(default_factory=dict)
+    head: Tensors = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Client to server: what it trained, and how that went.
+
+    Attributes:
+        A, B: Trained factors by site; a factor frozen in this round is absent.
+        head: Trained head.
+        examples: Number of training examples, n of the weights.
+        metrics: Losses and seconds.
+        scores: The incoming model on the client's own validation rows, if asked for.
+    """
+
+    round: int
+    client: str
+    A: Tensors
+    B: Tensors
+    head: Tensors
+    examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def receive(
+    held: AdapterState, message: Broadcast, sites: Mapping[str, Site], seed: int
+) -> AdapterState:
+    """The adapter a client starts from: what it held, with what the message changes.
+
+    Args:
+        held: Its adapter after the last message, or the initial one.
+        sites: The sites at this client's rank.
+    """
+    factors = held.sites if message.fresh is None else fresh(sites, seed, message.fresh)
+    new = {
+        name: Factors(message.A.get(name, f.A), message.B.get(name, f.B), sites[name].scale)
+        for name, f in factors.items()
+    }
+    return AdapterState(new, {**held.head, **message.head})
+
+
+def check(
+    update: Update, start: AdapterState, trained: frozenset[str], round: int, client: str
+) -> AdapterState:
+    """The client's end state, if the update is one that may be aggregated.
+
+    Raises:
+        UpdateRefused: Another round or client, other sites or shapes, another dtype, a number
+            that is not finite, no examples. The text names the tensor.
+    """
+    if (update.round, update.client) != (round, client):
+        raise UpdateRefused(
+            f"{client}: sent an update of round {update.round} as {update.client!r}; "
+            f"expected round {round}"
+        )
+    if not update.examples > 0:
+        raise UpdateRefused(f"{client}: trained on {update.examples} examples; expected at least 1")
+    a = {name: f.A for name, f in start.sites.items()}
+    b = {name: f.B for name, f in start.sites.items()}
+    _check_tensors(client, "A", update.A, a if "A" in trained else {})
+    _check_tensors(client, "B", update.B, b if "B" in trained else {})
+    _check_tensors(client, "head", update.head, start.head)
+    end = {
+        name: Factors(update.A.get(name, f.A), update.B.get(name, f.B), f.scale)
+        for name, f in start.sites.items()
+    }
+    return AdapterState(end, update.head)
+
+
+def _check_tensors(client: str, kind: str, got: Tensors, expected: Tensors) -> None:
+    if got.keys() != expected.keys():
+        wrong = sorted(got.keys() ^ expected.keys())[0]
+        what = "is missing" if wrong in expected else "was not asked for"
+        raise UpdateRefused(f"{client}: {kind} of {wrong!r} {what}")
+    for name, tensor in got.items():
+        where, like = f"{client}: {kind} of {name!r}", expected[name]
+        if tensor.shape != like.shape:
+            raise UpdateRefused(
+                f"{where} has shape {tuple(tensor.shape)}; expected {tuple(like.shape)}"
+            )
+        if tensor.dtype != like.dtype:
+            raise UpdateRefused(f"{where} has dtype {tensor.dtype}; expected {like.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise UpdateRefused(f"{where} has entries that are NaN or infinite")
+
+
+def encode_broadcast(message: Broadcast, dtype: torch.dtype = torch.float32) -> bytes:
+    """One safetensors blob; lossless if the values are exact in `dtype`."""
+    tensors = _flat(A=message.A, B=message.B, head=message.head)
+    tensors |= ledger_tensors(message.ledger)
+    meta = {
+        "round": message.round,
+        "fresh": message.fresh,
+        "ledger": ledger_meta(message.ledger),
+    }
+    return _save(tensors, meta, dtype)
+
+
+def decode_broadcast(blob: bytes) -> Broadcast:
+    """The inverse of `encode_broadcast`; tensors come back as float32."""
+    tensors, meta = _load(blob)
+    part = _unflat(tensors)
+    ledger = ledger_from(tensors, meta["ledger"])
+    return Broadcast(meta["round"], meta["fresh"], part["A"], part["B"], part["head"], ledger)
+
+
+def encode_update(update: Update, start: AdapterState, dtype: torch.dtype = torch.float32) -> bytes:
+    """One safetensors blob; in a lossy dtype it holds the drift from `start`, which is small."""
+    tensors = _flat(A=update.A, B=update.B, head=update.head)
+    if dtype != torch.float32:
+        base = _reference(start)
+        tensors = {name: value - base[name] for name, value in tensors.items()}
+    meta = {
+        "round": update.round,
+        "client": update.client,
+        "examples": update.examples,
+        "metrics": dict(update.metrics),
+        "scores": dict(update.scores),
+        "drift": dtype != torch.float32,
+    }
+    return _save(tensors, meta, dtype)
+
+
+def decode_update(blob: bytes, start: AdapterState) -> Update:
+    """The inverse of `encode_update`."""
+    tensors, meta = _load(blob)
+    if meta["drift"]:
+        base = _reference(start)
+        tensors = {name: base[name] + value for name, value in tensors.items()}
+    part = _unflat(tensors)
+    return Update(
+        meta["round"],
+        meta["client"],
+        part["A"],
+        part["B"],
+        part["head"],
+        meta["examples"],
+        meta["metrics"],
+        meta["scores"],
+    )
+
+
+def ledger_tensors(ledger: Ledger) -> dict[str, Tensor]:
+    """A ledger's tensors under flat names."""
+    flat: dict[str, Tensor] = {}
+    for version, increment in (("snapshot", ledger.snapshot), *ledger.entries):
+        for site, w in increment.items():
+            key = f"ledger/{version}/{site}"
+            if isinstance(w, LowRank):
+                flat |= {f"{key}/left": w.left, f"{key}/right": w.right}
+            else:
+                flat[f"{key}/dense"] = w
+    return flat
+
+
+def ledger_meta(ledger: Ledger) -> dict[str, object]:
+    """What `ledger_from` needs beside the tensors."""
+    return {"versions": [v for v, _ in ledger.entries], "snapshot": ledger.snapshot_version}
+
+
+def ledger_from(tensors: Tensors, meta: Mapping[str, object]) -> Ledger:
+    """The ledger back from its flat tensors."""
+    increments: dict[str, dict[str, LowRank | Tensor]] = {}
+    for key, value in tensors.items():
+        if not key.startswith("ledger/"):
+            continue
+        _, version, site, kind = key.split("/")
+        if kind == "left":
+            increments.setdefault(version, {})[site] = LowRank(
+                value, tensors[f"ledger/{version}/{site}/right"]
+            )
+        elif kind == "dense":
+            increments.setdefault(version, {})[site] = value
+    entries = tuple((v, increments.get(str(v), {})) for v in meta["versions"])  # type: ignore
+    return Ledger(entries, increments.get("snapshot", {}), meta["snapshot"])  # type: ignore
+
+
+def _reference(start: AdapterState) -> dict[str, Tensor]:
+    a = {name: f.A for name, f in start.sites.items()}
+    b = {name: f.B for name, f in start.sites.items()}
+    return _flat(A=a, B=b, head=start.head)
+
+
+def _flat(**parts: Tensors) -> dict[str, Tensor]:
+    return {f"{kind}/{name}": value for kind, part in parts.items() for name, value in part.items()}
+
+
+def _unflat(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "head": {}}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind in parts:
+            parts[kind][name] = value
+    return parts
+
+
+def _save(tensors: Tensors, meta: object, dtype: torch.dtype) -> bytes:
+    # clone: slices of one stack share storage, which safetensors refuses
+    ready = {
+        k: v.to(dtype).clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
+    }
+    return save(ready, {"fedex": json.dumps(meta)})
+
+
+def _load(blob: bytes) -> tuple[dict[str, Tensor], dict]:
+    try:
+        tensors = {k: v.float() for k, v in load(blob).items()}
+        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+        return tensors, json.loads(header["__metadata__"]["fedex"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"message of {len(blob)} bytes cannot be read: {error}") from None

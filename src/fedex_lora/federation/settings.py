@@ -1,0 +1,63 @@
+"""What a federation's server has to know: plain values, made from the recipe higher up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fedex_lora.adapter import Site
+from fedex_lora.methods import Method
+from fedex_lora.seeding import derive
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fixed values of a federation.
+
+    Attributes:
+        method: Row of the methods table.
+        seed: The run's seed.
+        clients: Names of all clients, sorted.
+        sites: Shapes at the largest rank of any client.
+        ranks: Rank by client; empty where all have the sites' rank.
+        rank: r' of a truncated residual.
+        carry: Whether what truncation cuts off waits for the next round.
+        flush: Whether the last round sends the residual whole.
+    """
+
+    method: Method
+    seed: int
+    clients: tuple[str, ...]
+    sites: Mapping[str, Site]
+    rounds: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    rank: int | None = None
+    carry: bool = True
+    flush: bool = True
+    weights: Literal["examples", "uniform"] = "examples"
+    server_learning_rate: float = 1.0
+    clients_per_round: Literal["all"] | int | float = "all"
+    min_clients: int = 1
+    wire_dtype: torch.dtype = torch.float32
+
+    def sites_of(self, client: str) -> dict[str, Site]:
+        """The sites at this client's rank."""
+        rank = self.ranks.get(client)
+        return {n: s if rank is None else s.at_rank(rank) for n, s in self.sites.items()}
+
+    def sample(self, round: int) -> list[str]:
+        """The clients of a round, sorted: a function of (seed, round)."""
+        generator = torch.Generator().manual_seed(derive(self.seed, "sample", round))
+        order = torch.randperm(len(self.clients), generator=generator).tolist()
+        return sorted(self.clients[i] for i in order[: self.sample_size])
+
+    @property
+    def sample_size(self) -> int:
+        """How many clients take part in a round: all, a count, or a fraction of them."""
+        k, wanted = len(self.clients), self.clients_per_round
+        if wanted == "all":
+            return k
+        return max(1, round(wanted * k)) if isinstance(wanted, float) else min(wanted, k)

@@ -1,0 +1,168 @@
+"""Factored matrices: W = left · right, never formed unless asked for.
+
+Shapes: `left` is (..., m, r), `right` is (..., r, n); leading dimensions are a batch of
+matrices of equal shape. Any floating dtype; float32 and float64 are what the rest uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedex_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix left · right, of rank at most r.
+
+    Example:
+        >>> a = LowRank(torch.ones(3, 1), torch.ones(1, 2))
+        >>> round(a.norm().item(), 4)
+        2.4495
+        >>> (a + a.scaled(-1.0)).compress().rank
+        0
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        if self.left.shape[-1] != self.right.shape[-2]:
+            raise UserError(
+                f"factors do not fit: {tuple(self.left.shape)} and {tuple(self.right.shape)}; "
+                "the last size of left must be the last but one of right"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `left`: an upper bound of the rank."""
+        return self.left.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape (..., m, n) of the matrix that the factors stand for."""
+        return torch.Size((*self.left.shape[:-1], self.right.shape[-1]))
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (..., m, n)."""
+        return self.left @ self.right
+
+    def scaled(self, c: float) -> LowRank:
+        """c · W."""
+        return self if c == 1 else LowRank(self.left * c, self.right)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return concat([self, other])
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same factors in another dtype."""
+        return LowRank(self.left.to(dtype), self.right.to(dtype))
+
+    def orthonormal(self) -> LowRank:
+        """Orthonormal basis of the columns times coefficients: the paper's Gram-Schmidt (sec. 3).
+
+        Returns:
+            The same matrix with leftᵀ·left = 1 and rank at most min(m, r).
+        """
+        q, r = torch.linalg.qr(self.left)
+        return LowRank(q, r @ self.right)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U, S, Vᵀ of W by QR of both factors and an SVD of the small core.
+
+        Costs O((m + n) r² + r³) instead of O(m·n·min(m, n)).
+
+        Returns:
+            U (..., m, q), S (..., q) descending, Vᵀ (..., q, n) with q = min(m, n, r).
+        """
+        q_left, r_left = torch.linalg.qr(self.left)
+        q_right, r_right = torch.linalg.qr(self.right.mT)
+        u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+        return q_left @ u, s, vh @ q_right.mT
+
+    def singular_values(self) -> Tensor:
+        """The min(m, n, r) largest singular values, descending; the others are zero."""
+        r_left = torch.linalg.qr(self.left, mode="r").R
+        r_right = torch.linalg.qr(self.right.mT, mode="r").R
+        return torch.linalg.svdvals(r_left @ r_right.mT)
+
+    def compress(self, rtol: float | None = None) -> LowRank:
+        """The same matrix at its numerical rank, with orthonormal `left`.
+
+        Args:
+            rtol: Singular values up to rtol·σ₁ count as zero; ε·max(m, n) by default. QR alone
+                does not reveal the rank, so the core's singular values decide.
+
+        Returns:
+            Factors of the numerical rank (of a batch: of the largest in it).
+        """
+        u, s, vh = self.svd()
+        m, n = self.shape[-2:]
+        rtol = torch.finfo(s.dtype).eps * max(m, n) if rtol is None else rtol
+        # a sum that cancels leaves noise; what counts as noise is relative to the terms
+        size = _norm(self.left) * _norm(self.right)
+        floor = torch.finfo(s.dtype).eps * size
+        limit = torch.maximum(rtol * s[..., :1].sum(-1), floor)
+        rank = int((s > limit.unsqueeze(-1)).sum(-1).max()) if s.numel() else 0
+        return _take(u, s, vh, rank)
+
+    def truncate(self, rank: int) -> LowRank:
+        """The best approximation of rank at most `rank` in Frobenius norm (eq. 17-18)."""
+        return _take(*self.svd(), rank)
+
+    def split(self, rank: int) -> tuple[LowRank, LowRank]:
+        """`truncate(rank)` and what it leaves out, from one SVD."""
+        u, s, vh = self.svd()
+        tail = LowRank(u[..., rank:] * s[..., None, rank:], vh[..., rank:, :])
+        return _take(u, s, vh, rank), tail
+
+    def norm(self) -> Tensor:
+        """‖W‖_F, shape (...). By QR: expanded inner products would lose half of the digits."""
+        return _norm(torch.linalg.qr(self.left, mode="r").R @ self.right)
+
+    def distance(self, other: LowRank) -> Tensor:
+        """‖W − other‖_F, by QR of the concatenated factors."""
+        return (self + other.scaled(-1.0)).norm()
+
+
+def concat(terms: Iterable[LowRank]) -> LowRank:
+    """The sum of the terms as one factored matrix; ranks add up."""
+    terms = list(terms)
+    return LowRank(
+        torch.cat([t.left for t in terms], dim=-1), torch.cat([t.right for t in terms], dim=-2)
+    )
+
+
+def from_dense(w: Tensor) -> LowRank:
+    """A dense (..., m, n) matrix as factors of rank min(m, n), one of which is the identity."""
+    m, n = w.shape[-2:]
+    eye = torch.eye(min(m, n), dtype=w.dtype, device=w.device).expand(*w.shape[:-2], -1, -1)
+    return LowRank(w, eye) if n <= m else LowRank(eye, w)
+
+
+def factored(w: LowRank | Tensor) -> LowRank:
+    """`w` as factors, whichever form it has."""
+    return w if isinstance(w, LowRank) else from_dense(w)
+
+
+def dense(w: LowRank | Tensor) -> Tensor:
+    """`w` as a dense matrix, whichever form it has."""
+    return w.dense() if isinstance(w, LowRank) else w
+
+
+def smaller(w: LowRank) -> LowRank | Tensor:
+    """Whichever holds fewer numbers: the factors, r·(m + n), or the dense matrix, m·n."""
+    m, n = w.shape[-2:]
+    return w.dense() if w.rank * (m + n) >= m * n else w
+
+
+def _norm(w: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(w, dim=(-2, -1))
+
+
+def _take(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> LowRank:
+    return LowRank(u[..., :rank], s[..., :rank, None] * vh[..., :rank, :])

@@ -1,0 +1,98 @@
+"""A federation without a model: clients drift at random, so that the server is tested alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from oracles import trained_by
+
+from fedex_lora.adapter import AdapterState, Site, fresh
+from fedex_lora.federation.loop import Lost, run_round
+from fedex_lora.federation.messages import (
+    Update,
+    decode_broadcast,
+    decode_update,
+    encode_broadcast,
+    encode_update,
+    receive,
+)
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState, begin, start_of
+from fedex_lora.methods import METHODS
+from fedex_lora.seeding import derive
+
+SITES = {
+    "q": Site(out=26, inp=33, rank=3, scale=1.7),
+    "v": Site(out=24, inp=20, rank=3, scale=0.6),
+}
+EXAMPLES = {"a": 5, "b": 1, "c": 3, "d": 9}
+
+
+def settings(name: str, **kwargs) -> Settings:
+    kwargs = {"rank": 2 if METHODS[name].residual == "truncated" else None, **kwargs}
+    return Settings(METHODS[name], 7, tuple("abcd"), kwargs.pop("sites", SITES), 5, **kwargs)
+
+
+def initial(s: Settings) -> AdapterState:
+    g = torch.Generator().manual_seed(1)
+    return AdapterState(fresh(s.sites, s.seed), {"w": torch.randn(4, 3, generator=g)})
+
+
+@dataclass
+class Clients:
+    """Clients that hold what they received, go through the wire, and keep a history."""
+
+    settings: Settings
+    held: dict[str, AdapterState]
+    history: list[dict[str, tuple[AdapterState, AdapterState]]] = field(default_factory=list)
+    spread: float = 0.1
+    breaks: Callable[[Update], Update | Lost] = lambda update: update
+
+    def exchange(self, state, broadcasts):
+        self.history.append({})
+        for client in sorted(broadcasts):
+            blob = encode_broadcast(broadcasts[client], self.settings.wire_dtype)
+            message = decode_broadcast(blob)
+            sites = self.settings.sites_of(client)
+            start = receive(self.held[client], message, sites, self.settings.seed)
+            assert_same(start, start_of(state, self.settings, client))
+            yield self.breaks(self._train(client, message.round, start))
+
+    def _train(self, client: str, round: int, start: AdapterState) -> Update:
+        g = torch.Generator().manual_seed(derive(0, round, client))
+        trained = self.settings.method.trained(round)
+        end = trained_by(start, trained, g, self.spread)
+        a = {n: f.A for n, f in end.sites.items()} if "A" in trained else {}
+        b = {n: f.B for n, f in end.sites.items()} if "B" in trained else {}
+        update = Update(round, client, a, b, end.head, EXAMPLES[client])
+        update = decode_update(encode_update(update, start, self.settings.wire_dtype), start)
+        own = self.settings.method.assignment == "keep"
+        self.held[client] = end if own else start
+        self.history[-1][client] = (start, end)
+        return update
+
+
+def simulate(s: Settings, rounds: int = 5, **kwargs) -> tuple[list[ServerState], Clients, list]:
+    """All states from the start on, the clients, and the records."""
+    start = initial(s)
+    state = begin(s, start)
+    clients = Clients(
+        s, {c: AdapterState(start_of(state, s, c).sites, start.head) for c in s.clients}, **kwargs
+    )
+    states, records = [state], []
+    for _ in range(rounds):
+        state, record = run_round(state, s, clients)
+        states.append(state)
+        records.append(record)
+    return states, clients, records
+
+
+def assert_same(a: AdapterState, b: AdapterState) -> None:
+    """Equal bit for bit."""
+    assert a.sites.keys() == b.sites.keys() and a.head.keys() == b.head.keys()
+    for n, f in a.sites.items():
+        assert torch.equal(f.A, b.sites[n].A) and torch.equal(f.B, b.sites[n].B)
+        assert f.scale == b.sites[n].scale
+    assert all(torch.equal(t, b.head[n]) for n, t in a.head.items())
