@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV ?= .venv
+# Other arguments for installing torch, e.g. --index-url https://download.pytorch.org/whl/cpu
+TORCH_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+
+.PHONY: help setup demo test lint type clean
+
+help:
+	@echo "make demo    set up, then federate a real model over three clients (some minutes)"
+	@echo "make test    set up, then run the tests"
+	@echo "make setup   install everything, at the tested versions, into $(VENV)"
+	@echo "make lint    formatting, lint rules and the direction of imports"
+	@echo "make type    static types"
+	@echo "make clean   remove $(VENV) and caches; runs/ stays"
+	@echo "PYTHON=python3.12 before any of them chooses another Python (3.11 or newer)"
+
+setup: $(STAMP)
+
+# Torch first and alone: resolved together with the rest, pip may fetch several builds of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, $(PYTHON) is not." \
+	       "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/fedex-lora compare recipes/demo.yaml \
+	  --methods centralized,local,fedit,ffa,fedex --out runs/demo --export
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+type: setup
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""One client's turn in a round: write the factors, train with transformers.Trainer, read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fedex_lora.adapter import AdapterState
+from fedex_lora.errors import UserError
+from fedex_lora.federation.messages import Update
+from fedex_lora.model import AdaptedModel
+from fedex_lora.recipe_yaml import Places, unknown_keys
+from fedex_lora.seeding import derive
+from fedex_lora.tasks import Task
+
+OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's rows, encoded once.
+
+    Attributes:
+        train: Rows to train on.
+        validation: Rows to evaluate on, if clients evaluate.
+    """
+
+    train: Dataset
+    validation: Dataset | None = None
+
+
+def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
+    """Raises a `UserError` with the place of every name that TrainingArguments does not know."""
+    valid = [f.name for f in dataclasses.fields(TrainingArguments)]
+    if problems := unknown_keys(training, valid, "training", places):
+        raise UserError("\n".join(problems))
+
+
+def training_arguments(
+    training: Mapping[str, Any], seed: int, device: torch.device, directory: str
+) -> TrainingArguments:
+    """TrainingArguments from the recipe's `training` block and what the program settles itself.
+
+    A loss that is NaN stays NaN (the Trainer would filter it), nothing is saved, and the seed
+    decides dropout and the order of the rows.
+
+    Raises:
+        UserError: Unknown names (with the nearest valid one) or values the Trainer refuses.
+    """
+    check_training(training)
+    ours: dict[str, Any] = {
+        "output_dir": directory,
+        "seed": seed,
+        "data_seed": seed,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type != "cpu",
+    }
+    theirs = {"report_to": "none", "train_sampling_strategy": "group_by_length", **training}
+    try:
+        return TrainingArguments(**theirs, **ours)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"training: transformers.TrainingArguments says: {error}") from None
+
+
+def train_client(
+    model: AdaptedModel,
+    task: Task,
+    data: ClientData,
+    start: AdapterState,
+    *,
+    trained: frozenset[str],
+    training: Mapping[str, Any],
+    seed: int,
+    round: int,
+    client: str,
+    on_step: OnStep | None = None,
+) -> Update:
+    """Local training from `start`; the model's base must be in place already.
+
+    Args:
+        trained: Which factors are trained this round, of "A" and "B".
+        training: The recipe's block of that name.
+        seed: The run's seed; everything random derives from (seed, round, client).
+
+    Returns:
+        The update: factors that were trained, head, number of examples, mean loss, seconds.
+    """
+    began = perf_counter()
+    model.write(start)
+    model.freeze(trained)
+    with tempfile.TemporaryDirectory() as directory:
+        local = derive(seed, "train", round, client)
+        trainer = Trainer(
+            model=model.module,
+            args=training_arguments(training, local, model.device, directory),
+            train_dataset=data.train,
+            data_collator=task.collator(model.tokenizer),
+            callbacks=[_Steps(on_step)] if on_step else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        output = trainer.train()
+    end = model.read()
+    return Update(
+        round,
+        client,
+        {n: f.A for n, f in end.sites.items()} if "A" in trained else {},
+        {n: f.B for n, f in end.sites.items()} if "B" in trained else {},
+        end.head,
+        len(data.train),
+        {
+            "loss": output.training_loss,
+            "steps": float(output.global_step),
+            "seconds": perf_counter() - began,
+        },
+    )
+
+
+class _Steps(TrainerCallback):
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._on_step(state.global_step, state.max_steps)

@@ -1,0 +1,144 @@
+"""Several methods and seeds on one recipe, and the table that compares them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedex_lora.errors import UserError
+from fedex_lora.federation.checkpoint import write_atomic
+from fedex_lora.methods import METHODS, get_method
+from fedex_lora.recipe import MethodSpec, Recipe
+from fedex_lora.run import Watcher, resume_run, start_run
+from fedex_lora.rundir import RunDir
+
+Results = dict[str, list[dict[str, Any]]]  # by method, a result a seed
+
+
+def variant(recipe: Recipe, method: str, seed: int) -> Recipe:
+    """The recipe with another method and seed.
+
+    Args:
+        method: A name of the table; a truncated residual's rank follows a colon: `fedex-svd:8`.
+
+    Raises:
+        UserError: The method is unknown, or does not go with the recipe.
+    """
+    name, _, rank = method.partition(":")
+    get_method(name)
+    spec = recipe.method
+    if name != spec.name or rank:
+        truncated = METHODS[name].residual == "truncated"
+        if truncated and not rank.isdigit():
+            raise UserError(f"--methods: {name} needs the rank to truncate to, e.g. {name}:8")
+        spec = MethodSpec(name=name, rank=int(rank)) if rank else MethodSpec(name=name)
+    raw = {**recipe.model_dump(exclude_unset=True), "seed": seed}
+    raw["method"] = spec.model_dump(exclude_unset=True)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        reasons = "; ".join(e["msg"] for e in error.errors())
+        raise UserError(f"--methods: {method} does not go with this recipe: {reasons}") from None
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    watcher_for: Callable[[str, int], Watcher],
+) -> Results:
+    """Runs every method with every seed; what is finished is not run again, what was begun resumes.
+
+    Writes comparison.json and comparison.md into `out`.
+    """
+    variants = {(m, s): variant(recipe, m, s) for m in methods for s in seeds}
+    results: Results = {m: [] for m in methods}
+    for (method, seed), one in variants.items():
+        path = out / f"{method.replace(':', '-')}-seed{seed}"
+        watcher = watcher_for(method, seed)
+        begun = RunDir(path).is_run()
+        result = resume_run(path, one, watcher) if begun else start_run(one, path, watcher)
+        results[method].append(result)
+        write_atomic(out / "comparison.json", json.dumps(results, indent=1).encode())
+        write_atomic(out / "comparison.md", markdown(results).encode())
+    return results
+
+
+def table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: scores at the best round by split, deviation, bytes, seconds."""
+    done = {m: r for m, r in results.items() if r}
+    splits = list(dict.fromkeys(s for r in done.values() for s in r[0]["best"]["scores"]))
+    metric = next(iter(done.values()))[0]["metric"]
+    header = ["method", *(f"{s} {metric}" for s in splits)]
+    header += ["deviation", "up", "down", "seconds"]
+    rows = []
+    for method, runs in done.items():
+        row = [method]
+        row += [spread([r["best"]["scores"][s][metric] for r in runs]) for s in splits]
+        deviations = [r["deviation"] for r in runs if r["deviation"] is not None]
+        row.append(spread(deviations) if deviations else "-")
+        row += [size(statistics.mean(r[k] for r in runs)) for k in ("bytes_up", "bytes_down")]
+        row.append(f"{statistics.mean(r['seconds'] for r in runs):.0f}")
+        rows.append(row)
+    return header, rows
+
+
+def client_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
+    """Each client's score on its own rows, by method; None if clients were not evaluated."""
+    done = {m: r for m, r in results.items() if r and "client_scores" in r[0]["best"]}
+    if not done:
+        return None
+    metric = next(iter(done.values()))[0]["metric"]
+    clients = list(next(iter(done.values()))[0]["best"]["client_scores"])
+    rows = [
+        [
+            c,
+            *(
+                spread([r["best"]["client_scores"][c][metric] for r in runs])
+                for runs in done.values()
+            ),
+        ]
+        for c in clients
+    ]
+    return [f"{metric} on the rows of", *done], rows
+
+
+def markdown(results: Results) -> str:
+    """The tables in Markdown."""
+    tables = [t for t in (table(results), client_table(results)) if t is not None]
+    return "\n".join(_markdown(*t) for t in tables)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """mean ± standard deviation over seeds; the value alone if there is one.
+
+    Example:
+        >>> spread([0.5, 0.7]), spread([0.5])
+        ('0.600 ± 0.141', '0.500')
+    """
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def size(count: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> size(0), size(1234), size(5_000_000)
+        ('0', '1.2 kB', '5.0 MB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f}"

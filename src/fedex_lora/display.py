@@ -1,0 +1,96 @@
+"""What the command line shows while a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from fedex_lora.compare import size
+from fedex_lora.federation.loop import Record
+from fedex_lora.setup import Federation
+
+
+class Display:
+    """A line for each round and, on a terminal, a bar for the client whose turn it is."""
+
+    def __init__(self, console: Console, label: str = "") -> None:
+        self.console, self.label = console, label
+        self._bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._turn: tuple[int, str] | None = None
+        self._task: TaskID | None = None
+
+    def started(self, federation: Federation, out: Path) -> None:
+        settings, recipe = federation.settings, federation.recipe
+        examples = ", ".join(f"{n}: {len(c.train)}" for n, c in federation.clients.items())
+        self.console.print(
+            f"[bold]{self.label or recipe.name}[/]  {recipe.method.name}, seed {recipe.seed}, "
+            f"{settings.rounds} rounds, training examples {examples}  →  {out}",
+            highlight=False,
+        )
+
+    def turn(self, round: int, client: str, done: int, total: int) -> None:
+        if self._turn != (round, client):
+            self._clear()
+            self._bar.start()
+            self._turn = (round, client)
+            self._task = self._bar.add_task(f"round {round}  {client}", total=total)
+        assert self._task is not None
+        self._bar.update(self._task, completed=done)
+
+    def round_done(self, record: Record) -> None:
+        self._clear()
+        self.console.print("  " + round_line(record), highlight=False)
+        for name, why in {**record["refused"], **record["lost"]}.items():
+            self.console.print(f"    [yellow]without {name}[/]: {why}", highlight=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"[yellow]note[/]: {text}", highlight=False)
+
+    def close(self) -> None:
+        """Takes the bar away, whatever happened."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task, self._turn = None, None
+        self._bar.stop()
+
+
+def round_line(record: Record) -> str:
+    """A round in one line: scores, loss, deviation, bytes, seconds."""
+    parts = [f"round {record['round']}"]
+    for split, scores in record.get("scores", {}).items():
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if k != "loss")
+        parts.append(f"{split}: {shown}")
+    if not record.get("scores") and record.get("score") is not None:
+        parts.append(f"clients' own rows: {record['score']:.3f}")
+    losses = [c["loss"] for c in record["clients"].values()]
+    parts.append(f"training loss {sum(losses) / len(losses):.3f}")
+    if "deviation" in record:
+        parts.append(f"deviation {record['deviation']:.3g}")
+    up, down = (sum(record[k].values()) for k in ("bytes_up", "bytes_down"))
+    parts.append(f"{size(up)} up, {size(down)} down")
+    parts.append(f"{record['seconds']['round']:.1f} s")
+    return "; ".join(parts)
+
+
+def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with numbers to the right."""
+    table = Table(header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,127 @@
+"""All clients in this process: they take turns in one model, so one base is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedex_lora.adapter import AdapterState, Factors
+from fedex_lora.client import ClientData, train_client
+from fedex_lora.federation.loop import Lost
+from fedex_lora.federation.messages import Broadcast, Update
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState, global_factors, own_increment, start_of
+from fedex_lora.ledger import Ledger
+from fedex_lora.lowrank import LowRank, dense
+from fedex_lora.model import AdaptedModel
+from fedex_lora.seeding import derive
+from fedex_lora.tasks import Task
+
+OnTurn = Callable[[int, str, int, int], None]  # (round, client, steps done, steps in all)
+
+
+class LocalEngine:
+    """A transport whose clients are turns in `model`.
+
+    Args:
+        model: The one resident model.
+        task: What is learned.
+        clients: Each client's rows.
+        settings: The federation's.
+        training: The recipe's block of that name.
+        failure_rate: Probability that a client vanishes in a round, for rehearsal; seeded.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        task: Task,
+        clients: Mapping[str, ClientData],
+        settings: Settings,
+        training: Mapping[str, Any],
+        failure_rate: float = 0.0,
+        on_turn: OnTurn | None = None,
+    ) -> None:
+        self.model, self.task, self.clients = model, task, clients
+        self.settings, self.training = settings, training
+        self.failure_rate, self.on_turn = failure_rate, on_turn
+        self._placed: tuple[Ledger, str | None] | None = None
+
+    def exchange(
+        self, state: ServerState, broadcasts: Mapping[str, Broadcast]
+    ) -> Iterator[Update | Lost]:
+        """Every client's turn, in sorted order. What `broadcasts` says equals `start_of`."""
+        for client in sorted(broadcasts):
+            round = broadcasts[client].round
+            if self._vanishes(round, client):
+                yield Lost(client, "rehearsed failure (federation.failure_rate)")
+                continue
+            self.place(state, client)
+            yield train_client(
+                self.model,
+                self.task,
+                self.clients[client],
+                start_of(state, self.settings, client),
+                trained=self.settings.method.trained(round),
+                training=self.training,
+                seed=self.settings.seed,
+                round=round,
+                client=client,
+                on_step=self._on_step(round, client),
+            )
+
+    def write_global(self, state: ServerState, client: str | None = None) -> None:
+        """Makes the model the global one; or `client`'s own, where nothing is exchanged."""
+        self.place(state, None)
+        if client is not None:
+            self.model.write(start_of(state, self.settings, client))
+            return
+        factors = dict(global_factors(state, self.settings)) or {
+            name: _zero(f) for name, f in state.factors.items()
+        }
+        self.model.write(AdapterState(factors, state.head))
+
+    def place(self, state: ServerState, client: str | None) -> None:
+        """base = cast(W0 + T − own); nothing to do where it is so already."""
+        owner = None if self.settings.method.shared_base else client
+        placed, whose = self._placed or (None, None)
+        if placed is state.ledger and whose == owner:
+            return
+        fold = not self.model.beside
+        self.model.place(lambda site: base_increment(state, self.settings, site, owner, fold))
+        self._placed = (state.ledger, owner)
+
+    def _vanishes(self, round: int, client: str) -> bool:
+        generator = torch.Generator().manual_seed(derive(self.settings.seed, "fail", round, client))
+        return torch.rand((), generator=generator).item() < self.failure_rate
+
+    def _on_step(self, round: int, client: str) -> Callable[[int, int], None] | None:
+        if self.on_turn is None:
+            return None
+        on_turn = self.on_turn
+        return lambda done, total: on_turn(round, client, done, total)
+
+
+def base_increment(
+    state: ServerState, settings: Settings, site: str, client: str | None, fold: bool = True
+) -> LowRank | Tensor | None:
+    """T − own of one site: what the base has beyond the pretrained weights.
+
+    Folding takes T as the left fold, the same bits for everybody; beside the layer factors do.
+    """
+    total = state.ledger.total(site) if fold else state.ledger.factored(site)
+    own = None if client is None else own_increment(state, settings, client, site)
+    if own is None:
+        return total
+    if total is None:
+        return own.scaled(-1.0)
+    if isinstance(total, LowRank):
+        return total + own.scaled(-1.0)
+    return total - dense(own)
+
+
+def _zero(f: Factors) -> Factors:
+    return Factors(torch.zeros_like(f.A), torch.zeros_like(f.B), f.scale)

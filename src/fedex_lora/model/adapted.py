@@ -1,0 +1,279 @@
+"""A pretrained model with LoRA and a head, read and written as values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fedex_lora.adapter import AdapterState, Site, fresh
+from fedex_lora.errors import UserError
+from fedex_lora.lowrank import LowRank, dense
+from fedex_lora.model.files import read_adapter, save_adapter
+from fedex_lora.model.inject import head_names, heads, inject
+from fedex_lora.model.layer import ADAPTER, Layer, copy_of
+from fedex_lora.model.load import Base, dequantised, is_quantised, load_base, quiet
+from fedex_lora.model.pretrained import Pretrained
+from fedex_lora.model.side import attach
+from fedex_lora.recipe import LoraSpec, ModelSpec
+from fedex_lora.seeding import derive
+
+Increment = Callable[[str], LowRank | Tensor | None]
+
+
+class AdaptedModel:
+    """The one resident model of a process; clients take turns in it.
+
+    Its base is always `cast(W0 + increment)` of the last `place`, its factors and head are those
+    of the last `write` or what training made of them.
+
+    Attributes:
+        module: The nn.Module to train and evaluate. Gradient checkpointing needs nothing but the
+            Trainer's switch: transformers makes the inputs require gradients.
+        tokenizer: Its tokenizer, which has a padding token.
+        sites: The adapted layers sorted by name, as shapes.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        module: Any,
+        layers: list[Layer],
+        *,
+        side: bool = False,
+        init: Path | None = None,
+        workdir: Path | None = None,
+    ) -> None:
+        self.module = module
+        self.tokenizer = base.tokenizer
+        self.sites: dict[str, Site] = {layer.name: layer.site for layer in layers}
+        self._base = base
+        self._layers = {layer.name: layer for layer in layers}
+        self._head = _head_parameters(base.model, layers)
+        self._init = init
+        self._side: dict[str, RemovableHandle] | None = {} if side else None
+        self._w0 = Pretrained(layers, base.where, base.model.config, workdir)
+
+    @property
+    def device(self) -> torch.device:
+        return self._base.model.device
+
+    @property
+    def beside(self) -> bool:
+        """Whether increments lie beside the layers (placement `side`) instead of in them."""
+        return self._side is not None
+
+    def initial(self, seed: int) -> AdapterState:
+        """What clients start from: fresh factors and the head as loaded, or those of `lora.init`.
+
+        To be called before anything is written or trained.
+
+        Args:
+            seed: The run's seed.
+        """
+        head = self._read_head()
+        if self._init is not None:
+            return read_adapter(self._init, self._layers, head, self._w0)
+        return AdapterState(fresh(self.sites, seed, 0), head)
+
+    def read(self) -> AdapterState:
+        """Copies of the factors and the head: float32, on the CPU.
+
+        Head parameters go by their names in the plain model, e.g. `classifier.dense.weight`.
+        """
+        sites = {name: layer.read() for name, layer in self._layers.items()}
+        return AdapterState(sites, self._read_head())
+
+    def write(self, state: AdapterState) -> None:
+        """Makes `state` the model's factors and head; ranks may differ from the present ones.
+
+        Raises:
+            UserError: If `state` is not one of this model.
+        """
+        _check_keys("factors", set(state.sites), set(self._layers))
+        _check_keys("head", set(state.head), set(self._head))
+        for name, layer in self._layers.items():
+            layer.write(state.sites[name])
+        with torch.no_grad():
+            for name, parameter in self._head.items():
+                if parameter.shape != state.head[name].shape:
+                    raise UserError(
+                        f"{name}: shape {tuple(state.head[name].shape)} does not fit; "
+                        f"expected {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(state.head[name])
+
+    def freeze(self, trained: frozenset[str]) -> None:
+        """Trains the factors in `trained`, of "A" and "B", and the head; freezes all the rest."""
+        for parameter in self._base.model.parameters():
+            parameter.requires_grad_(False)
+        for layer in self._layers.values():
+            a, b = layer.factors()
+            a.requires_grad_("A" in trained)
+            b.requires_grad_("B" in trained)
+        for parameter in self._head.values():
+            parameter.requires_grad_(True)
+
+    def pretrained(self, site: str) -> Tensor:
+        """W0: out × in, float32, a fresh tensor read from the model's files."""
+        return self._w0(site)
+
+    def place(self, increment: Increment) -> None:
+        """Makes every base W0 + increment(site), in place of any earlier increment.
+
+        With placement `fold` the float32 sum is rounded once, into the base's dtype. With `side`
+        the base stays W0, and the increment is computed in float32 beside it.
+
+        Args:
+            increment: out × in, dense or in factors, for a site; None for none: W0, bit for bit.
+        """
+        for name, layer in self._layers.items():
+            if self._side is None:
+                self._fold(layer, increment(name))
+            else:
+                self._put_beside(layer, increment(name))
+
+    def save_adapter(self, state: AdapterState, directory: Path, *, base_name: str) -> None:
+        """Writes `state` as a PEFT adapter that plain `peft.PeftModel.from_pretrained` loads.
+
+        Args:
+            state: Any ranks and scales, which may differ from layer to layer.
+            directory: Made if needed.
+            base_name: Hub id or path of the pretrained model, for the adapter's config.
+        """
+        if not self._layers:
+            raise UserError("a fully fine-tuned model has no adapter; export it as a model")
+        config = self.module.peft_config[ADAPTER]
+        save_adapter(state, self._layers, config, Path(directory), base_name)
+
+    def merged(
+        self, state: AdapterState, increment: Increment, dtype: torch.dtype | None = None
+    ) -> Any:
+        """A plain transformers model with W0 + increment + scale·B·A, to be saved or run.
+
+        The sum is taken in float32 and rounded once.
+
+        Args:
+            state: Factors and head.
+            increment: As for `place`.
+            dtype: Of the result; the model's own by default.
+        """
+        base = self._base.model
+        to: torch.dtype = dtype or base.dtype
+        weights = {k: _cast(t, to) for k, t in _plain_state(base, self._head).items()}
+        for name, layer in self._layers.items():
+            total = self._w0(name)
+            for part in (increment(name), state.sites[name].delta()):
+                total += 0 if part is None else dense(part).to(total)
+            weights[f"{name}.weight"] = layer.oriented(total).to(to).contiguous()
+        weights |= {name: _cast(t, to) for name, t in state.head.items()}
+        return self._plain_model(weights, to)
+
+    def _fold(self, layer: Layer, increment: LowRank | Tensor | None) -> None:
+        weight = layer.base.weight
+        total = self._w0(layer.name).to(weight.device)
+        if increment is not None:
+            total += dense(increment).to(total)
+        with torch.no_grad():
+            weight.copy_(layer.oriented(total))
+
+    def _put_beside(self, layer: Layer, increment: LowRank | Tensor | None) -> None:
+        assert self._side is not None
+        if layer.name in self._side:
+            self._side.pop(layer.name).remove()
+        if increment is not None:
+            self._side[layer.name] = attach(layer, increment)
+
+    def _read_head(self) -> dict[str, Tensor]:
+        return {name: copy_of(parameter) for name, parameter in self._head.items()}
+
+    def _plain_model(self, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        base = self._base.model
+        config = copy.deepcopy(base.config)
+        if hasattr(config, "use_cache"):
+            config.use_cache = self._base.use_cache
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with quiet():
+            model, info = type(base).from_pretrained(
+                None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+            )
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        if getattr(base, "generation_config", None) is not None:
+            model.generation_config = copy.deepcopy(base.generation_config)
+        return model
+
+
+def load_model(
+    model: ModelSpec,
+    lora: LoraSpec | None,
+    *,
+    auto_model: str,
+    peft_task_type: str,
+    model_kwargs: dict[str, Any],
+    seed: int,
+    workdir: Path | None = None,
+) -> AdaptedModel:
+    """Loads a pretrained model and adapts it.
+
+    Args:
+        model: The recipe's block.
+        lora: The recipe's block; None for full fine-tuning: no sites, every parameter is "head".
+        auto_model: Name of a transformers Auto class, e.g. "AutoModelForSequenceClassification".
+        peft_task_type: PEFT's name for the task, e.g. "SEQ_CLS".
+        model_kwargs: For its `from_pretrained`, e.g. `{"num_labels": 3}`.
+        seed: The run's seed; what the checkpoint lacks (a new head) is a function of it alone.
+        workdir: Where pretrained weights go that no file of the model's holds as such; a
+            temporary folder by default.
+
+    Raises:
+        UserError: If there is no such model, or LoRA as asked for cannot be aggregated exactly.
+    """
+    head_seed = derive(seed, "head")
+    if lora is None:
+        base = load_base(model, auto_model, model_kwargs, head_seed, [])
+        return AdaptedModel(base, base.model, [], workdir=workdir)
+    keep = head_names(lora, peft_task_type)
+    base = load_base(model, auto_model, model_kwargs, head_seed, keep)
+    peft_model, layers = inject(base, lora, peft_task_type, head_seed)
+    side = model.placement == "side"
+    return AdaptedModel(base, peft_model, layers, side=side, init=lora.init, workdir=workdir)
+
+
+def _head_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, nn.Parameter]:
+    if not layers:
+        return dict(model.named_parameters())
+    return {f"{n}.{p}": param for n, m in heads(model) for p, param in m.named_parameters()}
+
+
+def _plain_state(model: nn.Module, head: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The model's state by its names without PEFT; neither factors nor head parameters."""
+    in_head = {parameter.data_ptr() for parameter in head.values()}  # by any of their names
+    quantised = {n: m for n, m in model.named_modules() if is_quantised(m)}
+    state = {}
+    for key, tensor in model.state_dict().items():
+        owner = next((n for n in quantised if key.startswith(f"{n}.")), None)
+        if ".original_module." in key or ".lora_" in key or tensor.data_ptr() in in_head:
+            continue
+        if owner is not None and key != f"{owner}.bias":
+            if key != f"{owner}.weight":
+                continue  # statistics of the quantisation
+            tensor = dequantised(quantised[owner])
+        plain = key.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
+        state[plain] = tensor
+    return state
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_keys(what: str, given: set[str], own: set[str]) -> None:
+    if given != own:
+        names = ", ".join(sorted(given ^ own)[:3])
+        raise UserError(f"the {what} are of another model: they differ in {names}")

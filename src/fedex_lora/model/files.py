@@ -1,0 +1,203 @@
+"""PEFT adapters on disk: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedex_lora.adapter import AdapterState, Factors, Site
+from fedex_lora.errors import UserError
+from fedex_lora.model.layer import Layer
+from fedex_lora.model.pretrained import Pretrained
+from fedex_lora.recipe import LoraSpec
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_NAMES = {  # by whether the layer is an embedding
+    False: ("lora_A.weight", "lora_B.weight"),
+    True: ("lora_embedding_A", "lora_embedding_B"),
+}
+# about the file, not about what is trained
+_NEUTRAL = {"peft_type", "task_type", "auto_mapping", "inference_mode", "revision", "peft_version"}
+_NEUTRAL |= {"base_model_name_or_path", "runtime_config", "megatron_core"}
+_ALLOWED = _NEUTRAL | (set(LoraSpec.model_fields) - {"bias", "init_lora_weights"})
+
+
+def save_adapter(
+    state: AdapterState,
+    layers: Mapping[str, Layer],
+    config: LoraConfig,
+    directory: Path,
+    base_name: str,
+) -> None:
+    """Writes `state` as a PEFT adapter relative to the pretrained model.
+
+    Every layer keeps the rank and scale of its factors; those that differ from the config's go
+    into its rank and alpha patterns. PEFT knows no rank 0: such a layer gets factors of zeros.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    sites = {name: _at_least_rank_1(f) for name, f in sorted(state.sites.items())}
+    _file_config(config, sites, base_name).save_pretrained(str(directory))
+    tensors = {f"{_PREFIX}{name}": tensor for name, tensor in state.head.items()}
+    for name, f in sites.items():
+        a, b = _NAMES[layers[name].embedding]
+        tensors |= {f"{_PREFIX}{name}.{a}": f.A, f"{_PREFIX}{name}.{b}": f.B}
+    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def _file_config(config: LoraConfig, sites: Mapping[str, Factors], base_name: str) -> LoraConfig:
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, f in sites.items():
+        alpha = f.scale * (f.rank**0.5 if config.use_rslora else f.rank)
+        alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+        pattern = f"^{re.escape(name)}"  # anchored: PEFT matches the ends of names
+        if f.rank != config.r:
+            config.rank_pattern[pattern] = f.rank
+        if alpha != config.lora_alpha:
+            config.alpha_pattern[pattern] = alpha
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = getattr(config, field)
+        if isinstance(value, list | set):  # a set's order changes from process to process
+            setattr(config, field, sorted(set(value)))
+    return config
+
+
+def _at_least_rank_1(f: Factors) -> Factors:
+    if f.rank:
+        return f
+    return Factors(f.A.new_zeros(1, f.A.shape[1]), f.B.new_zeros(f.B.shape[0], 1), f.scale)
+
+
+def read_adapter(
+    directory: Path, layers: Mapping[str, Layer], head: Mapping[str, Tensor], w0: Pretrained
+) -> AdapterState:
+    """The adapter in `directory`, if it is one for these layers at their ranks and scales.
+
+    Args:
+        directory: A PEFT adapter with safetensors weights.
+        layers: The model's adapted layers.
+        head: The model's head; it stays as it is where the adapter has none.
+        w0: The pretrained weights.
+
+    Raises:
+        UserError: If it is none, has fields that aggregation is not exact for, or does not fit; the
+            text says what to set in the recipe.
+    """
+    config, tensors = _load(directory)
+    _check_fields(directory, config)
+    wanted = {
+        name: tuple(f"{name}.{n}" for n in _NAMES[la.embedding]) for name, la in layers.items()
+    }
+    present = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    if present != set(layers):
+        raise UserError(
+            f"lora.init: {directory} adapts other layers than the recipe: "
+            f"{_some(present ^ set(layers))}; "
+            f"set lora.target_modules: {config.get('target_modules')}"
+        )
+    sites = {}
+    for name, (a, b) in wanted.items():
+        sites[name] = Factors(tensors.pop(a), tensors.pop(b), layers[name].site.scale)
+        _check_site(directory, config, name, sites[name], layers[name].site)
+    return AdapterState(sites, _read_head(directory, tensors, head, w0))
+
+
+def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        tensors = load_file(directory / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"lora.init: {directory} is no PEFT adapter: {error}; "
+            f"expected a folder with {CONFIG} and {WEIGHTS}"
+        ) from error
+    floats = {key.removeprefix(_PREFIX): t.float() for key, t in tensors.items()}
+    return config, floats
+
+
+def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
+    plain = LoraConfig().to_dict() | {"peft_type": "LORA"}
+    refused = [
+        key
+        for key, value in config.items()
+        if key not in _ALLOWED and value and value != plain.get(key)
+    ]
+    if config.get("peft_type") != "LORA":
+        refused.append("peft_type")
+    # "gaussian" says how A was drawn; the others that are not in the list change the base
+    if config.get("init_lora_weights") in ("gaussian", False):
+        refused = [key for key in refused if key != "init_lora_weights"]
+    if refused:
+        fields = ", ".join(f"{key}: {config.get(key)!r}" for key in refused)
+        raise UserError(
+            f"lora.init: {directory} uses {fields}, for which aggregation is not exact; "
+            "expected a plain LoRA adapter"
+        )
+
+
+def _check_site(
+    directory: Path, config: Mapping[str, Any], name: str, factors: Factors, site: Site
+) -> None:
+    rank = factors.rank
+    if factors.A.shape[1] != site.inp or factors.B.shape != (site.out, rank):
+        raise UserError(
+            f"lora.init: {directory} was made for another model: {name} has ΔW "
+            f"{factors.B.shape[0]} × {factors.A.shape[1]} there and {site.out} × {site.inp} "
+            f"here; set model.name to "
+            f"{config.get('base_model_name_or_path')!r}"
+        )
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config.get("lora_alpha", 8))
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    if rank != site.rank or abs(scale - site.scale) > 1e-6 * abs(scale):
+        keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        settings = ", ".join(f"{key}: {json.dumps(config[key])}" for key in keys if config.get(key))
+        raise UserError(
+            f"lora.init: {directory} has rank {rank} and scale {scale:g} at {name}, the recipe "
+            f"rank {site.rank} and scale {site.scale:g}; set in the recipe's lora: {settings}"
+        )
+
+
+def _read_head(
+    directory: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Tensor], w0: Pretrained
+) -> dict[str, Tensor]:
+    new = dict(head)
+    for key, tensor in tensors.items():
+        site = key.removesuffix(".base_layer.weight")
+        if (
+            site in w0.layers and site != key
+        ):  # PEFT saves adapted embeddings along with the adapter
+            layer = w0.layers[site]
+            same = tensor.shape == layer.base.weight.shape
+            if not (
+                same and torch.allclose(layer.oriented(w0(site)), tensor, rtol=1e-2, atol=1e-6)
+            ):
+                raise UserError(f"lora.init: {directory} changes the base weight of {site}")
+        elif key not in head or head[key].shape != tensor.shape:
+            raise UserError(
+                f"lora.init: {directory} holds {key} {tuple(tensor.shape)}, which is not "
+                "trained here; set lora.modules_to_save and the labels as they were for it"
+            )
+        else:
+            new[key] = tensor
+    return new
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (", ..." if len(names) > 3 else "")

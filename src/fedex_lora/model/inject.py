@@ -1,0 +1,174 @@
+"""Puts LoRA and a trained head into a plain model, and finds them again."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedex_lora.errors import UserError
+from fedex_lora.model.layer import ADAPTER, Layer, make_layer
+from fedex_lora.model.load import Base, quiet, seeded
+from fedex_lora.recipe import LoraSpec
+
+log = logging.getLogger(__name__)
+
+# PEFT trains these for the task types that classify, whether asked to or not
+_CLASSIFIERS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
+
+
+def head_names(lora: LoraSpec, task_type: str) -> list[str]:
+    """Names of the modules that are trained in full."""
+    return [*(lora.modules_to_save or []), *_CLASSIFIERS.get(task_type, [])]
+
+
+def inject(base: Base, lora: LoraSpec, task_type: str, seed: int) -> tuple[PeftModel, list[Layer]]:
+    """Adapts `base` in place.
+
+    Parameters that the checkpoint lacks are trained with the head: left frozen they would stay
+    random. The head is held in float32 whatever the model's dtype.
+
+    Returns:
+        PEFT's model, and its adapted layers sorted by name.
+
+    Raises:
+        UserError: If a name in the recipe matches nothing, or a layer cannot be adapted exactly.
+    """
+    model = base.model
+    _check_names(
+        "lora.modules_to_save", lora.modules_to_save, [n for n, _ in model.named_modules()]
+    )
+    tied = _tied(model)
+    new = _untrained_modules(base.missing, head_names(lora, task_type))
+    if new:
+        log.warning("not in the checkpoint, so trained with the head: %s", ", ".join(new))
+    kinds = _kinds(model)
+    try:
+        config = _config(lora, task_type, [*(lora.modules_to_save or []), *new])
+        with quiet(), seeded(seed):
+            peft_model = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"lora: this model cannot be adapted so: {error} It has these layers: {kinds}"
+        ) from error
+    layers = _layers(model, lora)
+    _check_targets(lora, layers, kinds)
+    _check_untied(layers, tied)
+    for name, module in heads(model):
+        _check_head(name, model, tied)
+        _hold_in_float32(module, model.dtype)
+    return peft_model, layers
+
+
+def heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules trained in full, by their names in the plain model."""
+    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    return [(name, wrapper.modules_to_save[ADAPTER]) for name, wrapper in wrappers]
+
+
+def _config(lora: LoraSpec, task_type: str, modules_to_save: list[str]) -> LoraConfig:
+    fields = lora.model_dump(exclude={"init", "ranks"})
+    alpha = fields["lora_alpha"]
+    fields["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+    fields["modules_to_save"] = modules_to_save or None
+    # PEFT needs to be told that Conv1D is transposed, and only warns if it was told wrongly
+    return LoraConfig(**fields, task_type=task_type)
+
+
+def _layers(model: nn.Module, lora: LoraSpec) -> list[Layer]:
+    def layer(name: str, module: Any) -> Layer:
+        return make_layer(
+            name,
+            module,
+            rslora=lora.use_rslora,
+            gaussian=lora.init_lora_weights == "gaussian",
+            fixed_rank=get_pattern_key(list(lora.rank_pattern), name) in lora.rank_pattern,
+        )
+
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    return [layer(name, module) for name, module in sorted(found, key=lambda nm: nm[0])]
+
+
+def _check_targets(lora: LoraSpec, layers: list[Layer], kinds: str) -> None:
+    names = [layer.name for layer in layers]
+    if not names:
+        raise UserError(
+            f"lora.target_modules: {lora.target_modules!r} matches no layer; the model has: {kinds}"
+        )
+    if isinstance(lora.target_modules, list):
+        _check_names("lora.target_modules", lora.target_modules, names, kinds)
+
+
+def _check_names(field: str, wanted: list[str] | None, names: list[str], kinds: str = "") -> None:
+    for want in wanted or []:
+        if not any(name == want or name.endswith(f".{want}") for name in names):
+            has = kinds or ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in names if n))
+            raise UserError(f"{field}: {want!r} matches nothing; the model has: {has}")
+
+
+def _check_untied(layers: list[Layer], tied: set[int]) -> None:
+    for layer in layers:
+        if id(layer.base.weight) in tied:
+            raise UserError(
+                f"lora.target_modules: the weight of {layer.name} is shared with another layer "
+                "(tied embeddings), which adapting it would change as well; leave it out"
+            )
+
+
+def _check_head(name: str, model: nn.Module, tied: set[int]) -> None:
+    original: Any = model.get_submodule(name)
+    if any(id(p) in tied for p in original.original_module.parameters()):
+        raise UserError(
+            f"lora.modules_to_save: {name} shares its weight with another layer (tied embeddings), "
+            "which training it would separate; leave it out"
+        )
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Identities of the parameters that go by more than one name."""
+    ids = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {i for i, names in ids.items() if names > 1}
+
+
+def _untrained_modules(missing: frozenset[str], trained: list[str]) -> list[str]:
+    """Modules that own missing parameters and do not lie in one of the trained ones."""
+    modules = sorted({name.rpartition(".")[0] for name in missing})
+    return [m for m in modules if not any(a.endswith(t) for a in _ancestors(m) for t in trained)]
+
+
+def _ancestors(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def _kinds(model: nn.Module) -> str:
+    kinds = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    }
+    return ", ".join(sorted(kinds))
+
+
+def _hold_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
+    """Trains a module of a half-precision model in float32: small steps would be rounded away."""
+    if dtype == torch.float32:
+        return
+    module.float()
+
+    def cast(value: Any, to: torch.dtype) -> Any:
+        return value.to(to) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        up = torch.float32
+        return tuple(cast(a, up) for a in args), {k: cast(v, up) for k, v in kwargs.items()}
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(lambda _module, _args, output: cast(output, dtype))

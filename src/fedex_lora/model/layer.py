@@ -1,0 +1,133 @@
+"""One adapted layer: where its factors and weight lie in PEFT's module, and their orientation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedex_lora.adapter import Factors, Site
+from fedex_lora.errors import UserError
+from fedex_lora.model.load import is_quantised
+
+ADAPTER = "default"  # PEFT's name for the one adapter of a model
+_QUANTISED = ("Linear4bit", "Linear8bitLt")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An adapted layer.
+
+    Attributes:
+        name: Module path within the plain model.
+        module: PEFT's layer.
+        site: Shape, rank and scale as configured; ΔW is out × in.
+    """
+
+    name: str
+    module: Any
+    site: Site
+
+    @property
+    def base(self) -> Any:
+        """The plain layer that PEFT wrapped."""
+        return self.module.get_base_layer()
+
+    @property
+    def embedding(self) -> bool:
+        return isinstance(self.module, LoraEmbedding)
+
+    @property
+    def quantised(self) -> bool:
+        return is_quantised(self.base)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A view of an out × in matrix in the layer's own layout, or the other way round.
+
+        nn.Linear holds out × in; Conv1D in × out; nn.Embedding tokens × dimension, where its
+        "in" is the number of tokens.
+        """
+        return weight.T if transposed(self.base) else weight
+
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r × in) and B (out × r), the model's own parameters."""
+        if self.embedding:
+            return self.module.lora_embedding_A[ADAPTER], self.module.lora_embedding_B[ADAPTER]
+        return self.module.lora_A[ADAPTER].weight, self.module.lora_B[ADAPTER].weight
+
+    def read(self) -> Factors:
+        """Copies of the factors, float32 on the CPU, with the scale that PEFT applies."""
+        a, b = (copy_of(p) for p in self.factors())
+        return Factors(a, b, float(self.module.scaling[ADAPTER]))
+
+    def write(self, new: Factors) -> None:
+        """Makes `new` the layer's factors and scale, at whatever rank they have.
+
+        Raises:
+            UserError: If they do not fit the layer.
+        """
+        if new.A.shape != (new.rank, self.site.inp) or new.B.shape != (self.site.out, new.rank):
+            raise UserError(
+                f"{self.name}: factors A {tuple(new.A.shape)}, B {tuple(new.B.shape)} do not fit; "
+                f"expected A (r, {self.site.inp}) and B ({self.site.out}, r)"
+            )
+        if new.rank != self.factors()[0].shape[0]:
+            self._resize(new.rank)
+        with torch.no_grad():
+            for parameter, value in zip(self.factors(), (new.A, new.B)):
+                parameter.copy_(value)
+        self.module.r[ADAPTER] = new.rank
+        self.module.scaling[ADAPTER] = new.scale
+
+    def _resize(self, rank: int) -> None:
+        a, b = self.factors()
+        new_a = nn.Parameter(a.new_empty(rank, self.site.inp), requires_grad=a.requires_grad)
+        new_b = nn.Parameter(b.new_empty(self.site.out, rank), requires_grad=b.requires_grad)
+        if self.embedding:
+            self.module.lora_embedding_A[ADAPTER] = new_a
+            self.module.lora_embedding_B[ADAPTER] = new_b
+            return
+        linear_a, linear_b = self.module.lora_A[ADAPTER], self.module.lora_B[ADAPTER]
+        linear_a.weight, linear_b.weight = new_a, new_b
+        linear_a.out_features = linear_b.in_features = rank
+
+
+def make_layer(name: str, module: Any, *, rslora: bool, gaussian: bool, fixed_rank: bool) -> Layer:
+    """The layer that PEFT built at `name`.
+
+    Raises:
+        UserError: If it is of a kind for which aggregation would not be exact.
+    """
+    base = module.get_base_layer()
+    kind = type(base).__name__
+    if type(module) not in (LoraLinear, LoraEmbedding) and type(module).__name__ not in _QUANTISED:
+        raise UserError(
+            f"lora.target_modules: {name} is a {kind}, adapted by PEFT's {type(module).__name__}; "
+            "only Linear, Conv1D and Embedding layers can be; leave it out"
+        )
+    if module.lora_variant or any(module.lora_bias.values()) or any(module.use_dora.values()):
+        raise UserError(f"lora: {name} is adapted by a variant of LoRA; only plain LoRA is exact")
+    if "weight" not in dict(base.named_parameters(recurse=False)):
+        raise UserError(f"lora.target_modules: {name} ({kind}) computes its weight; leave it out")
+    if getattr(base, "max_norm", None) is not None:
+        raise UserError(f"lora.target_modules: {name} rescales its weight (max_norm); leave it out")
+    embedding = isinstance(module, LoraEmbedding)
+    init = "normal" if embedding else "gaussian" if gaussian else "kaiming"
+    scale, rank = float(module.scaling[ADAPTER]), int(module.r[ADAPTER])
+    shape = (int(module.out_features), int(module.in_features))
+    return Layer(name, module, Site(*shape, rank, scale, rslora, init, fixed_rank))
+
+
+def transposed(base: nn.Module) -> bool:
+    """Whether a plain layer holds its weight as in × out."""
+    return isinstance(base, Conv1D | nn.Embedding)
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy in float32 on the CPU that shares nothing with the original."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

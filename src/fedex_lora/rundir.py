@@ -1,0 +1,164 @@
+"""A run directory: recipe, environment, one line a round, checkpoints, updates, the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from fedex_lora.adapter import AdapterState
+from fedex_lora.errors import UserError
+from fedex_lora.federation.checkpoint import latest, write_atomic
+from fedex_lora.federation.loop import Record
+from fedex_lora.federation.messages import ledger_tensors
+from fedex_lora.federation.state import ServerState
+from fedex_lora.model import AdaptedModel
+from fedex_lora.recipe import Recipe
+from fedex_lora.recipe_yaml import dump_recipe, load_recipe
+
+PACKAGES = ("fedex-lora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "numpy")
+
+
+class RunDir:
+    """The files of one run.
+
+    Attributes:
+        path: The directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+
+    def create(self, recipe: Recipe) -> None:
+        """Makes the directory for a new run.
+
+        Raises:
+            UserError: It exists and is not empty, or cannot be written.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            what = "holds another run" if self.is_run() else "exists and is not empty"
+            raise UserError(
+                f"{self.path}: {what}; name another directory with --out, delete it, or continue "
+                f"it with `fedex-lora resume {self.path}`"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be made: {error.strerror}; name a directory that you may "
+                "write with --out"
+            ) from None
+        write_atomic(self.path / "recipe.yaml", dump_recipe(recipe).encode())
+
+    def is_run(self) -> bool:
+        return (self.path / "recipe.yaml").is_file()
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run.
+
+        Raises:
+            UserError: The directory holds no run.
+        """
+        if not self.is_run():
+            raise UserError(f"{self.path}: no run there (no recipe.yaml); name a run's directory")
+        return load_recipe(self.path / "recipe.yaml")
+
+    def write_json(self, name: str, value: object) -> None:
+        write_atomic(self.path / name, (json.dumps(_plain(value), indent=1) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        file = self.path / name
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def records(self) -> list[Record]:
+        """One record a round; a line that a crash cut short is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def write_records(self, records: list[Record]) -> None:
+        text = "".join(json.dumps(_plain(r)) + "\n" for r in records)
+        write_atomic(self.path / "metrics.jsonl", text.encode())
+
+    def newest(self) -> tuple[ServerState | None, dict[str, Any], list[str]]:
+        """The newest checkpoint that is intact, what was saved with it, and notes on worse ones."""
+        notes = []
+        for _, state, extra in latest(self.checkpoints):
+            if state is not None and isinstance(extra, dict):
+                return state, extra, notes
+            notes.append(f"{extra}; going on from the one before")
+        return None, {}, notes
+
+    def save_update(
+        self, model: AdaptedModel, base: str, round: int, name: str, state: AdapterState, info: Any
+    ) -> None:
+        """One client's update as a PEFT adapter (or its parameters), and update.json."""
+        folder = self.path / "rounds" / f"{round:04d}" / "clients" / name
+        save_state(model, folder, base, state)
+        write_atomic(folder / "update.json", json.dumps(_plain(info), indent=1).encode())
+
+    def save_global(
+        self, model: AdaptedModel, base: str, state: ServerState, weights: Mapping[str, float]
+    ) -> None:
+        """What the server made of a round: factors, head, increments, weights, own factors."""
+        folder = self.path / "rounds" / f"{state.version:04d}" / "global"
+        save_state(model, folder, base, AdapterState(state.factors, state.head))
+        for client, own in state.own.items():
+            whole = AdapterState(own.sites, own.head or state.head)
+            save_state(model, folder / "own" / client, base, whole)
+        tensors = ledger_tensors(state.ledger.since(state.version - 1))
+        blob = save({k: t.clone().contiguous() for k, t in tensors.items()})
+        write_atomic(folder / "increment.safetensors", blob)
+        write_atomic(folder / "weights.json", json.dumps(dict(weights)).encode())
+
+
+def save_state(model: AdaptedModel, folder: Path, base: str, state: AdapterState) -> None:
+    """A PEFT adapter; where there are no adapted layers, the parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.sites:
+        model.save_adapter(state, folder, base_name=base)
+    else:
+        write_atomic(folder / "parameters.safetensors", save(dict(state.head)))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads: what a run's bits depend on besides its recipe."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this package and of those its numbers depend on."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: it becomes null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,174 @@
+"""What a task is: a value that says how rows are checked, encoded, batched and scored."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from fedex_lora.errors import UserError
+
+Batch = dict[str, Tensor]
+Collate = Callable[[list[dict[str, Any]]], Batch]
+LineOf = Callable[[int], int]
+
+IGNORED = -100  # the label PyTorch's and Hugging Face's losses pass over
+
+
+def one_based(row: int) -> int:
+    """The line of a row where every line of the file is a row."""
+    return row + 1
+
+
+class Check(Protocol):
+    def __call__(self, rows: Dataset, where: str, line_of: LineOf = one_based) -> None: ...
+
+
+class Encode(Protocol):
+    def __call__(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Dataset: ...
+
+
+class Evaluate(Protocol):
+    def __call__(
+        self,
+        model: nn.Module,
+        encoded: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+    ) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task; built by `fedex_lora.tasks.build_task`.
+
+    Attributes:
+        name: What it is called in records and model cards, e.g. `glue/sst2`.
+        auto_model: The transformers class that loads the model.
+        peft_task_type: PEFT's name of it: `SEQ_CLS` or `CAUSAL_LM`.
+        columns: The columns that every row must have.
+        evaluation_splits: All splits it can be evaluated on, in order of preference: the first
+            that exists selects the best round. Test splits come last.
+        primary: The metric that selects the best round.
+        higher_is_better: Whether `primary` is to grow.
+        labels: The names of the classes in the order of their numbers, if there are classes.
+        regression: Whether the label is a number to be predicted.
+        stratify: The label column, by which rows can be dealt out unevenly.
+        check: `check(rows, where, line_of)` raises a `UserError` that names `where` and the line
+            of the first row that this task cannot use; `line_of` maps a row's index to its line.
+        encode: `encode(rows, tokenizer, max_length)` tokenises once, in memory, without padding:
+            columns `input_ids`, `attention_mask`, `labels`, and what else scoring needs.
+        collator: `collator(tokenizer)` makes batches of encoded rows, padded to the longest.
+        evaluate: `evaluate(model, encoded, tokenizer, batch_size)` gives the metrics and `loss`,
+            on the model's device, and leaves the model's training mode as it was.
+    """
+
+    name: str
+    auto_model: Literal["AutoModelForSequenceClassification", "AutoModelForCausalLM"]
+    peft_task_type: Literal["SEQ_CLS", "CAUSAL_LM"]
+    columns: tuple[str, ...]
+    evaluation_splits: tuple[str, ...]
+    primary: str
+    higher_is_better: bool
+    check: Check
+    encode: Encode
+    collator: Callable[[PreTrainedTokenizerBase], Collate]
+    evaluate: Evaluate
+    labels: tuple[str, ...] | None = None
+    regression: bool = False
+    stratify: str | None = None
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """What the task asks of the model's config (arguments of `from_pretrained`)."""
+        if self.regression:
+            return {"num_labels": 1, "problem_type": "regression"}
+        if self.labels is None:
+            return {}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {name: i for i, name in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+        }
+
+
+def check_columns(rows: Dataset, columns: Sequence[str], where: str) -> None:
+    """Raise a `UserError` if there are no rows or a column is missing."""
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"{where}: no column '{missing[0]}'; there are: {', '.join(rows.column_names)}. "
+            "Rename the column, or name the right one in the recipe's task block."
+        )
+    if len(rows) == 0:
+        raise UserError(f"{where}: no rows; at least one is needed.")
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, its end-of-text token made its padding token if it has none.
+
+    Padding is masked everywhere, so that it does not matter which token it is.
+
+    Raises:
+        UserError: It has neither.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an "
+                "end-of-text token; add a pad_token to its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pad(rows: Sequence[Mapping[str, Any]], key: str, value: int, side: str = "right") -> Tensor:
+    """The rows' lists under `key` as one int64 tensor (rows × longest), filled up with `value`."""
+    tensors = [torch.tensor(row[key], dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def pad_inputs(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """The model's inputs for encoded rows, padded on the right to the longest row."""
+    fill = {
+        "input_ids": with_padding(tokenizer).pad_token_id,
+        "attention_mask": 0,
+        "token_type_ids": tokenizer.pad_token_type_id,
+    }
+    return {key: pad(rows, key, value) for key, value in fill.items() if key in rows[0]}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; afterwards every module has the mode it had.
+
+    Yields:
+        The device of the model's parameters.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def by_length(encoded: Dataset, batch_size: int) -> Iterator[tuple[list[int], list[dict]]]:
+    """Batches of rows of about equal length, longest first, with the rows' indices.
+
+    Longest first, so that a batch size that needs too much memory fails at once.
+    """
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        yield indices, [encoded[i] for i in indices]

@@ -1,0 +1,235 @@
+"""Classification and regression of one text or a pair of texts: GLUE, and the user's own columns.
+
+GLUE: Wang et al., arXiv 1804.07461; the metrics are those of its table 1.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from fedex_lora.errors import UserError
+from fedex_lora.recipe import did_you_mean
+from fedex_lora.tasks.base import (
+    Batch,
+    Collate,
+    LineOf,
+    Task,
+    by_length,
+    check_columns,
+    evaluating,
+    one_based,
+    pad_inputs,
+)
+from fedex_lora.tasks.metrics import METRICS
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is read from a row. Without `labels` the label is a number, to be predicted itself."""
+
+    texts: tuple[str, ...]
+    label: str
+    labels: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...] = ("accuracy",)  # the first is the primary one
+    splits: tuple[str, ...] = ("validation", "test")
+
+
+SCORES = (0.0, 5.0)  # of STS-B, the one regression
+_ENTAILMENT = ("entailment", "not_entailment")
+_PAIR = ("sentence1", "sentence2")
+_MNLI_SPLITS = ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+
+GLUE: Mapping[str, GlueTask] = {
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": GlueTask(("sentence",), ("negative", "positive")),
+    "mrpc": GlueTask(_PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": GlueTask(_PAIR, None, ("pearson", "spearman")),
+    "mnli": GlueTask(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), splits=_MNLI_SPLITS
+    ),
+    "qnli": GlueTask(("question", "sentence"), _ENTAILMENT),
+    "rte": GlueTask(_PAIR, _ENTAILMENT),
+    "wnli": GlueTask(_PAIR, ("not_entailment", "entailment")),
+}
+"""The GLUE tasks with the columns and label numbers of the Hugging Face hub."""
+
+
+def glue(name: str) -> Task:
+    """The GLUE task of that name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in GLUE:
+        near = did_you_mean(name, GLUE)
+        raise UserError(f"task.name: '{name}' is no GLUE task, which are {', '.join(GLUE)}{near}")
+    known = GLUE[name]
+    columns = Columns(known.texts, "label", known.labels)
+    return _task(f"glue/{name}", columns, known.metrics, known.splits)
+
+
+def text_classification(
+    text_column: str, text_pair_column: str | None, label_column: str, labels: tuple[str, ...]
+) -> Task:
+    """Classification by the user's own columns into the agreed `labels`.
+
+    Labels in the data are names of `labels`, or the numbers 0 .. n-1. (Where a name itself is a
+    number, such as "1" to "5" stars, numbers are read as names.)
+    """
+    texts = (text_column,) if text_pair_column is None else (text_column, text_pair_column)
+    columns = Columns(texts, label_column, labels)
+    return _task("text-classification", columns, ("accuracy", "macro_f1"), ("validation", "test"))
+
+
+def _task(name: str, columns: Columns, metrics: tuple[str, ...], splits: tuple[str, ...]) -> Task:
+    return Task(
+        name=name,
+        auto_model="AutoModelForSequenceClassification",
+        peft_task_type="SEQ_CLS",
+        columns=(*columns.texts, columns.label),
+        evaluation_splits=splits,
+        primary=metrics[0],
+        higher_is_better=True,
+        check=partial(_check, columns),
+        encode=partial(_encode, columns),
+        collator=_collator,
+        evaluate=partial(_evaluate, metrics),
+        labels=columns.labels,
+        regression=columns.labels is None,
+        stratify=columns.label,
+    )
+
+
+def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
+    check_columns(rows, (*columns.texts, columns.label), where)
+    _check_class_names(columns, rows, where)
+    _check_texts(columns.texts, rows, where, line_of)
+    codes = _codes(columns, rows)
+    bad = next((i for i, value in enumerate(rows[columns.label]) if codes(value) is None), None)
+    if bad is not None:
+        raise UserError(
+            f"{where}, line {line_of(bad)}: {columns.label} is {rows[columns.label][bad]!r}; "
+            f"expected {_expected(columns)}."
+        )
+
+
+def _check_texts(names: tuple[str, ...], rows: Dataset, where: str, line_of: LineOf) -> None:
+    for row, texts in enumerate(zip(*(rows[name] for name in names))):
+        for name, text in zip(names, texts):
+            if not isinstance(text, str):
+                found = "missing" if text is None else f"{text!r}, which is no text"
+                raise UserError(f"{where}, line {line_of(row)}: {name} is {found}.")
+        # one side of a pair may be empty: the official data have such rows
+        if not any(text.strip() for text in texts):
+            raise UserError(f"{where}, line {line_of(row)}: {' and '.join(names)} is empty.")
+
+
+def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
+    """Refuse data that name their classes otherwise: the numbers would mean something else."""
+    feature = rows.features[columns.label]
+    if not isinstance(feature, ClassLabel) or columns.labels is None:
+        return
+    if set(feature.names) != set(columns.labels):
+        raise UserError(
+            f"{where}: the classes of column '{columns.label}' are {', '.join(feature.names)}; "
+            f"the task's labels are {', '.join(columns.labels)}. Set task.labels to the former."
+        )
+
+
+def _expected(columns: Columns) -> str:
+    if columns.labels is None:
+        return f"a number from {SCORES[0]:g} to {SCORES[1]:g}"
+    return f"one of {', '.join(columns.labels)}, or a number from 0 to {len(columns.labels) - 1}"
+
+
+def _codes(columns: Columns, rows: Dataset) -> Callable[[Any], int | float | None]:
+    """From labels as they stand in the data to the model's; None for what is no label."""
+    if columns.labels is None:
+        return _score
+    feature = rows.features[columns.label]
+    numbered = feature.names if isinstance(feature, ClassLabel) else columns.labels
+    table = _table(columns.labels, numbered)
+
+    def code(value: Any) -> int | None:
+        plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+        return table.get(value) if plain else None
+
+    return code
+
+
+def _score(value: Any) -> float | None:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if plain and SCORES[0] <= value <= SCORES[1] else None
+
+
+def _table(labels: Sequence[str], numbered: Sequence[str]) -> dict[Any, int]:
+    """Class number by name and by number, where number i means `numbered[i]`."""
+    by_name: dict[Any, int] = {name: i for i, name in enumerate(labels)}
+    by_number = {int(name): i for name, i in by_name.items() if re.fullmatch(r"-?[0-9]+", name)}
+    return by_name | (by_number or {i: by_name[name] for i, name in enumerate(numbered)})
+
+
+def _encode(
+    columns: Columns, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    texts = [rows[name][:] for name in columns.texts]
+    second = texts[1] if len(texts) > 1 else None
+    encoding = tokenizer(texts[0], second, truncation=True, max_length=max_length)
+    codes = _codes(columns, rows)
+    labels = [codes(value) for value in rows[columns.label]]
+    return Dataset.from_dict({**encoding, "labels": labels})
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
+    def collate(rows: list[dict[str, Any]]) -> Batch:
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {**pad_inputs(rows, tokenizer), "labels": labels}
+
+    return collate
+
+
+def _evaluate(
+    metrics: tuple[str, ...],
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+) -> dict[str, float]:
+    logits = _logits(model, encoded, tokenizer, batch_size)
+    labels = torch.tensor(encoded["labels"][:])
+    if labels.is_floating_point():
+        predictions = logits[:, 0]
+        loss = functional.mse_loss(predictions, labels.double())
+    else:
+        predictions = logits.argmax(dim=1)
+        loss = functional.cross_entropy(logits, labels)
+    found, wanted = predictions.numpy(), np.asarray(labels)
+    return {name: METRICS[name](found, wanted) for name in metrics} | {"loss": loss.item()}
+
+
+def _logits(
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> torch.Tensor:
+    """Rows × classes in the order of `encoded`, float64 on the CPU."""
+    parts: dict[int, torch.Tensor] = {}
+    with evaluating(model) as device:
+        for indices, rows in by_length(encoded, batch_size):
+            inputs = {k: v.to(device) for k, v in pad_inputs(rows, tokenizer).items()}
+            parts |= zip(indices, model(**inputs).logits.double().cpu())
+    return torch.stack([parts[i] for i in range(len(encoded))])

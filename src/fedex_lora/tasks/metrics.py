@@ -1,0 +1,87 @@
+"""Metrics as pure functions of predictions and labels (scikit-learn, SciPy)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+NO_SUCH_CLASS: Any = 0  # what F1 is then, without a warning; the stubs know only "warn"
+Metric = Callable[[NDArray, NDArray], float]
+
+
+def accuracy(predictions: NDArray, labels: NDArray) -> float:
+    """The share of predictions that are right."""
+    return float(accuracy_score(labels, predictions))
+
+
+def f1(predictions: NDArray, labels: NDArray) -> float:
+    """The F1 score of class 1 of two; 0 if there is no such label and no such prediction."""
+    return float(f1_score(labels, predictions, average="binary", zero_division=NO_SUCH_CLASS))
+
+
+def macro_f1(predictions: NDArray, labels: NDArray) -> float:
+    """The mean F1 score over the classes that occur in labels or predictions."""
+    return float(f1_score(labels, predictions, average="macro", zero_division=NO_SUCH_CLASS))
+
+
+def matthews(predictions: NDArray, labels: NDArray) -> float:
+    """Matthews' correlation coefficient; 0 if all predictions or all labels are the same."""
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def pearson(predictions: NDArray, labels: NDArray) -> float:
+    """Pearson's correlation; 0 if all predictions or all labels are the same."""
+    return _correlation(pearsonr, predictions, labels)
+
+
+def spearman(predictions: NDArray, labels: NDArray) -> float:
+    """Spearman's rank correlation; 0 if all predictions or all labels are the same."""
+    return _correlation(spearmanr, predictions, labels)
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean negative log-likelihood per token; infinite where that overflows.
+
+    Example:
+        >>> perplexity(0.0), perplexity(1e6)
+        (1.0, inf)
+    """
+    return math.exp(loss) if math.isnan(loss) or loss < 700 else math.inf
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The share of texts that are equal but for white space around them.
+
+    Example:
+        >>> exact_match([" 42\\n", "7"], ["42", "8"])
+        0.5
+    """
+    pairs = list(zip(predictions, references, strict=True))
+    return sum(p.strip() == r.strip() for p, r in pairs) / len(pairs)
+
+
+def mean_loss(nll: ArrayLike, tokens: ArrayLike) -> float:
+    """Σ nll / Σ tokens in float64: every token counts the same, whatever row it is in."""
+    return float(np.sum(nll, dtype=np.float64) / np.sum(tokens))
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "macro_f1": macro_f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+
+def _correlation(function: Callable, predictions: NDArray, labels: NDArray) -> float:
+    if not np.isfinite(predictions).all():
+        return math.nan
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(function(predictions, labels).statistic)

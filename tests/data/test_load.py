@@ -1,0 +1,189 @@
+"""Rows from every kind of source, what is left out, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
+
+from fedex_lora.data import load as module
+from fedex_lora.data.load import known_labels, load
+from fedex_lora.data.stdlib_docs import LABELS
+from fedex_lora.errors import UserError
+from fedex_lora.recipe import DataSpec, TaskSpec
+from fedex_lora.tasks import build_task
+
+SST2 = build_task(TaskSpec(kind="glue", name="sst2"))
+MNLI = build_task(TaskSpec(kind="glue", name="mnli"))
+TEXT = build_task(TaskSpec(kind="causal-lm"))
+
+
+def rows(count: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"sentence": f"row {i}", "label": i % 2, **more} for i in range(count)]
+
+
+def write(folder: Path, **splits: list[dict[str, Any]]) -> Path:
+    for name, split in splits.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split))
+    return folder
+
+
+def test_a_directory(tmp_path):
+    write(tmp_path, train=rows(5), validation=rows(3), test=rows(2))
+    data = load(DataSpec(path=tmp_path), SST2, seed=0)
+    assert data.train is not None and data.train["sentence"][:] == [f"row {i}" for i in range(5)]
+    assert data.clients is None
+    assert {name: len(split) for name, split in data.evaluation.items()} == {
+        "validation": 3,
+        "test": 2,
+    }
+    assert str(tmp_path) in data.description and "train: 5 rows" in data.description
+
+
+@pytest.mark.parametrize("held_back", [{"label": -1}, {"label": None}])
+def test_a_test_split_whose_labels_are_held_back_is_left_out(tmp_path, held_back):
+    held = [row | held_back for row in rows(3)]
+    write(tmp_path, train=rows(4), validation=rows(2), test=held)
+    assert list(load(DataSpec(path=tmp_path), SST2, 0).evaluation) == ["validation"]
+
+
+def test_a_test_split_without_a_label_column_is_left_out(tmp_path):
+    write(tmp_path, train=rows(4), test=[{"sentence": "a"}])
+    assert load(DataSpec(path=tmp_path), SST2, 0).evaluation == {}
+
+
+def test_held_back_labels_for_validation_are_an_error(tmp_path):
+    write(tmp_path, train=rows(4), validation=[*rows(3)[:2], {"sentence": "x", "label": -1}])
+    with pytest.raises(UserError, match=r"validation\.jsonl, line 3: label is -1"):
+        load(DataSpec(path=tmp_path), SST2, 0)
+
+
+def test_mnli_has_two_validation_splits_in_order(tmp_path):
+    row = {"premise": "a", "hypothesis": "b", "label": 2}
+    write(tmp_path, train=[row], validation_mismatched=[row], validation_matched=[row])
+    write(tmp_path, test_matched=[row | {"label": -1}])
+    data = load(DataSpec(path=tmp_path), MNLI, 0)
+    assert list(data.evaluation) == ["validation_matched", "validation_mismatched"]
+
+
+def test_samples_are_seeded_and_no_larger_than_what_there_is(tmp_path):
+    write(tmp_path, train=rows(50), validation=rows(10), test=rows(40))
+    spec = DataSpec(path=tmp_path, train_examples=20, evaluation_examples=20)
+    one, again, other = (load(spec, SST2, seed) for seed in (0, 0, 1))
+    assert one.train is not None and again.train is not None and other.train is not None
+    assert len(set(one.train["sentence"])) == 20
+    assert one.train[:] == again.train[:] != other.train[:]
+    assert [len(split) for split in one.evaluation.values()] == [10, 20]
+
+
+def test_a_file_for_each_client(tmp_path):
+    write(tmp_path, b=rows(3), a=rows(2))
+    files = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
+    data = load(DataSpec(clients=files), SST2, 0)
+    assert data.train is None and data.evaluation == {}
+    assert data.clients is not None
+    assert [(name, len(part)) for name, part in data.clients.items()] == [("b", 3), ("a", 2)]
+
+
+def test_with_clients_a_directory_supplies_evaluation_alone(tmp_path):
+    (tmp_path / "server").mkdir()
+    server = write(tmp_path / "server", validation=rows(4), train=[{"not": "looked at"}])
+    write(tmp_path, a=rows(2))
+    data = load(DataSpec(clients=[tmp_path / "a.jsonl"], path=server), SST2, 0)
+    assert list(data.evaluation) == ["validation"] and data.train is None
+
+
+def test_clients_of_the_same_name_are_refused(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, a=rows(2))
+    files = [tmp_path / "x" / "a.jsonl", tmp_path / "y" / "a.jsonl"]
+    with pytest.raises(UserError, match="two files are named 'a'"):
+        load(DataSpec(clients=files), SST2, 0)
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        ({"validation": rows(1)}, r"has no file train .*there is: validation\.jsonl"),
+        ({"train": [*rows(3), {"sentence": "x", "label": 2}]}, r"train\.jsonl, line 4: label is 2"),
+        (
+            {"train": [{"text": "x", "label": 0}]},
+            r"train\.jsonl: no column 'sentence'; there are: text, label",
+        ),
+        (
+            {"train": [{"sentence": "x", "label": 0}, {"sentence": None, "label": 0}]},
+            r"train\.jsonl, line 2: sentence is missing",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_by_file_and_line(tmp_path, splits, message):
+    with pytest.raises(UserError, match=message):
+        load(DataSpec(path=write(tmp_path, **splits)), SST2, 0)
+
+
+def test_a_missing_directory_and_two_files_for_a_split(tmp_path):
+    with pytest.raises(UserError, match=r"gone is no directory"):
+        load(DataSpec(path=tmp_path / "gone"), SST2, 0)
+    write(tmp_path, train=rows(2))
+    (tmp_path / "train.csv").write_text("sentence,label\nx,0\n")
+    with pytest.raises(UserError, match=r"both train\.jsonl and train\.csv"):
+        load(DataSpec(path=tmp_path), SST2, 0)
+
+
+def test_the_hub(monkeypatch):
+    label = ClassLabel(names=["negative", "positive"])
+    train = Dataset.from_list(rows(4)).cast_column("label", label)
+    test = Dataset.from_list([row | {"label": -1} for row in rows(2)])
+    asked: list[Any] = []
+
+    def load_dataset(*names: Any, **options: Any) -> DatasetDict:
+        asked.append((names, options))
+        return DatasetDict(train=train, validation=train, test=test)
+
+    monkeypatch.setattr(module.datasets, "load_dataset", load_dataset)
+    data = load(DataSpec(name="nyu-mll/glue", config="sst2", revision="abc"), SST2, 0)
+    assert asked == [(("nyu-mll/glue", "sst2"), {"revision": "abc"})]
+    assert list(data.evaluation) == ["validation"]
+    assert data.description.startswith("nyu-mll/glue, config sst2, revision abc, train: 4 rows")
+
+
+def test_a_hub_that_cannot_be_reached_or_has_no_training_rows(monkeypatch):
+    def unreachable(*_: Any, **__: Any) -> DatasetDict:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(module.datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"cannot load 'a/b' from the hub: no route"):
+        load(DataSpec(name="a/b"), SST2, 0)
+    only_test = DatasetDict(test=Dataset.from_list(rows(1)))
+    monkeypatch.setattr(module.datasets, "load_dataset", lambda *_, **__: only_test)
+    with pytest.raises(UserError, match=r"has no split train; it has test"):
+        load(DataSpec(name="a/b"), SST2, 0)
+
+
+def test_the_built_in_source_brings_its_labels():
+    spec = DataSpec(source="stdlib-docs", train_examples=60)
+    task = build_task(TaskSpec(kind="text-classification"), known_labels(spec))
+    data = load(spec, task, 0)
+    assert task.labels == LABELS and known_labels(DataSpec(name="x")) is None
+    assert data.train is not None and len(data.train) == 60
+    other = build_task(TaskSpec(kind="text-classification", labels=["a", "b"]))
+    with pytest.raises(UserError, match=r"stdlib-docs, .*the classes .* are networking"):
+        load(spec, other, 0)
+
+
+def test_a_task_without_labels_is_evaluated_on_any_split_with_its_columns(tmp_path):
+    write(tmp_path, train=[{"text": "a b"}], test=[{"text": "c d"}])
+    assert list(load(DataSpec(path=tmp_path), TEXT, 0).evaluation) == ["test"]
+
+
+@pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "rte", "qnli", "stsb"])
+def test_published_data_load(shared, name):
+    path = shared / "data" / name
+    data = load(DataSpec(path=path), build_task(TaskSpec(kind="glue", name=name)), 0)
+    assert data.train is not None and len(data.train) > 1000
+    there = [split for split in ("validation", "test") if (path / f"{split}.jsonl").exists()]
+    assert list(data.evaluation) == there

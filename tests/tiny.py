@@ -1,0 +1,100 @@
+"""Tiny models of real architectures with a real tokenizer, built from configs, not downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import ByteLevelBPETokenizer, processors
+from transformers import PreTrainedTokenizerFast
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A file is opened for reading and its lines are returned one by one.",
+    "Sockets send bytes over the network; threads wait for locks.",
+    "Numbers, dates and times are compared, added and rounded.",
+]
+ENCODERS = ("roberta", "bert")
+DECODERS = ("gpt2", "llama", "mistral", "gemma2")
+
+
+def tiny(
+    kind: str,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_labels: int = 3,
+    **overrides: Any,
+) -> Path:
+    """Saves a tiny pretrained model and tokenizer to `path`.
+
+    Encoders have no head, as on the hub; decoders are causal language models. GPT-2 and
+    Gemma-2 have tied embeddings; GPT-2, Llama and Mistral have no padding token, as in real life.
+    `overrides` are fields of the model's config.
+    """
+    tokenizer = _tokenizer(pad=kind in (*ENCODERS, "gemma2"), cls=kind in ENCODERS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        config = _config(kind, len(tokenizer), tokenizer)
+        config.update({"num_labels": num_labels, **overrides})
+        auto = transformers.AutoModel if kind in ENCODERS else transformers.AutoModelForCausalLM
+        model = auto.from_config(config)
+        for parameter in model.parameters():  # norms and biases away from ones and zeros
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _tokenizer(*, pad: bool, cls: bool) -> PreTrainedTokenizerFast:
+    bpe = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bpe.train_from_iterator(TEXT, vocab_size=320, special_tokens=special, show_progress=False)
+    if cls:
+        bpe._tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>",
+            pair="<s> $A </s> $B </s>",
+            special_tokens=[("<s>", 0), ("</s>", 2)],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>" if pad else None,
+        model_max_length=128,
+    )
+
+
+def _config(
+    kind: str, vocab: int, tokenizer: PreTrainedTokenizerFast
+) -> transformers.PreTrainedConfig:
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
+    size = {
+        "vocab_size": vocab,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    wide = {**size, "intermediate_size": 24, **ids}
+    grouped = {**wide, "num_key_value_heads": 2, "max_position_embeddings": 160}
+    match kind:
+        case "roberta":
+            return transformers.RobertaConfig(
+                **wide, max_position_embeddings=160, type_vocab_size=1
+            )
+        case "bert":
+            return transformers.BertConfig(**wide, max_position_embeddings=160)
+        case "gpt2":
+            return transformers.GPT2Config(
+                vocab_size=vocab, n_embd=16, n_layer=2, n_head=4, n_positions=160, **ids
+            )
+        case "llama":
+            return transformers.LlamaConfig(**grouped, tie_word_embeddings=False)
+        case "mistral":
+            return transformers.MistralConfig(**grouped, sliding_window=32)
+        case "gemma2":
+            return transformers.Gemma2Config(**grouped, head_dim=6, query_pre_attn_scalar=6)
+    raise ValueError(f"no tiny {kind!r}; there are {ENCODERS + DECODERS}")
