@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny matrices: more threads are slower, by far on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedex_lora.data.partition import partition, split_validation
+from fedex_lora.data.partition import _bins, partition, split_validation
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import PartitionSpec, TaskSpec
 from fedex_lora.tasks import build_task
@@ -22,6 +22,7 @@ TEXT = build_task(TaskSpec(kind="causal-lm"))
 IID = PartitionSpec()
 DIRICHLET = PartitionSpec(kind="dirichlet", alpha=0.3)
 SHARDS = PartitionSpec(kind="shards", shards_per_client=2)
+SHARD = PartitionSpec(kind="shards", shards_per_client=1)
 
 
 def table(count: int, **more: Any) -> Dataset:
@@ -32,9 +33,9 @@ def dealt(parts: dict[str, Dataset]) -> list[list[int]]:
     return [part["row"][:] for part in parts.values()]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    kind=st.sampled_from([IID, DIRICHLET, SHARDS]),
+    kind=st.sampled_from([IID, DIRICHLET, SHARDS, SHARD]),
     count=st.integers(1, 60),
     clients=st.integers(1, 12),
     seed=st.integers(0, 2**31),
@@ -104,6 +105,10 @@ def test_by_a_natural_id(ids, capfd):
     assert [set(part["site"]) for part in parts.values()] == [{i} for i in sorted(column)]
     assert [len(part) for part in parts.values()] == [30, 30, 30]
     assert capfd.readouterr().err == ""
+
+
+def test_bins_are_of_equal_width_and_the_greatest_number_is_in_the_last():
+    assert _bins([0.0, 0.9, 1.1, 2.5, 3.9, 4.1, 5.0]) == [0, 0, 1, 2, 3, 4, 4]
 
 
 def test_names_sort_as_numbers():

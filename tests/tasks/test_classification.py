@@ -46,6 +46,8 @@ def model_of(folder, task: Task):
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer_of(folder).eos_token_id
+    for parameter in model.parameters():  # so that predictions differ from row to row
+        parameter.data *= 5 if parameter.dim() > 1 else 1
     return model
 
 
@@ -68,10 +70,10 @@ def test_scores_are_those_of_single_rows(folder, task, table):
     assert scores["loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
     if task is STSB:
         assert scores["pearson"] == pytest.approx(
-            torch.corrcoef(torch.stack([logits[:, 0], labels]))[0, 1].item(), rel=1e-4
+            torch.corrcoef(torch.stack([logits[:, 0], labels]))[0, 1].item(), abs=1e-4
         )
     else:
-        assert scores["accuracy"] == (logits.argmax(1) == labels).float().mean().item()
+        assert scores["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
     assert set(scores) == {"loss", *GLUE[task.name.removeprefix("glue/")].metrics}
 
 
@@ -89,7 +91,7 @@ def test_order_and_batch_size_do_not_matter(folder, batch_size):
 def test_evaluation_leaves_every_module_as_it_was(folder):
     tokenizer, model = tokenizer_of(folder), model_of(folder, SST2)
     model.train()
-    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
     frozen.eval()
     encoded = SST2.encode(Dataset.from_dict(SENTENCES), tokenizer, 32)
     first, second = (SST2.evaluate(model, encoded, tokenizer, 2) for _ in range(2))
@@ -101,9 +103,9 @@ def test_evaluation_leaves_every_module_as_it_was(folder):
 
 
 def test_encoding_truncates_pairs_and_does_not_pad(folder):
-    encoded = MRPC.encode(Dataset.from_dict(PAIRS), tokenizer_of(folder), 12)
+    encoded = MRPC.encode(Dataset.from_dict(PAIRS), tokenizer_of(folder), 24)
     lengths = [len(ids) for ids in encoded["input_ids"]]
-    assert max(lengths) == 12 and len(set(lengths)) > 1
+    assert max(lengths) == 24 and len(set(lengths)) > 1
     assert {"input_ids", "attention_mask", "labels"} <= set(encoded.column_names)
     assert encoded["labels"][:] == PAIRS["label"] and encoded.cache_files == []
 
@@ -133,6 +135,7 @@ def test_batches_have_the_labels_that_the_loss_needs(folder):
         assert batch["labels"].dtype == dtype and batch["labels"].shape == (2,)
 
 
+@pytest.mark.parametrize("folder", ["roberta", "gpt2"], indirect=True)
 def test_a_trainer_learns_with_it(folder, tmp_path):
     tokenizer, model = tokenizer_of(folder), model_of(folder, SST2)
     encoded = SST2.encode(Dataset.from_dict(SENTENCES), tokenizer, 32)
@@ -140,7 +143,7 @@ def test_a_trainer_learns_with_it(folder, tmp_path):
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         learning_rate=2e-2,
-        max_steps=20,
+        max_steps=40,
         per_device_train_batch_size=3,
         report_to="none",
         use_cpu=True,
@@ -151,7 +154,7 @@ def test_a_trainer_learns_with_it(folder, tmp_path):
         model, arguments, train_dataset=encoded, data_collator=SST2.collator(tokenizer)
     ).train()
     after = SST2.evaluate(model, encoded, tokenizer, 4)
-    assert after["loss"] < 0.7 * before["loss"]
+    assert after["loss"] < 0.5 * before["loss"] and after["accuracy"] == 1
 
 
 @pytest.mark.parametrize(

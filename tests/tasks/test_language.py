@@ -172,6 +172,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(model, tokenizer):
     assert model.generation_config.to_dict() == alone
 
 
+@pytest.mark.parametrize("folder", ["gpt2", "llama"], indirect=True)
 def test_a_trainer_learns_an_answer(model, tokenizer, tmp_path):
     task = instruct(generate=True, max_new_tokens=4)
     rows = Dataset.from_dict({"question": ["dog?", "a"], "answer": ["fox", "fox"]})

@@ -77,7 +77,7 @@ def load_base(
     for module in model.modules():
         # bitsandbytes on some CPUs repacks, and rounds, the weight at the first evaluation
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            pass
+            module.support_avx512bf16_for_cpu = False
     _set_padding(model, tokenizer, spec.name)
     use_cache = bool(getattr(model.config, "use_cache", False))
     model.config.use_cache = False

@@ -165,7 +165,7 @@ def _encode_instructions(
     records = _records(rows, templates.columns)
     answers = [templates.response.format_map(row) for row in records]
     prompts = _prompt_ids([templates.prompt.format_map(row) for row in records], tokenizer)
-    responses = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    responses = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
     end = _end_of_text(tokenizer)
     encoded = [
         _instruction(prompt, [*response, end], max_length) | ({"response": a} if generate else {})
@@ -182,7 +182,7 @@ def _instruction(prompt: list[int], response: list[int], max_length: int) -> dic
 
 def _prompt_ids(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Without the end-of-text token some tokenizers append: the response is still to come."""
-    encoded = tokenizer(prompts)["input_ids"]
+    encoded = tokenizer(prompts, verbose=False)["input_ids"]  # what is too long is cut or left out
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
 
 
