@@ -12,9 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from fedex_lora.adapter import AdapterState, fresh
 from fedex_lora.client import ClientData, training_arguments
-from fedex_lora.data.load import load
+from fedex_lora.data.load import known_labels, load
 from fedex_lora.data.partition import partition, split_validation
-from fedex_lora.data.stdlib_docs import LABELS
 from fedex_lora.errors import UserError
 from fedex_lora.federation.settings import Settings
 from fedex_lora.methods import METHODS
@@ -93,8 +92,8 @@ def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
 
 
 def recipe_task(recipe: Recipe) -> Task:
-    """The task; the built-in data brings its own labels."""
-    return build_task(recipe.task, LABELS if recipe.data.source else None)
+    """The task; some data bring their own labels."""
+    return build_task(recipe.task, known_labels(recipe.data))
 
 
 def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> AdaptedModel:

@@ -12,6 +12,7 @@ from fedex_lora.adapter import AdapterState, Site, fresh
 from fedex_lora.federation.loop import Lost, run_round
 from fedex_lora.federation.messages import (
     Update,
+    check,
     decode_broadcast,
     decode_update,
     encode_broadcast,
@@ -63,14 +64,16 @@ class Clients:
     def _train(self, client: str, round: int, start: AdapterState) -> Update:
         g = torch.Generator().manual_seed(derive(0, round, client))
         trained = self.settings.method.trained(round)
-        end = trained_by(start, trained, g, self.spread)
+        begun, end = start, trained_by(start, trained, g, self.spread)
         a = {n: f.A for n, f in end.sites.items()} if "A" in trained else {}
         b = {n: f.B for n, f in end.sites.items()} if "B" in trained else {}
         update = Update(round, client, a, b, end.head, EXAMPLES[client])
-        update = decode_update(encode_update(update, start, self.settings.wire_dtype), start)
-        own = self.settings.method.assignment == "keep"
-        self.held[client] = end if own else start
-        self.history[-1][client] = (start, end)
+        if self.settings.method.exchanges:
+            update = decode_update(encode_update(update, start, self.settings.wire_dtype), start)
+        if self.settings.method.assignment == "keep":  # what the server decodes is what counts
+            start = check(update, start, trained, round, client)
+        self.held[client] = start
+        self.history[-1][client] = (begun, end)
         return update
 
 

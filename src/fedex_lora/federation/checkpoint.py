@@ -6,11 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors
@@ -28,31 +30,45 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         UserError: A full disk or a directory that cannot be written; `path` is as it was.
     """
+    _replace(path, lambda new: new.write_bytes(content))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     new = path.with_name(path.name + ".new")
     try:
-        with new.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
+        write(new)
+        _sync(new)
         new.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-    except OSError as error:
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
         new.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}. Free some space or choose "
+            f"{path}: cannot be written: {reason}. Free some space or choose "
             "another directory, then `fedex-lora resume`; what was saved before is intact"
         ) from None
 
 
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save_checkpoint(directory: Path, state: ServerState, extra: Mapping[str, Any]) -> Path:
     """Writes the state after its version; `extra` is JSON that comes back with it."""
-    blob = save(_tensors(state), {"fedex": json.dumps({**_meta(state), "extra": extra})})
+    meta = {"fedex": json.dumps({**_meta(state), "extra": extra})}
     path = directory / NAME.format(state.version)
-    write_atomic(path, blob)
-    write_atomic(_digest_path(path), hashlib.sha256(blob).hexdigest().encode())
+    _replace(path, lambda new: save_file(_tensors(state), new, meta))
+    write_atomic(_digest_path(path), _digest(path).encode())
     return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
@@ -62,15 +78,15 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
         UserError: If the file is absent, truncated, or not what was written.
     """
     try:
-        blob = path.read_bytes()
-        digest = _digest_path(path).read_text()
+        intact = _digest(path) == _digest_path(path).read_text()
     except OSError as error:
         raise UserError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
-    if hashlib.sha256(blob).hexdigest() != digest:
+    if not intact:
         raise UserError(f"{path}: checkpoint is corrupted or truncated (its digest differs)")
-    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-    meta = json.loads(header["__metadata__"]["fedex"])
-    return _state(load(blob), meta), meta["extra"]
+    with safe_open(path, framework="pt") as file:
+        meta = json.loads(file.metadata()["fedex"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return _state(tensors, meta), meta["extra"]
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -120,7 +136,12 @@ def _tensors(state: ServerState) -> dict[str, Tensor]:
     for site, w in state.carry.items():
         flat |= {f"carry/{site}/left": w.left, f"carry/{site}/right": w.right}
     flat |= {f"late/{name}": value for name, value in state.late.items()}
-    return {name: value.clone().contiguous() for name, value in flat.items()}
+    seen: set[int] = set()  # one tensor under two names is written twice
+    for name, value in flat.items():
+        if value.data_ptr() in seen or not value.is_contiguous():
+            flat[name] = value.clone(memory_format=torch.contiguous_format)
+        seen.add(value.data_ptr())
+    return flat
 
 
 def _adapter_tensors(prefix: str, adapter: AdapterState) -> dict[str, Tensor]:

@@ -182,11 +182,18 @@ def _send_factors(
     in_ledger = settings.method.residual in ("exact", "truncated")
     averaged = settings.method.assignment == "average"
     late = state.late if averaged and not in_ledger else {}
-    a, late_a = _round_off({n: f.A for n, f in result.factors.items()}, late, "A", dtype)
-    b, late_b = _round_off({n: f.B for n, f in result.factors.items()}, late, "B", dtype)
+    parts, new_late = {}, {}
+    for x in "AB":
+        parts[x] = {n: getattr(f, x) for n, f in result.factors.items()}
+        if x in _changed(settings, state.version + 1):
+            parts[x], rest = _round_off(parts[x], late, x, dtype)
+        else:  # frozen: not sent, so not rounded, and what waits goes on waiting
+            rest = {k: v for k, v in late.items() if k.startswith(f"{x}/")}
+        new_late |= rest
+    a, b = parts["A"], parts["B"]
     sent = {n: Factors(a[n], b[n], f.scale) for n, f in result.factors.items()}
     if not in_ledger or dtype == torch.float32:
-        return sent, {}, {**late_a, **late_b} if averaged else {}
+        return sent, {}, new_late if averaged else {}
     missed = {n: f.delta() + sent[n].delta().scaled(-1.0) for n, f in result.factors.items()}
     return sent, missed, {}
 

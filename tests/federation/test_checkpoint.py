@@ -1,0 +1,99 @@
+import pytest
+import torch
+from simulation import assert_same, settings, simulate
+
+from fedex_lora.adapter import AdapterState
+from fedex_lora.errors import UserError
+from fedex_lora.federation import checkpoint
+from fedex_lora.federation.checkpoint import (
+    checkpoints,
+    latest,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+)
+from fedex_lora.federation.loop import run_round
+from fedex_lora.federation.state import start_of
+from fedex_lora.methods import METHODS
+
+
+def same_state(a, b):
+    assert (a.version, a.held, a.changed) == (b.version, b.held, b.changed)
+    assert_same(AdapterState(a.factors, a.head), AdapterState(b.factors, b.head))
+    assert a.own.keys() == b.own.keys() and a.ledger.sites() == b.ledger.sites()
+    for client in a.own:
+        assert_same(a.own[client], b.own[client])
+    for site in a.ledger.sites():
+        assert torch.equal(a.ledger.total(site), b.ledger.total(site))
+    assert a.carry.keys() == b.carry.keys() and a.late.keys() == b.late.keys()
+    assert all(torch.equal(w.dense(), b.carry[n].dense()) for n, w in a.carry.items())
+    assert all(torch.equal(t, b.late[n]) for n, t in a.late.items())
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("extra", [{}, {"wire_dtype": torch.bfloat16}, {"clients_per_round": 2}])
+def test_four_rounds_are_two_and_two_more_bit_for_bit(name, extra, tmp_path):
+    sites = {"sites": {}} if METHODS[name].trains == "all" else {}
+    s = settings(name, **extra, **sites)
+    states, _, _ = simulate(s, 4)
+    save_checkpoint(tmp_path, states[2], {"record": {"round": 2}})
+    state, extra = load_checkpoint(tmp_path / "round-0002.safetensors")
+    assert extra == {"record": {"round": 2}}
+    same_state(state, states[2])
+    _, again, _ = simulate(s, 2)
+    for expected in states[3:]:
+        state, _ = run_round(state, s, again)
+        same_state(state, expected)
+    assert {c: start_of(state, s, c).nbytes() for c in s.clients}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    states, _, _ = simulate(settings("fedex"), 4)
+    for state in states[1:]:
+        save_checkpoint(tmp_path, state, {})
+    return tmp_path, states
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no digest", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, damage):
+    directory, states = saved
+    newest = directory / "round-0004.safetensors"
+    content = newest.read_bytes()
+    if damage == "truncated":
+        newest.write_bytes(content[:-7])
+    if damage == "flipped":
+        newest.write_bytes(content[:-7] + bytes([content[-7] ^ 1]) + content[-6:])
+    if damage == "empty":
+        newest.write_bytes(b"")
+    if damage == "no digest":
+        newest.with_suffix(".sha256").unlink()
+    found = list(latest(directory))
+    if damage != "no digest":  # an unfinished one is not listed
+        path, state, why = found.pop(0)
+        assert path == newest and state is None and "corrupted or truncated" in why
+    same_state(found[0][1], states[3])
+
+
+def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):
+    directory, states = saved
+    before = {p.name: p.read_bytes() for p in directory.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_checkpoint(directory, states[4], {"other": 1})
+    assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+
+
+def test_pruning_keeps_the_two_newest_and_the_best(saved):
+    directory, _ = saved
+    prune(directory, {1})
+    assert [p.name for p in checkpoints(directory)] == [
+        "round-0004.safetensors",
+        "round-0003.safetensors",
+        "round-0001.safetensors",
+    ]
+    assert len(list(directory.iterdir())) == 6
