@@ -24,7 +24,8 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe_with_places
 from fedex_lora.run import evaluate as evaluate_state
 from fedex_lora.run import resume_run, start_run
-from fedex_lora.setup import set_up
+from fedex_lora.rundir import RunDir
+from fedex_lora.setup import recipe_task, set_up
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -200,11 +201,17 @@ def _offer(path: Path) -> None:
     quoted = shlex.quote(str(path))
     _say(f"Run:     {path}")
     if (path / "final" / "adapter").is_dir():
-        _say(f'Adapter: {path}/final/adapter   use: peft.PeftModel.from_pretrained(base, "...")')
+        _say(f"Adapter: {path}/final/adapter")
+        _say(f'         peft.PeftModel.from_pretrained(base_model, "{path}/final/adapter")')
     if (path / "final" / "model").is_dir():
-        _say(f"Model:   {path}/final/model   use: transformers.AutoModel....from_pretrained")
+        _say(f"Model:   {path}/final/model")
+        _say(f'         transformers.{_auto(path)}.from_pretrained("{path}/final/model")')
     else:
         _say(f"Merged model: fedex-lora export {quoted} --as model")
+
+
+def _auto(path: Path) -> str:
+    return recipe_task(RunDir(path).recipe()).auto_model
 
 
 def _show_export(exported: Exported, rank: int | None) -> None:

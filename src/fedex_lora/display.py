@@ -37,6 +37,7 @@ class Display:
             f"[bold]{self.label or recipe.name}[/]  {recipe.method.name}, seed {recipe.seed}, "
             f"{settings.rounds} rounds, training examples {examples}  →  {out}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def turn(self, round: int, client: str, done: int, total: int) -> None:
@@ -50,7 +51,7 @@ class Display:
 
     def round_done(self, record: Record) -> None:
         self._clear()
-        self.console.print("  " + round_line(record), highlight=False)
+        self.console.print("  " + round_line(record), highlight=False, soft_wrap=True)
         for name, why in {**record["refused"], **record["lost"]}.items():
             self.console.print(f"    [yellow]without {name}[/]: {why}", highlight=False)
 
@@ -90,7 +91,9 @@ def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[
     """A table with numbers to the right."""
     table = Table(header_style="bold")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
+        # names stay whole; headers wrap, but not within words
+        longest = max(map(len, name.split()), default=0)
+        table.add_column(name, justify="right" if i else "left", no_wrap=not i, min_width=longest)
     for row in rows:
         table.add_row(*row)
     console.print(table)

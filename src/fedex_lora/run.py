@@ -188,9 +188,7 @@ def _keeper(federation: Federation, directory: RunDir) -> KeepUpdate:
 def _save(
     federation: Federation, directory: RunDir, state: ServerState, progress: _Progress
 ) -> None:
-    extra = {"record": progress.records[-1], "ranks": dict(federation.settings.ranks)}
-    extra["clients"] = list(federation.settings.clients)
-    extra["description"] = federation.description
+    extra = _extra(federation, progress.records[-1])
     save_checkpoint(directory.checkpoints, state, extra)
     directory.write_records(progress.records)
     best = progress.best()
@@ -259,43 +257,54 @@ def _finish(
 ) -> dict[str, Any]:
     """All splits for the last and the best round, and the totals, with the delivery of the
     final model to every client."""
-    best = progress.best()
-    last = evaluate(federation, engine, state)
-    at_best = last
-    if best is not None and best["round"] != state.version:
-        path = directory.checkpoints / NAME.format(best["round"])
-        at_best = evaluate(federation, engine, load_checkpoint(path)[0])
-    records = progress.records
-    deviations = [r["deviation"] for r in records if "deviation" in r]
-    settings = federation.settings
+    settings, records = federation.settings, progress.records
+    best = progress.best() or records[-1]
     closing = {c: broadcast_to(state, settings, c) for c in settings.clients}
     delivery = sum(count_down(state, settings, closing).values())
+    del closing
+    rounds, last = state.version, evaluate(federation, engine, state)
+    at_best = last
+    if best["round"] != rounds:
+        state = load_checkpoint(directory.checkpoints / NAME.format(best["round"]))[0]
+        at_best = evaluate(federation, engine, state)
+    if settings.method.exchanges:
+        _export(federation, directory, state, best)
     results = {
         "method": federation.recipe.method.name,
         "seed": federation.recipe.seed,
         "metric": federation.task.primary,
-        "rounds": state.version,
-        "best_round": best["round"] if best else state.version,
+        "rounds": rounds,
+        "best_round": best["round"],
         "last": last,
         "best": at_best,
+        "description": federation.description,
+        **_totals(records, delivery),
+    }
+    directory.write_json("results.json", results)
+    return results
+
+
+def _totals(records: list[Record], delivery: int) -> dict[str, Any]:
+    deviations = [r["deviation"] for r in records if "deviation" in r]
+    return {
         "deviation": deviations[-1] if deviations else None,
         "bytes_up": sum(sum(r["bytes_up"].values()) for r in records),
         "bytes_down": sum(sum(r["bytes_down"].values()) for r in records) + delivery,
         "bytes_delivery": delivery,
         "seconds": sum(r["seconds"]["round"] for r in records),
-        "description": federation.description,
     }
-    _export(federation, directory, state, results["best_round"])
-    directory.write_json("results.json", results)
-    return results
 
 
-def _export(federation: Federation, directory: RunDir, state: ServerState, best: int) -> None:
+def _export(federation: Federation, directory: RunDir, state: ServerState, record: Record) -> None:
     """The best round's model in final/: an adapter, or the model where everything was trained."""
-    if not federation.settings.method.exchanges:
-        return
-    state, extra = load_checkpoint(directory.checkpoints / NAME.format(best))
+    extra = _extra(federation, record)
     trained = Trained(federation.recipe, federation.model, federation.settings, state, extra)
     write, name = (export_adapter, "adapter") if state.factors else (export_model, "model")
     shutil.rmtree(directory.final / name, ignore_errors=True)  # of a run that died right here
     write(trained, directory.final / name)
+
+
+def _extra(federation: Federation, record: Record) -> dict[str, Any]:
+    """What a checkpoint holds beside the state: enough to export from it."""
+    clients = list(federation.settings.ranks or federation.settings.clients)
+    return {"record": record, "clients": clients, "description": federation.description}

@@ -64,6 +64,7 @@ def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
     """
     torch.set_num_threads(recipe.engine.threads)
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     task = recipe_task(recipe)
     rows = load_rows(recipe, task)
     model = recipe_model(recipe, task, workdir)

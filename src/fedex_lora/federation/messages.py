@@ -7,6 +7,7 @@ have not changed since the version it holds, are not sent. On the wire it is one
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -92,16 +93,18 @@ def check(
     """
     if (update.round, update.client) != (round, client):
         raise UpdateRefused(
-            f"{client}: sent an update of round {update.round} as {update.client!r}; "
-            f"expected round {round}"
+            f"sent an update of round {update.round} as {update.client!r}; expected round {round}"
         )
     if not update.examples > 0:
-        raise UpdateRefused(f"{client}: trained on {update.examples} examples; expected at least 1")
+        raise UpdateRefused(f"trained on {update.examples} examples; expected at least 1")
+    for name, value in update.metrics.items():
+        if not math.isfinite(value):
+            raise UpdateRefused(f"its training {name} is {value}; expected a finite number")
     a = {name: f.A for name, f in start.sites.items()}
     b = {name: f.B for name, f in start.sites.items()}
-    _check_tensors(client, "A", update.A, a if "A" in trained else {})
-    _check_tensors(client, "B", update.B, b if "B" in trained else {})
-    _check_tensors(client, "head", update.head, start.head)
+    _check_tensors("A", update.A, a if "A" in trained else {})
+    _check_tensors("B", update.B, b if "B" in trained else {})
+    _check_tensors("head", update.head, start.head)
     end = {
         name: Factors(update.A.get(name, f.A), update.B.get(name, f.B), f.scale)
         for name, f in start.sites.items()
@@ -109,13 +112,13 @@ def check(
     return AdapterState(end, update.head)
 
 
-def _check_tensors(client: str, kind: str, got: Tensors, expected: Tensors) -> None:
+def _check_tensors(kind: str, got: Tensors, expected: Tensors) -> None:
     if got.keys() != expected.keys():
         wrong = sorted(got.keys() ^ expected.keys())[0]
         what = "is missing" if wrong in expected else "was not asked for"
-        raise UpdateRefused(f"{client}: {kind} of {wrong!r} {what}")
+        raise UpdateRefused(f"{kind} of {wrong!r} {what}")
     for name, tensor in got.items():
-        where, like = f"{client}: {kind} of {name!r}", expected[name]
+        where, like = f"{kind} of {name!r}", expected[name]
         if tensor.shape != like.shape:
             raise UpdateRefused(
                 f"{where} has shape {tuple(tensor.shape)}; expected {tuple(like.shape)}"

@@ -1,0 +1,143 @@
+"""The command line: what a user sees, above all when something is wrong."""
+
+import json
+
+import pytest
+import yaml
+from runs import recipe
+
+from fedex_lora import __version__, cli
+from fedex_lora.federation import checkpoint
+from fedex_lora.methods import METHODS
+from fedex_lora.recipe_yaml import dump_recipe
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs a command; returns (exit code, output, errors)."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["fedex-lora", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "width", 200)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The recipe on rows to be dealt out, not a file a client."""
+    rows = folder / "data"
+    text = "".join((rows / f"{n}.jsonl").read_text() for n in ("ann", "bob", "cleo"))
+    (rows / "train.jsonl").write_text(text)
+    raw = yaml.safe_load((folder / "recipe.yaml").read_text())
+    raw["data"] = {"path": str(rows)}
+    (folder / "whole.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "whole.yaml"
+
+
+def test_run_evaluate_export_and_resume_of_a_finished_run(command, folder, tmp_path):
+    code, out, _ = command("run", folder / "recipe.yaml", "--out", tmp_path / "run")
+    assert code == 0 and "round 2; validation: accuracy" in out and "final/adapter" in out
+    code, out, _ = command("evaluate", tmp_path / "run", "--round", "last")
+    assert code == 0 and "macro_f1" in out and "round 2" in out
+    code, out, _ = command("export", tmp_path / "run", "--as", "model")
+    assert code == 0 and (tmp_path / "run" / "final" / "model" / "config.json").exists()
+    code, out, _ = command("export", tmp_path / "run", "--rank", 1, "--out", tmp_path / "one")
+    assert code == 0 and "Relative error of the change" in out
+    code, out, _ = command("resume", tmp_path / "run")
+    assert code == 0 and "finished; nothing to do" in out
+
+
+def test_compare_prints_and_writes_mean_and_deviation(command, folder, tmp_path):
+    arguments = ("compare", folder / "recipe.yaml", "--methods", "local,fedit,fedex,fedex-svd:1")
+    sets = ("--set", "federation.rounds=1", "--set", "evaluation.where=both")
+    code, out, _ = command(*arguments, "--seeds", "0,1", *sets, "--out", tmp_path / "c")
+    assert code == 0 and "±" in out and "accuracy on the rows of" in out
+    results = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert [len(results[m]) for m in ("local", "fedit", "fedex", "fedex-svd:1")] == [2] * 4
+    assert "| fedit |" in (tmp_path / "c" / "comparison.md").read_text()
+    code, out, _ = command(*arguments, "--seeds", "0,1", *sets, "--out", tmp_path / "c")
+    assert code == 0 and out.count("nothing to do") == 8
+
+
+def test_methods_recipes_and_version(command, folder):
+    assert all(name in command("methods")[1] for name in METHODS)
+    assert command("version")[1].strip() == __version__
+    code, out, _ = command("recipes", "--directory", "recipes")
+    assert code == 0 and "sst2" in out
+
+
+BAD = {
+    "misspelt key": (["lora.lora_alfa=3"], "did you mean 'lora_alpha'"),
+    "unknown method": (["method.name=fedx"], "did you mean 'fedex'"),
+    "unknown training key": (["training.lerning_rate=1"], "did you mean 'learning_rate'"),
+    "bad training value": (["training.optim=nonsense"], "training: "),
+    "no such modules": (["lora.target_modules=[querry]"], "query"),
+    "ranks not allowed": (["lora.ranks=[1,2,3]"], "fedex needs equal ranks"),
+    "no model": (["model.name=./nowhere"], "nowhere"),
+    "missing data": (["data={path: nowhere}"], "nowhere"),
+    "missing column": (["task.text_column=sentence"], "no column 'sentence'"),
+    "too many clients": (["federation.clients=100"], "100"),
+    "a client without rows": (
+        ["federation.clients=12", "federation.partition={kind: dirichlet, alpha: 0.001}"],
+        "larger alpha",
+    ),
+    "labels out of range": (["task.labels=[x, y]"], ".jsonl, line 3: label is 2"),
+}
+
+
+@pytest.mark.parametrize("what", list(BAD))
+def test_bad_input_is_one_short_text_and_exit_code_2(command, whole, tmp_path, what):
+    sets, expected = BAD[what]
+    arguments = [x for s in sets for x in ("--set", s)]
+    code, _, err = command("run", whole, *arguments, "--out", tmp_path / "run")
+    assert code == 2 and expected in err.replace("\n", " ")
+    assert "Traceback" not in err and len(err.splitlines()) <= 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_directory_and_a_file_in_the_way(command, folder, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        code, _, err = command("run", folder / "recipe.yaml", "--out", out)
+        assert code == 2 and "file" in err and "--out" in err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_full_disk_is_said_and_loses_nothing(command, folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, _, err = command("run", folder / "recipe.yaml", "--out", tmp_path / "run")
+    assert code == 2 and "No space left on device" in err and "resume" in err
+    monkeypatch.undo()
+    code, _, _ = command("resume", tmp_path / "run")
+    assert code == 0
+
+
+@pytest.mark.parametrize("name", ["resume", "evaluate", "export"])
+def test_a_directory_without_a_run(command, tmp_path, name):
+    code, _, err = command(name, tmp_path)
+    assert code == 2 and "no run there" in err
+
+
+def test_nan_below_the_quorum_stops_with_the_checkpoint_intact(command, folder, tmp_path):
+    sets = ["--set", "training.learning_rate=1e30", "--set", "training.max_grad_norm=0"]
+    code, _, err = command("run", folder / "recipe.yaml", *sets, "--out", tmp_path / "run")
+    assert code == 2 and "ann: its training loss is nan" in err and "resume" in err
+    assert (tmp_path / "run" / "checkpoints" / "round-0001.safetensors").exists()
