@@ -75,6 +75,16 @@ def test_every_exact_method_exports_the_oracle_s_model(name, rounds, tmp_path):
     check_exported(tmp_path / "run", tmp_path / "out", 1e-6)
 
 
+@pytest.mark.parametrize("name", [*EXACT, "ffa"])
+def test_a_run_can_start_from_an_adapter(name, tmp_path):
+    start_run(recipe(tmp_path, federation={"rounds": 1}, **SAVE), tmp_path / "first")
+    first = tmp_path / "first" / "rounds" / "0001" / "global"
+    spec = recipe(tmp_path, method={"name": name}, lora={"init": first}, **SAVE)
+    start_run(spec, tmp_path / "run")
+    assert all(p.norm() > 0 for p in products(first).values())
+    check_exported(tmp_path / "run", tmp_path / "out", 1e-6)
+
+
 def test_a_bf16_base_is_one_rounding_from_the_exact_weight_after_fifty_rounds(tmp_path):
     spec = recipe(
         tmp_path,

@@ -319,6 +319,8 @@ class Recipe(Part):
         if not METHODS[self.method.name].ranks_may_differ:
             able = _names(name for name, method in METHODS.items() if method.ranks_may_differ)
             yield "lora.ranks", f"{self.method.name} needs equal ranks; these do not: {able}"
+        if self.lora.init is not None:
+            yield "lora.ranks", "an adapter to start from (lora.init) has one rank for all clients"
         if len(self.lora.ranks) != self.federation.clients:
             count = f"{len(self.lora.ranks)} for {self.federation.clients} clients"
             yield "lora.ranks", f"expected one rank for each client, got {count}"

@@ -50,8 +50,12 @@ class Clients:
     history: list[dict[str, tuple[AdapterState, AdapterState]]] = field(default_factory=list)
     spread: float = 0.1
     breaks: Callable[[Update], Update | Lost] = lambda update: update
+    arrive: Callable[[list], list] = list  # the order in which replies come in
 
     def exchange(self, state, broadcasts):
+        return self.arrive(list(self._replies(state, broadcasts)))
+
+    def _replies(self, state, broadcasts):
         self.history.append({})
         for client in sorted(broadcasts):
             blob = encode_broadcast(broadcasts[client], self.settings.wire_dtype)

@@ -91,6 +91,19 @@ def test_after_one_round_all_exact_assignments_have_the_same_global_model():
         assert relative(changes[n], changes["fedex"]) < 1e-6
 
 
+@pytest.mark.parametrize("name", EXCHANGING)
+def test_the_order_of_arrival_is_irrelevant_bit_for_bit(name):
+    s = settings(name)
+    expected = simulate(s, 3)[0][-1]
+    for arrive in (lambda r: r[::-1], lambda r: [r[2], r[0], r[2], r[3], r[1]]):
+        got = simulate(s, 3, arrive=arrive)[0][-1]
+        for client in s.clients:
+            assert_same(start_of(got, s, client), start_of(expected, s, client))
+        for site in SITES:
+            totals = [x.ledger.total(site) for x in (got, expected)]
+            assert totals[0] is totals[1] is None or torch.equal(*totals)
+
+
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["fedex-svd", "fedex"])
 def test_what_was_sent_plus_what_is_carried_is_exact(name, wire):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
@@ -40,7 +40,7 @@ class Transport(Protocol):
     def exchange(
         self, state: ServerState, broadcasts: Mapping[str, Broadcast]
     ) -> Iterator[Update | Lost]:
-        """Delivers the broadcasts and yields one reply a client, in sorted order of the names."""
+        """Delivers the broadcasts and yields one reply a client, in any order."""
         ...
 
 
@@ -84,7 +84,7 @@ def run_round(
         settings.method.trained(round),
         settings.server_learning_rate,
     )
-    for reply in transport.exchange(state, broadcasts):
+    for reply in in_order(names, transport.exchange(state, broadcasts)):
         if isinstance(reply, Lost):
             tally.lost[reply.client] = reply.reason
         else:
@@ -95,6 +95,26 @@ def run_round(
     after = step(state, settings, result, sorted(tally.taken), tally.ends)
     tally.seconds += perf_counter() - began
     return after, _record(round, settings, after, result, tally, down)
+
+
+def in_order(names: Sequence[str], replies: Iterable[Update | Lost]) -> Iterator[Update | Lost]:
+    """The replies in the order of `names`, each as soon as all before it are there.
+
+    Sums depend on their order in the last bits; so results do not depend on who is faster. A reply
+    of somebody not asked, or a second one, is dropped.
+
+    Example:
+        >>> [r.client for r in in_order("abc", [Lost("b", ""), Lost("a", ""), Lost("c", "")])]
+        ['a', 'b', 'c']
+    """
+    waiting: dict[str, Update | Lost] = {}
+    left = list(names)
+    for reply in replies:
+        if reply.client in left:
+            waiting.setdefault(reply.client, reply)
+        while left and left[0] in waiting:
+            yield waiting.pop(left.pop(0))
+    yield from (waiting[name] for name in left if name in waiting)
 
 
 def _take(
