@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from runs import recipe
+from small_runs import recipe
 
 from fedex_lora import __version__, cli
 from fedex_lora.federation import checkpoint

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from runs import TEXT
+from small_runs import TEXT
 from tiny import tiny
 
 MEASURE = """

@@ -178,7 +178,7 @@ def test_sites_have_the_shapes_of_out_by_in_and_pefts_scale(path):
     assert (down.rank, down.scale, down.fixed_rank) == (3, 7 / 3, False)
     assert (key.out, key.inp) == (8, 16)
     embedding = CASES["bert-embedding"].load(path("bert")).sites["bert.embeddings.word_embeddings"]
-    assert (embedding.out, embedding.init) == (16, "normal")
+    assert (embedding.out, embedding.std) == (16, 1.0)
     assert embedding.inp > 256
 
 
@@ -305,4 +305,4 @@ def test_training_needs_no_cache_and_padding_is_known(path):
 
 def test_gaussian_initialisation_is_passed_on(path):
     model = CASES["gpt2"].load(path("gpt2"), lora={"init_lora_weights": "gaussian"})
-    assert {s.init for s in model.sites.values()} == {"gaussian"}
+    assert {s.std for s in model.sites.values()} == {1 / 3}

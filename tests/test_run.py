@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
-from runs import SIZES, oracle, products, recipe
 from safetensors.torch import load_file
+from small_runs import SIZES, oracle, products, recipe
 
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import QuorumLost, UserError

@@ -7,7 +7,7 @@ scale · B · A with B (out × r) and A (r × in), whatever the layer's own layo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ class Site:
         rank: r of the model as configured; a client's own may differ.
         scale: s at that rank (α/r, or α/√r for rsLoRA), as PEFT applies it.
         rslora: Whether s falls with √r instead of r.
-        init: Distribution of a fresh A: "kaiming" (U(±1/√in), PEFT's default), "gaussian"
-            (N(0, 1/r²), PEFT's option of that name) or "normal" (N(0, 1), for embeddings, whose
-            input is one-hot, so that `in` says nothing about its size).
+        std: Standard deviation of a fresh A's normal entries: 1/r for PEFT's "gaussian", 1 for
+            embeddings, whose input is one-hot, so that `in` says nothing about its size. None:
+            uniform in ±1/√in, PEFT's default.
         fixed_rank: Set by a rank pattern; clients' `ranks` do not change it.
     """
 
@@ -37,7 +37,7 @@ class Site:
     rank: int
     scale: float
     rslora: bool = False
-    init: str = "kaiming"
+    std: float | None = None
     fixed_rank: bool = False
 
     def at_rank(self, rank: int) -> Site:
@@ -46,7 +46,7 @@ class Site:
             return self
         ratio = self.rank / rank
         scale = self.scale * (ratio**0.5 if self.rslora else ratio)
-        return Site(self.out, self.inp, rank, scale, self.rslora, self.init)
+        return replace(self, rank=rank, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,12 @@ def fresh(sites: Mapping[str, Site], seed: int, version: int = 0) -> dict[str, F
 
 def _fresh_site(site: Site, seed: int) -> Factors:
     generator = torch.Generator().manual_seed(seed)
-    size = (site.rank, site.inp)
-    if site.init == "kaiming":
-        a = (torch.rand(size, generator=generator) * 2 - 1) * site.inp**-0.5
-    else:
-        a = torch.randn(size, generator=generator)
-        a = a / site.rank if site.init == "gaussian" else a
-    return Factors(a, torch.zeros(site.out, site.rank), site.scale)
+    # row by row: what a row holds must not depend on how many there are
+    rows = [_fresh_row(site, generator) for _ in range(site.rank)]
+    return Factors(torch.stack(rows), torch.zeros(site.out, site.rank), site.scale)
+
+
+def _fresh_row(site: Site, generator: torch.Generator) -> Tensor:
+    if site.std is None:
+        return (torch.rand(site.inp, generator=generator) * 2 - 1) * site.inp**-0.5
+    return torch.randn(site.inp, generator=generator) * site.std

@@ -66,17 +66,12 @@ def start_of(state: ServerState, settings: Settings, client: str) -> AdapterStat
     """The factors and head this client starts the next round from."""
     if client in state.own:
         return AdapterState(state.own[client].sites, state.own[client].head or state.head)
-    if settings.method.assignment == "reinit" and state.version:
-        return AdapterState(
-            fresh(settings.sites_of(client), settings.seed, state.version), state.head
-        )
     return AdapterState(_cut(state.factors, settings, client), state.head)
 
 
 def global_factors(state: ServerState, settings: Settings) -> Mapping[str, Factors]:
     """The factors that are part of G beside the base; none where the base W0 + T is all of it."""
-    in_base = not settings.method.shared_base or settings.method.assignment == "reinit"
-    return {} if in_base and (state.version or not settings.method.shared_base) else state.factors
+    return state.factors if settings.method.shared_base else {}
 
 
 def own_increment(state: ServerState, settings: Settings, client: str, site: str) -> LowRank | None:
@@ -177,7 +172,9 @@ def _send_factors(
 ) -> tuple[dict[str, Factors], dict[str, LowRank], dict[str, Tensor]]:
     """The shared factors as the clients decode them, and what rounding took: as increments of the
     base where the method has a ledger, else as tensors to add next time (averages only)."""
-    if not result.factors or not settings.method.shared_base:
+    if settings.method.assignment == "reinit":
+        return fresh(settings.sites, settings.seed, state.version + 1), {}, {}
+    if not settings.method.shared_base:
         return dict(state.factors), {}, {}
     in_ledger = settings.method.residual in ("exact", "truncated")
     averaged = settings.method.assignment == "average"

@@ -116,11 +116,10 @@ def make_layer(name: str, module: Any, *, rslora: bool, gaussian: bool, fixed_ra
         raise UserError(f"lora.target_modules: {name} ({kind}) computes its weight; leave it out")
     if getattr(base, "max_norm", None) is not None:
         raise UserError(f"lora.target_modules: {name} rescales its weight (max_norm); leave it out")
-    embedding = isinstance(module, LoraEmbedding)
-    init = "normal" if embedding else "gaussian" if gaussian else "kaiming"
     scale, rank = float(module.scaling[ADAPTER]), int(module.r[ADAPTER])
     shape = (int(module.out_features), int(module.in_features))
-    return Layer(name, module, Site(*shape, rank, scale, rslora, init, fixed_rank))
+    std = 1.0 if isinstance(module, LoraEmbedding) else 1 / rank if gaussian else None
+    return Layer(name, module, Site(*shape, rank, scale, rslora, std, fixed_rank))
 
 
 def transposed(base: nn.Module) -> bool:
