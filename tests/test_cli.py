@@ -89,6 +89,22 @@ BAD = {
     "no such modules": (["lora.target_modules=[querry]"], "query"),
     "ranks not allowed": (["lora.ranks=[1,2,3]"], "fedex needs equal ranks"),
     "no model": (["model.name=./nowhere"], "nowhere"),
+    "a training value of another type": (["training.weight_decay=x"], "expected a number"),
+    "a learning rate below zero": (["training.learning_rate=-1"], "training: "),
+    "batches of nothing": (["training.per_device_train_batch_size=0"], "training: "),
+    "a schedule without its arguments": (
+        ["training.lr_scheduler_type=cosine_with_min_lr"],
+        "training: ",
+    ),
+    "an absent optimizer": (["training.optim=galore_adamw"], "training: "),
+    "an absent logger": (["training.report_to=tensorboard"], "training: "),
+    "dropping the only batch": (
+        ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=64"],
+        "dataloader_drop_last",
+    ),
+    "longer than the model": (["task.max_length=4096"], "at most 158 tokens"),
+    "modules as a bad pattern": (["lora.target_modules='*('"], "lora"),
+    "threads": (["engine.threads=100000"], "engine.threads"),
     "missing data": (["data={path: nowhere}"], "nowhere"),
     "missing column": (["task.text_column=sentence"], "no column 'sentence'"),
     "too many clients": (["federation.clients=100"], "100"),
@@ -108,6 +124,67 @@ def test_bad_input_is_one_short_text_and_exit_code_2(command, whole, tmp_path, w
     assert code == 2 and expected in err.replace("\n", " ")
     assert "Traceback" not in err and len(err.splitlines()) <= 4
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_without_rows_cannot_evaluate(command, folder, tmp_path):
+    files = ", ".join(str(folder / "data" / f"{n}.jsonl") for n in ("ann", "bob", "cleo"))
+    sets = ("--set", f"data={{clients: [{files}]}}", "--set", "evaluation.where=both")
+    code, _, err = command("run", folder / "recipe.yaml", *sets, "--out", tmp_path / "run")
+    assert code == 2 and "no labelled rows" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--methods", "", "expected one or more"),
+        ("--methods", "fedit:4", "only a truncated residual has a rank"),
+        ("--methods", "fedex-svd", "needs the rank"),
+        ("--methods", "fedx", "did you mean 'fedex'"),
+        ("--seeds", "²", "is no whole number"),
+    ],
+)
+def test_bad_comparisons(command, folder, tmp_path, option, value, expected):
+    out = ("--out", tmp_path / "c")
+    code, _, err = command("compare", folder / "recipe.yaml", option, value, *out)
+    assert code == 2 and expected in err and not (tmp_path / "c").exists()
+
+
+def test_a_comparison_grows(command, folder, tmp_path):
+    arguments = ("compare", folder / "recipe.yaml", "--set", "federation.rounds=1")
+    out = ("--out", tmp_path / "c")
+    command(*arguments, "--methods", "fedit", "--seeds", "0,1", *out)
+    code, printed, _ = command(*arguments, "--methods", "fedit,ffa", "--seeds", "1", *out)
+    results = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert code == 0 and [r["seed"] for r in results["fedit"]] == [0, 1]
+    assert [r["seed"] for r in results["ffa"]] == [1] and "fedit" in printed
+
+
+def test_brackets_in_names_are_no_markup(command, folder, tmp_path):
+    out = tmp_path / "odd [/red] ü [bold]x"
+    sets = ("--set", "name=demo [/x]", "--set", "federation.rounds=1")
+    code, printed, _ = command("run", folder / "recipe.yaml", *sets, "--out", out)
+    assert code == 0 and "demo [/x]" in printed and "odd [/red] ü [bold]x" in printed
+
+
+def test_ctrl_c_says_how_to_go_on(command, folder, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "start_run", stop)
+    code, _, err = command("run", folder / "recipe.yaml", "--out", tmp_path / "run")
+    assert code == 130 and "resume" in err
+
+
+def test_files_of_a_run_that_a_hand_got_at(command, folder, tmp_path):
+    command("run", folder / "recipe.yaml", "--out", tmp_path / "run")
+    for name in ("results.json", "environment.json"):
+        (tmp_path / "run" / name).write_text("{nonsense")
+    code, _, _ = command("resume", tmp_path / "run")
+    assert code == 0
+    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{nonsense\n")
+    code, _, err = command("resume", tmp_path / "run")
+    assert code == 2 and "metrics.jsonl: damaged" in err
 
 
 def test_an_unwritable_directory_and_a_file_in_the_way(command, folder, tmp_path):

@@ -17,12 +17,16 @@ from small_runs import SIZES, oracle, products, recipe
 
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.export import export_adapter, export_model, open_run
+from fedex_lora.export import export_adapter, export_model
 from fedex_lora.federation.checkpoint import load_checkpoint
+from fedex_lora.federation.loop import run_round
+from fedex_lora.federation.state import begin
 from fedex_lora.methods import METHODS
 from fedex_lora.recipe_yaml import dump_recipe
 from fedex_lora.run import Silent, resume_run, start_run
 from fedex_lora.rundir import RunDir
+from fedex_lora.setup import set_up
+from fedex_lora.trained import open_run
 
 EXACT = [
     name
@@ -155,6 +159,40 @@ def test_two_rounds_and_a_resumed_two_are_four_bit_for_bit(finished, tmp_path):
     same_bits(tmp_path / "run", folder / "run")
     assert timeless(tmp_path / "run") == timeless(folder / "run")
     assert resumed["best"] == results["best"] and resumed["bytes_up"] == results["bytes_up"]
+
+
+@pytest.mark.parametrize("training", [{"bf16": True}, {"gradient_checkpointing": True}])
+def test_training_leaves_nothing_behind_on_the_shared_model(tmp_path, training):
+    """Neither a wrapper nor a hook; so what is evaluated does not depend on who trained before."""
+    spec = recipe(tmp_path, training=training, federation={"rounds": 3})
+    results = start_run(spec, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    resumed = resume_run(tmp_path / "run")
+    assert resumed["last"] == results["last"]
+    federation = set_up(spec)
+    hooks = _hooks(federation.model.module)
+    engine = LocalEngine(
+        federation.model, federation.task, federation.clients, federation.settings, training
+    )
+    run_round(begin(federation.settings, federation.initial), federation.settings, engine)
+    assert _hooks(federation.model.module) == hooks
+
+
+def _hooks(module):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_scores_that_are_no_numbers_count_as_no_better_and_survive_a_resume(tmp_path, monkeypatch):
+    def infinite(federation, rows):
+        return {"perplexity": float("inf"), "loss": float("nan")}
+
+    monkeypatch.setattr("fedex_lora.run._score", infinite)
+    spec = recipe(tmp_path, "llama", evaluation={"patience": 2}, federation={"rounds": 9})
+    results = start_run(spec, tmp_path / "run")
+    assert results["rounds"] == 9 and results["best"]["score"] is None
+    with pytest.raises(KeyboardInterrupt):
+        start_run(spec, tmp_path / "again", StopAfter(2))
+    assert resume_run(tmp_path / "again")["best_round"] == results["best_round"]
 
 
 @pytest.mark.parametrize("damage", [b"", None])

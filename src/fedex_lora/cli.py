@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,19 +15,27 @@ import typer
 from rich.console import Console
 
 from fedex_lora import __version__
+from fedex_lora.card import loading_lines
 from fedex_lora.client import check_training
 from fedex_lora.compare import client_table, compare, table
 from fedex_lora.display import Display, show_table
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.export import Exported, export_adapter, export_model, open_run
+from fedex_lora.export import (
+    Exported,
+    default_name,
+    export_adapter,
+    export_model,
+    is_export,
+)
 from fedex_lora.methods import METHODS
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe_with_places
 from fedex_lora.run import evaluate as evaluate_state
 from fedex_lora.run import resume_run, start_run
-from fedex_lora.rundir import RunDir
-from fedex_lora.setup import recipe_task, set_up
+from fedex_lora.rundir import RunDir, number
+from fedex_lora.setup import set_up
+from fedex_lora.trained import open_run, read_round
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,27 +59,41 @@ def _recipe(path: Path, sets: list[str]) -> Recipe:
     return recipe
 
 
+@contextmanager
+def _displays() -> Iterator[Callable[[str], Display]]:
+    """Makes displays, takes them away whatever happens, and says how to go on after Ctrl-C."""
+    made: list[Display] = []
+
+    def show(label: str) -> Display:
+        made.append(Display(console, label))
+        return made[-1]
+
+    try:
+        yield show
+    except KeyboardInterrupt:
+        _complain("interrupted; `fedex-lora resume RUN` goes on after the last finished round")
+        raise typer.Exit(130) from None
+    finally:
+        for display in made:
+            display.close()
+
+
 @app.command()
 def run(recipe: RecipeFile, set: Sets = [], out: Out = None, resume: bool = False) -> None:  # noqa: B006
     """Run a recipe in a new directory (or continue it there with --resume)."""
     spec = _recipe(recipe, set)
     path = out or Path("runs") / f"{spec.name}-{spec.method.name}-seed{spec.seed}"
-    display = Display(console)
-    try:
-        results = resume_run(path, spec, display) if resume else start_run(spec, path, display)
-    finally:
-        display.close()
+    with _displays() as show:
+        shown = show("")
+        results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
     _show_results(path, results)
 
 
 @app.command()
 def resume(run: RunPath) -> None:
     """Continue a run after its last finished round."""
-    display = Display(console)
-    try:
-        results = resume_run(run, None, display)
-    finally:
-        display.close()
+    with _displays() as show:
+        results = resume_run(run, None, show(""))
     _show_results(run, results)
 
 
@@ -85,18 +109,9 @@ def compare_command(
     """Run several methods (and seeds) on one recipe and print the table."""
     spec = _recipe(recipe, set)
     path = out or Path("runs") / f"{spec.name}-comparison"
-    displays: list[Display] = []
-
-    def display(method: str, seed: int) -> Display:
-        displays.append(Display(console, method))
-        return displays[-1]
-
-    try:
-        numbers = [_int(s, "--seeds") for s in _split(seeds)] or [spec.seed]
-        results = compare(spec, _split(methods), numbers, path, display)
-    finally:
-        for shown in displays:
-            shown.close()
+    numbers = [_int(s, "--seeds") for s in _split(seeds)] or [spec.seed]
+    with _displays() as show:
+        results = compare(spec, _split(methods), numbers, path, lambda method, _: show(method))
     for one in (table(results), client_table(results)):
         if one is not None:
             show_table(console, *one)
@@ -110,16 +125,15 @@ def compare_command(
 
 
 @app.command()
-def evaluate(run: RunPath, round: Round = "best", client: Client = None) -> None:
+def evaluate(run: RunPath, round: Round = "best") -> None:
     """Score a run's model on all its evaluation splits."""
-    trained = open_run(run, _which(round))
-    federation = set_up(trained.recipe)
+    found = read_round(run, _which(round))
+    federation = set_up(found.recipe)
     engine = LocalEngine(federation.model, federation.task, {}, federation.settings, {})
-    scores = evaluate_state(federation, engine, trained.state)
-    rows = [[s, k, f"{v:.4f}"] for s, m in scores["scores"].items() for k, v in m.items()]
-    for name, metrics in scores.get("client_scores", {}).items():
-        rows += [[name, k, f"{v:.4f}"] for k, v in metrics.items()]
-    _say(f"{run}, round {trained.state.version}")
+    scores = evaluate_state(federation, engine, found.state)
+    parts = {**scores["scores"], **scores.get("client_scores", {})}
+    rows = [[name, k, number(v)] for name, metrics in parts.items() for k, v in metrics.items()]
+    _say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
     show_table(console, ["rows", "metric", "score"], rows)
 
 
@@ -134,15 +148,26 @@ def export(
     out: Out = None,
 ) -> None:
     """Write a run's model as a merged model or as a PEFT adapter."""
-    trained = open_run(run, _which(round))
-    path = out or run / "final" / as_
-    if as_ == "model":
-        exported = export_model(
-            trained, path, torch.float32 if dtype == "float32" else None, client
+    if as_ == "model" and rank is not None:
+        raise UserError(
+            "--rank: only an adapter is cut to a rank; use --as adapter or leave it out"
         )
+    trained = open_run(run, _which(round))
+    to = torch.float32 if as_ == "model" and dtype == "float32" else None
+    # before a run is finished its best round may become another one
+    settled = round == "best" and (run / "results.json").is_file()
+    version = None if settled else trained.state.version
+    path = out or run / "final" / default_name(as_, rank, to, client, version)
+    if out is None and is_export(path):
+        _say(f"Already there: {path}")
+        exported = Exported(path, notes=trained.notes)
     else:
-        exported = export_adapter(trained, path, rank, client)
-    _show_export(exported, rank)
+        if as_ == "model":
+            exported = export_model(trained, path, to, client)
+        else:
+            exported = export_adapter(trained, path, rank, client)
+        _say(f"Written: {path}")
+    _show_export(exported, rank, trained.recipe)
 
 
 @app.command()
@@ -172,7 +197,11 @@ def recipes(directory: Path = Path("recipes")) -> None:
         raise UserError(f"{directory}: no recipes (*.yaml) there; name a directory that has some")
     rows = []
     for file in found:
-        spec = load_recipe_with_places(file)[0]
+        try:
+            spec = load_recipe_with_places(file)[0]
+        except UserError as error:
+            rows.append([str(file), "-", "-", str(error).splitlines()[0]])
+            continue
         rows.append(
             [str(file), spec.method.name, spec.task.name or spec.task.kind, spec.model.name]
         )
@@ -187,7 +216,7 @@ def version() -> None:
 
 def _show_results(path: Path, results: dict) -> None:
     rows = [
-        [which, split, *(f"{k} {v:.4f}" for k, v in scores.items())]
+        [which, split, *(f"{k} {number(v)}" for k, v in scores.items())]
         for which in ("best", "last")
         for split, scores in results[which]["scores"].items()
     ]
@@ -198,24 +227,18 @@ def _show_results(path: Path, results: dict) -> None:
 
 
 def _offer(path: Path) -> None:
-    quoted = shlex.quote(str(path))
+    final, recipe = path / "final", RunDir(path).recipe()
     _say(f"Run:     {path}")
-    if (path / "final" / "adapter").is_dir():
-        _say(f"Adapter: {path}/final/adapter")
-        _say(f'         peft.PeftModel.from_pretrained(base_model, "{path}/final/adapter")')
-    if (path / "final" / "model").is_dir():
-        _say(f"Model:   {path}/final/model")
-        _say(f'         transformers.{_auto(path)}.from_pretrained("{path}/final/model")')
-    else:
-        _say(f"Merged model: fedex-lora export {quoted} --as model")
+    for what in ("adapter", "model"):
+        if is_export(final / what):
+            _say(f"{what.capitalize()}: {final / what}; in Python:")
+            _say("\n".join(loading_lines(recipe, final / what)))
+    if not is_export(final / "model"):
+        whose = "" if METHODS[recipe.method.name].exchanges else " --client NAME"
+        _say(f"Merged model: fedex-lora export {shlex.quote(str(path))} --as model{whose}")
 
 
-def _auto(path: Path) -> str:
-    return recipe_task(RunDir(path).recipe()).auto_model
-
-
-def _show_export(exported: Exported, rank: int | None) -> None:
-    _say(f"Written: {exported.path}")
+def _show_export(exported: Exported, rank: int | None, recipe: Recipe) -> None:
     if exported.rank is not None:
         _say(f"Largest rank of a layer: {exported.rank}")
     if rank is not None and exported.errors:
@@ -226,6 +249,7 @@ def _show_export(exported: Exported, rank: int | None) -> None:
         )
     for note in exported.notes:
         _say(f"Note: {note}")
+    _say("In Python:\n" + "\n".join(loading_lines(recipe, exported.path)))
 
 
 def _which(text: str) -> Literal["best", "last"] | int:
@@ -235,7 +259,7 @@ def _which(text: str) -> Literal["best", "last"] | int:
 
 
 def _int(text: str, option: str) -> int:
-    if not text.strip().isdigit():
+    if not text.strip().isdecimal():
         raise UserError(f"{option}: {text!r} is no whole number")
     return int(text)
 
@@ -254,13 +278,16 @@ def main() -> None:
     try:
         app()
     except QuorumLost as error:
-        errors.print(f"[red]stopped[/]: {error}", highlight=False)
-        errors.print("The last checkpoint is intact; `fedex-lora resume RUN` goes on.")
+        _complain(f"stopped: {error}")
+        _complain(
+            "What was finished before is intact. Mend the cause (for a loss that is nan: a lower "
+            "learning rate), then `fedex-lora resume RUN` or begin a new run."
+        )
         sys.exit(2)
     except UserError as error:
-        errors.print("[red]error[/]: ", end="")
-        errors.print(str(error), highlight=False, markup=False)
+        _complain(f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted; `fedex-lora resume RUN` goes on after the last finished round")
-        sys.exit(130)
+
+
+def _complain(text: str) -> None:
+    errors.print(text, highlight=False, markup=False)

@@ -21,6 +21,9 @@ from fedex_lora.recipe_yaml import Places, unknown_keys
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 
+# what transformers and torch raise for settings they cannot use
+_REFUSED = (TypeError, ValueError, ImportError, RuntimeError, ArithmeticError, AttributeError)
+
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 
@@ -39,8 +42,14 @@ class ClientData:
 
 def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
     """Raises a `UserError` with the place of every name that TrainingArguments does not know."""
-    valid = [f.name for f in dataclasses.fields(TrainingArguments)]
-    if problems := unknown_keys(training, valid, "training", places):
+    fields = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    problems = unknown_keys(training, fields, "training", places)
+    for name, value in training.items():
+        number = type(fields.get(name)) in (int, float)
+        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+            text = f"expected a number, got {value!r}"
+            problems.append((places or Places("")).line(("training", name), text))
+    if problems:
         raise UserError("\n".join(problems))
 
 
@@ -71,7 +80,7 @@ def training_arguments(
     theirs = {"report_to": "none", "train_sampling_strategy": "group_by_length", **training}
     try:
         return TrainingArguments(**theirs, **ours)
-    except (TypeError, ValueError, ImportError) as error:
+    except _REFUSED as error:
         raise UserError(f"training: transformers.TrainingArguments says: {error}") from None
 
 
@@ -103,15 +112,11 @@ def train_client(
     model.freeze(trained)
     with tempfile.TemporaryDirectory() as directory:
         local = derive(seed, "train", round, client)
-        trainer = Trainer(
-            model=model.module,
-            args=training_arguments(training, local, model.device, directory),
-            train_dataset=data.train,
-            data_collator=task.collator(model.tokenizer),
-            callbacks=[_Steps(on_step)] if on_step else None,
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = _trainer(model, task, data, training, local, directory, on_step)
         output = trainer.train()
+        # mixed precision leaves its wrapper on the model, which other clients and evaluation share
+        trainer.accelerator.unwrap_model(model.module, keep_fp32_wrapper=False)
+        model.release()
     end = model.read()
     return Update(
         round,
@@ -126,6 +131,52 @@ def train_client(
             "seconds": perf_counter() - began,
         },
     )
+
+
+def rehearse(
+    model: AdaptedModel, task: Task, data: ClientData, training: Mapping[str, Any]
+) -> None:
+    """Makes everything that training needs, and trains nothing: bad settings show before round 1.
+
+    Raises:
+        UserError: What the Trainer, its optimizer, schedule or batches say of the recipe's
+            `training` block.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            trainer = _trainer(model, task, data, training, 0, directory)
+            steps = len(trainer.get_train_dataloader())
+            trainer.create_optimizer_and_scheduler(max(1, steps))
+        except _REFUSED as error:
+            raise UserError(f"training: {type(error).__name__}: {error}") from None
+    if not steps:
+        raise UserError(
+            "training: no batch is left of a client's rows; set dataloader_drop_last: false"
+        )
+    if task.regression and training.get("label_smoothing_factor"):
+        raise UserError(
+            "training.label_smoothing_factor: labels of a regression cannot be smoothed"
+        )
+
+
+def _trainer(
+    model: AdaptedModel,
+    task: Task,
+    data: ClientData,
+    training: Mapping[str, Any],
+    seed: int,
+    directory: str,
+    on_step: OnStep | None = None,
+) -> Trainer:
+    trainer = Trainer(
+        model=model.module,
+        args=training_arguments(training, seed, model.device, directory),
+        train_dataset=data.train,
+        data_collator=task.collator(model.tokenizer),
+        callbacks=[_Steps(on_step)] if on_step else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 class _Steps(TrainerCallback):

@@ -29,12 +29,13 @@ def variant(recipe: Recipe, method: str, seed: int) -> Recipe:
     Raises:
         UserError: The method is unknown, or does not go with the recipe.
     """
-    name, _, rank = method.partition(":")
-    get_method(name)
+    name, colon, rank = method.partition(":")
+    truncated = get_method(name).residual == "truncated"
+    if colon and not (truncated and rank.isdecimal()):
+        raise UserError(f"--methods: {method}: only a truncated residual has a rank: fedex-svd:8")
     spec = recipe.method
     if name != spec.name or rank:
-        truncated = METHODS[name].residual == "truncated"
-        if truncated and not rank.isdigit():
+        if truncated and not rank:
             raise UserError(f"--methods: {name} needs the rank to truncate to, e.g. {name}:8")
         spec = MethodSpec(name=name, rank=int(rank)) if rank else MethodSpec(name=name)
     raw = {**recipe.model_dump(exclude_unset=True), "seed": seed}
@@ -57,14 +58,18 @@ def compare(
 
     Writes comparison.json and comparison.md into `out`.
     """
+    if not methods:
+        raise UserError(f"--methods: expected one or more of {', '.join(METHODS)}")
     variants = {(m, s): variant(recipe, m, s) for m in methods for s in seeds}
-    results: Results = {m: [] for m in methods}
+    known = RunDir(out).read_json("comparison.json") or {}
+    results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}
     for (method, seed), one in variants.items():
         path = out / f"{method.replace(':', '-')}-seed{seed}"
         watcher = watcher_for(method, seed)
         begun = RunDir(path).is_run()
         result = resume_run(path, one, watcher) if begun else start_run(one, path, watcher)
-        results[method].append(result)
+        others = [r for r in results[method] if r["seed"] != seed]
+        results[method] = sorted([*others, result], key=lambda r: r["seed"])
         write_atomic(out / "comparison.json", json.dumps(results, indent=1).encode())
         write_atomic(out / "comparison.md", markdown(results).encode())
     return results
@@ -80,7 +85,7 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = []
     for method, runs in done.items():
         row = [method]
-        row += [spread([r["best"]["scores"][s][metric] for r in runs]) for s in splits]
+        row += [spread([r["best"]["scores"].get(s, {}).get(metric) for r in runs]) for s in splits]
         deviations = [r["deviation"] for r in runs if r["deviation"] is not None]
         row.append(spread(deviations) if deviations else "-")
         row += [size(statistics.mean(r[k] for r in runs)) for k in ("bytes_up", "bytes_down")]
@@ -120,15 +125,18 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def spread(values: Sequence[float]) -> str:
-    """mean ± standard deviation over seeds; the value alone if there is one.
+def spread(values: Sequence[float | None]) -> str:
+    """mean ± standard deviation over seeds; the value alone if there is one; "-" if one is missing.
 
     Example:
-        >>> spread([0.5, 0.7]), spread([0.5])
-        ('0.600 ± 0.141', '0.500')
+        >>> spread([0.5, 0.7]), spread([0.5]), spread([0.5, None])
+        ('0.600 ± 0.141', '0.500', '-')
     """
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return "-"
+    mean = f"{statistics.mean(known):.3f}"
+    return f"{mean} ± {statistics.stdev(known):.3f}" if len(known) > 1 else mean
 
 
 def size(count: float) -> str:

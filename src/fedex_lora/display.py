@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from fedex_lora.compare import size
 from fedex_lora.federation.loop import Record
+from fedex_lora.rundir import number
 from fedex_lora.setup import Federation
 
 
@@ -20,7 +22,7 @@ class Display:
     def __init__(self, console: Console, label: str = "") -> None:
         self.console, self.label = console, label
         self._bar = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             console=console,
@@ -34,9 +36,11 @@ class Display:
         settings, recipe = federation.settings, federation.recipe
         examples = ", ".join(f"{n}: {len(c.train)}" for n, c in federation.clients.items())
         self.console.print(
-            f"[bold]{self.label or recipe.name}[/]  {recipe.method.name}, seed {recipe.seed}, "
+            f"{self.label or recipe.name}: {recipe.method.name}, seed {recipe.seed}, "
             f"{settings.rounds} rounds, training examples {examples}  →  {out}",
+            style="bold",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 
@@ -51,12 +55,14 @@ class Display:
 
     def round_done(self, record: Record) -> None:
         self._clear()
-        self.console.print("  " + round_line(record), highlight=False, soft_wrap=True)
+        self.console.print("  " + round_line(record), highlight=False, markup=False, soft_wrap=True)
         for name, why in {**record["refused"], **record["lost"]}.items():
-            self.console.print(f"    [yellow]without {name}[/]: {why}", highlight=False)
+            self.console.print(
+                f"    without {name}: {why}", style="yellow", highlight=False, markup=False
+            )
 
     def note(self, text: str) -> None:
-        self.console.print(f"[yellow]note[/]: {text}", highlight=False)
+        self.console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
 
     def close(self) -> None:
         """Takes the bar away, whatever happened."""
@@ -73,7 +79,7 @@ def round_line(record: Record) -> str:
     """A round in one line: scores, loss, deviation, bytes, seconds."""
     parts = [f"round {record['round']}"]
     for split, scores in record.get("scores", {}).items():
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if k != "loss")
+        shown = ", ".join(f"{k} {number(v, 3)}" for k, v in scores.items() if k != "loss")
         parts.append(f"{split}: {shown}")
     if not record.get("scores") and record.get("score") is not None:
         parts.append(f"clients' own rows: {record['score']:.3f}")
@@ -95,5 +101,5 @@ def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[
         longest = max(map(len, name.split()), default=0)
         table.add_column(name, justify="right" if i else "left", no_wrap=not i, min_width=longest)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors
+from fedex_lora.card import model_card
 from fedex_lora.engines.local import base_increment
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import NAME, load_checkpoint, write_atomic
-from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, global_factors, start_of
-from fedex_lora.lowrank import LowRank, concat, factored
-from fedex_lora.methods import METHODS
-from fedex_lora.model import AdaptedModel
-from fedex_lora.recipe import Recipe
-from fedex_lora.rundir import RunDir, versions
-from fedex_lora.setup import federation_settings, recipe_model, recipe_task
+from fedex_lora.federation.state import global_factors, start_of
+from fedex_lora.lowrank import LowRank, concat, dense, factored
+from fedex_lora.model.files import CONFIG
+from fedex_lora.rundir import reason
+from fedex_lora.trained import Trained
 
-Which = Literal["best", "last"]
 EPS = torch.finfo(torch.float32).eps  # what the run's own arithmetic could tell from zero
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The model of one round of a run."""
-
-    recipe: Recipe
-    model: AdaptedModel
-    settings: Settings
-    state: ServerState
-    extra: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,6 +34,8 @@ class Exported:
         rank: Largest rank of a site (adapters).
         error: ‖G − exported‖_F / ‖G − W0‖_F over all sites (adapters cut to a rank).
         errors: The same by site.
+        rounding: ‖cast(W) − W‖_F / ‖W‖_F over all sites for W = W0 + T + s·B·A and the dtype of the
+            exported model, or for an adapter that to which the run folded its base.
         notes: What the user should know.
     """
 
@@ -52,45 +43,23 @@ class Exported:
     rank: int | None = None
     error: float = 0.0
     errors: Mapping[str, float] | None = None
+    rounding: float = 0.0
     notes: tuple[str, ...] = ()
-
-
-def open_run(path: Path, which: Which | int = "best", workdir: Path | None = None) -> Trained:
-    """Loads the pretrained model and the state of one round of a run.
-
-    Args:
-        which: The best round by the selection score, the last, or a round that has a checkpoint.
-
-    Raises:
-        UserError: No run, or no such checkpoint.
-    """
-    directory = RunDir(path)
-    recipe = directory.recipe()
-    state, extra, notes = directory.newest()
-    if state is None:
-        raise UserError(
-            f"{path}: no intact checkpoint; " + ("; ".join(notes) or "no round is done")
-        )
-    round = state.version if which == "last" else which
-    if which == "best":
-        round = (directory.read_json("results.json") or {}).get("best_round", state.version)
-    if round != state.version:
-        file = directory.checkpoints / NAME.format(round)
-        state, extra = load_checkpoint(file)
-    task = recipe_task(recipe)
-    model = recipe_model(recipe, task, workdir)
-    settings = federation_settings(recipe, model, extra["clients"])
-    return Trained(recipe, model, settings, state, extra)
 
 
 def final_state(trained: Trained, client: str | None) -> AdapterState:
     """The factors and head that go with the global base; a client's own where nothing is shared.
 
     Raises:
-        UserError: A client is needed and not named, or named and unknown.
+        UserError: A client is needed and not named, named and unknown, or named and not needed.
     """
     clients = trained.settings.clients
     if trained.settings.method.exchanges:
+        if client is not None:
+            raise UserError(
+                f"--client: {trained.recipe.method.name} trains one global model, no client has "
+                "its own; leave --client out"
+            )
         return AdapterState(global_factors(trained.state, trained.settings), trained.state.head)
     if client not in clients:
         raise UserError(
@@ -119,21 +88,34 @@ def export_model(
 
     Args:
         dtype: float32 or the base's own (default).
+
+    Raises:
+        UserError: `out` is not empty or cannot be written, or `client` does not fit the method.
     """
-    _check_free(out)
     state = final_state(trained, client)
+    to = dtype or getattr(torch, trained.recipe.model.dtype)
+    rounding = _rounding(trained, state, to)
+    notes = list(_notes(trained))
+    if rounding:
+        notes.append(f"rounding the weights to {to} changed them by {rounding:.2g} (relative)")
+    with _fresh(out) as new:
+        _merged(trained, state, dtype).save_pretrained(new)
+        trained.model.tokenizer.save_pretrained(new)
+        for file in new.glob("*.safetensors"):  # safetensors lets only the owner read
+            shutil.copymode(new / "config.json", file)
+        _write_card(trained, new, "merged model", notes)
+    return Exported(out, rounding=rounding, notes=(*trained.notes, *notes))
+
+
+def _merged(trained: Trained, state: AdapterState, dtype: torch.dtype | None) -> Any:
     zero = {
         n: Factors(torch.zeros(1, s.inp), torch.zeros(s.out, 1), 1.0)
         for n, s in trained.model.sites.items()
     }
     whole = AdapterState({**zero, **state.sites}, state.head)
-    merged = trained.model.merged(
+    return trained.model.merged(
         whole, lambda s: base_increment(trained.state, trained.settings, s, None), dtype
     )
-    merged.save_pretrained(out)
-    trained.model.tokenizer.save_pretrained(out)
-    _write_card(trained, out, "merged model")
-    return Exported(out)
 
 
 def export_adapter(
@@ -143,42 +125,113 @@ def export_adapter(
 
     Args:
         rank: None for the numerical rank of each site, else the best of that rank.
+
+    Raises:
+        UserError: `out` is not empty or cannot be written, or `client` does not fit the method.
     """
-    _check_free(out)
-    state = final_state(trained, client)
-    sites, errors, squares, notes = {}, {}, [0.0, 0.0], []
-    for site, shape in trained.model.sites.items():
+    state, spec = final_state(trained, client), trained.recipe.model
+    sites, errors, error = _as_adapter(trained, state, rank)
+    folds = spec.placement == "fold"
+    rounding = _rounding(trained, state, getattr(torch, spec.dtype)) if folds else 0.0
+    notes = [*_notes(trained), *_adapter_notes(trained, sites, rounding)]
+    cut = [f"cut to rank {rank}: it misses {error:.3g} of the change"] if rank else []
+    with _fresh(out) as new:
+        adapter = AdapterState(sites, state.head)
+        trained.model.save_adapter(adapter, new, base_name=spec.name)
+        _write_card(trained, new, "PEFT adapter", [*notes, *cut])
+    widest = max((f.rank for f in sites.values()), default=0)
+    return Exported(out, widest, error, errors, rounding, (*trained.notes, *notes))
+
+
+def _as_adapter(
+    trained: Trained, state: AdapterState, rank: int | None
+) -> tuple[dict[str, Factors], dict[str, float], float]:
+    """The change as factors, and what they miss of it: by site and in total, relative."""
+    sites, errors, squares = {}, {}, [0.0, 0.0]
+    for site in trained.model.sites:
         whole = change(trained, state, site)
         kept, left = (whole.compress(EPS), None) if rank is None else whole.split(rank)
         missed, size = (0.0 if left is None else left.norm().item()), whole.norm().item()
         errors[site] = missed / size if size else 0.0
         squares = [squares[0] + missed**2, squares[1] + size**2]
         sites[site] = Factors(kept.right.float(), kept.left.float(), 1.0)
-        if kept.rank * (shape.out + shape.inp) >= shape.out * shape.inp:
-            notes.append(site)
-    trained.model.save_adapter(
-        AdapterState(sites, state.head), out, base_name=trained.recipe.model.name
-    )
-    _write_card(trained, out, "PEFT adapter")
-    widest = max((f.rank for f in sites.values()), default=0)
-    error = (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
-    return Exported(out, widest, error, errors, _notes(trained, notes))
+    return sites, errors, (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
 
 
-def _notes(trained: Trained, wide: list[str]) -> tuple[str, ...]:
-    notes = []
+def _adapter_notes(
+    trained: Trained, sites: Mapping[str, Factors], rounding: float
+) -> Iterator[str]:
+    model, shapes = trained.recipe.model, trained.model.sites
+    wide = [
+        name
+        for name, f in sites.items()
+        if f.A.numel() + f.B.numel() >= shapes[name].out * shapes[name].inp
+    ]
     if wide:
-        notes.append(
+        yield (
             f"{len(wide)} layers ({wide[0]}, ...) need a rank at which factors are larger than the "
             "weight itself; --as model is smaller, --rank R the best approximation"
         )
+    if rounding:
+        yield (
+            f"the run rounded its base to {model.dtype} when the change was folded in, by "
+            f"{rounding:.2g} (relative); on the unchanged base logits differ by as much"
+        )
+    if model.quantisation:
+        yield f"the adapter belongs on the base quantised to {model.quantisation}; load it so"
+
+
+def _notes(trained: Trained) -> Iterator[str]:
+    """What no kind of export has."""
     if trained.state.carry:
         waiting = sum(w.norm().item() ** 2 for w in trained.state.carry.values()) ** 0.5
-        notes.append(
-            f"a residual of norm {waiting:.3g} was cut off by truncation and waits in the carry; "
+        yield (
+            f"a residual of norm {waiting:.3g} that the messages cut off waits in the carry; "
             "it is not in the exported model"
         )
-    return tuple(notes)
+
+
+def _rounding(trained: Trained, state: AdapterState, dtype: torch.dtype) -> float:
+    """‖cast(W) − W‖_F / ‖W‖_F over the adapted weights W; over all where all were trained."""
+    if torch.finfo(dtype).bits >= 32:
+        return 0.0
+    lost = size = 0.0
+    for weight in _weights(trained, state):
+        lost += (weight.to(dtype).float() - weight).norm().item() ** 2
+        size += weight.norm().item() ** 2
+    return (lost / size) ** 0.5 if size else 0.0
+
+
+def _weights(trained: Trained, state: AdapterState) -> Iterator[Tensor]:
+    """W0 + T + s·B·A in float32, one site at a time."""
+    if not trained.model.sites:
+        yield from state.head.values()
+    for site in trained.model.sites:
+        total = trained.model.pretrained(site)
+        own = state.sites[site].delta() if site in state.sites else None
+        for part in (base_increment(trained.state, trained.settings, site, None), own):
+            total += 0 if part is None else dense(part).to(total)
+        yield total
+
+
+@contextmanager
+def _fresh(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` when all is written; a failure leaves nothing."""
+    new = out.absolute().with_name(out.absolute().name + ".new")
+    try:
+        _check_free(out)
+        shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
+        new.mkdir(parents=True)
+        try:
+            yield new
+            new.rename(out)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{out}: the export cannot be written: {reason(error)}. Free some space or name a "
+            "directory that you may write with --out, then export again; the run is as it was"
+        ) from None
 
 
 def _check_free(out: Path) -> None:
@@ -186,42 +239,30 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out}: exists and is not empty; name another directory with --out")
 
 
-def _write_card(trained: Trained, out: Path, what: str) -> None:
-    write_atomic(out / "README.md", model_card(trained, what).encode())
+def default_name(
+    kind: str,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    client: str | None = None,
+    round: int | None = None,
+) -> str:
+    """The folder of an export under final/; one that is not the best round's says its round.
+
+    Example:
+        >>> default_name("adapter", rank=4, round=7)
+        'adapter-rank4-round7'
+        >>> default_name("model", dtype=torch.float32, client="ann")
+        'model-float32-ann'
+    """
+    parts = [kind, str(dtype).removeprefix("torch.") if dtype else None]
+    parts += [f"rank{rank}" if rank else None, client, f"round{round}" if round else None]
+    return "-".join(part for part in parts if part)
 
 
-def model_card(trained: Trained, what: str) -> str:
-    """A model card: method, rounds, clients, data, scores, versions."""
-    recipe, record = trained.recipe, trained.extra["record"]
-    method = METHODS[recipe.method.name]
-    scores = [
-        f"| {split} | {name} | {value:.4f} |"
-        for split, metrics in record.get("scores", {}).items()
-        for name, value in metrics.items()
-    ]
-    clients = [f"- {c}: {d['examples']} examples" for c, d in record["clients"].items()]
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {recipe.model.name}",
-            "library_name: " + ("peft" if "adapter" in what else "transformers"),
-            "tags: [federated-learning, lora, fedex-lora]",
-            "---",
-            f"# {recipe.name}",
-            "",
-            f"A {what}, trained by {len(trained.settings.clients)} clients with the method "
-            f"`{recipe.method.name}` ({method.source}); round {trained.state.version} of "
-            f"{recipe.federation.rounds}, seed {recipe.seed}.",
-            "",
-            f"Data: {trained.extra['description']}. Clients of the last round:",
-            "",
-            *clients,
-            "",
-            "| split | metric | score |",
-            "|---|---|---|",
-            *scores,
-            "",
-            "Made with " + ", ".join(f"{n} {v}" for n, v in versions().items()) + ".",
-            "",
-        ]
-    )
+def is_export(path: Path) -> bool:
+    """Whether an export was written there."""
+    return (path / "config.json").is_file() or (path / CONFIG).is_file()
+
+
+def _write_card(trained: Trained, out: Path, what: str, notes: list[str]) -> None:
+    (out / "README.md").write_text(model_card(trained, what, notes), encoding="utf-8")

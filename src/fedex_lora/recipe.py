@@ -267,7 +267,7 @@ class RecordsSpec(Part):
 
 class EngineSpec(Part):
     kind: Literal["local"] = "local"
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
 
 
 class Recipe(Part):

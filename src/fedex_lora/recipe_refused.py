@@ -46,7 +46,8 @@ REFUSED_TRAINING: dict[str, str] = {
     **dict.fromkeys(
         ("output_dir", "data_seed", "dataloader_pin_memory", "label_names", "do_train",
          "do_eval", "do_predict", "disable_tqdm",
-         "eval_strategy", "full_determinism", "load_best_model_at_end", "logging_nan_inf_filter",
+         "eval_on_start", "eval_strategy", "full_determinism",
+         "load_best_model_at_end", "logging_nan_inf_filter",
          "remove_unused_columns", "restore_callback_states_from_checkpoint",
          "resume_from_checkpoint", "save_strategy", *_HUB),
         _PROGRAM,

@@ -14,15 +14,16 @@ from datasets import Dataset
 from fedex_lora.adapter import AdapterState
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import UserError
-from fedex_lora.export import Trained, export_adapter, export_model
+from fedex_lora.export import Exported, export_adapter, export_model
 from fedex_lora.federation.checkpoint import NAME, load_checkpoint, prune, save_checkpoint
 from fedex_lora.federation.loop import KeepUpdate, Record, count_down, run_round
 from fedex_lora.federation.messages import Update
 from fedex_lora.federation.state import ServerState, begin, broadcast_to
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import differences
-from fedex_lora.rundir import RunDir, environment
+from fedex_lora.rundir import RunDir, best_record, environment, plain
 from fedex_lora.setup import Federation, set_up
+from fedex_lora.trained import Trained
 
 Scores = dict[str, float]
 
@@ -54,9 +55,7 @@ class _Progress:
 
     def best(self) -> Record | None:
         """The record with the best selection score; the earliest of equals."""
-        scored = [r for r in self.records if r.get("score") is not None]
-        sign = 1 if self.higher else -1
-        return max(scored, key=lambda r: (sign * r["score"], -r["round"])) if scored else None
+        return best_record(self.records, self.higher)
 
     def exhausted(self, patience: int | None) -> bool:
         """Whether `patience` evaluations in a row brought no better score."""
@@ -64,7 +63,7 @@ class _Progress:
         if patience is None or best is None:
             return False
         later = [r for r in self.records if r["round"] > best["round"]]
-        return sum(r.get("score") is not None for r in later) >= patience
+        return sum("score" in r for r in later) >= patience
 
 
 def start_run(recipe: Recipe, out: Path, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -74,6 +73,7 @@ def start_run(recipe: Recipe, out: Path, watcher: Watcher | None = None) -> dict
         UserError: Anything the user can mend; what was saved before stays.
     """
     directory = RunDir(out)
+    directory.check_free()
     federation = set_up(recipe)
     directory.create(recipe)
     directory.write_json("environment.json", environment(federation.model.device))
@@ -153,7 +153,7 @@ def _go_on(
         progress.records.append(record)
         _save(federation, directory, state, progress)
         watcher.round_done(record)
-    return _finish(federation, directory, engine, state, progress)
+    return _finish(federation, directory, engine, state, progress, watcher)
 
 
 def _round(
@@ -171,7 +171,7 @@ def _round(
         record |= evaluate(federation, engine, state, selection_only=True)
     now = perf_counter()
     record["seconds"] |= {"train": trained, "evaluate": now - evaluated, "round": now - began}
-    return state, record
+    return state, plain(record)
 
 
 def _keeper(federation: Federation, directory: RunDir) -> KeepUpdate:
@@ -254,21 +254,23 @@ def _finish(
     engine: LocalEngine,
     state: ServerState,
     progress: _Progress,
+    watcher: Watcher,
 ) -> dict[str, Any]:
     """All splits for the last and the best round, and the totals, with the delivery of the
     final model to every client."""
     settings, records = federation.settings, progress.records
     best = progress.best() or records[-1]
     closing = {c: broadcast_to(state, settings, c) for c in settings.clients}
-    delivery = sum(count_down(state, settings, closing).values())
+    delivery = sum(count_down(settings, closing).values())
     del closing
     rounds, last = state.version, evaluate(federation, engine, state)
     at_best = last
     if best["round"] != rounds:
-        state = load_checkpoint(directory.checkpoints / NAME.format(best["round"]))[0]
-        at_best = evaluate(federation, engine, state)
+        state, best = _load_best(directory, best, state, records[-1], watcher)
+        at_best = last if best is records[-1] else evaluate(federation, engine, state)
     if settings.method.exchanges:
-        _export(federation, directory, state, best)
+        for note in _export(federation, directory, state, best).notes:
+            watcher.note(note)
     results = {
         "method": federation.recipe.method.name,
         "seed": federation.recipe.seed,
@@ -281,7 +283,18 @@ def _finish(
         **_totals(records, delivery),
     }
     directory.write_json("results.json", results)
-    return results
+    return plain(results)
+
+
+def _load_best(
+    directory: RunDir, best: Record, state: ServerState, last: Record, watcher: Watcher
+) -> tuple[ServerState, Record]:
+    """The best round's state; the last one's if that checkpoint is damaged, and said so."""
+    try:
+        return load_checkpoint(directory.checkpoints / NAME.format(best["round"]))[0], best
+    except UserError as error:
+        watcher.note(f"{error}; taking the last round in place of the best")
+        return state, last
 
 
 def _totals(records: list[Record], delivery: int) -> dict[str, Any]:
@@ -295,13 +308,15 @@ def _totals(records: list[Record], delivery: int) -> dict[str, Any]:
     }
 
 
-def _export(federation: Federation, directory: RunDir, state: ServerState, record: Record) -> None:
+def _export(
+    federation: Federation, directory: RunDir, state: ServerState, record: Record
+) -> Exported:
     """The best round's model in final/: an adapter, or the model where everything was trained."""
     extra = _extra(federation, record)
     trained = Trained(federation.recipe, federation.model, federation.settings, state, extra)
     write, name = (export_adapter, "adapter") if state.factors else (export_model, "model")
     shutil.rmtree(directory.final / name, ignore_errors=True)  # of a run that died right here
-    write(trained, directory.final / name)
+    return write(trained, directory.final / name)
 
 
 def _extra(federation: Federation, record: Record) -> dict[str, Any]:

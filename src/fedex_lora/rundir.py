@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fedex_lora.adapter import AdapterState
@@ -38,18 +40,23 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
 
+    def check_free(self) -> None:
+        """Raises a `UserError` if a new run may not be put here."""
+        if self.is_run():
+            raise UserError(
+                f"{self.path}: holds another run; name another directory with --out, or continue "
+                f"that run with `fedex-lora resume {self.path}`"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{self.path}: is in use; name a new or empty directory with --out")
+
     def create(self, recipe: Recipe) -> None:
         """Makes the directory for a new run.
 
         Raises:
             UserError: It exists and is not empty, or cannot be written.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = "holds another run" if self.is_run() else "exists and is not empty"
-            raise UserError(
-                f"{self.path}: {what}; name another directory with --out, delete it, or continue "
-                f"it with `fedex-lora resume {self.path}`"
-            )
+        self.check_free()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,20 +80,32 @@ class RunDir:
         return load_recipe(self.path / "recipe.yaml")
 
     def write_json(self, name: str, value: object) -> None:
-        write_atomic(self.path / name, (json.dumps(_plain(value), indent=1) + "\n").encode())
+        write_atomic(self.path / name, (json.dumps(plain(value), indent=1) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
-        file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else None
+        """What the file holds; None if it is absent or no JSON (a crash or a hand got at it)."""
+        try:
+            return json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return None
 
     def records(self) -> list[Record]:
-        """One record a round; a line that a crash cut short is left out."""
+        """One record a round.
+
+        Raises:
+            UserError: A line is no record; it is named.
+        """
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UserError(
+                f"{file}: damaged ({error}); delete the lines that are not JSON"
+            ) from None
 
     def write_records(self, records: list[Record]) -> None:
-        text = "".join(json.dumps(_plain(r)) + "\n" for r in records)
+        text = "".join(json.dumps(plain(r)) + "\n" for r in records)
         write_atomic(self.path / "metrics.jsonl", text.encode())
 
     def newest(self) -> tuple[ServerState | None, dict[str, Any], list[str]]:
@@ -104,7 +123,7 @@ class RunDir:
         """One client's update as a PEFT adapter (or its parameters), and update.json."""
         folder = self.path / "rounds" / f"{round:04d}" / "clients" / name
         save_state(model, folder, base, state)
-        write_atomic(folder / "update.json", json.dumps(_plain(info), indent=1).encode())
+        write_atomic(folder / "update.json", json.dumps(plain(info), indent=1).encode())
 
     def save_global(
         self, model: AdaptedModel, base: str, state: ServerState, weights: Mapping[str, float]
@@ -122,12 +141,49 @@ class RunDir:
 
 
 def save_state(model: AdaptedModel, folder: Path, base: str, state: AdapterState) -> None:
-    """A PEFT adapter; where there are no adapted layers, the parameters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if state.sites:
-        model.save_adapter(state, folder, base_name=base)
-    else:
-        write_atomic(folder / "parameters.safetensors", save(dict(state.head)))
+    """A PEFT adapter; where there are no adapted layers, the parameters.
+
+    Raises:
+        UserError: A full disk, or a directory that cannot be written.
+    """
+    with _saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if state.sites:
+            model.save_adapter(state, folder, base_name=base)
+        else:
+            write_atomic(folder / "parameters.safetensors", save(dict(state.head)))
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: cannot be written: {reason(error)}. Free some space or choose another "
+            "directory, then `fedex-lora resume`; the checkpoints are intact"
+        ) from None
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be written, without the error's number."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def best_record(records: Sequence[Record], higher: bool) -> Record | None:
+    """The record with the best selection score, the earliest of equals; None if none has one.
+
+    Args:
+        records: In any order; a score that is absent, None or not finite does not count.
+        higher: Whether a higher score is better.
+
+    Example:
+        >>> best_record([{"round": 1, "score": None}, {"round": 2, "score": 0.5}], True)["round"]
+        2
+    """
+    scored = [r for r in records if r.get("score") is not None and math.isfinite(r["score"])]
+    sign = 1 if higher else -1
+    return max(scored, key=lambda r: (sign * r["score"], -r["round"]), default=None)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -153,12 +209,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no NaN: it becomes null."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A score for people; "-" for one that is no finite number."""
+    return "-" if value is None else f"{value:.{digits}f}"

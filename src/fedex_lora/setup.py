@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging as transformers_logging
 
 from fedex_lora.adapter import AdapterState, fresh
-from fedex_lora.client import ClientData, training_arguments
+from fedex_lora.client import ClientData, rehearse
 from fedex_lora.data.load import known_labels, load
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.errors import UserError
@@ -68,8 +68,9 @@ def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
     task = recipe_task(recipe)
     rows = load_rows(recipe, task)
     model = recipe_model(recipe, task, workdir)
-    training_arguments(recipe.training, 0, model.device, "unused")
-    settings = federation_settings(recipe, model, list(rows.train))
+    _check_length(recipe, model)
+    pooled = METHODS[recipe.method.name].pooled
+    settings = federation_settings(recipe, model, [POOLED] if pooled else list(rows.train))
     initial = model.initial(recipe.seed)
     if settings.ranks:
         initial = replace(initial, sites=fresh(settings.sites, recipe.seed))
@@ -78,7 +79,11 @@ def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
     def encode(part: Mapping[str, Dataset]) -> dict[str, Dataset]:
         return {n: task.encode(r, model.tokenizer, length) for n, r in part.items()}
 
-    clients = {n: ClientData(r) for n, r in encode(rows.train).items()}
+    train = encode(rows.train)
+    if pooled:
+        train = {POOLED: concatenate_datasets(list(train.values()))}
+    clients = {n: ClientData(r) for n, r in train.items()}
+    rehearse(model, task, min(clients.values(), key=lambda c: len(c.train)), recipe.training)
     return Federation(
         recipe,
         task,
@@ -90,6 +95,16 @@ def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
         initial,
         rows.description,
     )
+
+
+def _check_length(recipe: Recipe, model: AdaptedModel) -> None:
+    """Learned positions end; rotary ones do not, so only the former are a limit."""
+    limit = model.longest_input
+    if limit is not None and recipe.task.max_length > limit:
+        raise UserError(
+            f"task.max_length: {recipe.task.max_length}, but {recipe.model.name} takes at most "
+            f"{limit} tokens; set it to {limit} or less"
+        )
 
 
 def recipe_task(recipe: Recipe) -> Task:
@@ -121,16 +136,14 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
     validation: dict[str, Dataset] = {}
     if recipe.evaluation.where != "server":
         fraction = recipe.evaluation.client_fraction
-        split = {n: split_validation(r, fraction, recipe.seed) for n, r in train.items()}
+        split = {n: split_validation(r, fraction, recipe.seed, n) for n, r in train.items()}
         train = {n: t for n, (t, _) in split.items()}
         validation = {n: v for n, (_, v) in split.items()}
-    if METHODS[recipe.method.name].pooled:
-        train = {POOLED: concatenate_datasets(list(train.values()))}
     evaluation = data.evaluation if recipe.evaluation.where != "clients" else {}
-    if not evaluation and recipe.evaluation.where == "server":
+    if not evaluation and recipe.evaluation.where != "clients":
         raise UserError(
-            "evaluation.where: the server has no labelled rows to evaluate on; give a validation "
-            "split with data.path, or set evaluation.where: clients"
+            f"evaluation.where: {recipe.evaluation.where}, but the server has no labelled rows to "
+            "evaluate on; give a validation split with data.path, or set evaluation.where: clients"
         )
     return Rows(train, validation, evaluation, data.description)
 

@@ -43,6 +43,40 @@ def test_a_directory(tmp_path):
     assert str(tmp_path) in data.description and "train: 5 rows" in data.description
 
 
+def test_csv_is_read_as_the_task_needs_it(tmp_path):
+    own = build_task(TaskSpec(kind="text-classification", labels=["False", "True"]))
+    (tmp_path / "train.csv").write_text("text,label\n2024,True\nNA,False\n1e5,1\n")
+    train = load(DataSpec(path=tmp_path), own, 0).train
+    assert train is not None and train["text"][:] == ["2024", "NA", "1e5"]
+    (tmp_path / "train.csv").write_text("text\n2024\n07\n")
+    train = load(DataSpec(path=tmp_path), TEXT, 0).train
+    assert train is not None and train["text"][:] == ["2024", "07"]
+
+
+def test_a_bad_label_in_csv_is_named_by_line(tmp_path):
+    (tmp_path / "train.csv").write_text('sentence,label\n"two\nlines",1\nx,2\n')
+    with pytest.raises(UserError, match=r"train\.csv, line 4: label is '2'"):
+        load(DataSpec(path=tmp_path), SST2, 0)
+
+
+@pytest.mark.parametrize("label", ["-1", "-1.0", ""])
+def test_a_test_split_in_csv_whose_labels_are_held_back_is_left_out(tmp_path, label):
+    write(tmp_path, train=rows(4))
+    (tmp_path / "test.csv").write_text(f"sentence,label\na,{label}\nb,{label}\n")
+    assert load(DataSpec(path=tmp_path), SST2, 0).evaluation == {}
+
+
+def test_suffixes_in_capitals_and_odd_folders(tmp_path):
+    folder = tmp_path / "a [1] *?"
+    folder.mkdir()
+    write(folder, train=rows(4))
+    (folder / "validation.CSV").write_text("sentence,label\nx,0\n")
+    (folder / "train.jsonl").rename(folder / "train.JSONL")
+    data = load(DataSpec(path=folder), SST2, 0)
+    assert data.train is not None and len(data.train) == 4
+    assert list(data.evaluation) == ["validation"]
+
+
 @pytest.mark.parametrize("held_back", [{"label": -1}, {"label": None}])
 def test_a_test_split_whose_labels_are_held_back_is_left_out(tmp_path, held_back):
     held = [row | held_back for row in rows(3)]

@@ -97,6 +97,19 @@ def test_numbers_to_be_predicted_go_by_five_bins():
     assert all(part.features["label"] == rows.features["label"] for part in parts)
 
 
+def test_numbers_that_are_texts_are_dealt_like_numbers():
+    scores, sites = [i / 20 for i in range(100)], list(range(11)) * 10
+    for spec, task, column in [
+        (SHARDS, STSB, scores),
+        (SHARDS, SST2, sites),
+        (PartitionSpec(kind="by", column="label"), SST2, sites),
+    ]:
+        rows = Dataset.from_dict({"row": range(len(column)), "label": column})
+        texts = Dataset.from_dict({"row": range(len(column)), "label": list(map(str, column))})
+        one, other = (dealt(partition(table, spec, 11, 0, task)) for table in (rows, texts))
+        assert one == other
+
+
 @pytest.mark.parametrize("ids", [["x", "y", "z"], [10, 9, 2], ["x", 1, 2.5]])
 def test_by_a_natural_id(ids, capfd):
     column = [str(value) for value in ids] if len({type(v) for v in ids}) > 1 else ids
@@ -148,5 +161,7 @@ def test_split_validation(count, fraction, held_out):
 
 
 def test_one_row_cannot_be_split():
-    with pytest.raises(UserError, match="too few to set some aside"):
+    with pytest.raises(UserError, match=r"^a client has 1 .* too few to set some aside"):
         split_validation(table(1), 0.5, 0)
+    with pytest.raises(UserError, match=r"^client-3 has 1 "):
+        split_validation(table(1), 0.5, 0, client="client-3")

@@ -48,6 +48,7 @@ class Clients:
     settings: Settings
     held: dict[str, AdapterState]
     history: list[dict[str, tuple[AdapterState, AdapterState]]] = field(default_factory=list)
+    down: list[dict[str, int]] = field(default_factory=list)
     spread: float = 0.1
     breaks: Callable[[Update], Update | Lost] = lambda update: update
     arrive: Callable[[list], list] = list  # the order in which replies come in
@@ -57,8 +58,10 @@ class Clients:
 
     def _replies(self, state, broadcasts):
         self.history.append({})
+        self.down.append({})
         for client in sorted(broadcasts):
             blob = encode_broadcast(broadcasts[client], self.settings.wire_dtype)
+            self.down[-1][client] = len(blob)
             message = decode_broadcast(blob)
             sites = self.settings.sites_of(client)
             start = receive(self.held[client], message, sites, self.settings.seed)

@@ -92,6 +92,24 @@ def test_after_one_round_all_exact_assignments_have_the_same_global_model():
 
 
 @pytest.mark.parametrize("name", EXCHANGING)
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+def test_counted_bytes_are_those_of_the_messages(name, wire):
+    _, clients, records = simulate(settings(name, clients_per_round=2, wire_dtype=wire))
+    assert [r["bytes_down"] for r in records] == clients.down
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_half_as_wide_messages_take_about_half_the_bytes_and_do_not_grow(name):
+    sites = {"q": Site(out=256, inp=192, rank=4, scale=2.0)}
+    down = {}
+    for wire in (torch.float32, torch.bfloat16):
+        _, clients, _ = simulate(settings(name, sites=sites, wire_dtype=wire, flush=False))
+        down[wire] = [d["a"] for d in clients.down[2:]]
+    for wide, narrow in zip(down[torch.float32], down[torch.bfloat16]):
+        assert narrow < 0.9 * wide  # the residual takes along what rounding took off the factors
+
+
+@pytest.mark.parametrize("name", EXCHANGING)
 def test_the_order_of_arrival_is_irrelevant_bit_for_bit(name):
     s = settings(name)
     expected = simulate(s, 3)[0][-1]

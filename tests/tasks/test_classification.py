@@ -165,6 +165,17 @@ def test_a_trainer_learns_with_it(folder, tmp_path):
         (["1", "2", "5"], [5, 1], [2, 0]),
         (["1", "2", "5"], ["5", "1"], [2, 0]),
         (["-1", "1"], [1, -1], [1, 0]),
+        (["-1", "1"], ["1.0", "-1"], [1, 0]),
+        (["1.0", "0.0"], [1.0, 0.0], [0, 1]),
+        (["1.0", "0.0"], ["1.0", "0.0"], [0, 1]),
+        (["1.0", "0.0"], [1, 0], [0, 1]),
+        (["1.0", "0.0"], ["1", "0"], [0, 1]),
+        (["1e0", "0.5"], [0.5, 1], [1, 0]),
+        (["1", "1.0"], ["1.0", "1"], [1, 0]),
+        (["no", "yes"], ["1", "0"], [1, 0]),
+        (["no", "yes"], ["1.0", "0.0"], [1, 0]),
+        (["nan", "inf"], [1, 0], [1, 0]),
+        (["False", "True"], ["True", "False"], [1, 0]),
     ],
 )
 def test_labels_are_names_or_numbers(folder, labels, data, expected):
@@ -172,6 +183,21 @@ def test_labels_are_names_or_numbers(folder, labels, data, expected):
     task = own(labels)
     task.check(rows, "here")
     assert task.encode(rows, tokenizer_of(folder), 8)["labels"][:] == expected
+
+
+def test_numbers_of_a_class_label_are_positions_whatever_the_names(folder):
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    rows = rows.cast_column("label", ClassLabel(names=["1", "0"]))
+    task = own(["0", "1"])
+    task.check(rows, "here")
+    assert task.encode(rows, tokenizer_of(folder), 8)["labels"][:] == [1, 0]
+
+
+def test_scores_may_be_texts(folder):
+    rows = Dataset.from_dict({**SCORES, "label": [str(s) for s in SCORES["label"]]})
+    STSB.check(rows, "here")
+    encoded = STSB.encode(rows, tokenizer_of(folder), 8)
+    assert encoded["labels"][:] == SCORES["label"]
 
 
 def test_classes_that_the_data_number_otherwise_are_matched_by_name(folder):
@@ -200,6 +226,14 @@ def test_classes_that_the_data_number_otherwise_are_matched_by_name(folder):
         (MRPC, {**PAIRS, "sentence2": [None] * 5}, "x, line 1: sentence2 is missing"),
         (STSB, {**SCORES, "label": [0.0, 5.01, 1, 1, 1]}, "line 2: label is 5.01; .* from 0 to 5"),
         (STSB, {**SCORES, "label": [float("nan")] * 5}, "x, line 1: label is nan"),
+        (STSB, {**SCORES, "label": ["0", "much", "1", "1", "1"]}, "line 2: label is 'much'"),
+        (STSB, {**SCORES, "label": ["nan"] * 5}, "x, line 1: label is 'nan'"),
+        (SST2, {"sentence": ["a"], "label": ["2"]}, "x, line 1: label is '2'"),
+        (SST2, {"sentence": ["a"], "label": [""]}, "x, line 1: label is ''"),
+        (own(["1.0", "2.0"]), {"text": ["t"], "label": [0]}, r"expected one of 1.0, 2.0\."),
+        (own(["1", "1.0"]), {"text": ["t"], "label": [1]}, r"expected one of 1, 1.0\."),
+        (own(["1", "x"]), {"text": ["t"], "label": [0]}, r"expected one of 1, x\."),
+        (own(["1_0", "x"]), {"text": ["t"], "label": [10]}, "label is 10"),
         (own(["a", "b"]), {"text": ["t"], "label": ["c"]}, "label is 'c'; expected one of a, b"),
         (own(["a", "b"], label_column="y"), {"text": ["t"], "z": [0]}, "no column 'y'"),
         (own(["a", "b"], text_column="t", text_pair_column="u"), {"t": ["t"]}, "no column 'u'"),

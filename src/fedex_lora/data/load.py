@@ -9,13 +9,15 @@ import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from fedex_lora.data.read import SUFFIXES, line_of, read
+from fedex_lora.data.read import SUFFIXES, kind, line_of, read
 from fedex_lora.data.stdlib_docs import LABELS, stdlib_docs
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import DataSpec
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import one_based
+
+HELD_BACK = {-1, None, "-1", "-1.0", ""}  # labels that are not given away; in CSV they are texts
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,11 @@ def _directory_splits(folder: Path, wanted: tuple[str, ...]) -> dict[str, Split]
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
-    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
-    found = [file for file in found if file.is_file()]
+    found = [file for file in folder.iterdir() if file.stem == split and file.is_file()]
+    found = sorted(
+        (file for file in found if kind(file) in SUFFIXES),
+        key=lambda file: (SUFFIXES.index(kind(file)), file.name),
+    )
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise UserError(f"data.path: {folder} has both {names}; keep one of them.")
@@ -151,7 +156,7 @@ def _has_labels(name: str, rows: Dataset, task: Task) -> bool:
         return True
     if not set(task.columns) <= set(rows.column_names):
         return False
-    return task.stratify is None or not set(rows[task.stratify]) <= {-1, None}
+    return task.stratify is None or not set(rows[task.stratify]) <= HELD_BACK
 
 
 def _checked(split: Split, task: Task, examples: int | None, seed: int, name: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedex_lora.tasks import Task
 WHERE = "federation.partition"
 DRAWS = 10
 BINS = 5  # of equal width, for labels that are numbers
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 def partition(
@@ -63,15 +65,23 @@ def partition(
     return {name: rows.select(part) for name, part in zip(_names(clients), indices)}
 
 
-def split_validation(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def split_validation(
+    rows: Dataset, fraction: float, seed: int, client: str = "a client"
+) -> tuple[Dataset, Dataset]:
     """A client's rows as (training, validation), at random, at least one row each.
+
+    Args:
+        rows: All of the client's rows.
+        fraction: The share of them for validation.
+        seed: The run's seed.
+        client: How an error names the client.
 
     Raises:
         UserError: There are fewer than two rows.
     """
     if len(rows) < 2:
         raise UserError(
-            f"a client has {len(rows)} example(s): too few to set some aside for validation. "
+            f"{client} has {len(rows)} example(s): too few to set some aside for validation. "
             "Use fewer clients, a larger partition.alpha, or evaluation.where: server."
         )
     held_out = min(max(1, round(fraction * len(rows))), len(rows) - 1)
@@ -104,15 +114,18 @@ def _keys(rows: Dataset, spec: PartitionSpec, task: Task) -> Sequence[Any]:
     return _sortable(values, column)
 
 
-def _bins(values: Sequence[float]) -> list[int]:
-    edges = np.linspace(min(values), max(values), BINS + 1)
-    return np.digitize(values, edges[1:-1]).tolist()
+def _bins(values: Sequence[float | str]) -> list[int]:
+    numbers = [float(value) for value in values]  # in CSV they are texts
+    edges = np.linspace(min(numbers), max(numbers), BINS + 1)
+    return np.digitize(numbers, edges[1:-1]).tolist()
 
 
 def _sortable(values: Sequence[Any], column: str) -> list[Any]:
     if any(value is None for value in values):
         row = next(i for i, value in enumerate(values) if value is None)
         raise UserError(f"{WHERE}.column: '{column}' is missing in training example {row + 1}.")
+    if all(isinstance(value, str) and _WHOLE.fullmatch(value) for value in values):
+        return [int(value) for value in values]  # so that CSV is dealt like other formats
     comparable = {type(value) for value in values} in ({str}, {int}, {float}, {bool})
     return list(values) if comparable else [str(value) for value in values]
 

@@ -1,6 +1,6 @@
 """One local file as rows: JSON Lines, JSON, CSV or Parquet."""
 
-import csv
+import glob
 import json
 import tempfile
 from collections.abc import Iterator
@@ -12,41 +12,75 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import logging
 
+from fedex_lora.data.csv_file import csv_records, read_csv
 from fedex_lora.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+NO_ROWS = "corresponds to no data"  # what datasets says of a file without rows
 
 
 def read(file: Path) -> Dataset:
     """The rows of a file, in memory.
 
-    In CSV only an empty field is empty: "None" and "NA" are texts.
+    In CSV every field is a text: `2024`, `True`, `None` and nothing at all. Capitals in a suffix
+    make no difference.
 
     Raises:
-        UserError: There is no such file, its suffix is unknown, or it cannot be parsed.
+        UserError: There is no such file, its suffix is unknown, it is not UTF-8 (Parquet aside),
+            it cannot be parsed, or it has no rows.
     """
-    if file.suffix not in SUFFIXES:
+    if kind(file) not in SUFFIXES:
         raise UserError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}.")
     if not file.is_file():
         raise UserError(f"{file}: no such file.")
     if file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty.")
+    if kind(file) != ".parquet":
+        _check_encoding(file)
+    rows = read_csv(file) if kind(file) == ".csv" else _read(file)
+    if len(rows) == 0:
+        raise UserError(f"{file}: no rows; at least one is needed.")
+    return rows
+
+
+def kind(file: Path) -> str:
+    """The suffix in small letters.
+
+    Example:
+        >>> kind(Path("TRAIN.CSV"))
+        '.csv'
+    """
+    return file.suffix.lower()
+
+
+def line_of(file: Path, row: int) -> int:
+    """The line (from 1) that holds a row (from 0), or the row's number where rows are no lines."""
+    if kind(file) == ".jsonl":
+        return next(_nth(_json_lines(file), row))
+    if kind(file) == ".csv":
+        return next(_nth((line for line, _ in csv_records(file)), row + 1))
+    return row + 1
+
+
+def _check_encoding(file: Path) -> None:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}, line {number}: not UTF-8; save it as UTF-8.") from error
+
+
+def _read(file: Path) -> Dataset:
     try:
         # a cache of its own, thrown away: a file that was changed is always read again
         with tempfile.TemporaryDirectory() as cache, _quiet():
             return _parse(file, cache)
     except (DatasetGenerationError, ValueError, TypeError, OSError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{_place(file)}: cannot be read: {str(cause).strip()}") from error
-
-
-def line_of(file: Path, row: int) -> int:
-    """The line (from 1) that holds a row (from 0), or the row's number where rows are no lines."""
-    if file.suffix == ".jsonl":
-        return next(_nth(_json_lines(file), row))
-    if file.suffix == ".csv":
-        return next(_nth(_csv_lines(file), row + 1))
-    return row + 1
+        cause = str(error.__cause__ or error).strip()
+        if NO_ROWS in cause:
+            return Dataset.from_dict({})
+        raise UserError(f"{_place(file)}: cannot be read: {cause}") from error
 
 
 @contextmanager
@@ -64,21 +98,16 @@ def _quiet() -> Iterator[None]:
 
 
 def _parse(file: Path, cache: str) -> Dataset:
-    if file.suffix == ".csv":
-        rows = Dataset.from_csv(
-            str(file), cache_dir=cache, keep_in_memory=True, keep_default_na=False
-        )
-    elif file.suffix == ".parquet":
-        rows = Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
-    else:
-        rows = Dataset.from_json(str(file), cache_dir=cache, keep_in_memory=True)
+    path = glob.escape(str(file))  # datasets takes a path for a pattern
+    from_file = Dataset.from_parquet if kind(file) == ".parquet" else Dataset.from_json
+    rows = from_file(path, cache_dir=cache, keep_in_memory=True)
     assert isinstance(rows, Dataset)
     return rows
 
 
 def _place(file: Path) -> str:
     """The file, with the first line that is no JSON object if it is made of such lines."""
-    if file.suffix != ".jsonl":
+    if kind(file) != ".jsonl":
         return str(file)
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -101,13 +130,3 @@ def _nth(numbers: Iterator[int], n: int) -> Iterator[int]:
 def _json_lines(file: Path) -> Iterator[int]:
     with file.open(encoding="utf-8") as lines:
         yield from (number for number, line in enumerate(lines, start=1) if line.strip())
-
-
-def _csv_lines(file: Path) -> Iterator[int]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        reader = csv.reader(lines)
-        start = 1
-        for fields in reader:
-            if fields:  # pandas passes over blank lines
-                yield start
-            start = reader.line_num + 1

@@ -54,9 +54,10 @@ class LocalEngine:
         self, state: ServerState, broadcasts: Mapping[str, Broadcast]
     ) -> Iterator[Update | Lost]:
         """Every client's turn, in sorted order. What `broadcasts` says equals `start_of`."""
+        vanished = self._vanished(state.version + 1, list(broadcasts))
         for client in sorted(broadcasts):
             round = broadcasts[client].round
-            if self._vanishes(round, client):
+            if client in vanished:
                 yield Lost(client, "rehearsed failure (federation.failure_rate)")
                 continue
             self.place(state, client)
@@ -94,9 +95,15 @@ class LocalEngine:
         self.model.place(lambda site: base_increment(state, self.settings, site, owner, fold))
         self._placed = (state.ledger, owner)
 
-    def _vanishes(self, round: int, client: str) -> bool:
-        generator = torch.Generator().manual_seed(derive(self.settings.seed, "fail", round, client))
-        return torch.rand((), generator=generator).item() < self.failure_rate
+    def _vanished(self, round: int, clients: list[str]) -> set[str]:
+        """Who fails in a rehearsal: never so many that the round is below its quorum."""
+
+        def draw(client: str) -> float:
+            seed = derive(self.settings.seed, "fail", round, client)
+            return torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+
+        unlucky = sorted(clients, key=draw)[: len(clients) - self.settings.min_clients]
+        return {client for client in unlucky if draw(client) < self.failure_rate}
 
     def _on_step(self, round: int, client: str) -> Callable[[int, int], None] | None:
         if self.on_turn is None:

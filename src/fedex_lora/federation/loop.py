@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState
@@ -16,8 +17,10 @@ from fedex_lora.federation.messages import (
     Broadcast,
     Update,
     check,
+    decode_update,
     encode_broadcast,
     encode_update,
+    ledger_tensors,
 )
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, broadcast_to, start_of, step
@@ -76,7 +79,7 @@ def run_round(
     round = state.version + 1
     names = settings.sample(round)
     broadcasts = {name: broadcast_to(state, settings, name) for name in names}
-    down = count_down(state, settings, broadcasts)
+    down = count_down(settings, broadcasts)
     tally = _Tally()
     aggregator = Aggregator(
         settings.method,
@@ -136,8 +139,11 @@ def _take(
     began = perf_counter()
     weight = 1.0 if settings.weights == "uniform" else float(update.examples)
     if settings.method.exchanges:
+        blob = encode_update(update, start, settings.wire_dtype)
+        tally.up[client] = len(blob)
+        if settings.wire_dtype != torch.float32:  # what the server decodes is what counts
+            end = check(decode_update(blob, start), start, trained, state.version + 1, client)
         aggregator.add(weight, start, end)
-        tally.up[client] = len(encode_update(update, start, settings.wire_dtype))
     if settings.method.own_factors:
         tally.ends[client] = end
     tally.seconds += perf_counter() - began
@@ -158,21 +164,23 @@ def _check_quorum(tally: _Tally, settings: Settings, round: int) -> None:
     )
 
 
-def count_down(
-    state: ServerState, settings: Settings, broadcasts: Mapping[str, Broadcast]
-) -> dict[str, int]:
-    """Bytes of each client's message, by encoding it; equal messages are encoded once."""
+def count_down(settings: Settings, broadcasts: Mapping[str, Broadcast]) -> dict[str, int]:
+    """Bytes of each client's message, by encoding it; those of the same tensors once."""
     if not settings.method.exchanges:
         return dict.fromkeys(broadcasts, 0)
     sizes: dict[object, int] = {}
     down = {}
     for client, message in broadcasts.items():
-        same = settings.method.assignment != "svd" or not settings.ranks
-        key = (state.held.get(client, 0), None if same else client)
+        key = _identity(message)
         if key not in sizes:
-            sizes[key] = len(encode_broadcast(message))
+            sizes[key] = len(encode_broadcast(message, settings.wire_dtype))
         down[client] = sizes[key]
     return down
+
+
+def _identity(message: Broadcast) -> object:
+    parts = [message.A, message.B, message.head, ledger_tensors(message.ledger)]
+    return message.fresh, tuple((n, id(t)) for part in parts for n, t in part.items())
 
 
 def _record(

@@ -130,7 +130,7 @@ def _check_tensors(kind: str, got: Tensors, expected: Tensors) -> None:
 
 
 def encode_broadcast(message: Broadcast, dtype: torch.dtype = torch.float32) -> bytes:
-    """One safetensors blob; lossless if the values are exact in `dtype`."""
+    """One safetensors blob. Always lossless: only tensors that are exact in `dtype` are cast."""
     tensors = _flat(A=message.A, B=message.B, head=message.head)
     tensors |= ledger_tensors(message.ledger)
     meta = {
@@ -138,7 +138,8 @@ def encode_broadcast(message: Broadcast, dtype: torch.dtype = torch.float32) -> 
         "fresh": message.fresh,
         "ledger": ledger_meta(message.ledger),
     }
-    return _save(tensors, meta, dtype)
+    exact = {n: t.to(dtype) for n, t in tensors.items() if torch.equal(t.to(dtype).float(), t)}
+    return _save({**tensors, **exact}, meta)
 
 
 def decode_broadcast(blob: bytes) -> Broadcast:
@@ -154,7 +155,7 @@ def encode_update(update: Update, start: AdapterState, dtype: torch.dtype = torc
     tensors = _flat(A=update.A, B=update.B, head=update.head)
     if dtype != torch.float32:
         base = _reference(start)
-        tensors = {name: value - base[name] for name, value in tensors.items()}
+        tensors = {name: (value - base[name]).to(dtype) for name, value in tensors.items()}
     meta = {
         "round": update.round,
         "client": update.client,
@@ -163,7 +164,7 @@ def encode_update(update: Update, start: AdapterState, dtype: torch.dtype = torc
         "scores": dict(update.scores),
         "drift": dtype != torch.float32,
     }
-    return _save(tensors, meta, dtype)
+    return _save(tensors, meta)
 
 
 def decode_update(blob: bytes, start: AdapterState) -> Update:
@@ -239,11 +240,9 @@ def _unflat(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def _save(tensors: Tensors, meta: object, dtype: torch.dtype) -> bytes:
+def _save(tensors: Tensors, meta: object) -> bytes:
     # clone: slices of one stack share storage, which safetensors refuses
-    ready = {
-        k: v.to(dtype).clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
-    }
+    ready = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     return save(ready, {"fedex": json.dumps(meta)})
 
 

@@ -27,7 +27,7 @@ class ServerState:
         carry: By site, what of the increments was not sent yet.
         late: By message key, what a lossy wire dtype rounded off the averages; added next time.
         held: The version each client holds; absent means 0, the start, a function of the recipe.
-        changed: The version at which "A", "B", "head" last changed; own factors by client name.
+        changed: The version at which "A", "B", "head" last changed; own factors as "own/NAME".
     """
 
     version: int
@@ -93,7 +93,7 @@ def broadcast_to(state: ServerState, settings: Settings, client: str) -> Broadca
         return Broadcast(state.version + 1, fresh=state.version, head=head, ledger=part)
     changed = {f: state.changed.get(f, 0) for f in "AB"}
     if client in state.own:
-        changed = dict.fromkeys("AB", state.changed.get(client, 0))
+        changed = dict.fromkeys("AB", state.changed.get(f"own/{client}", 0))
     a = {n: f.A for n, f in start.sites.items()} if changed["A"] > held else {}
     b = {n: f.B for n, f in start.sites.items()} if changed["B"] > held else {}
     return Broadcast(state.version + 1, None, a, b, head, part)
@@ -124,7 +124,7 @@ def step(
     factors, missed, late_factors = _send_factors(state, settings, result, dtype)
     own, own_changed = _own(state, settings, result, taken, ends, dtype)
     sent, carry = _send_increment(state, settings, result.increment, missed, dtype, last)
-    changed = {**dict.fromkeys(_changed(settings, version), version), **own_changed}
+    changed = {**dict.fromkeys(_changed(state, settings, dtype), version), **own_changed}
     ledger = state.ledger.append(version, sent).compact_if_smaller(version - 1)
     return ServerState(
         version,
@@ -139,10 +139,14 @@ def step(
     )
 
 
-def _changed(settings: Settings, version: int) -> set[str]:
-    """An average changes what was trained; an svd assigns both."""
-    trained = settings.method.trained(version)
-    return {"head"} | (set("AB") if settings.method.assignment == "svd" else set(trained))
+def _changed(state: ServerState, settings: Settings, dtype: torch.dtype) -> set[str]:
+    """An average changes what was trained; an svd assigns both; a lossless message brings what
+    lossy ones left."""
+    trained = settings.method.trained(state.version + 1)
+    late = {name[0] for name in state.late if name[:2] in ("A/", "B/")}
+    lossless = late if dtype == torch.float32 else set()
+    assigned = set("AB") if settings.method.assignment == "svd" else set(trained)
+    return {"head"} | assigned | lossless
 
 
 def _cut(factors: Mapping[str, Factors], settings: Settings, client: str) -> dict[str, Factors]:
@@ -182,7 +186,7 @@ def _send_factors(
     parts, new_late = {}, {}
     for x in "AB":
         parts[x] = {n: getattr(f, x) for n, f in result.factors.items()}
-        if x in _changed(settings, state.version + 1):
+        if x in _changed(state, settings, dtype):
             parts[x], rest = _round_off(parts[x], late, x, dtype)
         else:  # frozen: not sent, so not rounded, and what waits goes on waiting
             rest = {k: v for k, v in late.items() if k.startswith(f"{x}/")}
@@ -216,7 +220,7 @@ def _own(
             for n, f in cut.items()
         }
         own[client] = AdapterState(rounded)
-    return own, dict.fromkeys(taken, state.version + 1)
+    return own, dict.fromkeys((f"own/{client}" for client in taken), state.version + 1)
 
 
 def _send_increment(
@@ -238,14 +242,19 @@ def _send_increment(
             sent[name] = wire_form(parts[0])
             continue
         total = concat([factored(w) for w in parts])
-        rank = settings.rank if truncated and settings.rank is not None else total.rank
-        head, tail = total.split(rank)
+        rank = settings.rank if truncated else _rank_now(whole[:2], last, total.rank)
+        head, tail = total.split(rank or 0)
         sent[name] = _as_sent(head, dtype)
         if dtype != torch.float32:
-            tail = concat([tail, head, factored(sent[name]).scaled(-1.0)])
+            tail = concat([tail, head, factored(sent[name]).scaled(-1.0)]).compress()
         if settings.carry and tail.rank:
-            carry[name] = tail.orthonormal() if tail.rank > min(tail.shape) else tail
+            carry[name] = tail
     return sent, carry
+
+
+def _rank_now(parts: Sequence[LowRank | Tensor | None], last: bool, whole: int) -> int:
+    """The rank of this round's own increments: what is carried must not make messages grow."""
+    return whole if last else sum(factored(w).rank for w in parts if w is not None)
 
 
 def _as_sent(w: LowRank, dtype: torch.dtype) -> LowRank | Tensor:

@@ -23,6 +23,8 @@ from fedex_lora.model.side import attach
 from fedex_lora.recipe import LoraSpec, ModelSpec
 from fedex_lora.seeding import derive
 
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # learned, in BERT, GPT-2, OPT
+
 Increment = Callable[[str], LowRank | Tensor | None]
 
 
@@ -118,6 +120,20 @@ class AdaptedModel:
             b.requires_grad_("B" in trained)
         for parameter in self._head.values():
             parameter.requires_grad_(True)
+
+    @property
+    def longest_input(self) -> int | None:
+        """How many tokens the model has learned positions for; None if positions are computed."""
+        for name, module in self._base.model.named_modules():
+            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+                # RoBERTa's positions begin after its padding index
+                return module.num_embeddings - (module.padding_idx or -1) - 1
+        return None
+
+    def release(self) -> None:
+        """Takes off what training put on the model: the hook of gradient checkpointing."""
+        if getattr(self._base.model, "_require_grads_hook", None) is not None:
+            self._base.model.disable_input_require_grads()
 
     def pretrained(self, site: str) -> Tensor:
         """W0: out × in, float32, a fresh tensor read from the model's files."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from fedex_lora.adapter import AdapterState, Factors, Site
 from fedex_lora.errors import UserError
 from fedex_lora.model.layer import Layer
+from fedex_lora.model.load import locate
 from fedex_lora.model.pretrained import Pretrained
 from fedex_lora.recipe import LoraSpec
 
@@ -55,11 +57,27 @@ def save_adapter(
         tensors |= {f"{_PREFIX}{name}.{a}": f.A, f"{_PREFIX}{name}.{b}": f.B}
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors lets only the owner read
+
+
+def resolved(name: str) -> str:
+    """A base model's name that `from_pretrained` understands anywhere on this machine: a hub id
+    as it is, else the absolute path.
+
+    Raises:
+        UserError: If `name` is a path and no model lies there.
+
+    Example:
+        >>> resolved("FacebookAI/roberta-base")
+        'FacebookAI/roberta-base'
+    """
+    where = locate(name)
+    return str(Path(where).resolve()) if Path(where).exists() else where
 
 
 def _file_config(config: LoraConfig, sites: Mapping[str, Factors], base_name: str) -> LoraConfig:
     config = copy.deepcopy(config)
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path = resolved(base_name)
     config.inference_mode = True
     config.rank_pattern, config.alpha_pattern = {}, {}
     for name, f in sites.items():

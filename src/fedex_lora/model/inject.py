@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from typing import Any
 
@@ -54,7 +55,7 @@ def inject(base: Base, lora: LoraSpec, task_type: str, seed: int) -> tuple[PeftM
         config = _config(lora, task_type, [*(lora.modules_to_save or []), *new])
         with quiet(), seeded(seed):
             peft_model = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, re.error) as error:
         raise UserError(
             f"lora: this model cannot be adapted so: {error} It has these layers: {kinds}"
         ) from error

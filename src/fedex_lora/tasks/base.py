@@ -155,7 +155,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield next(model.parameters()).device
     finally:
         for module, mode in modes.items():

@@ -3,7 +3,8 @@
 GLUE: Wang et al., arXiv 1804.07461; the metrics are those of its table 1.
 """
 
-import re
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -89,8 +90,9 @@ def text_classification(
 ) -> Task:
     """Classification by the user's own columns into the agreed `labels`.
 
-    Labels in the data are names of `labels`, or the numbers 0 .. n-1. (Where a name itself is a
-    number, such as "1" to "5" stars, numbers are read as names.)
+    Labels in the data are names of `labels`, or the numbers 0 .. n-1. (Where any name is itself a
+    number, such as "1" to "5" stars or "0.5", numbers are read as names, by value.) A number may
+    be written as a text, as in CSV.
     """
     texts = (text_column,) if text_pair_column is None else (text_column, text_pair_column)
     columns = Columns(texts, label_column, labels)
@@ -155,34 +157,56 @@ def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
 def _expected(columns: Columns) -> str:
     if columns.labels is None:
         return f"a number from {SCORES[0]:g} to {SCORES[1]:g}"
-    return f"one of {', '.join(columns.labels)}, or a number from 0 to {len(columns.labels) - 1}"
+    names = f"one of {', '.join(columns.labels)}"
+    if any(_number(name) is not None for name in columns.labels):
+        return names
+    return f"{names}, or a number from 0 to {len(columns.labels) - 1}"
 
 
 def _codes(columns: Columns, rows: Dataset) -> Callable[[Any], int | float | None]:
     """From labels as they stand in the data to the model's; None for what is no label."""
     if columns.labels is None:
         return _score
+    by_name = {name: i for i, name in enumerate(columns.labels)}
     feature = rows.features[columns.label]
-    numbered = feature.names if isinstance(feature, ClassLabel) else columns.labels
-    table = _table(columns.labels, numbered)
+    if isinstance(feature, ClassLabel):  # the data themselves say what their numbers mean
+        by_number = {float(i): by_name[name] for i, name in enumerate(feature.names)}
+    else:
+        by_number = _by_number(columns.labels)
 
     def code(value: Any) -> int | None:
-        plain = isinstance(value, str | int | float) and not isinstance(value, bool)
-        return table.get(value) if plain else None
+        if isinstance(value, str) and value in by_name:
+            return by_name[value]
+        number = _number(value)
+        return None if number is None else by_number.get(number)
 
     return code
 
 
+def _by_number(labels: Sequence[str]) -> dict[float, int]:
+    """Class number by number: by position, but by value as soon as any name is a number."""
+    values = [_number(name) for name in labels]
+    if all(value is None for value in values):
+        return {float(i): i for i in range(len(labels))}
+    count = Counter(values)  # of "1" and "1.0" neither is meant by a number
+    return {value: i for i, value in enumerate(values) if value is not None and count[value] == 1}
+
+
 def _score(value: Any) -> float | None:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if plain and SCORES[0] <= value <= SCORES[1] else None
+    number = _number(value)
+    return number if number is not None and SCORES[0] <= number <= SCORES[1] else None
 
 
-def _table(labels: Sequence[str], numbered: Sequence[str]) -> dict[Any, int]:
-    """Class number by name and by number, where number i means `numbered[i]`."""
-    by_name: dict[Any, int] = {name: i for i, name in enumerate(labels)}
-    by_number = {int(name): i for name, i in by_name.items() if re.fullmatch(r"-?[0-9]+", name)}
-    return by_name | (by_number or {i: by_name[name] for i, name in enumerate(numbered)})
+def _number(value: Any) -> float | None:
+    """A finite number, or the one that a text spells; None for all else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    spelt_oddly = isinstance(value, str) and "_" in value  # Python's 1_000
+    return number if math.isfinite(number) and not spelt_oddly else None
 
 
 def _encode(

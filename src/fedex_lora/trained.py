@@ -1,0 +1,103 @@
+"""A run's directory opened again: the state of one of its rounds, with or without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedex_lora.errors import UserError
+from fedex_lora.federation.checkpoint import NAME, latest, load_checkpoint
+from fedex_lora.federation.loop import Record
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState
+from fedex_lora.model import AdaptedModel
+from fedex_lora.recipe import Recipe
+from fedex_lora.rundir import RunDir, best_record
+from fedex_lora.setup import federation_settings, recipe_model, recipe_task
+
+Which = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a run left of one round; the attributes are those of `Trained`."""
+
+    recipe: Recipe
+    state: ServerState
+    extra: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model of one round of a run.
+
+    Attributes:
+        extra: What was saved with the state.
+        notes: What the user should know about the round that was taken.
+    """
+
+    recipe: Recipe
+    model: AdaptedModel
+    settings: Settings
+    state: ServerState
+    extra: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def read_round(path: Path, which: Which | int = "best") -> Round:
+    """The state of one round of a run, without any model.
+
+    Args:
+        which: The best round by the selection score, the last, or a round that has a checkpoint.
+
+    Raises:
+        UserError: No run, or no such checkpoint.
+    """
+    directory = RunDir(path)
+    recipe = directory.recipe()
+    state, extra, notes = directory.newest()
+    if state is None:
+        raise UserError(
+            f"{path}: no intact checkpoint; " + ("; ".join(notes) or "no round is done")
+        )
+    if which == "best":
+        higher = recipe_task(recipe).higher_is_better
+        round = _best_round(directory, extra["record"], higher)
+    else:
+        round = state.version if which == "last" else which
+    if round != state.version:
+        state, extra = _load_round(directory, round)
+    told = tuple(note.partition("; going on")[0] for note in notes)
+    return Round(recipe, state, extra, told)
+
+
+def open_run(path: Path, which: Which | int = "best", workdir: Path | None = None) -> Trained:
+    """`read_round`, and the pretrained model that goes with it."""
+    found = read_round(path, which)
+    model = recipe_model(found.recipe, recipe_task(found.recipe), workdir)
+    settings = federation_settings(found.recipe, model, found.extra["clients"])
+    return Trained(found.recipe, model, settings, found.state, found.extra, found.notes)
+
+
+def _best_round(directory: RunDir, newest: Record, higher: bool) -> int:
+    """What results.json says; before there is one, by the scores so far, else the newest."""
+    results = directory.read_json("results.json")
+    if results is not None:
+        return results["best_round"]
+    # a crash may have come between the newest checkpoint and its line
+    by_round = {r["round"]: r for r in [newest, *directory.records()]}
+    return (best_record(list(by_round.values()), higher) or newest)["round"]
+
+
+def _load_round(directory: RunDir, round: int) -> tuple[ServerState, Mapping[str, Any]]:
+    try:
+        return load_checkpoint(directory.checkpoints / NAME.format(round))
+    except UserError as error:
+        there = sorted(s.version for _, s, _ in latest(directory.checkpoints) if s is not None)
+        raise UserError(
+            f"{error}. Intact checkpoints are there of rounds {', '.join(map(str, there))}; name "
+            "one with --round"
+        ) from None

@@ -1,0 +1,283 @@
+"""Exports: where they go, what they say, what they leave behind when something fails."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from small_runs import recipe
+from tiny import tiny
+
+from fedex_lora import cli
+from fedex_lora.card import loading_lines
+from fedex_lora.errors import UserError
+from fedex_lora.export import default_name, export_adapter, export_model
+from fedex_lora.model import files
+from fedex_lora.run import Silent, start_run
+from fedex_lora.rundir import RunDir, best_record
+from fedex_lora.trained import open_run
+
+
+class StopAfter(Silent):
+    def __init__(self, round):
+        self.round = round
+
+    def round_done(self, record):
+        if record["round"] == self.round:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of two rounds."""
+    folder = tmp_path_factory.mktemp("export")
+    start_run(recipe(folder), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    return open_run(run)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """An unfinished run: three of nine rounds, the best of which is the second."""
+    folder = tmp_path_factory.mktemp("stopped")
+    spec = recipe(folder, federation={"rounds": 9})
+    with pytest.raises(KeyboardInterrupt):
+        start_run(spec, folder / "run", StopAfter(3))
+    directory = RunDir(folder / "run")
+    records = directory.records()
+    for record, score in zip(records, (0.1, 0.9, 0.5), strict=True):
+        record["score"] = score
+    directory.write_records(records)
+    return folder / "run"
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs `fedex-lora export`; returns (exit code, output, errors)."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["fedex-lora", "export", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def copied(run: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run, folder / "run"))
+
+
+@pytest.mark.parametrize("write", [export_model, export_adapter])
+def test_a_full_disk_leaves_nothing_and_a_retry_succeeds(trained, tmp_path, monkeypatch, write):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(UserError, match=r"out: the export cannot be written: .*No space.*--out"):
+        write(trained, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "out.new").mkdir()
+    (tmp_path / "out.new" / "half").write_text("of an export that was killed")
+    write(trained, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "half").exists()
+
+
+@pytest.mark.parametrize("write", [export_model, export_adapter])
+def test_places_that_cannot_be_written_or_are_in_use(trained, tmp_path, write):
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file" / "out", tmp_path / ("x" * 300), Path("/proc/out")):
+        with pytest.raises(UserError, match="cannot be written"):
+            write(trained, out)
+    for out in (tmp_path / "file", tmp_path):
+        with pytest.raises(UserError, match="exists and is not empty"):
+            write(trained, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_while_updates_are_saved_is_told(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    spec = recipe(tmp_path, records={"save_updates": True})
+    with pytest.raises(UserError, match=r"rounds.*No space left.*Free some.*fedex-lora resume"):
+        start_run(spec, tmp_path / "run")
+
+
+def test_everything_exported_is_readable_as_the_umask_asks(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export_model(trained, tmp_path / "model")
+        export_adapter(trained, tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.glob("*/*")}
+    assert {"model.safetensors", "adapter_model.safetensors"} < set(modes)
+    assert set(modes.values()) == {0o640}
+
+
+def test_default_places_tell_exports_apart(command, run, tmp_path):
+    run = copied(run, tmp_path)
+    best = RunDir(run).read_json("results.json")["best_round"]
+    for options, name in (
+        ([], "adapter"),
+        (["--as", "model"], "model"),
+        (["--as", "model", "--dtype", "float32"], "model-float32"),
+        (["--rank", 1], "adapter-rank1"),
+        (["--round", "last"], "adapter-round2"),
+        (["--round", best, "--as", "model"], f"model-round{best}"),
+    ):
+        code, out, _ = command(run, *options)
+        written = "Already there" if name == "adapter" else "Written"
+        assert code == 0 and f"{written}: {run}/final/{name}\n" in out
+        code, out, _ = command(run, *options)
+        assert code == 0 and f"Already there: {run}/final/{name}\n" in out
+    code, _, err = command(run, "--out", run / "final" / "adapter")
+    assert code == 2 and "exists and is not empty" in err
+
+
+def test_options_that_do_not_fit_are_refused(command, run, tmp_path):
+    code, _, err = command(run, "--as", "model", "--rank", 2, "--out", tmp_path / "out")
+    assert code == 2 and "--rank" in err
+    code, _, err = command(run, "--client", "ann", "--out", tmp_path / "out")
+    assert code == 2 and "one global model" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_client_s_own_model_has_its_own_place(command, tmp_path):
+    start_run(recipe(tmp_path, method={"name": "local"}), tmp_path / "run")
+    code, out, _ = command(tmp_path / "run", "--client", "bob")
+    assert code == 0 and "final/adapter-bob" in out
+    assert default_name("model", client="bob", round=3) == "model-bob-round3"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_the_printed_lines_load_the_export(command, run, tmp_path, monkeypatch, kind):
+    run = copied(run, tmp_path)
+    code, out, _ = command(run, "--as", kind)
+    lines = out[out.index("import ") :]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(lines, names)
+    model = names["model"]
+    assert code == 0 and model.config.num_labels == 3
+    stored = load_file(next((run / "final" / kind).glob("*.safetensors")))
+    name = next(k for k in stored if k.endswith("out_proj.weight"))
+    loaded = {k.replace(".modules_to_save.default.", "."): v for k, v in model.state_dict().items()}
+    assert torch.equal(loaded[name], stored[name])
+
+
+def test_regression_loads_with_one_label_and_a_language_model_with_none(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    stsb = {"kind": "glue", "name": "stsb", "labels": None}
+    regression = loading_lines(recipe(tmp_path / "one", "roberta", task=stsb), tmp_path)
+    assert (
+        "AutoModelForSequenceClassification" in regression[1] and "num_labels=1," in regression[1]
+    )
+    language = loading_lines(recipe(tmp_path / "two", "gpt2"), tmp_path)
+    assert "AutoModelForCausalLM" in language[1] and "num_labels" not in language[1]
+
+
+def test_a_base_inside_a_package_is_written_as_a_path(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "models_of_mine").mkdir()
+    (tmp_path / "models_of_mine" / "__init__.py").touch()
+    base = tiny("roberta", tmp_path / "models_of_mine" / "small")
+    spec = recipe(tmp_path, model={"name": "package:models_of_mine/small"})
+    start_run(spec, tmp_path / "run")
+    adapter = tmp_path / "run" / "final" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base.resolve())
+    assert f"base_model: {base.resolve()}\n" in (adapter / "README.md").read_text()
+    assert f'"{base.resolve()}", num_labels=3' in loading_lines(spec, adapter)[1]
+    auto = peft.AutoPeftModelForSequenceClassification
+    assert auto.from_pretrained(adapter, num_labels=3).config.num_labels == 3
+
+
+def test_the_best_record():
+    def records(*scores):
+        return [{"round": i + 1, "score": s} for i, s in enumerate(scores)]
+
+    scores = records(None, 0.5, 0.7, 0.7, float("nan"))
+    assert best_record(scores, True) == {"round": 3, "score": 0.7}
+    assert best_record(scores, False) == {"round": 2, "score": 0.5}
+    assert best_record([*records(None), {"round": 2}], True) is None
+
+
+def test_the_best_round_of_an_unfinished_run_is_the_best_so_far(command, stopped, tmp_path):
+    assert open_run(stopped).state.version == 2
+    assert open_run(stopped, "last").state.version == 3
+    run = copied(stopped, tmp_path)
+    code, out, _ = command(run)
+    assert code == 0 and "final/adapter-round2" in out
+
+
+def damage(run: Path, round: int) -> None:
+    file = run / "checkpoints" / f"round-{round:04d}.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def test_without_its_checkpoint_a_round_is_refused_and_the_others_are_listed(stopped, tmp_path):
+    run = copied(stopped, tmp_path)
+    with pytest.raises(UserError, match=r"round-0007.*of rounds (1, )?2, 3;"):
+        open_run(run, 7)
+    damage(run, 2)
+    with pytest.raises(UserError, match=r"round-0002.*corrupted.*of rounds (1, )?3;"):
+        open_run(run)
+
+
+def test_a_damaged_newest_checkpoint_is_told(command, stopped, tmp_path):
+    run = copied(stopped, tmp_path)
+    damage(run, 3)
+    code, out, _ = command(run, "--out", tmp_path / "out")
+    assert code == 0 and "round-0003.safetensors: checkpoint is corrupted" in out
+
+
+def test_what_truncation_holds_back_is_told_by_both_and_in_the_card(tmp_path):
+    method = {"name": "fedex-svd", "rank": 1, "flush": False}
+    start_run(recipe(tmp_path, method=method), tmp_path / "run")
+    trained = open_run(tmp_path / "run")
+    assert trained.state.carry
+    for name, write in (("model", export_model), ("adapter", export_adapter)):
+        notes = " ".join(write(trained, tmp_path / name).notes)
+        assert "waits in the carry" in notes
+        assert "waits in the carry" in (tmp_path / name / "README.md").read_text()
+
+
+def test_rounding_to_the_base_s_dtype_is_told(run, trained, tmp_path):
+    assert export_model(trained, tmp_path / "exact").rounding == 0
+    exact = load_file(tmp_path / "exact" / "model.safetensors")
+    bf16 = export_model(trained, tmp_path / "bf16", torch.bfloat16)
+    got = load_file(tmp_path / "bf16" / "model.safetensors")
+    names = [f"{site}.weight" for site in trained.model.sites]
+    missed = torch.cat([(got[n].float() - exact[n]).flatten() for n in names]).norm()
+    size = torch.cat([exact[n].flatten() for n in names]).norm()
+    assert abs(bf16.rounding - missed / size) < 1e-6 and 1e-4 < bf16.rounding < 4e-3
+    assert "rounding the weights to torch.bfloat16" in bf16.notes[-1]
+
+
+def test_an_adapter_of_a_bf16_base_tells_how_the_run_rounded_it(tmp_path):
+    for placement in ("fold", "side"):
+        model = {"dtype": "bfloat16", "placement": placement}
+        start_run(recipe(tmp_path, model=model), tmp_path / placement)
+        done = export_adapter(open_run(tmp_path / placement), tmp_path / f"out-{placement}")
+        assert (done.rounding > 1e-4) == (placement == "fold")
+        assert ("rounded its base to bfloat16" in " ".join(done.notes)) == (placement == "fold")
+        lines = loading_lines(open_run(tmp_path / placement).recipe, done.path)
+        assert 'dtype="bfloat16"' in lines[1]
