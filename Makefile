@@ -41,7 +41,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 type: setup
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
