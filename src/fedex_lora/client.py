@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -25,19 +24,6 @@ from fedex_lora.tasks import Task
 _REFUSED = (TypeError, ValueError, ImportError, RuntimeError, ArithmeticError, AttributeError)
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """A client's rows, encoded once.
-
-    Attributes:
-        train: Rows to train on.
-        validation: Rows to evaluate on, if clients evaluate.
-    """
-
-    train: Dataset
-    validation: Dataset | None = None
 
 
 def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
@@ -87,7 +73,7 @@ def training_arguments(
 def train_client(
     model: AdaptedModel,
     task: Task,
-    data: ClientData,
+    rows: Dataset,
     start: AdapterState,
     *,
     trained: frozenset[str],
@@ -100,6 +86,7 @@ def train_client(
     """Local training from `start`; the model's base must be in place already.
 
     Args:
+        rows: The client's rows, encoded.
         trained: Which factors are trained this round, of "A" and "B".
         training: The recipe's block of that name.
         seed: The run's seed; everything random derives from (seed, round, client).
@@ -112,7 +99,7 @@ def train_client(
     model.freeze(trained)
     with tempfile.TemporaryDirectory() as directory:
         local = derive(seed, "train", round, client)
-        trainer = _trainer(model, task, data, training, local, directory, on_step)
+        trainer = _trainer(model, task, rows, training, local, directory, on_step)
         output = trainer.train()
         # mixed precision leaves its wrapper on the model, which other clients and evaluation share
         trainer.accelerator.unwrap_model(model.module, keep_fp32_wrapper=False)
@@ -124,7 +111,7 @@ def train_client(
         {n: f.A for n, f in end.sites.items()} if "A" in trained else {},
         {n: f.B for n, f in end.sites.items()} if "B" in trained else {},
         end.head,
-        len(data.train),
+        len(rows),
         {
             "loss": output.training_loss,
             "steps": float(output.global_step),
@@ -133,9 +120,7 @@ def train_client(
     )
 
 
-def rehearse(
-    model: AdaptedModel, task: Task, data: ClientData, training: Mapping[str, Any]
-) -> None:
+def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[str, Any]) -> None:
     """Makes everything that training needs, and trains nothing: bad settings show before round 1.
 
     Raises:
@@ -144,7 +129,7 @@ def rehearse(
     """
     with tempfile.TemporaryDirectory() as directory:
         try:
-            trainer = _trainer(model, task, data, training, 0, directory)
+            trainer = _trainer(model, task, rows, training, 0, directory)
             steps = len(trainer.get_train_dataloader())
             trainer.create_optimizer_and_scheduler(max(1, steps))
         except _REFUSED as error:
@@ -162,7 +147,7 @@ def rehearse(
 def _trainer(
     model: AdaptedModel,
     task: Task,
-    data: ClientData,
+    rows: Dataset,
     training: Mapping[str, Any],
     seed: int,
     directory: str,
@@ -171,7 +156,7 @@ def _trainer(
     trainer = Trainer(
         model=model.module,
         args=training_arguments(training, seed, model.device, directory),
-        train_dataset=data.train,
+        train_dataset=rows,
         data_collator=task.collator(model.tokenizer),
         callbacks=[_Steps(on_step)] if on_step else None,
     )

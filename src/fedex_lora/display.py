@@ -34,7 +34,7 @@ class Display:
 
     def started(self, federation: Federation, out: Path) -> None:
         settings, recipe = federation.settings, federation.recipe
-        examples = ", ".join(f"{n}: {len(c.train)}" for n, c in federation.clients.items())
+        examples = ", ".join(f"{n}: {len(c)}" for n, c in federation.clients.items())
         self.console.print(
             f"{self.label or recipe.name}: {recipe.method.name}, seed {recipe.seed}, "
             f"{settings.rounds} rounds, training examples {examples}  →  {out}",

@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging as transformers_logging
 
 from fedex_lora.adapter import AdapterState, fresh
-from fedex_lora.client import ClientData, rehearse
+from fedex_lora.client import rehearse
 from fedex_lora.data.load import known_labels, load
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.errors import UserError
@@ -39,7 +39,7 @@ class Federation:
     task: Task
     model: AdaptedModel
     settings: Settings
-    clients: Mapping[str, ClientData]
+    clients: Mapping[str, Dataset]
     validation: Mapping[str, Dataset]
     evaluation: Mapping[str, Dataset]
     initial: AdapterState
@@ -79,11 +79,10 @@ def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
     def encode(part: Mapping[str, Dataset]) -> dict[str, Dataset]:
         return {n: task.encode(r, model.tokenizer, length) for n, r in part.items()}
 
-    train = encode(rows.train)
+    clients = encode(rows.train)
     if pooled:
-        train = {POOLED: concatenate_datasets(list(train.values()))}
-    clients = {n: ClientData(r) for n, r in train.items()}
-    rehearse(model, task, min(clients.values(), key=lambda c: len(c.train)), recipe.training)
+        clients = {POOLED: concatenate_datasets(list(clients.values()))}
+    rehearse(model, task, min(clients.values(), key=len), recipe.training)
     return Federation(
         recipe,
         task,

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors
-from fedex_lora.client import ClientData, train_client
+from fedex_lora.client import train_client
 from fedex_lora.federation.loop import Lost
 from fedex_lora.federation.messages import Broadcast, Update
 from fedex_lora.federation.settings import Settings
@@ -29,7 +30,7 @@ class LocalEngine:
     Args:
         model: The one resident model.
         task: What is learned.
-        clients: Each client's rows.
+        clients: Each client's rows, encoded.
         settings: The federation's.
         training: The recipe's block of that name.
         failure_rate: Probability that a client vanishes in a round, for rehearsal; seeded.
@@ -39,7 +40,7 @@ class LocalEngine:
         self,
         model: AdaptedModel,
         task: Task,
-        clients: Mapping[str, ClientData],
+        clients: Mapping[str, Dataset],
         settings: Settings,
         training: Mapping[str, Any],
         failure_rate: float = 0.0,
