@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -95,7 +96,7 @@ def round_line(record: Record) -> str:
 
 def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table with numbers to the right."""
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
         # names stay whole; headers wrap, but not within words
         longest = max(map(len, name.split()), default=0)
