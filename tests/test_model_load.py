@@ -143,7 +143,7 @@ def test_a_tokenizer_without_any_end_is_refused(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match="neither a padding nor an end token"):
+    with pytest.raises(UserError, match="neither a padding nor an end-of-text token"):
         CASES["llama"].load(folder)
 
 

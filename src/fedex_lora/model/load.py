@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from fedex_lora.errors import UserError
+from fedex_lora.padding import with_padding
 from fedex_lora.recipe import ModelSpec
 
 # what transformers and safetensors raise for a folder, name or file that is no usable model
@@ -78,7 +79,7 @@ def load_base(
         # bitsandbytes on some CPUs repacks, and rounds, the weight at the first evaluation
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    _set_padding(model, tokenizer, spec.name)
+    _set_padding(model, tokenizer)
     use_cache = bool(getattr(model.config, "use_cache", False))
     model.config.use_cache = False
     return Base(model, tokenizer, where, frozenset(info["missing_keys"]), use_cache)
@@ -210,16 +211,10 @@ def _check_found(model: nn.Module, missing: set[str], name: str) -> None:
         )
 
 
-def _set_padding(model: Any, tokenizer: Any, name: str) -> None:
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"model.name: the tokenizer of {name!r} has neither a padding nor an end token; "
-                "set pad_token in its tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-    if getattr(model.config, "pad_token_id", None) is None:
+def _set_padding(model: Any, tokenizer: Any) -> None:
+    had_none = tokenizer.pad_token_id is None
+    with_padding(tokenizer)
+    if had_none or getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 

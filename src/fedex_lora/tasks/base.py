@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.errors import UserError
+from fedex_lora.padding import with_padding
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
@@ -109,24 +110,6 @@ def check_columns(rows: Dataset, columns: Sequence[str], where: str) -> None:
         )
     if len(rows) == 0:
         raise UserError(f"{where}: no rows; at least one is needed.")
-
-
-def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, its end-of-text token made its padding token if it has none.
-
-    Padding is masked everywhere, so that it does not matter which token it is.
-
-    Raises:
-        UserError: It has neither.
-    """
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has neither a padding nor an "
-                "end-of-text token; add a pad_token to its tokenizer_config.json."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def pad(rows: Sequence[Mapping[str, Any]], key: str, value: int, side: str = "right") -> Tensor:
