@@ -16,6 +16,7 @@ from tiny import ENCODERS, TEXT, tiny
 from torch import Tensor
 
 from fedex_lora.recipe import Recipe
+from fedex_lora.run import Silent
 
 LORA = {
     "roberta": {"target_modules": ["query", "value"]},
@@ -25,6 +26,17 @@ LORA = {
     "gemma2": {"target_modules": ["k_proj", "up_proj"], "use_rslora": True},
 }
 SIZES = {"ann": 9, "bob": 3, "cleo": 5}
+
+
+class StopAfter(Silent):
+    """Interrupts a run as soon as a round is finished and saved."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+
+    def round_done(self, record: dict[str, Any]) -> None:
+        if record["round"] == self.round:
+            raise KeyboardInterrupt
 
 
 def write_rows(folder: Path) -> list[Path]:

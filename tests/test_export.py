@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from small_runs import recipe
+from small_runs import StopAfter, recipe
 from tiny import tiny
 
 from fedex_lora import cli
@@ -18,18 +18,9 @@ from fedex_lora.card import loading_lines
 from fedex_lora.errors import UserError
 from fedex_lora.export import default_name, export_adapter, export_model
 from fedex_lora.model import files
-from fedex_lora.run import Silent, start_run
+from fedex_lora.run import start_run
 from fedex_lora.rundir import RunDir, best_record
 from fedex_lora.trained import open_run
-
-
-class StopAfter(Silent):
-    def __init__(self, round):
-        self.round = round
-
-    def round_done(self, record):
-        if record["round"] == self.round:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from small_runs import SIZES, oracle, products, recipe
+from small_runs import SIZES, StopAfter, oracle, products, recipe
 
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import QuorumLost, UserError
@@ -140,15 +140,6 @@ def timeless(run: Path):
         for client in record["clients"].values():
             client.pop("seconds")
     return records
-
-
-class StopAfter(Silent):
-    def __init__(self, round):
-        self.round = round
-
-    def round_done(self, record):
-        if record["round"] == self.round:
-            raise KeyboardInterrupt
 
 
 def test_two_rounds_and_a_resumed_two_are_four_bit_for_bit(finished, tmp_path):
