@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	       "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,quantised]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,quantised,scorers,images,simulation]"
 	@touch $@
 
 demo: setup

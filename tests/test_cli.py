@@ -97,7 +97,7 @@ BAD = {
         "training: ",
     ),
     "an absent optimizer": (["training.optim=galore_adamw"], "training: "),
-    "an absent logger": (["training.report_to=tensorboard"], "training: "),
+    "an absent logger": (["training.report_to=wandb"], "training: "),
     "dropping the only batch": (
         ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=64"],
         "dataloader_drop_last",

@@ -186,17 +186,45 @@ class FederationSpec(Part):
 
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+COMMONSENSE = (
+    "boolq",
+    "piqa",
+    "social_i_qa",
+    "hellaswag",
+    "winogrande",
+    "ARC-Easy",
+    "ARC-Challenge",
+    "openbookqa",
+)
 _TASK_FIELDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # kind: (needed, optional)
     "glue": (["name"], []),
     "text-classification": ([], ["labels", "text_column", "text_pair_column", "label_column"]),
     "causal-lm": ([], ["text_column"]),
     "instruction": (["prompt", "response"], ["max_new_tokens", "generate"]),
+    "e2e": ([], ["max_new_tokens", "generate", "num_beams"]),
+    "math": (["name"], ["max_new_tokens", "generate", "compare"]),
+    "commonsense": ([], ["name", "max_new_tokens", "generate", "score"]),
+    "image-classification": ([], ["labels", "image_column", "label_column"]),
+}
+TASK_NAMES: dict[str, Sequence[str]] = {  # kind: the values of `name`
+    "glue": GLUE,
+    "math": ("metamath", "gsm8k", "math"),
+    "commonsense": COMMONSENSE,
 }
 
 
 class TaskSpec(Part):
-    kind: Literal["glue", "text-classification", "causal-lm", "instruction"]
-    name: str | None = None  # glue: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli
+    kind: Literal[
+        "glue",
+        "text-classification",
+        "causal-lm",
+        "instruction",
+        "e2e",
+        "math",
+        "commonsense",
+        "image-classification",
+    ]
+    name: str | None = None  # which of a kind's data sets: see TASK_NAMES
     max_length: int = Field(default=128, ge=4)
     labels: list[str] | None = None  # text-classification: the agreed label set, in order
     text_column: str | None = None  # text-classification, causal-lm
@@ -205,7 +233,11 @@ class TaskSpec(Part):
     prompt: str | None = None  # instruction: template with {column} fields
     response: str | None = None  # instruction: template of the response
     max_new_tokens: int = Field(default=64, ge=1)
-    generate: bool = False  # instruction: exact match by greedy generation
+    generate: bool = False  # score what is generated, not the loss alone
+    num_beams: int = Field(default=10, ge=1)  # e2e: 10 in the paper
+    compare: Literal["latex", "string"] = "latex"  # math: how two answers are compared
+    score: Literal["generation", "likelihood"] = "generation"  # commonsense: how it answers
+    image_column: str | None = None  # image-classification
 
     def problems(self) -> Iterator[Problem]:
         needed, optional = _TASK_FIELDS[self.kind]
@@ -216,8 +248,9 @@ class TaskSpec(Part):
             fits = name in ("kind", "max_length", *needed, *optional)
             if not fits and getattr(self, name) != field.default:
                 yield name, f"a task of kind {self.kind} does not use it"
-        if self.kind == "glue" and self.name is not None and self.name not in GLUE:
-            yield "name", f"expected one of {_names(GLUE)}" + did_you_mean(self.name, GLUE)
+        names = TASK_NAMES.get(self.kind)
+        if names and self.name is not None and self.name not in names:
+            yield "name", f"expected one of {_names(names)}" + did_you_mean(self.name, names)
         if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
             yield "labels", "expected two or more labels, all different"
 

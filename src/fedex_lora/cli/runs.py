@@ -1,33 +1,37 @@
-"""The command line. Whatever the user can mend is one short text and exit code 2."""
+"""Commands that run recipes and read what runs left."""
 
 from __future__ import annotations
 
-import logging
 import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
-from rich.console import Console
 
 from fedex_lora import __version__
 from fedex_lora.card import loading_lines
-from fedex_lora.client import check_training
-from fedex_lora.compare import client_table, compare, table
-from fedex_lora.display import Display, show_table
-from fedex_lora.engines.local import LocalEngine
-from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.export import (
-    Exported,
-    default_name,
-    export_adapter,
-    export_model,
-    is_export,
+from fedex_lora.cli.common import (
+    Client,
+    Out,
+    RecipeFile,
+    Round,
+    RunPath,
+    Sets,
+    app,
+    comma_separated,
+    console,
+    displays,
+    read_recipe,
+    say,
+    which_round,
+    whole_number,
 )
+from fedex_lora.compare import client_table, compare, table
+from fedex_lora.display import show_table
+from fedex_lora.engines.local import LocalEngine
+from fedex_lora.errors import UserError
+from fedex_lora.export import Exported, default_name, export_adapter, export_model, is_export
 from fedex_lora.methods import METHODS
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe_with_places
@@ -37,53 +41,13 @@ from fedex_lora.rundir import RunDir, number
 from fedex_lora.setup import set_up
 from fedex_lora.trained import open_run, read_round
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Federated LoRA: the global model is exactly the weighted mean of what clients learned.",
-)
-console = Console()
-errors = Console(stderr=True, soft_wrap=True)
-
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a YAML file.")]
-RunPath = Annotated[Path, typer.Argument(help="A run's directory.")]
-Sets = Annotated[list[str], typer.Option("--set", help="Override a key: a.b=c. May be repeated.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Directory to write.")]
-Round = Annotated[str, typer.Option("--round", help="best, last, or a round's number.")]
-Client = Annotated[str | None, typer.Option(help="Whose model, where nothing is exchanged.")]
-
-
-def _recipe(path: Path, sets: list[str]) -> Recipe:
-    recipe, places = load_recipe_with_places(path, sets)
-    check_training(recipe.training, places)
-    return recipe
-
-
-@contextmanager
-def _displays() -> Iterator[Callable[[str], Display]]:
-    """Makes displays, takes them away whatever happens, and says how to go on after Ctrl-C."""
-    made: list[Display] = []
-
-    def show(label: str) -> Display:
-        made.append(Display(console, label))
-        return made[-1]
-
-    try:
-        yield show
-    except KeyboardInterrupt:
-        _complain("interrupted; `fedex-lora resume RUN` goes on after the last finished round")
-        raise typer.Exit(130) from None
-    finally:
-        for display in made:
-            display.close()
-
 
 @app.command()
 def run(recipe: RecipeFile, set: Sets = [], out: Out = None, resume: bool = False) -> None:  # noqa: B006
     """Run a recipe in a new directory (or continue it there with --resume)."""
-    spec = _recipe(recipe, set)
+    spec = read_recipe(recipe, set)
     path = out or Path("runs") / f"{spec.name}-{spec.method.name}-seed{spec.seed}"
-    with _displays() as show:
+    with displays() as show:
         shown = show("")
         results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
     _show_results(path, results)
@@ -92,7 +56,7 @@ def run(recipe: RecipeFile, set: Sets = [], out: Out = None, resume: bool = Fals
 @app.command()
 def resume(run: RunPath) -> None:
     """Continue a run after its last finished round."""
-    with _displays() as show:
+    with displays() as show:
         results = resume_run(run, None, show(""))
     _show_results(run, results)
 
@@ -107,15 +71,17 @@ def compare_command(
     export: Annotated[bool, typer.Option(help="Write a merged model too.")] = False,
 ) -> None:
     """Run several methods (and seeds) on one recipe and print the table."""
-    spec = _recipe(recipe, set)
+    spec = read_recipe(recipe, set)
     path = out or Path("runs") / f"{spec.name}-comparison"
-    numbers = [_int(s, "--seeds") for s in _split(seeds)] or [spec.seed]
-    with _displays() as show:
-        results = compare(spec, _split(methods), numbers, path, lambda method, _: show(method))
+    numbers = [whole_number(s, "--seeds") for s in comma_separated(seeds)] or [spec.seed]
+    with displays() as show:
+        results = compare(
+            spec, comma_separated(methods), numbers, path, lambda method, _: show(method)
+        )
     for one in (table(results), client_table(results)):
         if one is not None:
             show_table(console, *one)
-    _say(f"The same as JSON and Markdown: {path}/comparison.json, comparison.md")
+    say(f"The same as JSON and Markdown: {path}/comparison.json, comparison.md")
     offered = "fedex" if "fedex" in results else next(iter(results))
     if METHODS[offered.partition(":")[0]].exchanges:
         best = path / f"{offered.replace(':', '-')}-seed{numbers[0]}"
@@ -127,13 +93,13 @@ def compare_command(
 @app.command()
 def evaluate(run: RunPath, round: Round = "best") -> None:
     """Score a run's model on all its evaluation splits."""
-    found = read_round(run, _which(round))
+    found = read_round(run, which_round(round))
     federation = set_up(found.recipe)
     engine = LocalEngine(federation.model, federation.task, {}, federation.settings, {})
     scores = evaluate_state(federation, engine, found.state)
     parts = {**scores["scores"], **scores.get("client_scores", {})}
     rows = [[name, k, number(v)] for name, metrics in parts.items() for k, v in metrics.items()]
-    _say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
+    say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
     show_table(console, ["rows", "metric", "score"], rows)
 
 
@@ -152,21 +118,21 @@ def export(
         raise UserError(
             "--rank: only an adapter is cut to a rank; use --as adapter or leave it out"
         )
-    trained = open_run(run, _which(round))
+    trained = open_run(run, which_round(round))
     to = torch.float32 if as_ == "model" and dtype == "float32" else None
     # before a run is finished its best round may become another one
     settled = round == "best" and (run / "results.json").is_file()
     version = None if settled else trained.state.version
     path = out or run / "final" / default_name(as_, rank, to, client, version)
     if out is None and is_export(path):
-        _say(f"Already there: {path}")
+        say(f"Already there: {path}")
         exported = Exported(path, notes=trained.notes)
     else:
         if as_ == "model":
             exported = export_model(trained, path, to, client)
         else:
             exported = export_adapter(trained, path, rank, client)
-        _say(f"Written: {path}")
+        say(f"Written: {path}")
     _show_export(exported, rank, trained.recipe)
 
 
@@ -221,73 +187,32 @@ def _show_results(path: Path, results: dict) -> None:
         for split, scores in results[which]["scores"].items()
     ]
     if rows:
-        _say(f"Best round {results['best_round']} of {results['rounds']}.")
+        say(f"Best round {results['best_round']} of {results['rounds']}.")
         show_table(console, ["round", "split", *[""] * (len(rows[0]) - 2)], rows)
     _offer(path)
 
 
 def _offer(path: Path) -> None:
     final, recipe = path / "final", RunDir(path).recipe()
-    _say(f"Run:     {path}")
+    say(f"Run:     {path}")
     for what in ("adapter", "model"):
         if is_export(final / what):
-            _say(f"{what.capitalize()}: {final / what}; in Python:")
-            _say("\n".join(loading_lines(recipe, final / what)))
+            say(f"{what.capitalize()}: {final / what}; in Python:")
+            say("\n".join(loading_lines(recipe, final / what)))
     if not is_export(final / "model"):
         whose = "" if METHODS[recipe.method.name].exchanges else " --client NAME"
-        _say(f"Merged model: fedex-lora export {shlex.quote(str(path))} --as model{whose}")
+        say(f"Merged model: fedex-lora export {shlex.quote(str(path))} --as model{whose}")
 
 
 def _show_export(exported: Exported, rank: int | None, recipe: Recipe) -> None:
     if exported.rank is not None:
-        _say(f"Largest rank of a layer: {exported.rank}")
+        say(f"Largest rank of a layer: {exported.rank}")
     if rank is not None and exported.errors:
         worst = max(exported.errors, key=lambda site: exported.errors[site])  # type: ignore[index]
-        _say(
+        say(
             f"Relative error of the change: {exported.error:.3g} in total, at most "
             f"{exported.errors[worst]:.3g} ({worst})"
         )
     for note in exported.notes:
-        _say(f"Note: {note}")
-    _say("In Python:\n" + "\n".join(loading_lines(recipe, exported.path)))
-
-
-def _which(text: str) -> Literal["best", "last"] | int:
-    if text in ("best", "last"):
-        return text  # type: ignore[return-value]
-    return _int(text, "--round")
-
-
-def _int(text: str, option: str) -> int:
-    if not text.strip().isdecimal():
-        raise UserError(f"{option}: {text!r} is no whole number")
-    return int(text)
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def main() -> None:
-    """Entry point: errors of the user become text on stderr and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        app()
-    except QuorumLost as error:
-        _complain(f"stopped: {error}")
-        _complain(
-            "What was finished before is intact. Mend the cause (for a loss that is nan: a lower "
-            "learning rate), then `fedex-lora resume RUN` or begin a new run."
-        )
-        sys.exit(2)
-    except UserError as error:
-        _complain(f"error: {error}")
-        sys.exit(2)
-
-
-def _complain(text: str) -> None:
-    errors.print(text, highlight=False, markup=False)
+        say(f"Note: {note}")
+    say("In Python:\n" + "\n".join(loading_lines(recipe, exported.path)))

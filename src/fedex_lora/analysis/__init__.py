@@ -1,0 +1,1 @@
+"""What runs left, analysed: deviation, cost, comparison with intervals, the claims."""

@@ -1,0 +1,1 @@
+"""Shapes of the models of the paper, from their public configs; no weights."""

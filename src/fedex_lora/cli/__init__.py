@@ -1,0 +1,29 @@
+"""The command line. Whatever the user can mend is one short text and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from fedex_lora.cli import runs
+from fedex_lora.cli.common import app, complain, console
+from fedex_lora.errors import QuorumLost, UserError
+
+__all__ = ["app", "console", "main", "runs"]
+
+
+def main() -> None:
+    """Entry point: errors of the user become text on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except QuorumLost as error:
+        complain(f"stopped: {error}")
+        complain(
+            "What was finished before is intact. Mend the cause (for a loss that is nan: a lower "
+            "learning rate), then `fedex-lora resume RUN` or begin a new run."
+        )
+        sys.exit(2)
+    except UserError as error:
+        complain(f"error: {error}")
+        sys.exit(2)

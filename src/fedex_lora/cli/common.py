@@ -1,0 +1,81 @@
+"""What the commands share: the app, the console, options, and how errors are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fedex_lora.client import check_training
+from fedex_lora.display import Display
+from fedex_lora.errors import UserError
+from fedex_lora.recipe import Recipe
+from fedex_lora.recipe_yaml import load_recipe_with_places
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated LoRA: the global model is exactly the weighted mean of what clients learned.",
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a YAML file.")]
+RunPath = Annotated[Path, typer.Argument(help="A run's directory.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Override a key: a.b=c. May be repeated.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Directory to write.")]
+Round = Annotated[str, typer.Option("--round", help="best, last, or a round's number.")]
+Client = Annotated[str | None, typer.Option(help="Whose model, where nothing is exchanged.")]
+
+
+def read_recipe(path: Path, sets: list[str]) -> Recipe:
+    recipe, places = load_recipe_with_places(path, sets)
+    check_training(recipe.training, places)
+    return recipe
+
+
+@contextmanager
+def displays() -> Iterator[Callable[[str], Display]]:
+    """Makes displays, takes them away whatever happens, and says how to go on after Ctrl-C."""
+    made: list[Display] = []
+
+    def show(label: str) -> Display:
+        made.append(Display(console, label))
+        return made[-1]
+
+    try:
+        yield show
+    except KeyboardInterrupt:
+        complain("interrupted; `fedex-lora resume RUN` goes on after the last finished round")
+        raise typer.Exit(130) from None
+    finally:
+        for display in made:
+            display.close()
+
+
+def which_round(text: str) -> Literal["best", "last"] | int:
+    if text in ("best", "last"):
+        return text  # type: ignore[return-value]
+    return whole_number(text, "--round")
+
+
+def whole_number(text: str, option: str) -> int:
+    if not text.strip().isdecimal():
+        raise UserError(f"{option}: {text!r} is no whole number")
+    return int(text)
+
+
+def comma_separated(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def complain(text: str) -> None:
+    errors.print(text, highlight=False, markup=False)

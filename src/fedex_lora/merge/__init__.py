@@ -1,0 +1,1 @@
+"""Exact merging of PEFT adapters on disk."""
