@@ -22,8 +22,9 @@ from torch.nn.functional import pad
 
 from fedex_lora.adapter import AdapterState, Factors, Site
 from fedex_lora.ledger import Increment
-from fedex_lora.lowrank import LowRank, concat, dense, factored, smaller
+from fedex_lora.lowrank import LowRank, factored, partial_norms, smaller
 from fedex_lora.methods import Method
+from fedex_lora.running_sum import RunningSum
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ class Aggregator:
         sites: Shapes; the rank is the largest of any client.
         trained: Which factors the clients train this round, of "A" and "B".
         server_learning_rate: η in G' = G + η·Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰).
+        clients: How many are expected, if known; for them memory is taken once.
 
     Example:
         >>> from fedex_lora.adapter import Site, Factors, AdapterState
@@ -78,12 +80,15 @@ class Aggregator:
         sites: Mapping[str, Site],
         trained: frozenset[str],
         server_learning_rate: float = 1.0,
+        clients: int = 2,
     ) -> None:
         eta = server_learning_rate
         groups: dict[Site, list[str]] = {}
         for name, site in sites.items():
             groups.setdefault(site, []).append(name)
-        self._groups = [_Group(site, names, method, trained, eta) for site, names in groups.items()]
+        self._groups = [
+            _Group(site, names, method, trained, eta, clients) for site, names in groups.items()
+        ]
         self._eta = eta
         self._head: dict[str, Tensor] = {}
         self._head_start: Mapping[str, Tensor] = {}
@@ -127,56 +132,74 @@ class _Group:
         method: Method,
         trained: frozenset[str],
         eta: float,
+        clients: int,
     ) -> None:
         self.site, self.names, self.method = site, names, method
         self.trained, self.eta = trained, eta
         self.reference: tuple[Tensor, Tensor] | None = None  # (B⁰, A⁰) of the first client
         self.mean_d: Tensor | None = None
         self.mean_e: Tensor | None = None
-        self.spread, self.product, self.increment = _Sum(), _Sum(), _Sum()
+        self.spread = RunningSum(clients - 1)
+        self.product, self.increment = RunningSum(clients), RunningSum(2 * clients)
 
     def add(
         self, n: float, total: float, start: Mapping[str, Factors], end: Mapping[str, Factors]
     ) -> None:
+        self._add_spread(n, total, start, end)
+        if not self._needs_product() and self.method.shared_base:
+            return
         b0, a0 = self._stack(start)
         b, a = self._stack(end)
-        self._add_spread(n, total, b0, a0, b, a)
         scale = self.site.scale * n
         if self._needs_product():  # B⁰A⁰ + η(BA − B⁰A⁰)
-            self.product.add(LowRank(b * (scale * self.eta), a))
+            self.product.add(LowRank(b, a), scale * self.eta)
             if self.eta != 1 and b0.any():
-                self.product.add(LowRank(b0 * (scale * (1 - self.eta)), a0))
+                self.product.add(LowRank(b0, a0), scale * (1 - self.eta))
         if not self.method.shared_base:  # BA − B⁰A⁰ = D·A + B⁰·E
-            self.increment.add(LowRank((b - b0) * scale, a))
+            self.increment.add(LowRank(b - b0, a), scale)
             if b0.any():
-                self.increment.add(LowRank(b0 * scale, a - a0))
+                self.increment.add(LowRank(b0, a - a0), scale)
 
     def _needs_product(self) -> bool:
         return self.method.assignment in ("reinit", "svd")
 
     def _add_spread(
-        self, n: float, total: float, b0: Tensor, a0: Tensor, b: Tensor, a: Tensor
+        self, n: float, total: float, start: Mapping[str, Factors], end: Mapping[str, Factors]
     ) -> None:
         if self.reference is None:
-            self.reference = (b0, a0)
-        d, e = b - self.reference[0], a - self.reference[1]
+            self.reference = self._stack(start)
+        d, e = self._stack(end, minus=self.reference)
         if self.mean_d is None or self.mean_e is None:
             self.mean_d, self.mean_e = d, e
             return
-        d, e = d - self.mean_d, e - self.mean_e
+        d -= self.mean_d
+        e -= self.mean_e
+        self.mean_d.add_(d, alpha=n / total)
+        self.mean_e.add_(e, alpha=n / total)
         if self.trained == {"A", "B"}:
-            self.spread.add(LowRank(d * (n * (total - n) / total), e))
-        self.mean_d = self.mean_d + d * (n / total)
-        self.mean_e = self.mean_e + e * (n / total)
+            self.spread.add(LowRank(d, e), n * (total - n) / total)
 
-    def _stack(self, factors: Mapping[str, Factors]) -> tuple[Tensor, Tensor]:
-        """(B, A) of all sites, zero-padded to the full rank, B in units of the site's scale."""
+    def _stack(
+        self, factors: Mapping[str, Factors], minus: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, A) of all sites, zero-padded to the full rank, B in units of the site's scale.
+
+        Args:
+            minus: What to take away from them, stacked likewise.
+        """
         chosen = [factors[name] for name in self.names]
+        missing = self.site.rank - chosen[0].rank
+        ratio = chosen[0].scale / self.site.scale
+        if minus is not None and not missing and ratio == 1:  # in one pass over memory
+            b, a = torch.empty_like(minus[0]), torch.empty_like(minus[1])
+            for i, f in enumerate(chosen):
+                torch.sub(f.B, minus[0][i], out=b[i])
+                torch.sub(f.A, minus[1][i], out=a[i])
+            return b, a
         b, a = torch.stack([f.B for f in chosen]), torch.stack([f.A for f in chosen])
-        missing = self.site.rank - a.shape[-2]
-        if chosen[0].scale != self.site.scale:
-            b = b * (chosen[0].scale / self.site.scale)
-        return (pad(b, (0, missing)), pad(a, (0, 0, 0, missing))) if missing else (b, a)
+        b = b if ratio == 1 else b * ratio
+        b, a = (pad(b, (0, missing)), pad(a, (0, 0, 0, missing))) if missing else (b, a)
+        return (b, a) if minus is None else (b - minus[0], a - minus[1])
 
     def finish(self, total: float) -> Aggregate:
         assert self.reference and self.mean_d is not None and self.mean_e is not None
@@ -184,8 +207,7 @@ class _Group:
         mean = LowRank((b0 + self.mean_d) * self.site.scale, a0 + self.mean_e)
         spread = self.spread.total(self.site.scale / total)
         factors, increment = self._assign(total, spread)
-        deviation = _norm(spread) if spread is not None else torch.zeros(len(self.names))
-        ideal = _norm(_plus(mean, spread))
+        deviation, ideal = _norms(mean, spread)
         return Aggregate(
             factors,
             _by_site(self.names, increment),
@@ -235,33 +257,6 @@ class _Group:
             name: Factors(a[i].contiguous(), b[i].contiguous(), self.site.scale)
             for i, name in enumerate(self.names)
         }
-
-
-class _Sum:
-    """A sum of factored matrices that turns dense as soon as the factors would be larger.
-
-    Memory stays under 2 × the dense matrix however many terms come.
-    """
-
-    def __init__(self) -> None:
-        self._terms: list[LowRank] = []
-        self._dense: Tensor | None = None
-
-    def add(self, term: LowRank) -> None:
-        if self._dense is not None:
-            self._dense += term.dense()
-            return
-        self._terms.append(term)
-        m, n = term.shape[-2:]
-        if sum(t.rank for t in self._terms) * (m + n) >= m * n:
-            self._dense = concat(self._terms).dense()
-            self._terms = []
-
-    def total(self, c: float) -> LowRank | Tensor | None:
-        """c times the sum; None if nothing was added."""
-        if self._dense is not None:
-            return self._dense * c
-        return concat(self._terms).scaled(c) if self._terms else None
 
 
 def orthonormal_rows(a: Tensor) -> Tensor:
@@ -314,5 +309,15 @@ def _plus(w: LowRank, other: LowRank | Tensor | None) -> LowRank | Tensor:
     return w + other if isinstance(other, LowRank) else w.dense() + other
 
 
-def _norm(w: LowRank | Tensor) -> Tensor:
-    return w.norm() if isinstance(w, LowRank) else torch.linalg.vector_norm(dense(w), dim=(-2, -1))
+def _norms(mean: LowRank, spread: LowRank | Tensor | None) -> tuple[Tensor, Tensor]:
+    """‖spread‖_F and ‖mean + spread‖_F of every site."""
+    if spread is None:
+        return torch.zeros(mean.shape[0]), mean.norm()
+    if isinstance(spread, LowRank):
+        deviation, ideal = partial_norms(spread, mean)
+        return deviation, ideal
+    return _dense_norm(spread), _dense_norm(mean.dense() + spread)
+
+
+def _dense_norm(w: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(w, dim=(-2, -1))

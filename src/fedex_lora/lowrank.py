@@ -6,8 +6,9 @@ matrices of equal shape. Any floating dtype; float32 and float64 are what the re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class LowRank:
         Returns:
             The same matrix with leftᵀ·left = 1 and rank at most min(m, r).
         """
-        q, r = torch.linalg.qr(self.left)
+        q, r = thin_qr(self.left)
         return LowRank(q, r @ self.right)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,8 +122,8 @@ class LowRank:
         return _take(u, s, vh, rank), tail
 
     def norm(self) -> Tensor:
-        """‖W‖_F, shape (...). By QR: expanded inner products would lose half of the digits."""
-        return _norm(torch.linalg.qr(self.left, mode="r").R @ self.right)
+        """‖W‖_F, shape (...)."""
+        return partial_norms(self)[0]
 
     def distance(self, other: LowRank) -> Tensor:
         """‖W − other‖_F, by QR of the concatenated factors."""
@@ -135,6 +136,76 @@ def concat(terms: Iterable[LowRank]) -> LowRank:
     return LowRank(
         torch.cat([t.left for t in terms], dim=-1), torch.cat([t.right for t in terms], dim=-2)
     )
+
+
+def partial_norms(*terms: LowRank) -> list[Tensor]:
+    """‖t₁‖_F, ‖t₁ + t₂‖_F, ..., each of shape (...), without concatenating the terms.
+
+    ‖LR‖² = Σ (LᵀL)∘(RRᵀ) by Gram matrices in float64. Inner products lose half of the digits of a
+    sum that cancels (in float32 all of them), so such a sum goes by QR of the factors instead.
+
+    Example:
+        >>> one = LowRank(torch.ones(4, 1), torch.ones(1, 4))
+        >>> [n.item() for n in partial_norms(one, one)]
+        [4.0, 8.0]
+    """
+    if terms[0].left.dtype == torch.float32:
+        norms = _gram_norms(terms)
+        size = sum(_norm(t.left) * _norm(t.right) for t in terms)
+        if all(bool((norm >= CANCELS * size).all()) for norm in norms):
+            return norms
+    sums = (concat(terms[: i + 1]) for i in range(len(terms)))
+    return [_norm(torch.linalg.qr(w.left, mode="r").R @ w.right) for w in sums]
+
+
+CANCELS = 1e-4  # norms of a sum below this part of its terms' are not left to inner products
+
+
+def _gram_norms(terms: Sequence[LowRank]) -> list[Tensor]:
+    """One matrix of the batch after the other, as float64 copies of all would be large."""
+    lefts = zip(*(t.left.reshape(-1, *t.left.shape[-2:]) for t in terms))
+    rights = zip(*(t.right.reshape(-1, *t.right.shape[-2:]) for t in terms))
+    ends = list(accumulate(t.rank for t in terms))
+    squares = []
+    for left, right in zip(lefts, rights):
+        both = _gram(torch.cat(left, dim=-1)) * _gram(torch.cat(right, dim=-2).mT)
+        squares.append(torch.stack([both[:end, :end].sum() for end in ends]))
+    first = terms[0].left
+    norms = torch.stack(squares, dim=-1).clamp_min(0).sqrt().to(first.dtype)
+    return [norm.reshape(first.shape[:-2]) for norm in norms]
+
+
+def _gram(w: Tensor) -> Tensor:
+    """WᵀW in float64."""
+    w = w.double()
+    return w.mT @ w
+
+
+def thin_qr(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (..., m, q) with orthonormal columns and R (..., q, r), QR = w, q = min(m, r).
+
+    In float32 by CholeskyQR2 with Gram matrices in float64 (Fukaya et al., arXiv 1809.11085):
+    matrix products in place of Householder's reflections. Where w is too near a lower rank for it,
+    which shows in the first pass, by torch.linalg.qr.
+    """
+    if w.dtype != torch.float32 or w.shape[-2] < w.shape[-1] or not w.numel():
+        return torch.linalg.qr(w)
+    first = _cholesky_qr(w)
+    second = _cholesky_qr(first[0]) if first else None
+    if first is None or second is None or second[2] > 0.5:
+        return torch.linalg.qr(w)
+    return second[0], (second[1] @ first[1]).to(w.dtype)
+
+
+def _cholesky_qr(w: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """One pass: Q, R in float64, and how far w is from orthonormal; None if WᵀW is singular."""
+    flat = w.reshape(-1, *w.shape[-2:])
+    gram = torch.stack([_gram(one) for one in flat]).reshape(*w.shape[:-2], *[w.shape[-1]] * 2)
+    r, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    if bool(failed.any()):
+        return None
+    off = (gram - torch.eye(w.shape[-1], dtype=gram.dtype, device=w.device)).abs().max().item()
+    return torch.linalg.solve_triangular(r.to(w.dtype), w, upper=True, left=False), r, off
 
 
 def from_dense(w: Tensor) -> LowRank:

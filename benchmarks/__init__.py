@@ -1,0 +1,1 @@
+"""What this project costs against what a user would otherwise use: `make bench`."""
