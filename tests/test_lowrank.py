@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedex_lora.errors import UserError
-from fedex_lora.lowrank import LowRank, concat, from_dense, smaller
+from fedex_lora.lowrank import LowRank, concat, from_dense, partial_norms, smaller, thin_qr
 
 DTYPES = [torch.float32, torch.float64]
 sizes = st.integers(1, 9)
@@ -88,3 +88,31 @@ def test_from_dense_round_trips_whichever_side_is_longer():
 def test_factors_that_do_not_fit_are_named():
     with pytest.raises(UserError, match=r"\(2, 3\) and \(4, 5\)"):
         LowRank(torch.zeros(2, 3), torch.zeros(4, 5))
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(-7, 0), st.sampled_from([(), (3,)]))
+def test_thin_qr_is_orthonormal_and_exact_however_ill_conditioned(m, r, power, batch):
+    w = random(m, 1, r, batch, torch.float32).left * torch.logspace(0, power, r)
+    w = w + w[..., :1]  # columns that almost agree, as those of a trained factor do
+    q, triangle = thin_qr(w)
+    eye = torch.eye(q.shape[-1])
+    assert (q.mT @ q - eye).abs().max() < 1e-5
+    assert ((q @ triangle - w).norm() / w.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("w", [torch.zeros(7, 3), torch.ones(7, 3), torch.eye(7)[:, [0, 0, 1]]])
+def test_thin_qr_of_a_singular_matrix(w):
+    q, triangle = thin_qr(w)
+    assert (q.mT @ q - torch.eye(3)).abs().max() < 1e-5
+    assert torch.allclose(q @ triangle, w, atol=1e-6)
+
+
+@pytest.mark.parametrize("left_over", [1.0, 1e-3, 1e-5])
+def test_norms_of_a_sum_that_cancels_keep_their_digits(left_over):
+    big = random(300, 200, 4, dtype=torch.float32)
+    small = random(300, 200, 4, dtype=torch.float32, seed=1).scaled(left_over)
+    first, whole = partial_norms(big, concat([big.scaled(-1.0), small]))
+    assert first.item() == pytest.approx(big.dense().double().norm().item(), rel=1e-6)
+    assert whole.item() == pytest.approx(
+        small.dense().double().norm().item(), rel=3e-2 if left_over < 1e-4 else 1e-3
+    )

@@ -316,8 +316,6 @@ def _norms(mean: LowRank, spread: LowRank | Tensor | None) -> tuple[Tensor, Tens
     if isinstance(spread, LowRank):
         deviation, ideal = partial_norms(spread, mean)
         return deviation, ideal
-    return _dense_norm(spread), _dense_norm(mean.dense() + spread)
-
-
-def _dense_norm(w: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(w, dim=(-2, -1))
+    norm = torch.linalg.vector_norm  # site by site: a second dense sum would double the memory
+    ideal = [norm(torch.addmm(w, x, y)) for w, x, y in zip(spread, mean.left, mean.right)]
+    return norm(spread, dim=(-2, -1)), torch.stack(ideal)

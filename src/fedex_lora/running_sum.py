@@ -11,9 +11,9 @@ from fedex_lora.lowrank import LowRank
 class RunningSum:
     """Σ cⱼ·Lⱼ·Rⱼ, one term after the other.
 
-    The factors stand side by side in one buffer, written once. As soon as they would hold more
-    numbers than the dense matrix, the sum turns dense; memory stays under 2 × the dense matrix
-    however many terms come.
+    The factors stand side by side in one buffer, written once. When they would hold more numbers
+    than the dense matrix, they are multiplied out and the buffer is used anew: one large product
+    for many terms, and memory under 2 × the dense matrix however many terms come.
 
     Args:
         terms: How many terms are expected; with more the buffer grows.
@@ -28,55 +28,62 @@ class RunningSum:
 
     def __init__(self, terms: int = 2) -> None:
         self._expected = max(1, terms)
-        self._left: Tensor | None = None
-        self._right: Tensor | None = None
+        self._left = self._right = torch.empty(0)
         self._rank = 0
         self._dense: Tensor | None = None
 
     def add(self, term: LowRank, c: float) -> None:
         """Adds c·term; `term` is only read."""
-        if self._dense is not None:
-            self._dense += term.dense().mul_(c)
-            return
         m, n = term.shape[-2:]
         if (self._rank + term.rank) * (m + n) >= m * n:
-            before = self.total(1.0)
-            self._dense = term.dense().mul_(c)
-            self._dense += 0 if before is None else _dense(before)
-            self._left = self._right = None
+            self._multiply_out()
+        if term.rank * (m + n) >= m * n:
+            self._plus(term.dense().mul_(c))
             return
-        left, right = self._room(term)
+        self._make_room(term)
         end = self._rank + term.rank
-        torch.mul(term.left, c, out=left[..., self._rank : end])
-        right[..., self._rank : end, :].copy_(term.right)
+        torch.mul(term.left, c, out=self._left[..., self._rank : end])
+        self._right[..., self._rank : end, :].copy_(term.right)
         self._rank = end
 
     def total(self, c: float) -> LowRank | Tensor | None:
         """c times the sum, in its own memory: to be called once. None if nothing was added."""
         if self._dense is not None:
+            self._multiply_out()
+            self._left = self._right = torch.empty(0)
             return self._dense.mul_(c)
-        if self._left is None or self._right is None:
+        factors = self._factors()
+        return LowRank(factors.left.mul_(c), factors.right) if factors else None
+
+    def _factors(self) -> LowRank | None:
+        if not self._rank:
             return None
-        return LowRank(self._left[..., : self._rank].mul_(c), self._right[..., : self._rank, :])
+        return LowRank(self._left[..., : self._rank], self._right[..., : self._rank, :])
 
-    def _room(self, term: LowRank) -> tuple[Tensor, Tensor]:
-        """The buffers, with room for one more term."""
-        if self._left is None or self._right is None:
-            self._grow(term, self._expected * term.rank)
-        elif self._rank + term.rank > self._left.shape[-1]:
-            self._grow(term, 2 * self._rank + term.rank)
-        assert self._left is not None and self._right is not None
-        return self._left, self._right
+    def _multiply_out(self) -> None:
+        factors, self._rank = self._factors(), 0
+        if factors is None:
+            return
+        if self._dense is None:
+            self._dense = factors.dense()
+            return
+        flat = self._dense.view(-1, *self._dense.shape[-2:])  # added to in place: no second one
+        left, right = (t.reshape(-1, *t.shape[-2:]) for t in (factors.left, factors.right))
+        torch.baddbmm(flat, left, right, out=flat)
 
-    def _grow(self, term: LowRank, rank: int) -> None:
+    def _plus(self, w: Tensor) -> None:
+        self._dense = w if self._dense is None else self._dense.add_(w)
+
+    def _make_room(self, term: LowRank) -> None:
+        """Room in the buffers for one more term."""
+        room = self._left.shape[-1] if self._left.dim() > 1 else 0
+        if self._rank + term.rank <= room:
+            return
         *batch, m, n = term.shape
-        rank = max(term.rank, self._rank + term.rank, min(rank, m * n // (m + n)))
+        wanted = 2 * self._rank + term.rank if room else self._expected * term.rank
+        rank = max(self._rank + term.rank, min(wanted, m * n // (m + n)))
         left, right = term.left.new_empty(*batch, m, rank), term.right.new_empty(*batch, rank, n)
-        if self._left is not None and self._right is not None:
-            left[..., : self._rank] = self._left[..., : self._rank]
-            right[..., : self._rank, :] = self._right[..., : self._rank, :]
+        if (factors := self._factors()) is not None:
+            left[..., : self._rank] = factors.left
+            right[..., : self._rank, :] = factors.right
         self._left, self._right = left, right
-
-
-def _dense(w: LowRank | Tensor) -> Tensor:
-    return w.dense() if isinstance(w, LowRank) else w

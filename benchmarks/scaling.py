@@ -1,0 +1,74 @@
+"""Aggregation against the number of clients: seconds, and memory above the process's own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter, sleep
+
+import psutil
+
+from benchmarks.shapes import ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, end, sites, start
+from fedex_lora.adapter import AdapterState
+from fedex_lora.aggregate import Aggregator
+from fedex_lora.methods import METHODS
+
+RANK = 8
+COUNTS = (2, 10, 100, 1000)
+
+
+@dataclass(frozen=True)
+class Scale:
+    clients: int
+    seconds: float  # in `add` and `finish`, without making the clients' factors
+    memory: int  # bytes at the peak above what the process held before
+
+
+def scaling(counts: tuple[int, ...] = COUNTS) -> list[Scale]:
+    """RoBERTa-large's query and value at rank 8, k clients, one after the other."""
+    return [_aggregate(k) for k in counts]
+
+
+def _aggregate(clients: int) -> Scale:
+    shapes = sites(ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, RANK)
+    begin = start(shapes)
+    seconds = 0.0
+    with _peak() as peak:
+        aggregator = Aggregator(METHODS["fedex"], shapes, frozenset("AB"), clients=clients)
+        for one in _ends(begin, clients):
+            began = perf_counter()
+            aggregator.add(1.0, begin, one)
+            seconds += perf_counter() - began
+        began = perf_counter()
+        result = aggregator.finish()
+        seconds += perf_counter() - began
+        assert result.increment
+    return Scale(clients, seconds, peak.bytes)
+
+
+def _ends(begin: AdapterState, clients: int) -> Iterator[AdapterState]:
+    """Eight different clients in turn; drawing a thousand would take longer than adding them."""
+    few = [end(begin, i) for i in range(min(clients, 8))]
+    return (few[i % len(few)] for i in range(clients))
+
+
+class _peak:
+    """The largest resident size while the block runs, above that before it."""
+
+    def __enter__(self) -> _peak:
+        self._process = psutil.Process()
+        self._before = self._process.memory_info().rss
+        self.bytes, self._done = 0, False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done:
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
+            sleep(0.005)
+
+    def __exit__(self, *_: object) -> None:
+        self._done = True
+        self._thread.join()
