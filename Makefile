@@ -5,11 +5,17 @@ TORCH_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup demo test lint type clean
+# For `make results`: local copies of the data, where the runs go, and how many run at once
+DATA ?=
+RESULTS ?= runs/results
+JOBS ?= 1
+
+.PHONY: help setup demo test results lint type clean
 
 help:
 	@echo "make demo    set up, then federate a real model over three clients (some minutes)"
 	@echo "make test    set up, then run the tests"
+	@echo "make results DATA=DIR   the small experiments (hours), then docs/results.md"
 	@echo "make setup   install everything, at the tested versions, into $(VENV)"
 	@echo "make lint    formatting, lint rules and the direction of imports"
 	@echo "make type    static types"
@@ -34,6 +40,13 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+results: setup
+	@test -n "$(DATA)" || { \
+	  echo "Name the directory with local copies, sst2 and stsb: make results DATA=DIR" >&2; exit 1; }
+	$(BIN)/fedex-lora grid recipes/small/results.yaml --data "$(DATA)" --out "$(RESULTS)" --jobs $(JOBS)
+	$(BIN)/python docs/results.py "$(RESULTS)"/*/ > docs/results.md.new
+	mv docs/results.md.new docs/results.md
 
 lint: setup
 	$(BIN)/ruff format --check .

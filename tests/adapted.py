@@ -24,6 +24,11 @@ CLASSIFY = {
     "peft_task_type": "SEQ_CLS",
     "model_kwargs": {"num_labels": 3},
 }
+SEE = CLASSIFY | {
+    "auto_model": "AutoModelForImageClassification",
+    "peft_task_type": None,
+    "images": True,
+}
 GENERATE = {"auto_model": "AutoModelForCausalLM", "peft_task_type": "CAUSAL_LM", "model_kwargs": {}}
 
 
@@ -53,12 +58,16 @@ CASES = {
     "llama": Case("llama", _R | _PATTERNS | {"target_modules": ["k_proj", "down_proj"]}, GENERATE),
     "llama-embedding": Case("llama", _R | {"target_modules": ["embed_tokens", "v_proj"]}, GENERATE),
     "mistral": Case("mistral", _RS | {"target_modules": "all-linear"}, CLASSIFY),
+    "vit": Case("vit", _R | {"target_modules": ["q_proj", "fc1"]}, SEE),
     "gemma2": Case("gemma2", _R | {"target_modules": "all-linear"}, GENERATE),
 }
 
 
 def batch(model: AdaptedModel) -> dict[str, Tensor]:
-    """Padded sentences; the causal models' labels are their inputs."""
+    """Padded sentences; the causal models' labels are their inputs. Or images."""
+    if hasattr(model.tokenizer, "image_mean"):
+        g = torch.Generator().manual_seed(4)
+        return {"pixel_values": torch.randn(4, 3, 16, 16, generator=g)}
     inputs = dict(model.tokenizer(TEXT, return_tensors="pt", padding=True))
     inputs.pop("token_type_ids", None)
     return inputs
@@ -118,7 +127,7 @@ def oracle(
         module.weight.data = (module.weight.data.double() + delta).float()
     for name, tensor in state.head.items():
         plain.get_parameter(name).data = tensor.clone()
-    if plain.config.pad_token_id is None:
+    if getattr(plain.config, "pad_token_id", 0) is None:
         plain.config.pad_token_id = plain.config.eos_token_id
     return plain.to(dtype)
 

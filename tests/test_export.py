@@ -82,8 +82,8 @@ def test_a_full_disk_leaves_nothing_and_a_retry_succeeds(trained, tmp_path, monk
         write(trained, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
-    (tmp_path / "out.new").mkdir()
-    (tmp_path / "out.new" / "half").write_text("of an export that was killed")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("of an export that was killed")
     write(trained, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "half").exists()

@@ -17,6 +17,7 @@ TEXT = [
     "Numbers, dates and times are compared, added and rounded.",
 ]
 ENCODERS = ("roberta", "bert")
+VISION = ("vit",)
 DECODERS = ("gpt2", "llama", "mistral", "gemma2")
 
 
@@ -28,23 +29,28 @@ def tiny(
     num_labels: int = 3,
     **overrides: Any,
 ) -> Path:
-    """Saves a tiny pretrained model and tokenizer to `path`.
+    """Saves a tiny pretrained model and tokenizer (image processor) to `path`.
 
     Encoders have no head, as on the hub; decoders are causal language models. GPT-2 and
     Gemma-2 have tied embeddings; GPT-2, Llama and Mistral have no padding token, as in real life.
     `overrides` are fields of the model's config.
     """
+    encoder = kind in (*ENCODERS, *VISION)
     tokenizer = _tokenizer(pad=kind in (*ENCODERS, "gemma2"), cls=kind in ENCODERS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         config = _config(kind, len(tokenizer), tokenizer)
         config.update({"num_labels": num_labels, **overrides})
-        auto = transformers.AutoModel if kind in ENCODERS else transformers.AutoModelForCausalLM
+        auto = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
         model = auto.from_config(config)
         for parameter in model.parameters():  # norms and biases away from ones and zeros
             parameter.data += 0.05 * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    if kind in VISION:
+        size = {"height": config.image_size, "width": config.image_size}
+        transformers.ViTImageProcessorPil(size=size).save_pretrained(path)
+    else:
+        tokenizer.save_pretrained(path)
     return path
 
 
@@ -97,4 +103,13 @@ def _config(
             return transformers.MistralConfig(**grouped, sliding_window=32)
         case "gemma2":
             return transformers.Gemma2Config(**grouped, head_dim=6, query_pre_attn_scalar=6)
-    raise ValueError(f"no tiny {kind!r}; there are {ENCODERS + DECODERS}")
+        case "vit":
+            return transformers.ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=24,
+                image_size=16,
+                patch_size=4,
+            )
+    raise ValueError(f"no tiny {kind!r}; there are {ENCODERS + DECODERS + VISION}")

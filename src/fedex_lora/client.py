@@ -19,6 +19,7 @@ from fedex_lora.model import AdaptedModel
 from fedex_lora.recipe_yaml import Places, unknown_keys
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
+from fedex_lora.training_log import TrainingLog, named, reported
 
 # what transformers and torch raise for settings they cannot use
 _REFUSED = (TypeError, ValueError, ImportError, RuntimeError, ArithmeticError, AttributeError)
@@ -82,6 +83,7 @@ def train_client(
     round: int,
     client: str,
     on_step: OnStep | None = None,
+    log: TrainingLog | None = None,
 ) -> Update:
     """Local training from `start`; the model's base must be in place already.
 
@@ -90,6 +92,7 @@ def train_client(
         trained: Which factors are trained this round, of "A" and "B".
         training: The recipe's block of that name.
         seed: The run's seed; everything random derives from (seed, round, client).
+        log: Where the Trainer's own reports go, if the recipe asks for any.
 
     Returns:
         The update: factors that were trained, head, number of examples, mean loss, seconds.
@@ -99,8 +102,9 @@ def train_client(
     model.freeze(trained)
     with tempfile.TemporaryDirectory() as directory:
         local = derive(seed, "train", round, client)
-        trainer = _trainer(model, task, rows, training, local, directory, on_step)
-        output = trainer.train()
+        trainer = _trainer(model, task, rows, named(training, log), local, directory, on_step)
+        with reported(trainer, log):
+            output = trainer.train()
         # mixed precision leaves its wrapper on the model, which other clients and evaluation share
         trainer.accelerator.unwrap_model(model.module, keep_fp32_wrapper=False)
         model.release()
@@ -155,13 +159,18 @@ def _trainer(
 ) -> Trainer:
     trainer = Trainer(
         model=model.module,
-        args=training_arguments(training, seed, model.device, directory),
+        args=training_arguments(_ordered(training, task), seed, model.device, directory),
         train_dataset=rows,
         data_collator=task.collator(model.tokenizer),
         callbacks=[_Steps(on_step)] if on_step else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _ordered(training: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
+    """Images have no lengths by which to group them."""
+    return {"train_sampling_strategy": "random", **training} if task.image else training
 
 
 class _Steps(TrainerCallback):

@@ -10,6 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedex_lora.analysis.scores import judged
+from fedex_lora.analysis.statistics import estimate
+from fedex_lora.analysis.statistics import number as signed
+from fedex_lora.analysis.study import is_exact_average
 from fedex_lora.errors import UserError
 from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.methods import METHODS, get_method
@@ -70,9 +74,14 @@ def compare(
         result = resume_run(path, one, watcher) if begun else start_run(one, path, watcher)
         others = [r for r in results[method] if r["seed"] != seed]
         results[method] = sorted([*others, result], key=lambda r: r["seed"])
-        write_atomic(out / "comparison.json", json.dumps(results, indent=1).encode())
-        write_atomic(out / "comparison.md", markdown(results).encode())
+        save_results(out, results)
     return results
+
+
+def save_results(out: Path, results: Results) -> None:
+    """Writes comparison.json and comparison.md."""
+    write_atomic(out / "comparison.json", json.dumps(results, indent=1).encode())
+    write_atomic(out / "comparison.md", markdown(results).encode())
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -114,13 +123,37 @@ def client_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
     return [f"{metric} on the rows of", *done], rows
 
 
+def difference_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
+    """Each method's paired difference from the exact one (else the first), by seed, on the last
+    split; None where no two runs have a seed in common, or there is one seed."""
+    scores = {m: {r["seed"]: judged(r) for r in runs} for m, runs in results.items() if runs}
+    exact = (m for m in scores if is_exact_average(METHODS[m.partition(":")[0]]))
+    reference = next(exact, next(iter(scores)))
+    rows = []
+    for method, by_seed in scores.items():
+        pairs = [(s, scores[reference].get(seed)) for seed, s in by_seed.items()]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        if method == reference or len(differences) < 2:
+            continue
+        e = estimate({"": differences})
+        told = {1: "higher", -1: "lower", 0: "none seen"}[e.sign]
+        edges = " to ".join(signed(edge) for edge in e.interval) if e.interval else "-"
+        rows.append([method, str(len(differences)), signed(e.mean, sign=True), edges, told])
+    best = next(r for runs in results.values() for r in runs)
+    split = list(best["best"]["scores"])[-1:]
+    what = " ".join([*split, best["metric"], "against", reference])
+    return ([what, "seeds", "difference", "95 % interval", ""], rows) if rows else None
+
+
 def markdown(results: Results) -> str:
     """The tables in Markdown."""
-    tables = [t for t in (table(results), client_table(results)) if t is not None]
-    return "\n".join(_markdown(*t) for t in tables)
+    every = (table(results), difference_table(results), client_table(results))
+    tables = [t for t in every if t is not None]
+    return "\n".join(markdown_table(*t) for t in tables)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """One table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

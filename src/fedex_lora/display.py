@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,8 +12,8 @@ from rich.table import Table
 
 from fedex_lora.compare import size
 from fedex_lora.federation.loop import Record
+from fedex_lora.run import Start
 from fedex_lora.rundir import number
-from fedex_lora.setup import Federation
 
 
 class Display:
@@ -33,12 +32,11 @@ class Display:
         self._turn: tuple[int, str] | None = None
         self._task: TaskID | None = None
 
-    def started(self, federation: Federation, out: Path) -> None:
-        settings, recipe = federation.settings, federation.recipe
-        examples = ", ".join(f"{n}: {len(c)}" for n, c in federation.clients.items())
+    def started(self, start: Start) -> None:
+        examples = ", ".join(f"{name}: {count}" for name, count in start.examples.items())
         self.console.print(
-            f"{self.label or recipe.name}: {recipe.method.name}, seed {recipe.seed}, "
-            f"{settings.rounds} rounds, training examples {examples}  →  {out}",
+            f"{self.label or start.name}: {start.method}, seed {start.seed}, "
+            f"{start.rounds} rounds, training examples {examples}  →  {start.out}",
             style="bold",
             highlight=False,
             markup=False,
@@ -61,6 +59,11 @@ class Display:
             self.console.print(
                 f"    without {name}: {why}", style="yellow", highlight=False, markup=False
             )
+
+    def scored(self, record: Record) -> None:
+        self._clear()
+        text = f"  round {record['round']}; clients' own rows: {number(record['score'], 3)}"
+        self.console.print(text, highlight=False, markup=False)
 
     def note(self, text: str) -> None:
         self.console.print(f"note: {text}", style="yellow", highlight=False, markup=False)

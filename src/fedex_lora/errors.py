@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class Withheld(UserError):
+    """Its text may quote data: it stays on the machine where it arose."""
+
+
 class UpdateRefused(UserError):
     """A client's update may not be aggregated; the round goes on without it."""
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors
 from fedex_lora.card import model_card
+from fedex_lora.disk import new_directory
 from fedex_lora.engines.local import base_increment
 from fedex_lora.errors import UserError
 from fedex_lora.federation.state import global_factors, start_of
 from fedex_lora.lowrank import LowRank, concat, dense, factored
 from fedex_lora.model.files import CONFIG
-from fedex_lora.rundir import reason
 from fedex_lora.trained import Trained
 
 EPS = torch.finfo(torch.float32).eps  # what the run's own arithmetic could tell from zero
@@ -214,29 +213,8 @@ def _weights(trained: Trained, state: AdapterState) -> Iterator[Tensor]:
         yield total
 
 
-@contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` when all is written; a failure leaves nothing."""
-    new = out.absolute().with_name(out.absolute().name + ".new")
-    try:
-        _check_free(out)
-        shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
-        new.mkdir(parents=True)
-        try:
-            yield new
-            new.rename(out)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{out}: the export cannot be written: {reason(error)}. Free some space or name a "
-            "directory that you may write with --out, then export again; the run is as it was"
-        ) from None
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; name another directory with --out")
+def _fresh(out: Path) -> AbstractContextManager[Path]:
+    return new_directory(out, "the export", "export again; the run is as it was")
 
 
 def default_name(

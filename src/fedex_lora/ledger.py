@@ -61,12 +61,22 @@ class Ledger:
             return Ledger(tuple(e for e in self.entries if e[0] > version), {}, version)
         return self
 
-    def extended(self, part: Ledger) -> Ledger:
-        """This ledger brought up to date by `part`, as `since` gave it."""
+    def extended(self, part: Ledger, version: int | None = None) -> Ledger:
+        """This ledger brought up to date by `part`, as `since` gave it.
+
+        Args:
+            version: If given, everything is compacted as the server did on the way there, so that
+                both have one form and thus the same bits in every sum.
+        """
         if part.snapshot:
             return part
-        new = tuple(e for e in part.entries if e[0] > self.version)
-        return Ledger((*self.entries, *new), self.snapshot, self.snapshot_version)
+        new = {v: increment for v, increment in part.entries if v > self.version}
+        if version is None:
+            return Ledger((*self.entries, *new.items()), self.snapshot, self.snapshot_version)
+        ledger = self
+        for v in range(self.version + 1, version + 1):
+            ledger = ledger.append(v, new.get(v, {})).compact_if_smaller(v - 1)
+        return ledger
 
     def total(self, site: str, version: int | None = None) -> Tensor | None:
         """T_v of one site, dense float32 (out × in); None where nothing was added.

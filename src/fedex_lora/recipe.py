@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -156,6 +157,10 @@ class PartitionSpec(Part):
                 yield option, f"a partition of kind {self.kind} does not use it"
 
 
+CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a folder's name
+CLIENT_NAME_RULE = "expected letters, digits, '.', '_', '-', at most 64, a letter or digit first"
+
+
 class FederationSpec(Part):
     clients: int = Field(default=3, ge=1)
     rounds: int = Field(default=5, ge=1)
@@ -166,6 +171,12 @@ class FederationSpec(Part):
     failure_rate: float = Field(default=0.0, ge=0, le=1)
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     partition: PartitionSpec = PartitionSpec()
+    max_norm: float | None = Field(default=None, gt=0)  # bound of an update's norm
+    # across machines (engine flower):
+    names: list[str] | None = None  # of the institutions; others are then refused
+    round_timeout: float = Field(default=3600, gt=0)  # seconds until a round goes on without
+    wait_for_clients: float = Field(default=600, ge=0)  # seconds, while there are too few
+    oversample: float = Field(default=1.0, ge=1)  # ask so many times as many; the first win
 
     @property
     def sampled(self) -> int:
@@ -183,6 +194,11 @@ class FederationSpec(Part):
         elif self.min_clients > self.sampled:
             few = f"{self.min_clients} are more than the {self.sampled} clients of a round"
             yield "min_clients", few
+        if self.names is not None and len(set(self.names)) != self.clients:
+            yield "names", f"expected {self.clients} different names (the clients)"
+        for name in self.names or []:
+            if not CLIENT_NAME.fullmatch(name):
+                yield "names", f"{name!r}: {CLIENT_NAME_RULE}"
 
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
@@ -202,7 +218,7 @@ _TASK_FIELDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # kind: (neede
     "causal-lm": ([], ["text_column"]),
     "instruction": (["prompt", "response"], ["max_new_tokens", "generate"]),
     "e2e": ([], ["max_new_tokens", "generate", "num_beams"]),
-    "math": (["name"], ["max_new_tokens", "generate", "compare"]),
+    "math": ([], ["name", "max_new_tokens", "generate", "compare"]),
     "commonsense": ([], ["name", "max_new_tokens", "generate", "score"]),
     "image-classification": ([], ["labels", "image_column", "label_column"]),
 }
@@ -211,6 +227,9 @@ TASK_NAMES: dict[str, Sequence[str]] = {  # kind: the values of `name`
     "math": ("metamath", "gsm8k", "math"),
     "commonsense": COMMONSENSE,
 }
+
+
+_LABELLED = ("text-classification", "image-classification")  # by classes of the user's own
 
 
 class TaskSpec(Part):
@@ -226,7 +245,7 @@ class TaskSpec(Part):
     ]
     name: str | None = None  # which of a kind's data sets: see TASK_NAMES
     max_length: int = Field(default=128, ge=4)
-    labels: list[str] | None = None  # text-classification: the agreed label set, in order
+    labels: list[str] | None = None  # classification: the agreed label set, in order
     text_column: str | None = None  # text-classification, causal-lm
     text_pair_column: str | None = None
     label_column: str = "label"
@@ -245,7 +264,8 @@ class TaskSpec(Part):
             if getattr(self, name) is None:
                 yield name, f"missing; a task of kind {self.kind} needs it"
         for name, field in type(self).model_fields.items():
-            fits = name in ("kind", "max_length", *needed, *optional)
+            fits = name in ("kind", *needed, *optional)
+            fits |= name == "max_length" and self.kind != "image-classification"
             if not fits and getattr(self, name) != field.default:
                 yield name, f"a task of kind {self.kind} does not use it"
         names = TASK_NAMES.get(self.kind)
@@ -253,6 +273,8 @@ class TaskSpec(Part):
             yield "name", f"expected one of {_names(names)}" + did_you_mean(self.name, names)
         if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
             yield "labels", "expected two or more labels, all different"
+        if self.score == "likelihood" and self.generate:
+            yield "generate", "with `score: likelihood` nothing is generated; leave it out"
 
 
 class DataSpec(Part):
@@ -265,7 +287,8 @@ class DataSpec(Part):
     clients: list[LocalPath] | None = (
         None  # with path: the server's evaluation rows come from there
     )
-    source: Literal["stdlib-docs"] | None = None
+    source: Literal["stdlib-docs", "digits"] | None = None
+    evaluation: dict[str, str] = {}  # further evaluation splits: a file, or NAME[:CONFIG][@SPLIT]
     train_examples: int | None = Field(default=None, ge=1)  # a seeded sample of the training rows
     evaluation_examples: int | None = Field(default=None, ge=1)  # of each evaluation split
 
@@ -299,8 +322,12 @@ class RecordsSpec(Part):
 
 
 class EngineSpec(Part):
-    kind: Literal["local"] = "local"
+    """How messages are carried: in this process, or by Flower, across machines or simulated."""
+
+    kind: Literal["local", "flower", "flower-simulation"] = "local"
     threads: int = Field(default=1, ge=1, le=1024)
+    client_cpus: int = Field(default=1, ge=1)  # flower-simulation: of each client that trains
+    client_gpus: float = Field(default=0.0, ge=0)
 
 
 class Recipe(Part):
@@ -328,8 +355,9 @@ class Recipe(Part):
     def problems(self) -> Iterator[Problem]:
         yield from self._clients()
         yield from self._ranks()
+        yield from self._engine()
         labels_known = self.task.labels is not None or self.data.source is not None
-        if self.task.kind == "text-classification" and not labels_known:
+        if self.task.kind in _LABELLED and not labels_known:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
         if self.model.quantisation and METHODS[self.method.name].trains == "all":
             yield (
@@ -345,6 +373,22 @@ class Recipe(Part):
             yield "federation.clients", f"{self.federation.clients}, but {files}; leave it out"
         if "partition" in self.federation.model_fields_set:
             yield "federation.partition", "data.clients already says whose rows are whose"
+
+    def _engine(self) -> Iterator[Problem]:
+        method, fed = METHODS[self.method.name], self.federation
+        if self.engine.kind == "local":
+            if fed.oversample > 1:
+                yield "federation.oversample", "in one process nobody is late; use engine: flower"
+            return
+        if method.pooled or not method.exchanges:
+            yield "engine.kind", f"{self.method.name} exchanges nothing; run it with engine: local"
+        if fed.failure_rate:
+            yield "federation.failure_rate", "a rehearsal of failures is for engine: local"
+        if fed.names is not None and self.data.clients is not None:
+            yield "federation.names", "the files of data.clients give the names already"
+        known = fed.names is not None or self.data.clients is not None
+        if self.lora.ranks is not None and not known and self.engine.kind == "flower":
+            yield "federation.names", "missing; lora.ranks belong to clients in the order of names"
 
     def _ranks(self) -> Iterator[Problem]:
         if self.lora.ranks is None:

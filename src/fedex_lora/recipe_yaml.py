@@ -91,7 +91,28 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def load_recipe_with_places(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Places]:
     """`load_recipe`, and where each key was written."""
     places = Places(f"{path}:1")
-    raw, lines = _read(path, places)
+    raw, lines = read_yaml(path, places)
+    if "recipes" in raw and "model" not in raw:
+        text = f"a grid of runs, not a recipe; start it with `fedex-lora grid {path}`"
+        raise UserError(f"{path}: this is {text}")
+    return recipe_of(raw, places, overrides, lines), places
+
+
+def recipe_of(
+    raw: dict[str, Any], places: Places, overrides: Sequence[str] = (), lines: Sequence[str] = ()
+) -> Recipe:
+    """The recipe of plain values.
+
+    Args:
+        raw: As in YAML; overrides are put in.
+        places: Where the values were written.
+        overrides: As for `load_recipe`.
+        lines: Problems that are known already.
+
+    Raises:
+        UserError: If anything is wrong; one line for each problem.
+    """
+    lines = list(lines)
     for override in overrides:
         lines += _override(raw, override, places)
     _complete(raw, places)
@@ -105,7 +126,7 @@ def load_recipe_with_places(path: Path, overrides: Sequence[str] = ()) -> tuple[
     if METHODS[recipe.method.name].trains == "all" and recipe.lora != LoraSpec():
         text = f"{recipe.method.name} trains all parameters; this block is not used"
         _log.warning("%s", places.line(("lora",), text))
-    return recipe, places
+    return recipe
 
 
 def unknown_keys(
@@ -139,7 +160,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """The settings in which two recipes differ, e.g. `lora.r: 4 != 8`."""
-    ours, theirs = (dict(_leaves(r.model_dump(mode="json"))) for r in (a, b))
+    ours, theirs = (dict(leaves(r.model_dump(mode="json"))) for r in (a, b))
     return [
         f"{key}: {ours.get(key, 'not set')} != {theirs.get(key, 'not set')}"
         for key in ours | theirs
@@ -147,15 +168,24 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     ]
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested blocks."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _read(path: Path, places: Places) -> tuple[dict[str, Any], list[str]]:
+def read_yaml(path: Path, places: Places) -> tuple[dict[str, Any], list[str]]:
+    """The keys and values of a YAML file, and a line for each key given twice.
+
+    Args:
+        places: Is told where each key stands.
+
+    Raises:
+        UserError: It is unreadable, no YAML, or no block of keys.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

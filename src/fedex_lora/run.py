@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -12,38 +12,95 @@ from typing import Any, Protocol
 from datasets import Dataset
 
 from fedex_lora.adapter import AdapterState
+from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import UserError
 from fedex_lora.export import Exported, export_adapter, export_model
 from fedex_lora.federation.checkpoint import NAME, load_checkpoint, prune, save_checkpoint
 from fedex_lora.federation.loop import KeepUpdate, Record, count_down, run_round
 from fedex_lora.federation.messages import Update
-from fedex_lora.federation.state import ServerState, begin, broadcast_to
+from fedex_lora.federation.state import ServerState, admit, begin, broadcast_to
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import differences
 from fedex_lora.rundir import RunDir, best_record, environment, plain
 from fedex_lora.setup import Federation, set_up
 from fedex_lora.trained import Trained
+from fedex_lora.training_log import TrainingLog
 
 Scores = dict[str, float]
 
 
-class Watcher(Protocol):
-    """What wants to know how a run goes on, e.g. the command line's display."""
+@dataclass(frozen=True)
+class Start:
+    """What a run is, for people; `examples` are training examples by client."""
 
-    def started(self, federation: Federation, out: Path) -> None: ...
+    name: str
+    method: str
+    seed: int
+    rounds: int
+    examples: Mapping[str, int]
+    out: str
+
+
+class Watcher(Protocol):
+    """What wants to know how a run goes on, e.g. the command line's display.
+
+    `scored` is told when a record that `round_done` has shown gets its clients' scores later.
+    """
+
+    def started(self, start: Start) -> None: ...
     def turn(self, round: int, client: str, done: int, total: int) -> None: ...
     def round_done(self, record: Record) -> None: ...
+    def scored(self, record: Record) -> None: ...
     def note(self, text: str) -> None: ...
 
 
 class Silent:
     """A watcher that shows nothing."""
 
-    def started(self, federation: Federation, out: Path) -> None: ...
+    def started(self, start: Start) -> None: ...
     def turn(self, round: int, client: str, done: int, total: int) -> None: ...
     def round_done(self, record: Record) -> None: ...
+    def scored(self, record: Record) -> None: ...
     def note(self, text: str) -> None: ...
+
+
+Assemble = Callable[[Recipe, Path, list[str] | None, Watcher], tuple[Federation, Engine]]
+"""(recipe, run's directory, clients of a run that is resumed, watcher) → what is run, and how."""
+
+
+def local_engine(
+    federation: Federation, watcher: Watcher | None = None, out: Path | None = None
+) -> LocalEngine:
+    """The engine whose clients take turns in this process; its logs go into the run's directory."""
+    recipe = federation.recipe
+    name = f"{recipe.name}-{recipe.method.name}-seed{recipe.seed}"
+    name = recipe.training.get("run_name") or name
+    return LocalEngine(
+        federation.model,
+        federation.task,
+        federation.clients,
+        federation.settings,
+        recipe.training,
+        recipe.federation.failure_rate,
+        watcher.turn if watcher else None,
+        federation.validation,
+        recipe.evaluation.batch_size,
+        TrainingLog(out / "logs", name) if out else None,
+    )
+
+
+def in_this_process(
+    recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
+) -> tuple[Federation, Engine]:
+    """Everything of a recipe here: all rows, one model, the local engine."""
+    if recipe.engine.kind != "local":
+        raise UserError(
+            f"engine.kind: {recipe.engine.kind} is for `fedex-lora run`; for this command set "
+            "engine.kind=local"
+        )
+    federation = set_up(recipe)
+    return federation, local_engine(federation, watcher, out)
 
 
 @dataclass
@@ -66,23 +123,31 @@ class _Progress:
         return sum("score" in r for r in later) >= patience
 
 
-def start_run(recipe: Recipe, out: Path, watcher: Watcher | None = None) -> dict[str, Any]:
+def start_run(
+    recipe: Recipe,
+    out: Path,
+    watcher: Watcher | None = None,
+    assemble: Assemble = in_this_process,
+) -> dict[str, Any]:
     """Runs a recipe in a new directory and returns what results.json says.
 
     Raises:
         UserError: Anything the user can mend; what was saved before stays.
     """
-    directory = RunDir(out)
+    directory, watcher = RunDir(out), watcher or Silent()
     directory.check_free()
-    federation = set_up(recipe)
+    federation, engine = assemble(recipe, out, None, watcher)
     directory.create(recipe)
     directory.write_json("environment.json", environment(federation.model.device))
     state = begin(federation.settings, federation.initial)
-    return _go_on(federation, directory, state, _Progress(), watcher or Silent())
+    return _go_on(federation, directory, engine, state, _Progress(), watcher)
 
 
 def resume_run(
-    out: Path, recipe: Recipe | None = None, watcher: Watcher | None = None
+    out: Path,
+    recipe: Recipe | None = None,
+    watcher: Watcher | None = None,
+    assemble: Assemble = in_this_process,
 ) -> dict[str, Any]:
     """Continues a run after its last finished round; bit for bit what it would have been.
 
@@ -101,17 +166,17 @@ def resume_run(
     if (results := directory.read_json("results.json")) is not None:
         watcher.note(f"{out} is finished; nothing to do")
         return results
-    federation = set_up(stored)
-    _note_environment(directory, federation, watcher)
     state, extra, notes = directory.newest()
     for note in notes:
         watcher.note(note)
+    federation, engine = assemble(stored, out, extra.get("clients"), watcher)
+    _note_environment(directory, federation, watcher)
     records = [r for r in directory.records() if state and r["round"] < state.version]
     if state is None:
         state = begin(federation.settings, federation.initial)
     else:
         records.append(extra["record"])
-    return _go_on(federation, directory, state, _Progress(records), watcher)
+    return _go_on(federation, directory, engine, state, _Progress(records), watcher)
 
 
 def _note_environment(directory: RunDir, federation: Federation, watcher: Watcher) -> None:
@@ -129,35 +194,53 @@ def _note_environment(directory: RunDir, federation: Federation, watcher: Watche
 def _go_on(
     federation: Federation,
     directory: RunDir,
+    engine: Engine,
     state: ServerState,
     progress: _Progress,
     watcher: Watcher,
 ) -> dict[str, Any]:
-    recipe, settings = federation.recipe, federation.settings
+    recipe = federation.recipe
+    patience, rounds = recipe.evaluation.patience, federation.settings.rounds
     progress.higher = federation.task.higher_is_better
     directory.write_records(progress.records)
-    watcher.started(federation, directory.path)
-    engine = LocalEngine(
-        federation.model,
-        federation.task,
-        federation.clients,
-        settings,
-        recipe.training,
-        recipe.federation.failure_rate,
-        watcher.turn,
-    )
+    watcher.started(_start(federation, directory.path))
     if recipe.records.save_updates and state.version == 0:
         directory.save_global(federation.model, recipe.model.name, state, {})
-    while state.version < settings.rounds and not progress.exhausted(recipe.evaluation.patience):
-        state, record = _round(federation, directory, engine, state)
+    while state.version < rounds and not progress.exhausted(patience):
+        federation, state = _admit(federation, engine, state)
+        after, record = _round(federation, directory, engine, state)
+        if _complete(progress.records, _scores_in(record), federation, engine, watcher):
+            directory.write_records(progress.records)
+            if progress.exhausted(patience):  # the round that told so was one too many
+                break
+        state = after
         progress.records.append(record)
         _save(federation, directory, state, progress)
         watcher.round_done(record)
     return _finish(federation, directory, engine, state, progress, watcher)
 
 
+def _start(federation: Federation, out: Path) -> Start:
+    recipe = federation.recipe
+    rounds = federation.settings.rounds
+    return Start(
+        recipe.name, recipe.method.name, recipe.seed, rounds, federation.examples, str(out)
+    )
+
+
+def _admit(
+    federation: Federation, engine: Engine, state: ServerState
+) -> tuple[Federation, ServerState]:
+    """Clients that have come late take part from now on."""
+    names = engine.newcomers()
+    if not names:
+        return federation, state
+    state, engine.settings = admit(state, federation.settings, federation.initial, names)
+    return replace(federation, settings=engine.settings), state
+
+
 def _round(
-    federation: Federation, directory: RunDir, engine: LocalEngine, state: ServerState
+    federation: Federation, directory: RunDir, engine: Engine, state: ServerState
 ) -> tuple[ServerState, Record]:
     recipe, began = federation.recipe, perf_counter()
     keep = _keeper(federation, directory) if recipe.records.save_updates else None
@@ -168,10 +251,33 @@ def _round(
     evaluated = perf_counter()
     last = state.version == federation.settings.rounds
     if last or state.version % recipe.evaluation.every == 0:
-        record |= evaluate(federation, engine, state, selection_only=True)
+        clients = None if last else federation.settings.sample(state.version + 1)
+        record |= evaluate(federation, engine, state, True, clients)
     now = perf_counter()
     record["seconds"] |= {"train": trained, "evaluate": now - evaluated, "round": now - began}
     return state, plain(record)
+
+
+def _scores_in(record: Record) -> dict[str, Scores]:
+    """Scores of the round before that came with this round's updates; taken out of its record."""
+    found = {c: told.pop("scores", None) for c, told in record["clients"].items()}
+    return {c: scores for c, scores in found.items() if scores}
+
+
+def _complete(
+    records: list[Record],
+    own: Mapping[str, Mapping[str, float]],
+    federation: Federation,
+    engine: Engine,
+    watcher: Watcher,
+) -> bool:
+    """Puts clients' scores that come late where they belong; whether there were any."""
+    if not own or not records or "client_scores" in records[-1]:
+        return False
+    record = records[-1]
+    record |= plain(_with_own(federation, engine, record.get("scores", {}), own))
+    watcher.scored(record)
+    return True
 
 
 def _keeper(federation: Federation, directory: RunDir) -> KeepUpdate:
@@ -196,34 +302,58 @@ def _save(
 
 
 def evaluate(
-    federation: Federation, engine: LocalEngine, state: ServerState, selection_only: bool = False
+    federation: Federation,
+    engine: Engine,
+    state: ServerState,
+    selection_only: bool = False,
+    clients: Sequence[str] | None = None,
 ) -> Record:
-    """Scores of the global model on the server's rows and on each client's own.
+    """Scores of the global model on the server's rows, and of the clients' on their own.
 
     Where nothing is exchanged each client's own model is scored, and the server's scores are
     their means.
 
+    Args:
+        selection_only: The first of the server's splits alone.
+        clients: Whose rows; None for all. In a run, those of the next round: they hold the model.
+
     Returns:
         `scores` by split, `client_scores` by client, and `score`, the number that selects.
     """
-    alone = not federation.settings.method.exchanges
-    models = list(federation.settings.clients) if alone else [None]
+    scores, alone = _server_scores(federation, engine.server, state, selection_only)
+    names = sorted(engine.validation) if clients is None else clients
+    if federation.settings.method.pooled:
+        names = sorted(engine.validation)
+    result = _with_own(federation, engine, scores, engine.client_scores(state, names) or {})
+    return {**result, "scores_alone": alone} if alone else result
+
+
+def _server_scores(
+    federation: Federation, server: LocalEngine, state: ServerState, selection_only: bool
+) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
+    """Scores by split, and by client and split where every client has a model of its own."""
     splits = dict(list(federation.evaluation.items())[: 1 if selection_only else None])
+    if not splits:
+        return {}, {}
+    alone = not federation.settings.method.exchanges
     by_model: dict[str | None, dict[str, Scores]] = {}
-    own: dict[str, Scores] = {}
-    for client in models:
-        engine.write_global(state, client)
+    for client in list(federation.settings.clients) if alone else [None]:
+        server.write_global(state, client)
         by_model[client] = {split: _score(federation, rows) for split, rows in splits.items()}
-        for name, rows in federation.validation.items():
-            if client in (None, name):
-                own[name] = _score(federation, rows)
     scores = {split: _means([m[split] for m in by_model.values()]) for split in splits}
-    result: Record = {"scores": scores, "score": _selection(federation, scores, own)}
-    if own:
-        result["client_scores"] = own
-    if alone and splits:
-        result["scores_alone"] = {str(c): m for c, m in by_model.items()}
-    return result
+    scores |= federation.task.average(scores)
+    return scores, {str(c): m for c, m in by_model.items()} if alone else {}
+
+
+def _with_own(
+    federation: Federation,
+    engine: Engine,
+    scores: Mapping[str, Scores],
+    own: Mapping[str, Mapping[str, float]],
+) -> Record:
+    score = _selection(federation.task.primary, scores, own, engine.validation)
+    result: Record = {"scores": dict(scores), "score": score}
+    return {**result, "client_scores": {c: dict(own[c]) for c in sorted(own)}} if own else result
 
 
 def _score(federation: Federation, rows: Dataset) -> Scores:
@@ -237,21 +367,22 @@ def _means(scores: list[Scores]) -> Scores:
 
 
 def _selection(
-    federation: Federation, scores: Mapping[str, Scores], own: Mapping[str, Scores]
+    primary: str,
+    scores: Mapping[str, Scores],
+    own: Mapping[str, Mapping[str, float]],
+    sizes: Mapping[str, int],
 ) -> float | None:
     """The primary metric on the first split; without one, the mean over the clients' rows."""
-    primary = federation.task.primary
     if scores:
         return next(iter(scores.values()))[primary]
-    sizes = {name: len(rows) for name, rows in federation.validation.items()}
     total = sum(sizes[name] for name in own)
-    return sum(sizes[name] * s[primary] for name, s in own.items()) / total if own else None
+    return sum(sizes[name] * own[name][primary] for name in sorted(own)) / total if own else None
 
 
 def _finish(
     federation: Federation,
     directory: RunDir,
-    engine: LocalEngine,
+    engine: Engine,
     state: ServerState,
     progress: _Progress,
     watcher: Watcher,
@@ -259,15 +390,18 @@ def _finish(
     """All splits for the last and the best round, and the totals, with the delivery of the
     final model to every client."""
     settings, records = federation.settings, progress.records
-    best = progress.best() or records[-1]
     closing = {c: broadcast_to(state, settings, c) for c in settings.clients}
     delivery = sum(count_down(settings, closing).values())
     del closing
-    rounds, last = state.version, evaluate(federation, engine, state)
+    if _complete(records, engine.deliver(state), federation, engine, watcher):
+        directory.write_records(records)
+    best = progress.best() or records[-1]
+    rounds, last = state.version, _final_scores(federation, engine, state, records[-1])
     at_best = last
     if best["round"] != rounds:
         state, best = _load_best(directory, best, state, records[-1], watcher)
-        at_best = last if best is records[-1] else evaluate(federation, engine, state)
+        if best is not records[-1]:
+            at_best = _final_scores(federation, engine, state, best)
     if settings.method.exchanges:
         for note in _export(federation, directory, state, best).notes:
             watcher.note(note)
@@ -284,6 +418,15 @@ def _finish(
     }
     directory.write_json("results.json", results)
     return plain(results)
+
+
+def _final_scores(
+    federation: Federation, engine: Engine, state: ServerState, record: Record
+) -> Record:
+    """All of the server's splits; the clients' scores as the round's record has them."""
+    scores, alone = _server_scores(federation, engine.server, state, False)
+    result = _with_own(federation, engine, scores, record.get("client_scores", {}))
+    return {**result, "scores_alone": alone} if alone else result
 
 
 def _load_best(

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fedex_lora.adapter import AdapterState
+from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
 from fedex_lora.federation.checkpoint import latest, write_atomic
 from fedex_lora.federation.loop import Record
@@ -163,11 +164,6 @@ def _saving(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written: {reason(error)}. Free some space or choose another "
             "directory, then `fedex-lora resume`; the checkpoints are intact"
         ) from None
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be written, without the error's number."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def best_record(records: Sequence[Record], higher: bool) -> Record | None:

@@ -11,15 +11,19 @@ from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging as transformers_logging
 
 from fedex_lora.adapter import AdapterState, fresh
+from fedex_lora.architectures import Architecture
 from fedex_lora.client import rehearse
-from fedex_lora.data.load import known_labels, load
+from fedex_lora.data.load import known_labels, load, load_client, load_evaluation
 from fedex_lora.data.partition import partition, split_validation
-from fedex_lora.errors import UserError
+from fedex_lora.data.read import quiet
+from fedex_lora.errors import UserError, Withheld
 from fedex_lora.federation.settings import Settings
 from fedex_lora.methods import METHODS
 from fedex_lora.model import AdaptedModel, load_model
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task, build_task
+from fedex_lora.tasks.base import Encode
+from fedex_lora.tasks.prompted import check_room
 
 POOLED = "all"  # the one client of a method that pools the data
 
@@ -45,6 +49,11 @@ class Federation:
     initial: AdapterState
     description: str
 
+    @property
+    def examples(self) -> dict[str, int]:
+        """Numbers of training examples by client."""
+        return {name: len(rows) for name, rows in self.clients.items()}
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -62,48 +71,149 @@ def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
     Raises:
         UserError: Whatever is wrong with recipe, data or model.
     """
+    task = _prepare(recipe)
+    rows = load_rows(recipe, task)
+    pooled = METHODS[recipe.method.name].pooled
+    return _bring_to_life(recipe, task, rows, [POOLED] if pooled else list(rows.train), workdir)
+
+
+def set_up_server(recipe: Recipe, clients: list[str] | None = None) -> Federation:
+    """The coordinator's part of a federation across machines: no training rows.
+
+    Args:
+        clients: The roster, in the order of `lora.ranks`; by default what the recipe says of it.
+
+    Raises:
+        UserError: Whatever is wrong with recipe, evaluation rows or model.
+    """
+    task, where = _prepare(recipe), recipe.evaluation.where
+    evaluation = {} if where == "clients" else load_evaluation(recipe.data, task, recipe.seed)
+    rows = Rows({}, {}, evaluation, "the institutions' own rows")
+    return _bring_to_life(recipe, task, rows, clients or roster(recipe) or [], None)
+
+
+def set_up_client(recipe: Recipe, name: str, file: Path | None = None) -> Federation:
+    """One client's part of a federation across machines.
+
+    Args:
+        name: The client's.
+        file: Its rows; without one they are its share of the recipe's own data.
+
+    Raises:
+        UserError: Whatever is wrong with recipe, rows or model.
+    """
+    task, known = _prepare(recipe), roster(recipe)
+    if recipe.lora.ranks is not None and name not in (known or []):
+        raise UserError(f"lora.ranks: none for {name!r}; name it in federation.names")
+    rows = client_rows(recipe, task, name, file)
+    return _bring_to_life(recipe, task, rows, known or [name], None)
+
+
+def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None) -> Rows:
+    """One client's own training and validation rows, as in a run on one machine.
+
+    Raises:
+        Withheld: They cannot be used.
+    """
+    try:
+        if file is not None:
+            mine = {name: load_client(recipe.data, task, recipe.seed, name, file)}
+            train, validation = _split(recipe, mine)
+            return Rows(train, validation, {}, "")
+        whole = load_rows(recipe, task)
+    except UserError as error:
+        raise Withheld(str(error)) from error
+    if name not in whole.train:
+        raise UserError(f"{name!r} has no share of the data: {', '.join(whole.train)} have")
+    train, validation = (
+        {n: r for n, r in part.items() if n == name} for part in (whole.train, whole.validation)
+    )
+    return Rows(train, validation, {}, "")
+
+
+def roster(recipe: Recipe) -> list[str] | None:
+    """The clients' names, if the recipe gives them."""
+    if recipe.data.clients is not None:
+        return [file.stem for file in recipe.data.clients]
+    return recipe.federation.names
+
+
+def _prepare(recipe: Recipe) -> Task:
     torch.set_num_threads(recipe.engine.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    task = recipe_task(recipe)
-    rows = load_rows(recipe, task)
+    return recipe_task(recipe)
+
+
+def _bring_to_life(
+    recipe: Recipe, task: Task, rows: Rows, names: list[str], workdir: Path | None
+) -> Federation:
     model = recipe_model(recipe, task, workdir)
-    _check_length(recipe, model)
+    check_length(recipe, task, model)
     pooled = METHODS[recipe.method.name].pooled
-    settings = federation_settings(recipe, model, [POOLED] if pooled else list(rows.train))
+    settings = federation_settings(recipe, model, names)
     initial = model.initial(recipe.seed)
     if settings.ranks:
         initial = replace(initial, sites=fresh(settings.sites, recipe.seed))
     length = recipe.task.max_length
 
-    def encode(part: Mapping[str, Dataset]) -> dict[str, Dataset]:
-        return {n: task.encode(r, model.tokenizer, length) for n, r in part.items()}
+    def encode(part: Mapping[str, Dataset], encoder: Encode) -> dict[str, Dataset]:
+        with quiet():
+            return {n: encoder(r, model.tokenizer, length) for n, r in part.items()}
 
-    clients = encode(rows.train)
+    clients = encode(rows.train, task.encode)
+    evaluating = task.encode_evaluation or task.encode
+    validation, evaluation = (encode(r, evaluating) for r in (rows.validation, rows.evaluation))
+    if recipe.task.generate:
+        check_room(model.module, [*validation.values(), *evaluation.values()], recipe.task)
     if pooled:
         clients = {POOLED: concatenate_datasets(list(clients.values()))}
-    rehearse(model, task, min(clients.values(), key=len), recipe.training)
+    if clients:
+        smallest = min(clients.values(), key=len)
+        check_image(task, model, smallest)
+        rehearse(model, task, smallest, recipe.training)
     return Federation(
         recipe,
         task,
         model,
         settings,
         clients,
-        encode(rows.validation),
-        encode(rows.evaluation),
+        validation,
+        evaluation,
         initial,
         rows.description,
     )
 
 
-def _check_length(recipe: Recipe, model: AdaptedModel) -> None:
-    """Learned positions end; rotary ones do not, so only the former are a limit."""
-    limit = model.longest_input
+def check_length(recipe: Recipe, task: Task, model: AdaptedModel) -> None:
+    """Learned positions end; rotary ones do not, so only the former are a limit.
+
+    Raises:
+        UserError: `task.max_length` is more than the model takes.
+    """
+    limit = None if task.image else model.longest_input
     if limit is not None and recipe.task.max_length > limit:
         raise UserError(
             f"task.max_length: {recipe.task.max_length}, but {recipe.model.name} takes at most "
             f"{limit} tokens; set it to {limit} or less"
         )
+
+
+def check_image(task: Task, model: AdaptedModel, rows: Dataset) -> None:
+    """Puts one image through the model: whether pixels fit shows in no config.
+
+    Raises:
+        UserError: The model does not take what its image processor makes of the image.
+    """
+    if task.image is None:
+        return
+    try:
+        task.evaluate(model.module, rows.select([0]), model.tokenizer, 1)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"model.name: the model cannot use what its image processor makes: {error}. "
+            "Expected a preprocessor_config.json that goes with config.json"
+        ) from error
 
 
 def recipe_task(recipe: Recipe) -> Task:
@@ -121,6 +231,7 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
         model_kwargs=task.model_kwargs(),
         seed=recipe.seed,
         workdir=workdir,
+        images=task.image is not None,
     )
 
 
@@ -132,12 +243,7 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
     if train is None:
         assert data.train is not None
         train = partition(data.train, fed.partition, fed.clients, recipe.seed, task)
-    validation: dict[str, Dataset] = {}
-    if recipe.evaluation.where != "server":
-        fraction = recipe.evaluation.client_fraction
-        split = {n: split_validation(r, fraction, recipe.seed, n) for n, r in train.items()}
-        train = {n: t for n, (t, _) in split.items()}
-        validation = {n: v for n, (_, v) in split.items()}
+    train, validation = _split(recipe, train)
     evaluation = data.evaluation if recipe.evaluation.where != "clients" else {}
     if not evaluation and recipe.evaluation.where != "clients":
         raise UserError(
@@ -147,7 +253,20 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
     return Rows(train, validation, evaluation, data.description)
 
 
-def federation_settings(recipe: Recipe, model: AdaptedModel, clients: list[str]) -> Settings:
+def _split(
+    recipe: Recipe, rows: Mapping[str, Dataset]
+) -> tuple[Mapping[str, Dataset], Mapping[str, Dataset]]:
+    """Training rows and validation rows, by client; the latter only if clients evaluate."""
+    if recipe.evaluation.where == "server":
+        return rows, {}
+    fraction = recipe.evaluation.client_fraction
+    split = {n: split_validation(r, fraction, recipe.seed, n) for n, r in rows.items()}
+    return {n: t for n, (t, _) in split.items()}, {n: v for n, (_, v) in split.items()}
+
+
+def federation_settings(
+    recipe: Recipe, model: AdaptedModel | Architecture, clients: list[str]
+) -> Settings:
     """The settings of the federation; the one client of pooled data has no partners to wait for."""
     fed, method = recipe.federation, METHODS[recipe.method.name]
     ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
@@ -168,4 +287,6 @@ def federation_settings(recipe: Recipe, model: AdaptedModel, clients: list[str])
         clients_per_round="all" if method.pooled else fed.clients_per_round,
         min_clients=1 if method.pooled else fed.min_clients,
         wire_dtype=getattr(torch, fed.wire_dtype),
+        oversample=fed.oversample,
+        max_norm=fed.max_norm,
     )

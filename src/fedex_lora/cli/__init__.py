@@ -5,11 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 
-from fedex_lora.cli import runs
+from fedex_lora.cli import costs, deploys, evaluate, grids, merges, reports, runs
 from fedex_lora.cli.common import app, complain, console
 from fedex_lora.errors import QuorumLost, UserError
 
-__all__ = ["app", "console", "main", "runs"]
+__all__ = [
+    "app",
+    "console",
+    "costs",
+    "deploys",
+    "evaluate",
+    "grids",
+    "main",
+    "merges",
+    "reports",
+    "runs",
+]
 
 
 def main() -> None:

@@ -27,38 +27,57 @@ from fedex_lora.cli.common import (
     which_round,
     whole_number,
 )
-from fedex_lora.compare import client_table, compare, table
+from fedex_lora.compare import client_table, compare, difference_table, table
 from fedex_lora.display import show_table
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import UserError
 from fedex_lora.export import Exported, default_name, export_adapter, export_model, is_export
+from fedex_lora.grid.spec import grid_row, is_grid
 from fedex_lora.methods import METHODS
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe_with_places
-from fedex_lora.run import evaluate as evaluate_state
 from fedex_lora.run import resume_run, start_run
 from fedex_lora.rundir import RunDir, number
-from fedex_lora.setup import set_up
-from fedex_lora.trained import open_run, read_round
+from fedex_lora.trained import open_run
+
+Deployment = Annotated[
+    Path, typer.Option(help="Engine flower: the folder that `deploy init` made.")
+]
 
 
 @app.command()
-def run(recipe: RecipeFile, set: Sets = [], out: Out = None, resume: bool = False) -> None:  # noqa: B006
+def run(
+    recipe: RecipeFile,
+    set: Sets = [],  # noqa: B006
+    out: Out = None,
+    resume: bool = False,
+    engine: Annotated[
+        str | None, typer.Option(help="local, flower or flower-simulation: as engine.kind.")
+    ] = None,
+    deployment: Deployment = Path("deployment"),
+) -> None:
     """Run a recipe in a new directory (or continue it there with --resume)."""
-    spec = read_recipe(recipe, set)
+    spec = read_recipe(recipe, [*set, *([f"engine.kind={engine}"] if engine else [])])
     path = out or Path("runs") / f"{spec.name}-{spec.method.name}-seed{spec.seed}"
+    _run(spec, path, resume, deployment)
+
+
+@app.command()
+def resume(run: RunPath, deployment: Deployment = Path("deployment")) -> None:
+    """Continue a run after its last finished round."""
+    _run(RunDir(run).recipe(), run, True, deployment)
+
+
+def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
+    """With the engine that the recipe names."""
     with displays() as show:
         shown = show("")
-        results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
+        if spec.engine.kind == "local":
+            results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
+        else:
+            from fedex_lora.deploy.launch import launch  # noqa: PLC0415 (needs Flower)
+
+            results = launch(spec, path, deployment, resume, shown)
     _show_results(path, results)
-
-
-@app.command()
-def resume(run: RunPath) -> None:
-    """Continue a run after its last finished round."""
-    with displays() as show:
-        results = resume_run(run, None, show(""))
-    _show_results(run, results)
 
 
 @app.command(name="compare")
@@ -78,7 +97,7 @@ def compare_command(
         results = compare(
             spec, comma_separated(methods), numbers, path, lambda method, _: show(method)
         )
-    for one in (table(results), client_table(results)):
+    for one in (table(results), difference_table(results), client_table(results)):
         if one is not None:
             show_table(console, *one)
     say(f"The same as JSON and Markdown: {path}/comparison.json, comparison.md")
@@ -88,19 +107,6 @@ def compare_command(
         if export and not (best / "final" / "model").exists():
             export_model(open_run(best), best / "final" / "model")
         _offer(best)
-
-
-@app.command()
-def evaluate(run: RunPath, round: Round = "best") -> None:
-    """Score a run's model on all its evaluation splits."""
-    found = read_round(run, which_round(round))
-    federation = set_up(found.recipe)
-    engine = LocalEngine(federation.model, federation.task, {}, federation.settings, {})
-    scores = evaluate_state(federation, engine, found.state)
-    parts = {**scores["scores"], **scores.get("client_scores", {})}
-    rows = [[name, k, number(v)] for name, metrics in parts.items() for k, v in metrics.items()]
-    say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
-    show_table(console, ["rows", "metric", "score"], rows)
 
 
 @app.command()
@@ -157,13 +163,16 @@ def methods() -> None:
 
 @app.command()
 def recipes(directory: Path = Path("recipes")) -> None:
-    """List the recipes in a directory."""
+    """List the recipes and grids in a directory."""
     found = sorted(directory.rglob("*.yaml"))
     if not found:
         raise UserError(f"{directory}: no recipes (*.yaml) there; name a directory that has some")
-    rows = []
+    rows, grids = [], []
     for file in found:
         try:
+            if is_grid(file):
+                grids.append([str(file), *grid_row(file)])
+                continue
             spec = load_recipe_with_places(file)[0]
         except UserError as error:
             rows.append([str(file), "-", "-", str(error).splitlines()[0]])
@@ -172,6 +181,8 @@ def recipes(directory: Path = Path("recipes")) -> None:
             [str(file), spec.method.name, spec.task.name or spec.task.kind, spec.model.name]
         )
     show_table(console, ["recipe", "method", "task", "model"], rows)
+    if grids:
+        show_table(console, ["grid", "runs", "methods", "varies"], grids)
 
 
 @app.command()

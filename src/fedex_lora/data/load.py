@@ -9,14 +9,20 @@ import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from fedex_lora.data import digits, stdlib_docs
+from fedex_lora.data.images import read_folder, with_images
 from fedex_lora.data.read import SUFFIXES, kind, line_of, read
-from fedex_lora.data.stdlib_docs import LABELS, stdlib_docs
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import DataSpec
+from fedex_lora.recipe import DataSpec, did_you_mean
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import one_based
 
+SOURCES = {  # built in, by `data.source`: the classes, and the rows by split
+    "stdlib-docs": (stdlib_docs.LABELS, stdlib_docs.stdlib_docs),
+    "digits": (digits.LABELS, digits.digits),
+}
+_NO_DATA = (OSError, ValueError, RuntimeError)  # RuntimeError: of sets that need a script
 HELD_BACK = {-1, None, "-1", "-1.0", ""}  # labels that are not given away; in CSV they are texts
 
 
@@ -39,25 +45,29 @@ class Data:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows that have been read, and how errors refer to them."""
+    """Rows that have been read, how errors refer to them, and the folder of their file."""
 
     rows: Dataset
     where: str
     line_of: Callable[[int], int] = one_based
+    folder: Path | None = None
 
 
 def known_labels(spec: DataSpec) -> tuple[str, ...] | None:
     """The classes of data that bring their own, for `build_task`; None for all others."""
-    return LABELS if spec.source == "stdlib-docs" else None
+    return SOURCES[spec.source][0] if spec.source else None
 
 
 def load(spec: DataSpec, task: Task, seed: int) -> Data:
     """Read, check and sample what the recipe's `data` block names.
 
     A directory (`path`) holds `train`, `validation` and `test` (or the task's other splits) as
-    JSON Lines, JSON, CSV or Parquet. With `clients`, a file each, `path` may be given too and
-    supplies the evaluation splits alone. Test splits whose labels are held back (missing, or all
-    -1 as in GLUE) are left out.
+    JSON Lines, JSON, CSV or Parquet, or for images as a folder of folders, one for each class.
+    With `clients`, a file (or folder) each, `path` may be given too and supplies the evaluation
+    splits alone. `evaluation` adds splits from elsewhere, or replaces them: for each a local file,
+    or a data set of the hub as `NAME[:CONFIG][@SPLIT]`, whose split is `test` if not named. Test
+    splits whose labels are held back (missing, or all -1 as in GLUE) are left
+    out.
 
     Args:
         spec: The block.
@@ -69,15 +79,15 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
         UserError: Something is missing or unreadable, or there is a row the task cannot use,
             named by file and line.
     """
-    splits = _splits(spec, task)
+    wanted = task.evaluation_splits if spec.clients else ("train", *task.evaluation_splits)
+    splits = _splits(spec, task, wanted) | _further_splits(spec, task)
     evaluation = {
         name: _checked(splits[name], task, spec.evaluation_examples, seed, name)
-        for name in task.evaluation_splits
-        if name in splits and _has_labels(name, splits[name].rows, task)
+        for name in _labelled(splits, task)
     }
     train, clients = None, None
     if spec.clients is not None:
-        files = _client_splits(spec.clients)
+        files = _client_splits(spec.clients, task)
         clients = {
             name: _checked(files[name], task, spec.train_examples, seed, name) for name in files
         }
@@ -86,46 +96,97 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
     return Data(train, clients, evaluation, _describe(spec, train, clients, evaluation))
 
 
-def _splits(spec: DataSpec, task: Task) -> dict[str, Split]:
+def load_evaluation(
+    spec: DataSpec, task: Task, seed: int, only: str | None = None
+) -> dict[str, Dataset]:
+    """The labelled rows that a model can be scored on, by split; training rows are not needed.
+
+    Args:
+        spec: As for `load`; `path` may also be a single file, whose name is that of its split.
+        task: Checks every row.
+        seed: For `evaluation_examples`.
+        only: One split, which need not be one of the task's evaluation splits; None for all those.
+
+    Raises:
+        UserError: As for `load`, or there are no such rows.
+    """
+    if spec.path is not None and spec.path.is_file():
+        splits = {spec.path.stem: _file_split(spec.path, task)}
+        found = list(splits)
+    else:
+        splits = _splits(spec, task, (*task.evaluation_splits, *([only] if only else [])))
+        splits |= _further_splits(spec, task)
+        found = _labelled(splits, task)
+    where = spec.source or spec.name or spec.path
+    if only is not None and only not in splits:
+        has = ", ".join(splits) or "none of the task's splits"
+        raise UserError(f"--split: {where} has no split '{only}'; it has {has}.")
+    if not found and only is None:
+        names = ", ".join(task.evaluation_splits)
+        raise UserError(f"data: {where} has no labelled rows to evaluate on (splits {names}).")
+    return {
+        name: _checked(splits[name], task, spec.evaluation_examples, seed, name)
+        for name in ([only] if only else found)
+    }
+
+
+def load_client(spec: DataSpec, task: Task, seed: int, name: str, file: Path) -> Dataset:
+    """One client's own rows, checked and sampled as `load` does for a client of that name.
+
+    Raises:
+        UserError: As for `load`.
+    """
+    return _checked(_file_split(file, task), task, spec.train_examples, seed, name)
+
+
+def _labelled(splits: Mapping[str, Split], task: Task) -> list[str]:
+    """The splits that the task can be evaluated on, in its order of preference."""
+    names = [name for name in task.evaluation_splits if name in splits]
+    return [name for name in names if _has_labels(name, splits[name].rows, task)]
+
+
+def _splits(spec: DataSpec, task: Task, wanted: tuple[str, ...]) -> dict[str, Split]:
     if spec.source is not None:
-        return {k: Split(v, f"{spec.source}, {k}") for k, v in stdlib_docs().items()}
+        rows = SOURCES[spec.source][1]()
+        return {k: Split(v, f"{spec.source}, {k}") for k, v in rows.items()}
     if spec.name is not None:
-        return _hub_splits(spec)
-    if spec.path is None:
-        return {}
-    wanted = task.evaluation_splits if spec.clients else ("train", *task.evaluation_splits)
-    return _directory_splits(spec.path, wanted)
+        return _hub_splits(spec, wanted)
+    return {} if spec.path is None else _directory_splits(spec.path, wanted, task)
 
 
-def _directory_splits(folder: Path, wanted: tuple[str, ...]) -> dict[str, Split]:
+def _directory_splits(folder: Path, wanted: tuple[str, ...], task: Task) -> dict[str, Split]:
     if not folder.is_dir():
         raise UserError(f"data.path: {folder} is no directory.")
-    files = {split: _split_file(folder, split) for split in wanted}
+    files = {split: _split_file(folder, split, task) for split in wanted}
     if "train" in wanted and files["train"] is None:
         there = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise UserError(
             f"data.path: {folder} has no file train ({', '.join(SUFFIXES)}); there is: {there}."
         )
-    return {split: _file_split(file) for split, file in files.items() if file is not None}
+    return {split: _file_split(file, task) for split, file in files.items() if file is not None}
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
+def _split_file(folder: Path, split: str, task: Task) -> Path | None:
     found = [file for file in folder.iterdir() if file.stem == split and file.is_file()]
     found = sorted(
         (file for file in found if kind(file) in SUFFIXES),
         key=lambda file: (SUFFIXES.index(kind(file)), file.name),
     )
+    if task.image and (folder / split).is_dir():
+        found.append(folder / split)
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise UserError(f"data.path: {folder} has both {names}; keep one of them.")
     return found[0] if found else None
 
 
-def _file_split(file: Path) -> Split:
-    return Split(read(file), str(file), partial(line_of, file))
+def _file_split(file: Path, task: Task) -> Split:
+    if task.image and file.is_dir():
+        return Split(read_folder(file), str(file), folder=file)
+    return Split(read(file), str(file), partial(line_of, file), file.parent)
 
 
-def _client_splits(files: list[Path]) -> dict[str, Split]:
+def _client_splits(files: list[Path], task: Task) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     for file in files:
         if file.stem in splits:
@@ -133,21 +194,48 @@ def _client_splits(files: list[Path]) -> dict[str, Split]:
                 f"data.clients: two files are named '{file.stem}'; the names of the files are "
                 "the names of the clients and must differ."
             )
-        splits[file.stem] = _file_split(file)
+        splits[file.stem] = _file_split(file, task)
     return splits
 
 
-def _hub_splits(spec: DataSpec) -> dict[str, Split]:
+def _hub_splits(spec: DataSpec, wanted: tuple[str, ...]) -> dict[str, Split]:
     try:
         found = datasets.load_dataset(spec.name or "", spec.config, revision=spec.revision)
-    except (OSError, ValueError) as error:
+    except _NO_DATA as error:
         raise UserError(f"data.name: cannot load '{spec.name}' from the hub: {error}") from error
     assert isinstance(found, DatasetDict)
-    if "train" not in found:
+    if "train" in wanted and "train" not in found:
         raise UserError(
             f"data.name: '{spec.name}' has no split train; it has {', '.join(map(str, found))}."
         )
     return {str(k): Split(rows, f"{spec.name}, {k}") for k, rows in found.items()}
+
+
+def _further_splits(spec: DataSpec, task: Task) -> dict[str, Split]:
+    """What `data.evaluation` names."""
+    for name in spec.evaluation:
+        if name not in task.evaluation_splits:
+            raise UserError(
+                f"data.evaluation.{name}: no evaluation split of the task, which has "
+                f"{', '.join(task.evaluation_splits)}{did_you_mean(name, task.evaluation_splits)}"
+            )
+    return {name: _further(source, name, task) for name, source in spec.evaluation.items()}
+
+
+def _further(source: str, name: str, task: Task) -> Split:
+    if kind(Path(source)) in SUFFIXES:
+        return _file_split(Path(source), task)
+    whole, _, split = source.partition("@")
+    hub, _, config = whole.partition(":")
+    try:
+        rows = datasets.load_dataset(hub, config or None, split=split or "test")
+    except _NO_DATA as error:
+        raise UserError(
+            f"data.evaluation.{name}: cannot load '{source}' from the hub: {error}. Expected "
+            f"NAME[:CONFIG][@SPLIT], or a file ({', '.join(SUFFIXES)})."
+        ) from error
+    assert isinstance(rows, Dataset)
+    return Split(rows, source)
 
 
 def _has_labels(name: str, rows: Dataset, task: Task) -> bool:
@@ -161,11 +249,14 @@ def _has_labels(name: str, rows: Dataset, task: Task) -> bool:
 
 def _checked(split: Split, task: Task, examples: int | None, seed: int, name: str) -> Dataset:
     """The rows, all checked, or a seeded sample of them in their own order."""
-    task.check(split.rows, split.where, split.line_of)
-    if examples is None or examples >= len(split.rows):
-        return split.rows
+    rows = split.rows
+    if task.image:
+        rows = with_images(rows, task.image, split.folder, split.where)
+    task.check(rows, split.where, split.line_of)
+    if examples is None or examples >= len(rows):
+        return rows
     rng = np.random.default_rng(derive(seed, "sample", name))
-    return split.rows.select(sorted(rng.choice(len(split.rows), examples, replace=False)))
+    return rows.select(sorted(rng.choice(len(rows), examples, replace=False)))
 
 
 def _describe(
@@ -179,4 +270,7 @@ def _describe(
     parts += [f"revision {spec.revision}"] if spec.revision else []
     parts += [f"train: {len(train)} rows"] if train is not None else []
     parts += [f"{name}: {len(rows)} rows" for name, rows in (clients or {}).items()]
-    return ", ".join(parts + [f"{name}: {len(rows)} rows" for name, rows in evaluation.items()])
+    for name, rows in evaluation.items():
+        source = f" of {spec.evaluation[name]}" if name in spec.evaluation else ""
+        parts.append(f"{name}: {len(rows)} rows{source}")
+    return ", ".join(parts)

@@ -62,7 +62,7 @@ def partition(
     keys = _keys(rows, spec, task)
     shuffled = Dataset.from_dict({"key": [keys[i] for i in order], "row": order})
     indices = _assign(shuffled, spec, clients, seed)
-    return {name: rows.select(part) for name, part in zip(_names(clients), indices)}
+    return {name: rows.select(part) for name, part in zip(client_names(clients), indices)}
 
 
 def split_validation(
@@ -89,7 +89,8 @@ def split_validation(
     return rows.select(sorted(order[held_out:])), rows.select(sorted(order[:held_out]))
 
 
-def _names(clients: int) -> list[str]:
+def client_names(clients: int) -> list[str]:
+    """The names of clients that rows are dealt out to."""
     width = len(str(clients - 1))
     return [f"client-{i:0{width}d}" for i in range(clients)]
 
@@ -166,7 +167,7 @@ def _assign(keys: Dataset, spec: PartitionSpec, clients: int, seed: int) -> list
             return indices
     assert empty is not None
     raise UserError(
-        f"{WHERE}: {_names(clients)[empty]} is left without examples by kind {spec.kind}, "
+        f"{WHERE}: {client_names(clients)[empty]} is left without examples by kind {spec.kind}, "
         f"in the last of {DRAWS} draws. Use a larger alpha, fewer clients, or another seed."
     )
 

@@ -74,7 +74,7 @@ def _check_encoding(file: Path) -> None:
 def _read(file: Path) -> Dataset:
     try:
         # a cache of its own, thrown away: a file that was changed is always read again
-        with tempfile.TemporaryDirectory() as cache, _quiet():
+        with tempfile.TemporaryDirectory() as cache, quiet():
             return _parse(file, cache)
     except (DatasetGenerationError, ValueError, TypeError, OSError) as error:
         cause = str(error.__cause__ or error).strip()
@@ -84,7 +84,7 @@ def _read(file: Path) -> Dataset:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, and no log of an error that is raised as well."""
     bars, level = not datasets.are_progress_bars_disabled(), logging.get_verbosity()
     datasets.disable_progress_bars()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fedex_lora.lowrank import LowRank, dense
 from fedex_lora.model import AdaptedModel
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
+from fedex_lora.training_log import TrainingLog
 
 OnTurn = Callable[[int, str, int, int], None]  # (round, client, steps done, steps in all)
 
@@ -34,6 +35,9 @@ class LocalEngine:
         settings: The federation's.
         training: The recipe's block of that name.
         failure_rate: Probability that a client vanishes in a round, for rehearsal; seeded.
+        rows: Each silo's own validation rows, encoded, if clients score models.
+        batch_size: Of the scoring.
+        log: Where the Trainers' own reports go, if the recipe asks for any.
     """
 
     def __init__(
@@ -45,11 +49,34 @@ class LocalEngine:
         training: Mapping[str, Any],
         failure_rate: float = 0.0,
         on_turn: OnTurn | None = None,
+        rows: Mapping[str, Dataset] | None = None,
+        batch_size: int = 64,
+        log: TrainingLog | None = None,
     ) -> None:
         self.model, self.task, self.clients = model, task, clients
         self.settings, self.training = settings, training
         self.failure_rate, self.on_turn = failure_rate, on_turn
+        self.rows, self.batch_size = rows or {}, batch_size
+        self.log = log
         self._placed: tuple[Ledger, str | None] | None = None
+
+    @property
+    def validation(self) -> dict[str, int]:
+        """Numbers of validation rows by client."""
+        return {name: len(rows) for name, rows in self.rows.items()}
+
+    @property
+    def server(self) -> LocalEngine:
+        """One model serves the clients and the server."""
+        return self
+
+    def newcomers(self) -> list[str]:
+        """Nobody joins a running process."""
+        return []
+
+    def deliver(self, state: ServerState) -> dict[str, dict[str, float]]:
+        """Everybody is here already."""
+        return {}
 
     def exchange(
         self, state: ServerState, broadcasts: Mapping[str, Broadcast]
@@ -73,7 +100,23 @@ class LocalEngine:
                 round=round,
                 client=client,
                 on_step=self._on_step(round, client),
+                log=self.log.turn(client, round) if self.log else None,
             )
+
+    def client_scores(
+        self, state: ServerState, clients: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        """Scores, on each client's own rows, of the model that it starts the next round from."""
+        return {name: self.score(state, name) for name in clients if name in self.rows}
+
+    def score(self, state: ServerState, name: str) -> dict[str, float]:
+        """One client's scores; a silo whose rows are pooled is given the pooled model."""
+        client = name if name in self.settings.clients else self.settings.clients[0]
+        self.place(state, client)
+        self.model.write(start_of(state, self.settings, client))
+        return self.task.evaluate(
+            self.model.module, self.rows[name], self.model.tokenizer, self.batch_size
+        )
 
     def write_global(self, state: ServerState, client: str | None = None) -> None:
         """Makes the model the global one; or `client`'s own, where nothing is exchanged."""

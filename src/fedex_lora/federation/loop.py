@@ -24,17 +24,24 @@ from fedex_lora.federation.messages import (
 )
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, broadcast_to, start_of, step
-from fedex_lora.lowrank import LowRank
+from fedex_lora.lowrank import LowRank, factored
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A client that took the broadcast and sent nothing."""
+    """A client that sent nothing that can be used, or was not there.
+
+    Attributes:
+        refused: Whether it did send something.
+        resent: As of an `Update`.
+    """
 
     client: str
     reason: str
+    refused: bool = False
+    resent: int = 0
 
 
 class Transport(Protocol):
@@ -86,10 +93,12 @@ def run_round(
         settings.sites,
         settings.method.trained(round),
         settings.server_learning_rate,
+        len(names),
     )
     for reply in in_order(names, transport.exchange(state, broadcasts)):
+        down[reply.client] += reply.resent
         if isinstance(reply, Lost):
-            tally.lost[reply.client] = reply.reason
+            (tally.refused if reply.refused else tally.lost)[reply.client] = reply.reason
         else:
             _take(reply, state, settings, aggregator, tally, keep)
     _check_quorum(tally, settings, round)
@@ -132,17 +141,19 @@ def _take(
     start = start_of(state, settings, client)
     trained = settings.method.trained(state.version + 1)
     try:
-        end = check(update, start, trained, state.version + 1, client)
+        end = check(update, start, trained, state.version + 1, client, settings.max_norm)
     except UpdateRefused as refusal:
         tally.refused[client] = str(refusal)
         return
     began = perf_counter()
     weight = 1.0 if settings.weights == "uniform" else float(update.examples)
     if settings.method.exchanges:
-        blob = encode_update(update, start, settings.wire_dtype)
-        tally.up[client] = len(blob)
-        if settings.wire_dtype != torch.float32:  # what the server decodes is what counts
-            end = check(decode_update(blob, start), start, trained, state.version + 1, client)
+        tally.up[client] = update.nbytes or 0
+        if update.nbytes is None:
+            blob = encode_update(update, start, settings.wire_dtype)
+            tally.up[client] = len(blob)
+            if settings.wire_dtype != torch.float32:  # what the server decodes is what counts
+                end = check(decode_update(blob, start), start, trained, state.version + 1, client)
         aggregator.add(weight, start, end)
     if settings.method.own_factors:
         tally.ends[client] = end
@@ -216,7 +227,20 @@ def _record(
     if after.carry:
         record["carry"] = _norms(after.carry)
         record["sent"] = _norms(after.ledger.since(round - 1).entries[-1][1])
+    if result is not None and settings.method.residual == "truncated":
+        record["left_out"] = _left_out(round, settings, after, result)
     return record
+
+
+def _left_out(round: int, settings: Settings, after: ServerState, result: Aggregate) -> float:
+    """‖·‖_F of what truncation keeps from the clients: all that is carried, or what is lost now."""
+    if settings.carry:
+        return _norms(after.carry)
+    if not result.increment:  # of one client
+        return 0.0
+    sent = dict(after.ledger.since(round - 1).entries[-1][1])
+    lost = {s: factored(w).distance(factored(sent[s])) for s, w in result.increment.items()}
+    return sum(d.item() ** 2 for d in lost.values()) ** 0.5
 
 
 def _weights(updates: Sequence[Update], settings: Settings) -> dict[str, float]:

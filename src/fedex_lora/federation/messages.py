@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +25,20 @@ from fedex_lora.ledger import Ledger
 from fedex_lora.lowrank import LowRank
 
 Tensors = Mapping[str, Tensor]
+
+_HEADER = 1024  # metadata is filled up to a multiple: bytes do not depend on how a time is written
+_ON_THE_WIRE = (torch.float32, torch.bfloat16)
+_NAME = re.compile(r"[A-Za-z0-9_.@/ -]{1,60}")
+_MOST_NUMBERS = 50
+_UNREADABLE = (
+    SafetensorError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,8 @@ class Update:
         examples: Number of training examples, n of the weights.
         metrics: Losses and seconds.
         scores: The incoming model on the client's own validation rows, if asked for.
+        nbytes: Of the message it came in; None if it crossed no wire.
+        resent: Bytes that were sent to the client on top of its broadcast, to catch it up.
     """
 
     round: int
@@ -63,6 +82,8 @@ class Update:
     examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    nbytes: int | None = None
+    resent: int = 0
 
 
 def receive(
@@ -83,13 +104,21 @@ def receive(
 
 
 def check(
-    update: Update, start: AdapterState, trained: frozenset[str], round: int, client: str
+    update: Update,
+    start: AdapterState,
+    trained: frozenset[str],
+    round: int,
+    client: str,
+    max_norm: float | None = None,
 ) -> AdapterState:
     """The client's end state, if the update is one that may be aggregated.
 
+    Args:
+        max_norm: Bound of the Euclidean norm of all that changed, factors and head.
+
     Raises:
         UpdateRefused: Another round or client, other sites or shapes, another dtype, a number
-            that is not finite, no examples. The text names the tensor.
+            that is not finite, no examples, a norm above its bound. The text names the tensor.
     """
     if (update.round, update.client) != (round, client):
         raise UpdateRefused(
@@ -105,6 +134,8 @@ def check(
     _check_tensors("A", update.A, a if "A" in trained else {})
     _check_tensors("B", update.B, b if "B" in trained else {})
     _check_tensors("head", update.head, start.head)
+    if max_norm is not None:
+        _check_norm(_flat(A=update.A, B=update.B, head=update.head), start, max_norm)
     end = {
         name: Factors(update.A.get(name, f.A), update.B.get(name, f.B), f.scale)
         for name, f in start.sites.items()
@@ -129,34 +160,65 @@ def _check_tensors(kind: str, got: Tensors, expected: Tensors) -> None:
             raise UpdateRefused(f"{where} has entries that are NaN or infinite")
 
 
-def encode_broadcast(message: Broadcast, dtype: torch.dtype = torch.float32) -> bytes:
-    """One safetensors blob. Always lossless: only tensors that are exact in `dtype` are cast."""
+def _check_norm(tensors: Tensors, start: AdapterState, bound: float) -> None:
+    base = _reference(start)
+    squares = [(value - base[name]).double().square().sum() for name, value in tensors.items()]
+    norm = math.sqrt(sum(square.item() for square in squares))
+    if norm > bound:
+        raise UpdateRefused(f"it changed by {norm:.4g}; federation.max_norm is {bound:g}")
+
+
+def encode_broadcast(
+    message: Broadcast, dtype: torch.dtype = torch.float32, about: Mapping[str, Any] | None = None
+) -> bytes:
+    """One safetensors blob. Always lossless: only tensors that are exact in `dtype` are cast.
+
+    Args:
+        about: JSON that travels in the header; see `read_about`.
+    """
+    tensors, meta = broadcast_parts(message)
+    exact = {n: t.to(dtype) for n, t in tensors.items() if torch.equal(t.to(dtype).float(), t)}
+    return _save({**tensors, **exact}, {**meta, "about": about or {}})
+
+
+def broadcast_parts(message: Broadcast) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """What `encode_broadcast` writes, before any cast: tensors by flat name, and metadata."""
     tensors = _flat(A=message.A, B=message.B, head=message.head)
     tensors |= ledger_tensors(message.ledger)
-    meta = {
+    meta: dict[str, object] = {
         "round": message.round,
         "fresh": message.fresh,
         "ledger": ledger_meta(message.ledger),
     }
-    exact = {n: t.to(dtype) for n, t in tensors.items() if torch.equal(t.to(dtype).float(), t)}
-    return _save({**tensors, **exact}, meta)
+    return tensors, meta
 
 
 def decode_broadcast(blob: bytes) -> Broadcast:
     """The inverse of `encode_broadcast`; tensors come back as float32."""
     tensors, meta = _load(blob)
     part = _unflat(tensors)
-    ledger = ledger_from(tensors, meta["ledger"])
-    return Broadcast(meta["round"], meta["fresh"], part["A"], part["B"], part["head"], ledger)
+    with _reading(blob):
+        ledger = ledger_from(tensors, meta["ledger"])
+        return Broadcast(meta["round"], meta["fresh"], part["A"], part["B"], part["head"], ledger)
 
 
-def encode_update(update: Update, start: AdapterState, dtype: torch.dtype = torch.float32) -> bytes:
+def encode_update(
+    update: Update,
+    start: AdapterState,
+    dtype: torch.dtype = torch.float32,
+    about: Mapping[str, Any] | None = None,
+) -> bytes:
     """One safetensors blob; in a lossy dtype it holds the drift from `start`, which is small."""
-    tensors = _flat(A=update.A, B=update.B, head=update.head)
+    tensors, meta = update_parts(update, dtype)
     if dtype != torch.float32:
         base = _reference(start)
         tensors = {name: (value - base[name]).to(dtype) for name, value in tensors.items()}
-    meta = {
+    return _save(tensors, {**meta, "about": about or {}})
+
+
+def update_parts(update: Update, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """What `encode_update` writes, before any cast: tensors by flat name, and metadata."""
+    meta: dict[str, object] = {
         "round": update.round,
         "client": update.client,
         "examples": update.examples,
@@ -164,26 +226,65 @@ def encode_update(update: Update, start: AdapterState, dtype: torch.dtype = torc
         "scores": dict(update.scores),
         "drift": dtype != torch.float32,
     }
-    return _save(tensors, meta)
+    return _flat(A=update.A, B=update.B, head=update.head), meta
 
 
 def decode_update(blob: bytes, start: AdapterState) -> Update:
-    """The inverse of `encode_update`."""
+    """The inverse of `encode_update`.
+
+    Raises:
+        UserError: It is no such blob, or a drift of tensors that `start` does not have.
+    """
     tensors, meta = _load(blob)
-    if meta["drift"]:
-        base = _reference(start)
-        tensors = {name: base[name] + value for name, value in tensors.items()}
-    part = _unflat(tensors)
-    return Update(
-        meta["round"],
-        meta["client"],
-        part["A"],
-        part["B"],
-        part["head"],
-        meta["examples"],
-        meta["metrics"],
-        meta["scores"],
-    )
+    with _reading(blob):
+        if meta["drift"]:
+            tensors = _added(_reference(start), tensors)
+        part = _unflat(tensors)
+        return Update(
+            int(meta["round"]),
+            str(meta["client"]),
+            part["A"],
+            part["B"],
+            part["head"],
+            int(meta["examples"]),
+            _numbers(meta["metrics"]),
+            _numbers(meta["scores"]),
+            len(blob),
+        )
+
+
+def encode_about(about: Mapping[str, Any]) -> bytes:
+    """A message without tensors: JSON in the header of an empty safetensors blob."""
+    return _save({}, {"about": about})
+
+
+def read_about(blob: bytes) -> dict[str, Any]:
+    """The JSON in a message's header; its tensors are not looked at.
+
+    Raises:
+        UserError: It is no such message.
+
+    Example:
+        >>> read_about(encode_about({"kind": "hello"}))
+        {'kind': 'hello'}
+    """
+    with _reading(blob):
+        about = _meta(blob)["about"]
+        return {str(key): value for key, value in about.items()}
+
+
+def _added(base: Tensors, drifts: Tensors) -> dict[str, Tensor]:
+    for name, drift in drifts.items():
+        if name not in base or base[name].shape != drift.shape:
+            raise ValueError(f"{name!r} of shape {tuple(drift.shape)} was not asked for")
+    return {name: base[name] + drift for name, drift in drifts.items()}
+
+
+def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics by name; names are shown to people, so they are plain and few."""
+    if len(found) > _MOST_NUMBERS or not all(_NAME.fullmatch(name) for name in found):
+        raise ValueError("metrics with strange names, or too many")
+    return {name: float(value) for name, value in found.items()}
 
 
 def ledger_tensors(ledger: Ledger) -> dict[str, Tensor]:
@@ -240,16 +341,37 @@ def _unflat(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def _save(tensors: Tensors, meta: object) -> bytes:
+def metadata(meta: Mapping[str, object]) -> dict[str, str]:
+    """A message's metadata as safetensors takes it, of a length that hardly ever varies."""
+    text = json.dumps({"about": {}, **meta})
+    return {"fedex": text + " " * (-len(json.dumps(text)) % _HEADER)}  # quotes are escaped
+
+
+def _save(tensors: Tensors, meta: Mapping[str, object]) -> bytes:
     # clone: slices of one stack share storage, which safetensors refuses
     ready = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    return save(ready, {"fedex": json.dumps(meta)})
+    return save(ready, metadata(meta))
 
 
 def _load(blob: bytes) -> tuple[dict[str, Tensor], dict]:
+    with _reading(blob):
+        tensors, meta = load(blob), _meta(blob)
+        for name, value in tensors.items():
+            if value.dtype not in _ON_THE_WIRE:
+                raise ValueError(f"{name!r} has dtype {value.dtype}; expected float32 or bfloat16")
+        return {name: value.float() for name, value in tensors.items()}, meta
+
+
+def _meta(blob: bytes) -> dict:
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    return json.loads(header["__metadata__"]["fedex"])
+
+
+@contextmanager
+def _reading(blob: bytes) -> Iterator[None]:
+    """Whatever is wrong with a message that somebody sent is told in the same way."""
     try:
-        tensors = {k: v.float() for k, v in load(blob).items()}
-        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-        return tensors, json.loads(header["__metadata__"]["fedex"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"message of {len(blob)} bytes cannot be read: {error}") from None
+        yield
+    except _UNREADABLE as error:
+        what = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(f"message of {len(blob)} bytes cannot be read: {what}") from None

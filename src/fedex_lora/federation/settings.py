@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,6 +27,8 @@ class Settings:
         rank: r' of a truncated residual.
         carry: Whether what truncation cuts off waits for the next round.
         flush: Whether the last round sends the residual whole.
+        oversample: How many times as many clients are asked as are needed; the first win.
+        max_norm: Bound of an update's norm.
     """
 
     method: Method
@@ -42,6 +45,8 @@ class Settings:
     clients_per_round: Literal["all"] | int | float = "all"
     min_clients: int = 1
     wire_dtype: torch.dtype = torch.float32
+    oversample: float = 1.0
+    max_norm: float | None = None
 
     def sites_of(self, client: str) -> dict[str, Site]:
         """The sites at this client's rank."""
@@ -52,7 +57,8 @@ class Settings:
         """The clients of a round, sorted: a function of (seed, round)."""
         generator = torch.Generator().manual_seed(derive(self.seed, "sample", round))
         order = torch.randperm(len(self.clients), generator=generator).tolist()
-        return sorted(self.clients[i] for i in order[: self.sample_size])
+        asked = math.ceil(self.oversample * self.sample_size)
+        return sorted(self.clients[i] for i in order[:asked])
 
     @property
     def sample_size(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,6 +60,15 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
         started = {n: f.delta() for n, f in initial.sites.items() if f.B.any()}
         ledger = Ledger((), started, 0)
     return ServerState(0, dict(initial.sites), dict(initial.head), ledger, own)
+
+
+def admit(
+    state: ServerState, settings: Settings, initial: AdapterState, names: Iterable[str]
+) -> tuple[ServerState, Settings]:
+    """Clients that join: they hold nothing, and start their own factors from the initial ones."""
+    wider = replace(settings, clients=tuple(sorted({*settings.clients, *names})))
+    own = begin(wider, initial).own if settings.method.own_factors else {}
+    return replace(state, own={**own, **state.own}), wider
 
 
 def start_of(state: ServerState, settings: Settings, client: str) -> AdapterState:

@@ -28,6 +28,15 @@ _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # learned, in BE
 Increment = Callable[[str], LowRank | Tensor | None]
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many tokens a model has learned positions for; None if positions are computed."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            # RoBERTa's positions begin after its padding index
+            return module.num_embeddings - (module.padding_idx or -1) - 1
+    return None
+
+
 class AdaptedModel:
     """The one resident model of a process; clients take turns in it.
 
@@ -37,7 +46,7 @@ class AdaptedModel:
     Attributes:
         module: The nn.Module to train and evaluate. Gradient checkpointing needs nothing but the
             Trainer's switch: transformers makes the inputs require gradients.
-        tokenizer: Its tokenizer, which has a padding token.
+        tokenizer: Its tokenizer, which has a padding token; or its image processor.
         sites: The adapted layers sorted by name, as shapes.
     """
 
@@ -91,6 +100,10 @@ class AdaptedModel:
         sites = {name: layer.read() for name, layer in self._layers.items()}
         return AdapterState(sites, self._read_head())
 
+    def frozen(self) -> dict[str, Tensor]:
+        """What is neither factor nor head, by plain names: as loaded, before anything is placed."""
+        return _plain_state(self._base.model, self._head)
+
     def write(self, state: AdapterState) -> None:
         """Makes `state` the model's factors and head; ranks may differ from the present ones.
 
@@ -124,11 +137,7 @@ class AdaptedModel:
     @property
     def longest_input(self) -> int | None:
         """How many tokens the model has learned positions for; None if positions are computed."""
-        for name, module in self._base.model.named_modules():
-            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
-                # RoBERTa's positions begin after its padding index
-                return module.num_embeddings - (module.padding_idx or -1) - 1
-        return None
+        return learned_positions(self._base.model)
 
     def release(self) -> None:
         """Takes off what training put on the model: the hook of gradient checkpointing."""
@@ -230,10 +239,11 @@ def load_model(
     lora: LoraSpec | None,
     *,
     auto_model: str,
-    peft_task_type: str,
+    peft_task_type: str | None,
     model_kwargs: dict[str, Any],
     seed: int,
     workdir: Path | None = None,
+    images: bool = False,
 ) -> AdaptedModel:
     """Loads a pretrained model and adapts it.
 
@@ -246,19 +256,30 @@ def load_model(
         seed: The run's seed; what the checkpoint lacks (a new head) is a function of it alone.
         workdir: Where pretrained weights go that no file of the model's holds as such; a
             temporary folder by default.
+        images: Whether it has an image processor in place of a tokenizer.
 
     Raises:
         UserError: If there is no such model, or LoRA as asked for cannot be aggregated exactly.
     """
     head_seed = derive(seed, "head")
+    keep = [] if lora is None else head_names(lora, peft_task_type)
+    base = load_base(model, auto_model, model_kwargs, head_seed, keep, images)
+    _check_no_statistics(base.model, model.name)
     if lora is None:
-        base = load_base(model, auto_model, model_kwargs, head_seed, [])
         return AdaptedModel(base, base.model, [], workdir=workdir)
-    keep = head_names(lora, peft_task_type)
-    base = load_base(model, auto_model, model_kwargs, head_seed, keep)
     peft_model, layers = inject(base, lora, peft_task_type, head_seed)
     side = model.placement == "side"
     return AdaptedModel(base, peft_model, layers, side=side, init=lora.init, workdir=workdir)
+
+
+def _check_no_statistics(model: nn.Module, name: str) -> None:
+    """Training changes them, yet they are no parameters: they would leak from client to client."""
+    for module_name, module in model.named_modules():
+        if getattr(module, "track_running_stats", False):
+            raise UserError(
+                f"model.name: {name!r} normalises batches by running statistics ({module_name}), "
+                "which are neither averaged nor reset; take a model with layer normalisation"
+            )
 
 
 def _head_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, nn.Parameter]:

@@ -25,8 +25,8 @@ from fedex_lora.model.pretrained import Pretrained
 from fedex_lora.recipe import LoraSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_NAMES = {  # by whether the layer is an embedding
+PREFIX = "base_model.model."
+NAMES = {  # by whether the layer is an embedding
     False: ("lora_A.weight", "lora_B.weight"),
     True: ("lora_embedding_A", "lora_embedding_B"),
 }
@@ -51,10 +51,10 @@ def save_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     sites = {name: _at_least_rank_1(f) for name, f in sorted(state.sites.items())}
     _file_config(config, sites, base_name).save_pretrained(str(directory))
-    tensors = {f"{_PREFIX}{name}": tensor for name, tensor in state.head.items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in state.head.items()}
     for name, f in sites.items():
-        a, b = _NAMES[layers[name].embedding]
-        tensors |= {f"{_PREFIX}{name}.{a}": f.A, f"{_PREFIX}{name}.{b}": f.B}
+        a, b = NAMES[layers[name].embedding]
+        tensors |= {f"{PREFIX}{name}.{a}": f.A, f"{PREFIX}{name}.{b}": f.B}
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors lets only the owner read
@@ -76,16 +76,22 @@ def resolved(name: str) -> str:
 
 
 def _file_config(config: LoraConfig, sites: Mapping[str, Factors], base_name: str) -> LoraConfig:
-    config = copy.deepcopy(config)
+    config = with_patterns(config, {name: (f.rank, f.scale) for name, f in sites.items()})
     config.base_model_name_or_path = resolved(base_name)
+    return config
+
+
+def with_patterns(config: LoraConfig, sites: Mapping[str, tuple[int, float]]) -> LoraConfig:
+    """A copy of `config` for a file: sites whose (rank, scale) differ from its own get patterns."""
+    config = copy.deepcopy(config)
     config.inference_mode = True
     config.rank_pattern, config.alpha_pattern = {}, {}
-    for name, f in sites.items():
-        alpha = f.scale * (f.rank**0.5 if config.use_rslora else f.rank)
+    for name, (rank, scale) in sites.items():
+        alpha = scale * (rank**0.5 if config.use_rslora else rank)
         alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
         pattern = f"^{re.escape(name)}"  # anchored: PEFT matches the ends of names
-        if f.rank != config.r:
-            config.rank_pattern[pattern] = f.rank
+        if rank != config.r:
+            config.rank_pattern[pattern] = rank
         if alpha != config.lora_alpha:
             config.alpha_pattern[pattern] = alpha
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -119,7 +125,7 @@ def read_adapter(
     config, tensors = _load(directory)
     _check_fields(directory, config)
     wanted = {
-        name: tuple(f"{name}.{n}" for n in _NAMES[la.embedding]) for name, la in layers.items()
+        name: tuple(f"{name}.{n}" for n in NAMES[la.embedding]) for name, la in layers.items()
     }
     present = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
     if present != set(layers):
@@ -144,11 +150,21 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"lora.init: {directory} is no PEFT adapter: {error}; "
             f"expected a folder with {CONFIG} and {WEIGHTS}"
         ) from error
-    floats = {key.removeprefix(_PREFIX): t.float() for key, t in tensors.items()}
+    floats = {key.removeprefix(PREFIX): t.float() for key, t in tensors.items()}
     return config, floats
 
 
 def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
+    refused = unsupported(config)
+    if refused:
+        raise UserError(
+            f"lora.init: {directory} uses {refused}, for which aggregation is not exact; "
+            "expected a plain LoRA adapter"
+        )
+
+
+def unsupported(config: Mapping[str, Any]) -> str:
+    """Fields of an adapter_config.json by which it is more than B·A beside a frozen base."""
     plain = LoraConfig().to_dict() | {"peft_type": "LORA"}
     refused = [
         key
@@ -160,12 +176,15 @@ def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
     # "gaussian" says how A was drawn; the others that are not in the list change the base
     if config.get("init_lora_weights") in ("gaussian", False):
         refused = [key for key in refused if key != "init_lora_weights"]
-    if refused:
-        fields = ", ".join(f"{key}: {config.get(key)!r}" for key in refused)
-        raise UserError(
-            f"lora.init: {directory} uses {fields}, for which aggregation is not exact; "
-            "expected a plain LoRA adapter"
-        )
+    return ", ".join(f"{key}: {config.get(key)!r}" for key in refused)
+
+
+def configured(config: Mapping[str, Any], site: str, rank: int) -> tuple[int, float]:
+    """The rank that an adapter_config.json gives to a layer, and the scale it has at `rank`."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), site), config.get("lora_alpha", 8))
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return ranks.get(get_pattern_key(list(ranks), site), config.get("r", 8)), scale
 
 
 def _check_site(
@@ -179,9 +198,7 @@ def _check_site(
             f"here; set model.name to "
             f"{config.get('base_model_name_or_path')!r}"
         )
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), name), config.get("lora_alpha", 8))
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    _, scale = configured(config, name, rank)
     if rank != site.rank or abs(scale - site.scale) > 1e-6 * abs(scale):
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         settings = ", ".join(f"{key}: {json.dumps(config[key])}" for key in keys if config.get(key))

@@ -25,12 +25,14 @@ log = logging.getLogger(__name__)
 _CLASSIFIERS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
 
 
-def head_names(lora: LoraSpec, task_type: str) -> list[str]:
+def head_names(lora: LoraSpec, task_type: str | None) -> list[str]:
     """Names of the modules that are trained in full."""
-    return [*(lora.modules_to_save or []), *_CLASSIFIERS.get(task_type, [])]
+    return [*(lora.modules_to_save or []), *_CLASSIFIERS.get(task_type or "", [])]
 
 
-def inject(base: Base, lora: LoraSpec, task_type: str, seed: int) -> tuple[PeftModel, list[Layer]]:
+def inject(
+    base: Base, lora: LoraSpec, task_type: str | None, seed: int
+) -> tuple[PeftModel, list[Layer]]:
     """Adapts `base` in place.
 
     Parameters that the checkpoint lacks are trained with the head: left frozen they would stay
@@ -74,7 +76,7 @@ def heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, wrapper.modules_to_save[ADAPTER]) for name, wrapper in wrappers]
 
 
-def _config(lora: LoraSpec, task_type: str, modules_to_save: list[str]) -> LoraConfig:
+def _config(lora: LoraSpec, task_type: str | None, modules_to_save: list[str]) -> LoraConfig:
     fields = lora.model_dump(exclude={"init", "ranks"})
     alpha = fields["lora_alpha"]
     fields["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha

@@ -31,7 +31,7 @@ class Base:
 
     Attributes:
         model: The transformers model, in evaluation mode, on its device.
-        tokenizer: Its tokenizer, which has a padding token.
+        tokenizer: Its tokenizer, which has a padding token; or its image processor.
         where: Local folder or hub id that it came from.
         missing: Parameters that the checkpoint lacks; they were initialised from the seed.
         use_cache: The config's own `use_cache`, which training switches off.
@@ -45,7 +45,12 @@ class Base:
 
 
 def load_base(
-    spec: ModelSpec, auto_model: str, model_kwargs: dict[str, Any], seed: int, keep: list[str]
+    spec: ModelSpec,
+    auto_model: str,
+    model_kwargs: dict[str, Any],
+    seed: int,
+    keep: list[str],
+    images: bool = False,
 ) -> Base:
     """Loads model and tokenizer.
 
@@ -55,9 +60,10 @@ def load_base(
         model_kwargs: Passed to its `from_pretrained`, e.g. `{"num_labels": 3}`.
         seed: Of the parameters that the checkpoint lacks; nothing else influences them.
         keep: Names of modules that stay unquantised because they are trained.
+        images: Whether it has an image processor in place of a tokenizer.
 
     Raises:
-        UserError: If there is no such model, or it has no tokenizer.
+        UserError: If there is no such model, or it has no tokenizer (image processor).
     """
     where = locate(spec.name)
     device = pick_device(spec.device)
@@ -66,12 +72,12 @@ def load_base(
     hub = {"revision": spec.revision} if spec.revision else {}
     try:
         with quiet(), seeded(seed):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **hub)
+            tokenizer = _processor(where, images, hub)
             model, info = getattr(transformers, auto_model).from_pretrained(
                 where, **hub, **kwargs, output_loading_info=True
             )
     except _NO_MODEL as error:
-        raise UserError(_cannot_load(spec.name, auto_model, error)) from error
+        raise UserError(_cannot_load(spec.name, auto_model, images, error)) from error
     _check_found(model, info["missing_keys"], spec.name)
     if spec.quantisation is None:
         model.to(device)
@@ -79,10 +85,22 @@ def load_base(
         # bitsandbytes on some CPUs repacks, and rounds, the weight at the first evaluation
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    _set_padding(model, tokenizer)
+    if not images:
+        _set_padding(model, tokenizer)
     use_cache = bool(getattr(model.config, "use_cache", False))
-    model.config.use_cache = False
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
     return Base(model, tokenizer, where, frozenset(info["missing_keys"]), use_cache)
+
+
+def _processor(where: str, images: bool, hub: dict[str, Any]) -> Any:
+    if not images:
+        return transformers.AutoTokenizer.from_pretrained(where, **hub)
+    # with Pillow, so that pixels do not depend on whether torchvision is installed; earlier
+    # versions of transformers know `use_fast` and pass over `backend`
+    return transformers.AutoImageProcessor.from_pretrained(
+        where, **hub, backend="pil", use_fast=False
+    )
 
 
 def locate(name: str) -> str:
@@ -218,11 +236,12 @@ def _set_padding(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _cannot_load(name: str, auto_model: str, error: Exception) -> str:
+def _cannot_load(name: str, auto_model: str, images: bool, error: Exception) -> str:
+    files = "preprocessor_config.json" if images else "the tokenizer's files"
     return (
         f"model.name: {name!r} cannot be loaded as {auto_model}: {_first_line(error)} Expected a "
         "hub id (without a network: one in its cache, and HF_HUB_OFFLINE=1) or a folder with "
-        "config.json, the weights and the tokenizer's files"
+        f"config.json, the weights and {files}"
     )
 
 

@@ -4,8 +4,12 @@ from collections.abc import Sequence
 
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import TaskSpec
+from fedex_lora.tasks.arithmetic import arithmetic
 from fedex_lora.tasks.base import Task, with_padding
 from fedex_lora.tasks.classification import glue, text_classification
+from fedex_lora.tasks.commonsense import commonsense
+from fedex_lora.tasks.e2e import e2e
+from fedex_lora.tasks.images import image_classification
 from fedex_lora.tasks.language import causal_lm, instruction
 
 __all__ = ["Task", "build_task", "with_padding"]
@@ -34,9 +38,19 @@ def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Task:
         return instruction(
             spec.prompt or "", spec.response or "", spec.max_new_tokens, spec.generate
         )
+    if spec.kind == "e2e":
+        return e2e(spec.max_new_tokens, spec.generate, spec.num_beams)
+    if spec.kind == "math":
+        return arithmetic(spec.name, spec.max_new_tokens, spec.generate, spec.compare)
+    if spec.kind == "commonsense":
+        likelihood = spec.score == "likelihood"
+        return commonsense(spec.name, spec.max_new_tokens, spec.generate, likelihood)
     names = spec.labels or labels
     if names is None:
         raise UserError("task.labels is missing: list all labels, in the order all agree on.")
+    if spec.kind == "image-classification":
+        column = spec.image_column or "image"
+        return image_classification(column, spec.label_column, tuple(names))
     return text_classification(
         spec.text_column or "text",
         spec.text_pair_column,

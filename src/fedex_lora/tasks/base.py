@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.errors import UserError
 from fedex_lora.padding import with_padding
+from fedex_lora.tasks.outputs import Outputs
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
@@ -43,6 +44,7 @@ class Evaluate(Protocol):
         encoded: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
+        outputs: Outputs | None = None,
     ) -> dict[str, float]: ...
 
 
@@ -53,7 +55,7 @@ class Task:
     Attributes:
         name: What it is called in records and model cards, e.g. `glue/sst2`.
         auto_model: The transformers class that loads the model.
-        peft_task_type: PEFT's name of it: `SEQ_CLS` or `CAUSAL_LM`.
+        peft_task_type: PEFT's name of it: `SEQ_CLS` or `CAUSAL_LM`; it has none for images.
         columns: The columns that every row must have.
         evaluation_splits: All splits it can be evaluated on, in order of preference: the first
             that exists selects the best round. Test splits come last.
@@ -62,18 +64,27 @@ class Task:
         labels: The names of the classes in the order of their numbers, if there are classes.
         regression: Whether the label is a number to be predicted.
         stratify: The label column, by which rows can be dealt out unevenly.
+        image: The column that holds images, if there is one. In place of a tokenizer such a task
+            has the model's image processor, and encoded rows have that column, not `input_ids`.
         check: `check(rows, where, line_of)` raises a `UserError` that names `where` and the line
             of the first row that this task cannot use; `line_of` maps a row's index to its line.
         encode: `encode(rows, tokenizer, max_length)` tokenises once, in memory, without padding:
             columns `input_ids`, `attention_mask`, `labels`, and what else scoring needs.
         collator: `collator(tokenizer)` makes batches of encoded rows, padded to the longest.
-        evaluate: `evaluate(model, encoded, tokenizer, batch_size)` gives the metrics and `loss`,
-            on the model's device, and leaves the model's training mode as it was.
+        evaluate: `evaluate(model, encoded, tokenizer, batch_size, outputs)` gives the metrics and
+            `loss`, on the model's device, and leaves the model's training mode as it was. Tasks
+            that generate texts keep them in `outputs`, if given; all others ignore it.
+        encode_evaluation: The same for rows to be evaluated on; None where `encode` does that.
+        average_over: Splits whose mean score is told too, where there are several of them.
     """
 
     name: str
-    auto_model: Literal["AutoModelForSequenceClassification", "AutoModelForCausalLM"]
-    peft_task_type: Literal["SEQ_CLS", "CAUSAL_LM"]
+    auto_model: Literal[
+        "AutoModelForSequenceClassification",
+        "AutoModelForCausalLM",
+        "AutoModelForImageClassification",
+    ]
+    peft_task_type: Literal["SEQ_CLS", "CAUSAL_LM"] | None
     columns: tuple[str, ...]
     evaluation_splits: tuple[str, ...]
     primary: str
@@ -85,6 +96,9 @@ class Task:
     labels: tuple[str, ...] | None = None
     regression: bool = False
     stratify: str | None = None
+    image: str | None = None
+    encode_evaluation: Encode | None = None
+    average_over: tuple[str, ...] = ()
 
     def model_kwargs(self) -> dict[str, Any]:
         """What the task asks of the model's config (arguments of `from_pretrained`)."""
@@ -98,6 +112,18 @@ class Task:
             "label2id": {name: i for i, name in enumerate(self.labels)},
             "problem_type": "single_label_classification",
         }
+
+    def average(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+        """`average`: the mean of `primary` over those of `average_over` that have scores.
+
+        Args:
+            scores: By split.
+
+        Returns:
+            Nothing where fewer than two of these splits have scores.
+        """
+        found = [scores[name][self.primary] for name in self.average_over if name in scores]
+        return {"average": {self.primary: sum(found) / len(found)}} if len(found) > 1 else {}
 
 
 def check_columns(rows: Dataset, columns: Sequence[str], where: str) -> None:
@@ -146,12 +172,20 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def by_length(encoded: Dataset, batch_size: int) -> Iterator[tuple[list[int], list[dict]]]:
-    """Batches of rows of about equal length, longest first, with the rows' indices.
-
-    Longest first, so that a batch size that needs too much memory fails at once.
-    """
+    """Batches of rows of about equal length, longest first, with the rows' indices."""
     lengths = [len(ids) for ids in encoded["input_ids"]]
+    for indices in longest_first(lengths, batch_size):
+        yield indices, [encoded[i] for i in indices]
+
+
+def longest_first(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Batches of indices, longest first, so that a batch size that needs too much memory fails
+    at once.
+
+    Example:
+        >>> list(longest_first([2, 9, 2, 5], 3))
+        [[1, 3, 0], [2]]
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        yield indices, [encoded[i] for i in indices]
+        yield order[start : start + batch_size]

@@ -31,6 +31,7 @@ from fedex_lora.tasks.base import (
     pad_inputs,
 )
 from fedex_lora.tasks.metrics import METRICS
+from fedex_lora.tasks.outputs import Outputs
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,15 @@ def _task(name: str, columns: Columns, metrics: tuple[str, ...], splits: tuple[s
 
 def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
     check_columns(rows, (*columns.texts, columns.label), where)
-    _check_class_names(columns, rows, where)
     _check_texts(columns.texts, rows, where, line_of)
-    codes = _codes(columns, rows)
-    bad = next((i for i, value in enumerate(rows[columns.label]) if codes(value) is None), None)
+    check_labels(columns, rows, where, line_of)
+
+
+def check_labels(columns: Columns, rows: Dataset, where: str, line_of: LineOf) -> None:
+    """Raise a `UserError` that names the line of the first label that is none of the task's."""
+    _check_class_names(columns, rows, where)
+    code = codes(columns, rows)
+    bad = next((i for i, value in enumerate(rows[columns.label]) if code(value) is None), None)
     if bad is not None:
         raise UserError(
             f"{where}, line {line_of(bad)}: {columns.label} is {rows[columns.label][bad]!r}; "
@@ -163,7 +169,7 @@ def _expected(columns: Columns) -> str:
     return f"{names}, or a number from 0 to {len(columns.labels) - 1}"
 
 
-def _codes(columns: Columns, rows: Dataset) -> Callable[[Any], int | float | None]:
+def codes(columns: Columns, rows: Dataset) -> Callable[[Any], int | float | None]:
     """From labels as they stand in the data to the model's; None for what is no label."""
     if columns.labels is None:
         return _score
@@ -215,8 +221,8 @@ def _encode(
     texts = [rows[name][:] for name in columns.texts]
     second = texts[1] if len(texts) > 1 else None
     encoding = tokenizer(texts[0], second, truncation=True, max_length=max_length)
-    codes = _codes(columns, rows)
-    labels = [codes(value) for value in rows[columns.label]]
+    code = codes(columns, rows)
+    labels = [code(value) for value in rows[columns.label]]
     return Dataset.from_dict({**encoding, "labels": labels})
 
 
@@ -234,9 +240,22 @@ def _evaluate(
     encoded: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
+    outputs: Outputs | None = None,
 ) -> dict[str, float]:
     logits = _logits(model, encoded, tokenizer, batch_size)
-    labels = torch.tensor(encoded["labels"][:])
+    return scores(metrics, logits, torch.tensor(encoded["labels"][:]))
+
+
+def scores(
+    metrics: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor
+) -> dict[str, float]:
+    """The metrics, and the loss: cross-entropy, or the squared error of labels that are numbers.
+
+    Args:
+        metrics: Names of `METRICS`.
+        logits: Rows × classes, float64; for a regression rows × 1.
+        labels: One for each row.
+    """
     if labels.is_floating_point():
         predictions = logits[:, 0]
         loss = functional.mse_loss(predictions, labels.double())

@@ -10,7 +10,7 @@ from typing import Any, cast
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.errors import UserError
 from fedex_lora.tasks.base import (
@@ -25,9 +25,10 @@ from fedex_lora.tasks.base import (
     one_based,
     pad,
     pad_inputs,
-    with_padding,
 )
+from fedex_lora.tasks.generation import Decoding, generate, verdicts
 from fedex_lora.tasks.metrics import exact_match, mean_loss, perplexity
+from fedex_lora.tasks.outputs import Outputs
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,13 @@ class Templates:
 
 def causal_lm(text_column: str) -> Task:
     """Language modelling of a text column: the loss is over all tokens, cut at `max_length`."""
-    return _task(
+    return language_task(
         "causal-lm",
         (text_column,),
         primary="perplexity",
         check=partial(_check_text, text_column),
         encode=partial(_encode_text, text_column),
-        evaluate=_evaluate,
+        evaluate=evaluate_loss,
     )
 
 
@@ -69,13 +70,15 @@ def instruction(prompt: str, response: str, max_new_tokens: int, generate: bool)
     if not answered:
         raise UserError("task.response: no {column} field; every response would be the same.")
     templates = Templates(prompt, response, tuple(dict.fromkeys(asked + answered)))
-    return _task(
+    return language_task(
         "instruction",
         templates.columns,
         primary="exact_match" if generate else "perplexity",
         check=partial(_check_templates, templates),
         encode=partial(_encode_instructions, templates, generate),
-        evaluate=partial(_evaluate_answers, max_new_tokens) if generate else _evaluate,
+        evaluate=partial(_evaluate_answers, Decoding(max_new_tokens))
+        if generate
+        else evaluate_loss,
     )
 
 
@@ -105,7 +108,8 @@ def fields(template: str, where: str) -> tuple[str, ...]:
 _BRACES = "Write fields as {column}, and braces that are meant literally as {{ and }}."
 
 
-def _task(name: str, columns: tuple[str, ...], primary: str, **functions: Any) -> Task:
+def language_task(name: str, columns: tuple[str, ...], primary: str, **functions: Any) -> Task:
+    """A task of a causal language model; `functions` are `check`, `encode` and `evaluate`."""
     return Task(
         name=name,
         auto_model="AutoModelForCausalLM",
@@ -113,7 +117,7 @@ def _task(name: str, columns: tuple[str, ...], primary: str, **functions: Any) -
         columns=columns,
         evaluation_splits=("validation", "test"),
         primary=primary,
-        higher_is_better=primary == "exact_match",
+        higher_is_better=primary != "perplexity",
         collator=_collator,
         **functions,
     )
@@ -152,7 +156,7 @@ def _encode_text(
 ) -> Dataset:
     encoding = tokenizer(rows[column][:], truncation=True, max_length=max_length)
     encoded = [{"input_ids": ids, "labels": ids} for ids in encoding["input_ids"] if len(ids) > 1]
-    return _dataset(encoded, len(rows), "text has a single token, so that nothing is predicted")
+    return as_dataset(encoded, len(rows), "text has a single token, so that nothing is predicted")
 
 
 def _encode_instructions(
@@ -163,39 +167,55 @@ def _encode_instructions(
     max_length: int,
 ) -> Dataset:
     records = _records(rows, templates.columns)
+    asked = [templates.prompt.format_map(row) for row in records]
     answers = [templates.response.format_map(row) for row in records]
-    prompts = _prompt_ids([templates.prompt.format_map(row) for row in records], tokenizer)
-    responses = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
-    end = _end_of_text(tokenizer)
     encoded = [
-        _instruction(prompt, [*response, end], max_length) | ({"response": a} if generate else {})
-        for prompt, response, a in zip(prompts, responses, answers)
+        labelled(prompt, response, max_length) | ({"response": answer} if generate else {})
+        for (prompt, response), answer in zip(encode_pairs(asked, answers, tokenizer), answers)
         if 0 < len(prompt) < max_length
     ]
-    return _dataset(encoded, len(rows), f"prompt alone fills max_length ({max_length} tokens)")
+    return as_dataset(encoded, len(rows), f"prompt alone fills max_length ({max_length} tokens)")
 
 
-def _instruction(prompt: list[int], response: list[int], max_length: int) -> dict[str, Any]:
+def encode_pairs(
+    prompts: list[str], responses: list[str], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each prompt and of its response, which ends with the end-of-text token.
+
+    Special tokens that the tokenizer puts before a text stand before the prompt; the end-of-text
+    token that some append to it is taken off, as the response is still to come. Nothing is cut.
+
+    Raises:
+        UserError: The tokenizer has no end-of-text token.
+    """
+    end = _end_of_text(tokenizer)
+    asked = tokenizer(prompts, verbose=False)["input_ids"]  # silent on what is too long
+    answered = tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"]
+    asked = [ids[:-1] if ids and ids[-1] == end else ids for ids in asked]
+    return [(prompt, [*response, end]) for prompt, response in zip(asked, answered)]
+
+
+def labelled(prompt: list[int], response: list[int], max_length: int) -> dict[str, Any]:
+    """Both as one row, cut at `max_length`; only the response's tokens are predicted."""
     ids = [*prompt, *response][:max_length]
     return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
-
-
-def _prompt_ids(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Without the end-of-text token some tokenizers append: the response is still to come."""
-    encoded = tokenizer(prompts, verbose=False)["input_ids"]  # what is too long is cut or left out
-    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, which task "
-            "kind instruction needs to end a response; add an eos_token to its configuration."
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, which is "
+            "needed to end a response; add an eos_token to its configuration."
         )
     return cast(int, tokenizer.eos_token_id)
 
 
-def _dataset(encoded: list[dict[str, Any]], rows: int, reason: str) -> Dataset:
+def as_dataset(encoded: list[dict[str, Any]], rows: int, reason: str) -> Dataset:
+    """Encoded rows with their `attention_mask`; warns if of `rows` some were left out, and why.
+
+    Raises:
+        UserError: None is left.
+    """
     dropped = rows - len(encoded)
     if not encoded:
         raise UserError(f"none of the {rows} rows can be used: in each the {reason}.")
@@ -211,18 +231,31 @@ def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
     return collate
 
 
-def _evaluate(
-    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+def evaluate_loss(
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    outputs: Outputs | None = None,
 ) -> dict[str, float]:
+    """`loss`, the mean of −log p over all labels in nats, and `perplexity`, its exponential."""
+    sums = row_losses(model, encoded, tokenizer, batch_size)
+    loss = mean_loss(*zip(*sums.values()))
+    return {"perplexity": perplexity(loss), "loss": loss}
+
+
+def row_losses(
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> dict[int, tuple[float, int]]:
+    """By row: the sum of −log p over its labels in nats, and their number."""
     collate = _collator(tokenizer)
-    sums: list[tuple[float, int]] = []
+    sums: dict[int, tuple[float, int]] = {}
     with evaluating(model) as device:
-        for _, rows in by_length(encoded, batch_size):
+        for indices, rows in by_length(encoded, batch_size):
             batch = {key: value.to(device) for key, value in collate(rows).items()}
             labels = batch.pop("labels")
-            sums += zip(*_nll(model(**batch).logits, labels))
-    loss = mean_loss(*zip(*sums))
-    return {"perplexity": perplexity(loss), "loss": loss}
+            sums |= zip(indices, zip(*_nll(model(**batch).logits, labels)))
+    return sums
 
 
 def _nll(logits: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:
@@ -239,56 +272,24 @@ def _nll(logits: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:
 
 
 def _evaluate_answers(
-    max_new_tokens: int,
+    decoding: Decoding,
     model: nn.Module,
     encoded: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
+    outputs: Outputs | None = None,
 ) -> dict[str, float]:
-    scores = _evaluate(model, encoded, tokenizer, batch_size)
-    answers = _answers(max_new_tokens, model, encoded, tokenizer, batch_size)
-    return {"exact_match": exact_match(answers, encoded["response"][:]), **scores}
+    scores = evaluate_loss(model, encoded, tokenizer, batch_size)
+    prompts = [prompt_of(dict(row)) for row in encoded]
+    answers = generate(model, tokenizer, prompts, decoding, batch_size, outputs)
+    references = encoded["response"][:]
+    if outputs:
+        right = [exact_match([a], [r]) == 1 for a, r in zip(answers, references)]
+        more = [{"reference": r, "correct": c} for r, c in zip(references, right)]
+        outputs.verdicts(verdicts(tokenizer, prompts, answers, more))
+    return {"exact_match": exact_match(answers, references), **scores}
 
 
-def _answers(
-    max_new_tokens: int,
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-) -> list[str]:
-    """The greedy answers to the prompts, in the order of the rows."""
-    settings = _greedy(max_new_tokens, with_padding(tokenizer))
-    prompts = Dataset.from_list([{"input_ids": _prompt(dict(row))} for row in encoded])
-    answers: dict[int, str] = {}
-    with evaluating(model) as device:
-        for indices, rows in by_length(prompts, batch_size):
-            batch = {k: v.to(device) for k, v in _left_padded(rows, tokenizer).items()}
-            generated = cast(Any, model).generate(**batch, generation_config=settings)
-            new = generated[:, batch["input_ids"].shape[1] :]
-            answers |= zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True))
-    return [answers[i] for i in range(len(answers))]
-
-
-def _prompt(row: Mapping[str, Any]) -> list[int]:
+def prompt_of(row: Mapping[str, Any]) -> list[int]:
+    """The tokens of an encoded row that come before its labels."""
     return [i for i, label in zip(row["input_ids"], row["labels"]) if label == IGNORED]
-
-
-def _left_padded(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
-    """Padded on the left, so that every prompt ends where its answer begins."""
-    masked = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    return {
-        "input_ids": pad(rows, "input_ids", cast(int, tokenizer.pad_token_id), side="left"),
-        "attention_mask": pad(masked, "attention_mask", 0, side="left"),
-    }
-
-
-def _greedy(max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,  # named, as the model's own settings would fill in what is not
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )

@@ -1,0 +1,57 @@
+"""What all figures of a study share: which runs are drawn, and lines with bands."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from fedex_lora.analysis.plots import Series
+from fedex_lora.analysis.runs import Run
+from fedex_lora.analysis.study import Study
+from fedex_lora.federation.loop import Record
+
+MB = 1e6
+MOST = 8  # lines in a figure
+OfRecord = Callable[[Record], float | None]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, the name of its file, and what to know when looking at it."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+def drawn_arms(study: Study, task: str) -> Iterator[tuple[int, str, list[Run]]]:
+    """Arms of a task with the runs that are drawn: finished ones, else those that have begun."""
+    for style, arm in enumerate(study.arms):
+        runs = [p.run for p in study.of(task, arm) if p.run.records]
+        finished = [run for run in runs if run.finished]
+        if runs:
+            yield style, arm, finished or runs
+
+
+def by_round(runs: Sequence[Run], of: OfRecord) -> dict[int, list[float]]:
+    """By round, a value a run, for rounds that all the runs have."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for record in run.records:
+            value = of(record)
+            if value is not None:
+                found.setdefault(record["round"], []).append(value)
+    return {r: values for r, values in sorted(found.items()) if len(values) == len(runs)}
+
+
+def banded(
+    label: str, style: int, by_x: Mapping[int, Sequence[float]] | Mapping[float, Sequence[float]]
+) -> Series:
+    """The mean at every x, and a band from the smallest to the largest."""
+    x, values = list(by_x), list(by_x.values())
+    many = any(len(v) > 1 for v in values)
+    low, high = ([f(v) for v in values] if many else None for f in (min, max))
+    return Series(label, x, [statistics.fmean(v) for v in values], style, low, high)

@@ -1,0 +1,225 @@
+"""Scores of finished runs: by arm and seed, and their paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+from fedex_lora.analysis.runs import Run
+from fedex_lora.analysis.statistics import Estimate, Paired, estimate
+from fedex_lora.analysis.study import Placed, Study, method_label, metric_of, shown
+
+Chooses = Callable[[Placed], bool]
+Value = Callable[[Run], float | None]
+
+_FOLLOWS = {"lora.r": ("lora.lora_alpha",)}  # settings that usually change along with another
+
+
+def final_score(run: Run) -> float | None:
+    """The primary metric of the best round on the split that is judged; None if there is none.
+
+    That is the last of the evaluation splits: rows that did not choose the best round, where the
+    data have such; else those that did.
+    """
+    return None if run.results is None else judged(run.results)
+
+
+def judged(results: Mapping[str, Any]) -> float | None:
+    """`final_score` of what results.json says."""
+    best, metric = results["best"], results["metric"]
+    splits = list(best["scores"].values())
+    return _finite(splits[-1].get(metric) if splits else best.get("score"))
+
+
+def judged_split(run: Run) -> str:
+    """What `final_score` is of, for people: "test accuracy"."""
+    if run.results is None:
+        return metric_of(run)[0]
+    splits = list(run.results["best"]["scores"])
+    return f"{splits[-1] if splits else 'clients’ own rows:'} {run.results['metric']}"
+
+
+def chose_itself(run: Run) -> bool:
+    """Whether the judged rows are those that chose the best round, so that scores flatter."""
+    return run.results is not None and len(run.results["best"]["scores"]) < 2
+
+
+def _finite(value: Any) -> float | None:
+    fine = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if fine else None
+
+
+def differences(
+    study: Study,
+    ours: Chooses,
+    reference: Chooses,
+    value: Value = final_score,
+    but: Sequence[str] = (),
+    factor: Mapping[str, float] | None = None,
+) -> dict[str, list[float]]:
+    """value(ours) − value(reference) by task, over pairs of equal seed and other settings.
+
+    Pairs of one task and seed (with other settings) share their data; they count as one, their
+    mean.
+
+    Args:
+        ours, reference: Choose the runs of the two sides.
+        value: What is compared; runs without it are left out.
+        but: Settings (beginnings of keys) that the two sides may differ in.
+        factor: Of a setting, what ours has times the reference's: {"lora.r": 2}.
+    """
+    found: dict[tuple[str, int], list[float]] = {}
+    rest = (*but, *(factor or {}))
+    for a, b in product(filter(ours, study.placed), filter(reference, study.placed)):
+        if a is b or (a.task, a.seed) != (b.task, b.seed):
+            continue
+        if a.others(*rest) != b.others(*rest) or not _fits(a, b, factor or {}):
+            continue
+        x, y = value(a.run), value(b.run)
+        if x is not None and y is not None:
+            found.setdefault((a.task, a.seed), []).append(x - y)
+    return by_task(found)
+
+
+def by_task(found: Mapping[tuple[str, int], Sequence[float]]) -> dict[str, list[float]]:
+    """From values by task and seed to the means of the seeds, by task."""
+    grouped: dict[str, list[float]] = {}
+    for (task, _), values in found.items():
+        grouped.setdefault(task, []).append(fmean(values))
+    return grouped
+
+
+def _fits(a: Placed, b: Placed, factor: Mapping[str, float]) -> bool:
+    return all(a.settings.get(k) == f * b.settings.get(k, math.nan) for k, f in factor.items())
+
+
+def poolable(study: Study, tasks: Sequence[str]) -> bool:
+    """Whether differences of these tasks may be averaged: one metric, or all shares up to 1."""
+    runs = [p.run for p in study.placed if p.task in tasks]
+    if len({metric_of(r) for r in runs}) == 1:
+        return True
+    scores = [s for r in runs if (s := final_score(r)) is not None]
+    return all(metric_of(r)[1] for r in runs) and all(-1 <= s <= 1 for s in scores)
+
+
+def paired(study: Study, ours: str, reference: str, task: str | None = None) -> Paired | None:
+    """One arm against another, in one task or over all; None without a common seed in each."""
+    found = differences(
+        study, lambda p: p.arm == ours, lambda p: p.arm == reference, but=_every(study)
+    )
+    found = {t: d for t, d in found.items() if task in (None, t)}
+    wanted = study.tasks if task is None else [task]
+    if set(found) != set(wanted) or not poolable(study, wanted):
+        return None
+    higher = next(metric_of(p.run)[1] for p in study.placed if p.task in found)
+    return Paired(ours, reference, estimate(found), higher)
+
+
+def _every(study: Study) -> list[str]:
+    return sorted({k for p in study.placed for k in p.settings})
+
+
+@dataclass(frozen=True)
+class ArmScores:
+    """One arm in one task.
+
+    Attributes:
+        seeds: Of all its runs, finished or not.
+        by_split: Of the best round, by split, a score a finished run.
+        deviation: Of the last round, a value a finished run that has one.
+        best_rounds: A number a finished run.
+    """
+
+    arm: str
+    seeds: tuple[int, ...]
+    unfinished: tuple[int, ...]
+    by_split: Mapping[str, list[float]]
+    deviation: list[float]
+    bytes_up: list[float]
+    bytes_down: list[float]
+    seconds: list[float]
+    best_rounds: list[int]
+
+
+def arm_scores(study: Study, task: str) -> list[ArmScores]:
+    """A row an arm, of its finished runs."""
+    return [_arm(arm, study.of(task, arm)) for arm in study.arms if study.of(task, arm)]
+
+
+def _arm(arm: str, placed: Sequence[Placed]) -> ArmScores:
+    done = [p.run.results for p in placed if p.run.results is not None]
+    splits = list(dict.fromkeys(s for r in done for s in r["best"]["scores"]))
+
+    def every(key: str) -> list[float]:
+        return [v for r in done if (v := _finite(r.get(key))) is not None]
+
+    return ArmScores(
+        arm,
+        tuple(p.seed for p in placed),
+        tuple(p.seed for p in placed if not p.run.finished),
+        {s: _scores(done, s) for s in splits} or {"clients’ own rows": _scores(done, None)},
+        every("deviation"),
+        every("bytes_up"),
+        every("bytes_down"),
+        every("seconds"),
+        [r["best_round"] for r in done],
+    )
+
+
+def _scores(done: Sequence[Mapping[str, Any]], split: str | None) -> list[float]:
+    values = []
+    for results in done:
+        best = results["best"]
+        scores = best["scores"].get(split, {}) if split is not None else {}
+        value = scores.get(results["metric"]) if split is not None else best.get("score")
+        values.append(_finite(value))
+    return [v for v in values if v is not None]
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """Scores of the runs that have one value of a setting, in one task."""
+
+    task: str
+    label: str
+    value: Any
+    score: Estimate
+
+
+def scores_by(study: Study, key: str) -> list[GroupScore]:
+    """The final score by any key of the recipe: `lora.r` (Table 9), `method.name` (Table 4).
+
+    Everything else that varies makes a line of its own (`label`), so that only `key` differs along
+    it.
+    """
+    groups: dict[tuple[str, str, Any], list[float]] = {}
+    for p in study.placed:
+        score = final_score(p.run)
+        if score is None:
+            continue
+        value = _setting(p, key)
+        label = _label_without(p, key)
+        groups.setdefault((p.task, label, value), []).append(score)
+    return [
+        GroupScore(task, label, value, estimate({"": scores}))
+        for (task, label, value), scores in groups.items()
+    ]
+
+
+def _setting(placed: Placed, key: str) -> Any:
+    value: Any = placed.run.recipe.model_dump(mode="json")
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float | str) or value is None else str(value)
+
+
+def _label_without(placed: Placed, key: str) -> str:
+    """What else varies: the method, unless it is the key, and settings that do not follow it."""
+    left_out = (key, *_FOLLOWS.get(key, ()))
+    kept = {k: v for k, v in placed.settings.items() if k not in left_out}
+    method = [] if key.startswith("method.") else [method_label(placed.run.recipe)]
+    return ", ".join([*method, *shown(kept)])

@@ -1,0 +1,150 @@
+"""Seconds of a run, estimated from a few real steps of training and evaluation."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from fedex_lora.analysis.cost_plot import machine, server_seconds
+from fedex_lora.client import train_client, training_arguments
+from fedex_lora.recipe import EvaluationSpec
+from fedex_lora.setup import Federation
+
+_STEPS = 3  # measured after one that warms up
+_ROWS = 8  # measured of the evaluation
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds, measured here, and what they add up to; clients take turns.
+
+    Attributes:
+        step: Of one optimizer step of the client with the most rows.
+        turn: Of a client's turn beside its steps.
+        row: Of evaluating one row.
+        server: Of one aggregation.
+        steps: Optimizer steps of each client in a round.
+        run: Of the whole run.
+        resident: Bytes of memory that the process held after training: on a GPU, at its peak.
+        machine: What it was measured on.
+    """
+
+    step: float
+    turn: float
+    row: float
+    server: float
+    steps: Mapping[str, int]
+    run: float
+    resident: int
+    machine: str
+
+
+def measure(federation: Federation) -> Timing:
+    """Trains and evaluates for a few steps; the federation's model is changed by that."""
+    recipe, settings = federation.recipe, federation.settings
+    client = max(federation.clients, key=lambda name: len(federation.clients[name]))
+    args = _arguments(recipe.training, federation)
+    rows = _sample(federation.clients[client], _STEPS * _batch(args))
+    _turn(federation, client, rows, 1)
+    one, more = _turn(federation, client, rows, 1), _turn(federation, client, rows, 1 + _STEPS)
+    step = max(0.0, more - one) / _STEPS
+    turn = max(0.0, one - step)
+    resident = _resident(federation.model.device)
+    row = _evaluate(federation)
+    initial = federation.initial
+    server = server_seconds(settings, initial) if settings.method.exchanges else 0.0
+    steps = {name: steps_of(len(part), args) for name, part in federation.clients.items()}
+    rounds = sum(
+        sum(turn + step * steps[name] for name in settings.sample(round)) + server
+        for round in range(1, settings.rounds + 1)
+    )
+    scored = row * _scored_rows(federation)
+    return Timing(step, turn, row, server, steps, rounds + scored, resident, machine())
+
+
+def steps_of(rows: int, args: TrainingArguments) -> int:
+    """Optimizer steps of a client's turn, as transformers.Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    count = math.floor if args.dataloader_drop_last else math.ceil
+    batches = count(rows / args.train_batch_size)
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def evaluations(spec: EvaluationSpec, rounds: int) -> int:
+    """How many rounds of a run are evaluated.
+
+    Example:
+        >>> evaluations(EvaluationSpec(every=2), 5)     # after rounds 2, 4 and the last
+        3
+    """
+    return -(-rounds // spec.every)
+
+
+def _turn(federation: Federation, client: str, rows: Dataset, steps: int) -> float:
+    recipe = federation.recipe
+    update = train_client(
+        federation.model,
+        federation.task,
+        rows,
+        federation.initial,
+        trained=federation.settings.method.trained(1),
+        training={**recipe.training, "max_steps": steps},
+        seed=recipe.seed,
+        round=1,
+        client=client,
+    )
+    return update.metrics["seconds"]
+
+
+def _arguments(training: Mapping[str, Any], federation: Federation) -> TrainingArguments:
+    with tempfile.TemporaryDirectory() as directory:
+        return training_arguments(training, 0, federation.model.device, directory)
+
+
+def _batch(args: TrainingArguments) -> int:
+    """Rows of one optimizer step."""
+    return args.train_batch_size * args.gradient_accumulation_steps
+
+
+def _sample(rows: Dataset, count: int) -> Dataset:
+    """So many rows at random, the same every time: the first ones may be unlike the others."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+    return rows.select(sorted(chosen.tolist()))
+
+
+def _evaluate(federation: Federation) -> float:
+    """Seconds a row, on a few rows of the largest set."""
+    sets = [*federation.evaluation.values(), *federation.validation.values()]
+    rows = _sample(max(sets, key=len), _ROWS)
+    model, size = federation.model, federation.recipe.evaluation.batch_size
+    began = perf_counter()
+    federation.task.evaluate(model.module, rows, model.tokenizer, size)
+    return (perf_counter() - began) / len(rows)
+
+
+def _scored_rows(federation: Federation) -> int:
+    """Rows evaluated in a whole run: the first split and the clients' own after a round, all
+    splits for the last and the best."""
+    splits = [len(rows) for rows in federation.evaluation.values()]
+    own = sum(len(rows) for rows in federation.validation.values())
+    times = evaluations(federation.recipe.evaluation, federation.settings.rounds)
+    models = 1 if federation.settings.method.exchanges else len(federation.settings.clients)
+    return models * (times * (sum(splits[:1])) + 2 * sum(splits)) + (times + 2) * own
+
+
+def _resident(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,339 @@
+"""Commands that say what a federation will take before it starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from matplotlib.figure import Figure
+
+from fedex_lora.analysis.cost import Cost, Shapes, Table, costs, millions, ratio, reference, shapes
+from fedex_lora.analysis.cost_plot import cost_plot
+from fedex_lora.analysis.memory import total
+from fedex_lora.analysis.plots import style
+from fedex_lora.analysis.table8 import (
+    CONVENTION,
+    READING,
+    ROWS,
+    compare_row,
+    ratio_table,
+    size_table,
+)
+from fedex_lora.architectures import PRESETS, count
+from fedex_lora.cli.common import (
+    RecipeFile,
+    Sets,
+    app,
+    comma_separated,
+    console,
+    read_recipe,
+    say,
+    whole_number,
+)
+from fedex_lora.compare import markdown_table, size
+from fedex_lora.display import show_table
+from fedex_lora.errors import UserError
+from fedex_lora.federation.checkpoint import write_atomic
+from fedex_lora.methods import METHODS
+from fedex_lora.plan import Plan, Round, plan
+from fedex_lora.recipe import LoraSpec
+
+_HEADING = "# Table 8 of the paper, recomputed"
+_PLOTTED = "fedex,fedit,full"
+_SHOWN = 10  # clients
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@app.command()
+def cost(
+    model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, a hub id, or a folder.")] = "",
+    rank: Annotated[int, typer.Option(min=1, help="LoRA's r.")] = 4,
+    targets: Annotated[str, typer.Option(help="Layers to adapt; PEFT's choice if not given.")] = "",
+    labels: Annotated[int | None, typer.Option(min=1, help="Classify into so many.")] = None,
+    clients: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    method: Annotated[str, typer.Option(help="Comma-separated; all if not given.")] = "",
+    residual_rank: Annotated[
+        int | None, typer.Option(min=0, help="Of a truncated residual; LoRA's r if not given.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the model when it is handed out.")] = "float32",
+    wire_dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print numbers only, as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw cost against clients into this directory.")
+    ] = None,
+    plot_clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "2,5,20,100",
+    table8: Annotated[bool, typer.Option("--table8", help="The paper's Table 8.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --table8: a Markdown file.")] = None,
+) -> None:
+    """Say what each method sends, from the shapes of a model; nothing is downloaded."""
+    if table8:
+        _table8(out)
+        return
+    if not model:
+        raise UserError(f"--model: missing; expected one of {', '.join(PRESETS)}, or a folder")
+    if out is not None:
+        raise UserError("--out: only --table8 is written to a file; leave it out, or use --json")
+    torch.set_num_threads(1)
+    found = shapes(model, LoraSpec(r=rank, target_modules=comma_separated(targets) or None), labels)
+    chosen = comma_separated(method)
+    if plot is not None:
+        _plot(plot, model, found, plot_clients, chosen or comma_separated(_PLOTTED))
+        return
+    compared = costs(
+        found,
+        [*(chosen or METHODS), reference()],
+        clients=clients,
+        rounds=rounds,
+        residual_rank=residual_rank,
+        wire_dtype=getattr(torch, wire_dtype),
+        model_dtype=getattr(torch, dtype),
+    )
+    if as_json:
+        typer.echo(json.dumps(_plain(model, found, compared), indent=1))
+    else:
+        _show(model, found, compared)
+
+
+def _show(name: str, model: Shapes, compared: Sequence[Cost]) -> None:
+    sites, head = model.adapted.sites, count(model.adapted.head.values())
+    kinds = sorted({site.rpartition(".")[2] for site in sites})
+    adapter = model.adapted.trained - head
+    say(
+        f"{name}: {model.adapted.size:,} parameters; adapted: {len(sites)} layers "
+        f"({', '.join(kinds)}), {adapter:,} parameters; trained in full: {head:,}"
+    )
+    first = compared[0]
+    say(f"\nParameters of one client; {first.rounds} rounds")
+    show_table(console, *_table(compared, "numbers", millions))
+    say("\nBytes of one client, with headers")
+    show_table(console, *_table(compared, "bytes", size))
+    say("\nBytes of all clients")
+    show_table(console, *_all_clients(compared))
+    say(
+        "Rounds send up, and down what they made: what all hold from the beginning is not sent. "
+        f'Ratios are to {reference()}; "model" is the pretrained model, once to every client.'
+    )
+
+
+def _table(compared: Sequence[Cost], unit: str, shown: Callable[[float], str]) -> Table:
+    base = next(c for c in compared if c.method == reference())
+    header = ["method", "up a round", "down a round", "total", "ratio", "with model", "ratio"]
+    rows = []
+    for c in compared:
+        up, down, total, whole = (
+            getattr(s, unit) / c.clients for s in (c.up, c.down, c.total, c.with_model)
+        )
+        total_of, whole_of = (
+            getattr(s, unit) / base.clients for s in (base.total, base.with_model)
+        )
+        rows.append(
+            [
+                c.method,
+                shown(up / c.rounds),
+                shown(down / c.rounds),
+                shown(total),
+                ratio(total, total_of),
+                shown(whole),
+                ratio(whole, whole_of),
+            ]
+        )
+    return header, rows
+
+
+def _all_clients(compared: Sequence[Cost]) -> Table:
+    header = ["method", "clients", "up", "down", "total", "with model"]
+    rows = [
+        [
+            c.method,
+            str(c.clients),
+            *(size(s.bytes) for s in (c.up, c.down, c.total, c.with_model)),
+        ]
+        for c in compared
+    ]
+    return header, rows
+
+
+def _plain(name: str, model: Shapes, compared: Sequence[Cost]) -> dict[str, object]:
+    return {
+        "model": name,
+        "parameters": model.adapted.size,
+        "adapter": model.adapted.trained - count(model.adapted.head.values()),
+        "head": count(model.adapted.head.values()),
+        "reference": reference(),
+        "costs": [asdict(c) for c in compared],
+    }
+
+
+def _table8(out: Path | None) -> None:
+    rows = [compare_row(row) for row in ROWS]
+    say(CONVENTION.replace("`", ""))
+    show_table(console, *ratio_table(rows))
+    show_table(console, *size_table(rows))
+    say(READING)
+    if out is None:
+        return
+    text = f"""{_HEADING}
+
+Written by `fedex-lora cost --table8 --out FILE`.
+
+{CONVENTION}
+
+{markdown_table(*ratio_table(rows))}
+{markdown_table(*size_table(rows))}
+{READING}
+"""
+    _check_ours(out)
+    write_atomic(out, text.encode())
+    say(f"Written: {out}")
+
+
+def _check_ours(file: Path) -> None:
+    """Raises a `UserError` if a file is there that this command did not write."""
+    if not file.parent.is_dir():
+        raise UserError(f"--out: there is no directory {file.parent}; make it first")
+    if file.is_dir() or (file.exists() and not file.read_bytes().startswith(_HEADING.encode())):
+        raise UserError(f"--out: {file} is there and is something else; name another file")
+
+
+def _plot(directory: Path, name: str, model: Shapes, clients: str, methods: list[str]) -> None:
+    numbers = sorted({whole_number(k, "--plot-clients") for k in comma_separated(clients)})
+    if not numbers or numbers[0] < 1:
+        raise UserError("--plot-clients: expected numbers of clients, each at least 1: 2,10,100")
+    stem = "cost-" + "".join(c if c.isalnum() or c in "-." else "-" for c in name).strip("-")
+    files = [directory / f"{stem}.{suffix}" for suffix in ("svg", "png", "json")]
+    for file in files:
+        if file.exists():
+            raise UserError(f"--plot: {file} is there already; name another directory")
+    figure, rows = cost_plot(name, model, numbers, methods)
+    _save(figure, rows, files)
+    for row in rows:
+        seconds = row["server_seconds"]
+        server = "" if seconds is None else f", server {seconds:.3g} s"
+        say(f"{row['method']}, {row['clients']} clients: {size(row['client_bytes'])} each{server}")
+    say(f"Written: {', '.join(map(str, files))}")
+
+
+def _save(figure: Figure, rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        with style():
+            for file in files[:2]:
+                figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise UserError(f"--plot: {files[0].parent}: cannot be written: {error.strerror}") from None
+    write_atomic(files[2], json.dumps(list(rows), indent=1).encode())
+
+
+@app.command(name="plan")
+def plan_command(
+    recipe: RecipeFile,
+    set: Sets = [],  # noqa: B006
+    measured: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Train a few steps to tell the time.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Say what a recipe's run will send, hold, write and take, before it starts."""
+    found = plan(read_recipe(recipe, set), measured)
+    if as_json:
+        whole = {**asdict(found), "recipe": found.recipe.model_dump(mode="json")}
+        typer.echo(json.dumps(whole, indent=1))
+        return
+    _say_what(found)
+    show_table(console, *_rounds_table(found))
+    _say_bytes(found)
+    say("\nMemory at the peak of a process")
+    show_table(console, *_memory_table(found))
+    both = total(found.client) + total(found.server)
+    say(f'In one process, as with engine local: {size(both)}. "~" is an estimate.')
+    say(f"Disk: up to {size(found.disk)} of checkpoints and saved updates")
+    _say_time(found)
+
+
+def _say_what(found: Plan) -> None:
+    recipe, clients = found.recipe, len(found.clients)
+    say(
+        f"{recipe.name}: {recipe.method.name}, {clients} client(s), {len(found.rounds)} rounds\n"
+        f"Model: {recipe.model.name}, {millions(found.parameters)} parameters; adapted: "
+        f"{found.adapted} layers, {millions(found.adapter)}; "
+        f"trained in full: {millions(found.head)}"
+    )
+    if found.examples is None:
+        say(f"Training examples: {found.about_examples}")
+    else:
+        few = [f"{name}: {n}" for name, n in list(found.examples.items())[:_SHOWN]]
+        more = ["..."] if clients > _SHOWN else []
+        say(f"Training examples: {', '.join([*few, *more])}\nRows: {found.about_examples}")
+
+
+def _rounds_table(found: Plan) -> Table:
+    header = ["round", "up", "down", "all", "rank", "ledger", "state", "late"]
+    rows = []
+    for r in _some(found.rounds):
+        up, down = (max((s.bytes for s in part.values()), default=0) for part in (r.up, r.down))
+        whole = sum(s.bytes for part in (r.up, r.down) for s in part.values())
+        rank = "dense" if 0 < r.rank == r.full else str(r.rank)
+        held = [size(b) for b in (r.ledger, r.checkpoint, r.catch_up.bytes)]
+        rows.append([str(r.round), size(up), size(down), size(whole), rank, *held])
+    return header, rows
+
+
+def _some(rounds: Sequence[Round]) -> list[Round]:
+    """The first three rounds, some between, and the last."""
+    shown = {1, 2, 3, *(m * 10**e for m in (1, 2, 5) for e in range(6) if m * 10**e > 3)}
+    return [r for r in rounds if r.round in shown or r is rounds[-1]]
+
+
+def _say_bytes(found: Plan) -> None:
+    up, down = (
+        sum(s.bytes for r in found.rounds for s in part(r).values())
+        for part in (lambda r: r.up, lambda r: r.down)
+    )
+    whole = up + down + found.delivery.bytes
+    say(
+        f"In all: {size(up)} up, {size(down)} down, {size(found.delivery.bytes)} to deliver the "
+        f'final model to all: {size(whole)}. "A client" is the one with the largest message.'
+    )
+
+
+def _memory_table(found: Plan) -> Table:
+    rows = []
+    for process, parts in (("client", found.client), ("server", found.server)):
+        rows += [[process, p.what, ("~" if p.estimate else "") + size(p.bytes)] for p in parts]
+        rows.append([process, "Python and libraries, as in this command", size(found.libraries)])
+        rows.append([process, "together", f"~{size(total(parts) + found.libraries)}"])
+    return ["process", "what", "bytes"], rows
+
+
+def _say_time(found: Plan) -> None:
+    t = found.timing
+    if t is None:
+        say(f"Time: {found.about_time}")
+        return
+    steps = sum(t.steps.values())
+    say(
+        f"Time: about {_duration(t.run)} for the run, one client after the other, at the present "
+        "load. Measured: "
+        f"{t.step:.3g} s a step (up to {steps} a round), {t.turn:.3g} s more a client's turn, "
+        f"{t.row:.3g} s a row of evaluation, {t.server:.3g} s an aggregation; "
+        f"{size(t.resident)} resident\nOn: {t.machine}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people.
+
+    Example:
+        >>> _duration(42.4), _duration(600), _duration(90_000)
+        ('42 s', '10 min', '25 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -1,0 +1,71 @@
+"""The command that runs all of a grid file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedex_lora.cli.common import Out, Sets, app, complain, console, say
+from fedex_lora.display import show_table
+from fedex_lora.grid.plan import Plan, check_same, plan, standing, told
+from fedex_lora.grid.table import write_comparison, write_tables
+from fedex_lora.grid.work import ends_as_interrupts, work
+
+
+@app.command()
+def grid(
+    file: Annotated[Path, typer.Argument(help="A grid: a YAML file with `recipes:`.")],
+    set: Sets = [],  # noqa: B006
+    data: Annotated[
+        Path | None, typer.Option(help="Local copies of hub data: DATA/sst2, ...")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only these runs, e.g. 'cola-*/*-seed0'.")] = "*",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    out: Out = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only show what is done.")] = False,
+) -> None:
+    """Run every recipe, choice, method and seed of a grid file; what is done is not run again."""
+    found = plan(file, set, data, only)
+    path = out or Path("runs") / file.stem
+    if list_:
+        _show(found, path)
+        return
+    check_same(found.runs, path)
+    todo = [run for run in found.runs if standing(run, path) != "done"]
+    say(f"{len(found.runs)} runs in {path}, {len(found.runs) - len(todo)} of them done")
+    for cell in dict.fromkeys(run.cell for run in found.runs):
+        write_comparison(found, cell, path)
+    try:
+        with ends_as_interrupts():
+            failed = work(
+                todo, path, jobs, say, lambda run: write_comparison(found, run.cell, path)
+            )
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on after the last finished rounds")
+        raise typer.Exit(130) from None
+    shown = write_tables(found, path / f"{file.stem}.md")
+    for table in shown:
+        say(table.title)
+        show_table(console, table.header, table.rows)
+    if shown:
+        say(f"As Markdown: {path}/{file.stem}.md; of each cell: {path}/CELL/comparison.md")
+    for name, why in failed.items():
+        complain(f"failed: {name}: {why}")
+    if failed:
+        complain(f"{len(failed)} of {len(todo)} runs failed; the same command tries them again")
+        raise typer.Exit(2)
+
+
+def _show(found: Plan, out: Path) -> None:
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for run in found.runs:
+        rows.setdefault((run.cell, run.label), {})[run.seed] = told(run, out)
+    seeds = sorted({run.seed for run in found.runs})
+    header = ["runs", "method", *(f"seed {seed}" for seed in seeds)]
+    show_table(
+        console, header, [[*key, *(by.get(s, "") for s in seeds)] for key, by in rows.items()]
+    )
+    done = sum(standing(run, out) == "done" for run in found.runs)
+    say(f"{len(found.runs)} runs in {out}, {done} of them done")

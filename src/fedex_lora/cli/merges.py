@@ -1,0 +1,138 @@
+"""The command that merges adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from fedex_lora.cli.common import app, comma_separated, console, say, whole_number
+from fedex_lora.display import show_table
+from fedex_lora.errors import UserError
+from fedex_lora.merge.adapters import open_adapter
+from fedex_lora.merge.base import merge_into_base
+from fedex_lora.merge.plan import make_plan
+from fedex_lora.merge.write import REPORT, Merged, Options, merge_adapters, share
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[str], typer.Argument(help="PEFT LoRA adapters: folders or hub ids.")],
+    out: Annotated[Path, typer.Option("--out", help="New directory to write.")],
+    weights: Annotated[str, typer.Option(help="One each, e.g. 3,1,1; equal by default.")] = "",
+    rank: Annotated[str, typer.Option(help="Largest rank of a layer, or auto with --error.")] = "",
+    error: Annotated[
+        float | None, typer.Option(help="With --rank auto: relative error allowed in a layer.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of what is written; float32, or as in the base model.")
+    ] = None,
+    into_base: Annotated[
+        str | None, typer.Option(help="Add to this full model instead (folder or hub id).")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Every layer, and how far averaging factors is off.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="Refuse adapters that differ in layers.")
+    ] = True,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too.")
+    ] = False,
+) -> None:
+    """Merge LoRA adapters: the exact weighted mean of their updates, without the base model."""
+    limit, tolerance = _rank(rank, error)
+    plan = make_plan([open_adapter(a, allow_pickle) for a in adapters], _weights(weights), strict)
+    to = getattr(torch, dtype) if dtype else None
+    for line in plan.left_out:
+        say(f"Left out: {line}")
+    if into_base is not None:
+        if report:
+            raise UserError("--report: is about a merged adapter; leave out --into-base or it")
+        written = merge_into_base(plan, into_base, out, limit, tolerance, to)
+        say(f"Written: {out}")
+        _show_model(out, written)
+        return
+    options = Options(limit, tolerance, to or torch.float32, compare=report)
+    merged = merge_adapters(plan, out, options)
+    say(f"Written: {out}")
+    _show_adapter(merged, report)
+
+
+def _rank(text: str, error: float | None) -> tuple[int | None, float]:
+    if text == "auto":
+        if error is None or not 0 < error < 1:
+            raise UserError("--rank auto: needs --error, above 0 and below 1, e.g. --error 1e-3")
+        return None, error
+    if error is not None:
+        raise UserError("--error: goes with --rank auto only")
+    if not text:
+        return None, 0.0
+    rank = whole_number(text, "--rank")
+    if rank < 1:
+        raise UserError("--rank: expected a number of at least 1, or auto")
+    return rank, 0.0
+
+
+def _weights(text: str) -> list[float] | None:
+    if not text:
+        return None
+    try:
+        return [float(part) for part in comma_separated(text)]
+    except ValueError:
+        raise UserError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1") from None
+
+
+def _show_adapter(merged: Merged, report: bool) -> None:
+    ranks = sorted({layer.rank for layer in merged.layers.values()})
+    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    say(f"Rank: {shown}, of {len(merged.layers)} layers")
+    for what, get in (
+        ("Cut off", lambda layer: layer.missed),
+        ("Rounded off", lambda layer: layer.rounding),
+        ("Averaging the factors would miss", lambda layer: layer.averaging),
+    ):
+        shares = {n: share(get(layer) or 0.0, layer.norm) for n, layer in merged.layers.items()}
+        worst = max(shares, key=lambda name: shares[name])
+        if shares[worst]:
+            total = merged.relative(get)
+            say(
+                f"{what}: {total:.3g} of the update in total, at most {shares[worst]:.3g} ({worst})"
+            )
+    if report:
+        show_table(console, ["layer", "rank", "cut off", "rounded off", "averaging"], _rows(merged))
+    say(f"By layer: {merged.path / REPORT}")
+    say("In Python:\nfrom peft import PeftModel")
+    say(f"PeftModel.from_pretrained(base, {str(merged.path)!r})")
+
+
+def _rows(merged: Merged) -> list[list[str]]:
+    return [
+        [
+            name,
+            str(layer.rank),
+            *(
+                f"{share(part or 0.0, layer.norm):.3g}"
+                for part in (layer.missed, layer.rounding, layer.averaging)
+            ),
+        ]
+        for name, layer in merged.layers.items()
+    ]
+
+
+def _show_model(out: Path, written: Any) -> None:
+    say(f"Layers changed: {written.layers}")
+    if written.missed:
+        say(f"Cut off: {written.missed:.3g} of the update in total")
+    if written.rounding:
+        say(f"Rounding the changed weights to the model's dtype: {written.rounding:.3g} of them")
+    for note in written.notes:
+        say(f"Note: {note}")
+    say(
+        f"In Python:\nfrom transformers import {written.auto_model}\n"
+        f"{written.auto_model}.from_pretrained({str(out)!r}, dtype='auto')"
+    )

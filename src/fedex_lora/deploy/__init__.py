@@ -1,0 +1,1 @@
+"""What a federation across machines needs on disk, and the Flower commands that run it."""

@@ -1,0 +1,147 @@
+"""The Flower commands of a deployment: what is run, and with which environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedex_lora.deploy.init import Deployment
+from fedex_lora.errors import UserError
+
+CONNECTION = "fedex"  # of Flower's config.toml
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process of Flower's.
+
+    Attributes:
+        name: For messages.
+        argv: Its arguments.
+        env: What its environment has besides this process's.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+    def environment(self) -> dict[str, str]:
+        """All of it. Flower's programs are found beside this Python."""
+        own = str(Path(sys.executable).parent)
+        path = os.pathsep.join([own, os.environ.get("PATH", "")])
+        return {**os.environ, "PATH": path, **self.env}
+
+
+def superlink(path: Path, deployment: Deployment) -> Command:
+    """The SuperLink, behind the guard of `fedex_lora.flower.superlink`."""
+    server = path / "server"
+    argv = [sys.executable, "-m", "fedex_lora.flower.superlink"]
+    host = "127.0.0.1" if deployment.insecure else _bind(deployment)
+    argv += ["--host", host, "--port", str(deployment.port)]
+    argv += ["--isolation", "process", "--database", str(server / "state.db")]
+    argv += ["--superexec-auth-secret-file", str(server / "runtime.secret")]
+    argv += ["--disable-runtime-dependency-installation"]
+    if deployment.insecure:
+        argv += ["--insecure"]
+    else:
+        argv += ["--ssl-ca-certfile", str(server / "ca.crt"), "--enable-supernode-auth"]
+        argv += ["--ssl-certfile", str(server / "server.pem")]
+        argv += ["--ssl-keyfile", str(server / "server.key")]
+    return Command("SuperLink", tuple(argv), environment(path / "flower"))
+
+
+def superexec(path: Path, deployment: Deployment) -> Command:
+    """What starts the coordinator's part of a run; a process of its own outlives the SuperLink."""
+    server = path / "server"
+    argv = [_script("flower-superexec"), "--runtime-api-address", deployment.local]
+    argv += ["--superexec-auth-secret-file", str(server / "runtime.secret")]
+    argv += _trust(deployment, server)
+    return Command("SuperExec", tuple(argv), environment(path / "flower"))
+
+
+def supernode(
+    path: Path,
+    deployment: Deployment,
+    name: str,
+    recipe: Path,
+    data: Path | None,
+    port: int,
+) -> Command:
+    """One institution's SuperNode; what its client app needs comes from its own configuration."""
+    place = {"client": name, "recipe": str(recipe), "cache": str(path / "cache")}
+    if data is not None:
+        place["data"] = str(data)
+    config = " ".join(f"{key}={_quoted(value)}" for key, value in place.items())
+    argv = [_script("flower-supernode"), "--superlink", deployment.address]
+    argv += _trust(deployment, path)
+    if not deployment.insecure:
+        argv += ["--auth-supernode-private-key", str(path / "key")]
+    argv += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
+    return Command("SuperNode", tuple(argv), environment(path / "flower"))
+
+
+def register(path: Path, name: str) -> Command:
+    """Tells the SuperLink an institution's public key."""
+    key = path / "clients" / name / "key.pub"
+    argv = [_script("flwr"), "supernode", "register", str(key), CONNECTION, "--name", name]
+    return Command("registration", tuple(argv), environment(path / "flower"))
+
+
+def start(path: Path, config: Path) -> Command:
+    """Starts a run with the configuration in a TOML file."""
+    argv = [_script("flwr"), "run", str(path / "app"), CONNECTION]
+    argv += ["--run-config", str(config), "--format", "json"]
+    return Command("start of the run", tuple(argv), environment(path / "flower"))
+
+
+def status(path: Path, run: int) -> Command:
+    """Asks what became of a run."""
+    argv = [_script("flwr"), "list", CONNECTION, "--run-id", str(run), "--format", "json"]
+    return Command("status of the run", tuple(argv), environment(path / "flower"))
+
+
+def stop(path: Path, run: int) -> Command:
+    """Stops a run."""
+    argv = [_script("flwr"), "stop", str(run), CONNECTION]
+    return Command("stopping the run", tuple(argv), environment(path / "flower"))
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Flower keeps to its folder, asks nobody outside, and installs nothing."""
+    return {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _bind(deployment: Deployment) -> str:
+    """An address of this machine, where one was named for it; else all of them."""
+    return "127.0.0.1" if deployment.host in ("127.0.0.1", "localhost") else "0.0.0.0"
+
+
+def _trust(deployment: Deployment, folder: Path) -> list[str]:
+    if deployment.insecure:
+        return ["--insecure"]
+    return ["--root-certificates", str(folder / "ca.crt")]
+
+
+def _script(name: str) -> str:
+    """A program of Flower's that was installed with this Python."""
+    found = Path(sys.executable).parent / name
+    if not found.exists():
+        raise UserError(f"{name} is missing; install it: pip install 'fedex-lora[flower]'")
+    return str(found)
+
+
+def _quoted(value: str) -> str:
+    if '"' in value or "\\" in value:
+        raise UserError(f"{value}: a path with quotes or backslashes cannot be used here")
+    return f'"{value}"'

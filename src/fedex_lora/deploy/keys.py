@@ -1,0 +1,160 @@
+"""A certificate authority, a server certificate, and a key pair for every institution."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from fedex_lora.errors import UserError
+
+try:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+except ImportError:  # comes with Flower
+    raise UserError(
+        "federations across machines need Flower: pip install 'fedex-lora[flower]'"
+    ) from None
+
+_CA_DAYS, _SERVER_DAYS = 3650, 730
+_EARLIER = timedelta(hours=1)  # clocks differ
+
+
+def write_certificates(ca: Path, server: Path, hosts: Sequence[str]) -> None:
+    """Writes ca/ca.key, ca/ca.crt, and server/server.key, server/server.pem, server/ca.crt.
+
+    Args:
+        hosts: Names and addresses under which the server is reached; this machine's own are added.
+    """
+    ca_key = ec.generate_private_key(ec.SECP384R1())
+    name = _name("fedex-lora certificate authority")
+    ca_certificate = _certificate(name, name, ca_key.public_key(), ca_key, _CA_DAYS, None)
+    key = ec.generate_private_key(ec.SECP384R1())
+    alternatives = _alternatives([*hosts, "localhost", "127.0.0.1", "::1"])
+    certificate = _certificate(
+        _name(hosts[0]), name, key.public_key(), ca_key, _SERVER_DAYS, alternatives
+    )
+    write_secret(ca / "ca.key", _pem(ca_key))
+    write_secret(server / "server.key", _pem(key))
+    public = ca_certificate.public_bytes(serialization.Encoding.PEM)
+    for path in (ca / "ca.crt", server / "ca.crt"):
+        path.write_bytes(public)
+    (server / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def write_key_pair(path: Path) -> None:
+    """An EC P-384 pair as OpenSSH writes it: `path` and `path`.pub."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    write_secret(path, private)
+    path.with_name(path.name + ".pub").write_bytes(public + b"\n")
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """A new file that its owner alone may read."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+
+
+def check_certificate(path: Path, host: str) -> None:
+    """That a server certificate can be used now, under that name.
+
+    Raises:
+        UserError: It is expired, not valid yet (or this machine's clock is wrong), or for others.
+    """
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    now = datetime.now(UTC)
+    until, since = certificate.not_valid_after_utc, certificate.not_valid_before_utc
+    if now > until:
+        raise UserError(f"{path}: expired on {until:%Y-%m-%d}; make a new one: deploy renew")
+    if now < since:
+        raise UserError(
+            f"{path}: valid from {since:%Y-%m-%d %H:%M} UTC, but this machine's clock says "
+            f"{now:%Y-%m-%d %H:%M}; set the clock"
+        )
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    known = {str(n.value) for n in names}
+    if host not in known:
+        raise UserError(
+            f"{path}: made for {', '.join(sorted(known))}, not for {host}; init another directory "
+            f"with --host {host}"
+        )
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
+
+
+def _alternatives(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    found: list[x509.GeneralName] = []
+    for host in dict.fromkeys(hosts):
+        try:
+            found.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            found.append(x509.DNSName(host))
+    return x509.SubjectAlternativeName(found)
+
+
+def _certificate(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    signer: ec.EllipticCurvePrivateKey,
+    days: int,
+    alternatives: x509.SubjectAlternativeName | None,
+) -> x509.Certificate:
+    authority, now = alternatives is None, datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _EARLIER)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        .add_extension(_usage(authority), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
+    )
+    if alternatives is not None:
+        server = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        builder = builder.add_extension(alternatives, critical=False)
+        builder = builder.add_extension(server, critical=False)
+    return builder.sign(signer, hashes.SHA384())
+
+
+def _usage(authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )

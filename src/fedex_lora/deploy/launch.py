@@ -1,0 +1,96 @@
+"""Starts a run on a deployment, follows it, and ends it if it is interrupted here."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from fedex_lora.deploy import commands
+from fedex_lora.deploy.init import read_deployment
+from fedex_lora.deploy.processes import run_to_end
+from fedex_lora.errors import UserError
+from fedex_lora.federation.checkpoint import write_atomic
+from fedex_lora.flower.progress import follow
+from fedex_lora.recipe import Recipe
+from fedex_lora.recipe_yaml import dump_recipe
+from fedex_lora.run import Watcher
+from fedex_lora.rundir import RunDir
+
+_FINISHED = re.compile(r'"status"\s*:\s*"finished')
+_SELDOM = 20.0  # seconds between two questions whether a run is still alive: each costs a process
+
+
+def launch(
+    recipe: Recipe, out: Path, deployment: Path, resume: bool, watcher: Watcher
+) -> dict[str, Any]:
+    """Runs a recipe on the clients of a deployment, in a directory of this machine.
+
+    Returns:
+        What results.json says.
+
+    Raises:
+        UserError: It cannot be started, or ended with an error; QuorumLost among them.
+    """
+    read_deployment(deployment)
+    if resume:
+        RunDir(out).recipe()
+    else:
+        RunDir(out).check_free()
+    config, progress = _prepare(recipe, out.resolve(), deployment.resolve(), resume)
+    number = start(deployment.resolve(), config)
+    alive = _Alive(deployment.resolve(), number)
+    try:
+        return follow(progress, watcher, alive)
+    except KeyboardInterrupt:
+        run_to_end(commands.stop(deployment.resolve(), number))
+        raise
+
+
+def _prepare(recipe: Recipe, out: Path, deployment: Path, resume: bool) -> tuple[Path, Path]:
+    """The files by which the coordinator's process knows what to do, and tells how it goes."""
+    stem = deployment / "runs" / secrets.token_hex(8)
+    stem.parent.mkdir(exist_ok=True)
+    text, progress, config = (stem.with_suffix(s) for s in (".yaml", ".jsonl", ".toml"))
+    write_atomic(text, dump_recipe(recipe).encode())
+    write_atomic(progress, b"")
+    values = {"recipe": str(text), "out": str(out), "progress": str(progress), "resume": resume}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    write_atomic(config, "\n".join(lines).encode())
+    return config, progress
+
+
+def start(deployment: Path, config: Path) -> int:
+    """Starts the run; its number.
+
+    Raises:
+        UserError: The SuperLink does not answer, or refuses.
+    """
+    command = commands.start(deployment, config)
+    done = run_to_end(command)
+    found = re.search(r'"run-id"\s*:\s*"?(\d+)', done.stdout)
+    if done.returncode or found is None:
+        told = (done.stdout + done.stderr).strip()
+        raise UserError(
+            f"the run cannot be started: {told[-600:]}. Does `fedex-lora deploy server "
+            f"{deployment}` run on this machine?"
+        )
+    return int(found[1])
+
+
+class _Alive:
+    """Whether a run goes on; asks seldom, and goes on where nobody answers (a restart)."""
+
+    def __init__(self, deployment: Path, number: int) -> None:
+        self.command = commands.status(deployment, number)
+        self.asked, self.answer = time.monotonic(), True
+
+    def __call__(self) -> bool:
+        if self.answer and time.monotonic() - self.asked > _SELDOM:
+            told = run_to_end(self.command).stdout
+            self.answer = _FINISHED.search(told) is None
+            self.asked = time.monotonic()
+        return self.answer

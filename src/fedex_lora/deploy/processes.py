@@ -1,0 +1,240 @@
+"""Keeps a deployment's processes running, and ends them with this one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedex_lora.deploy import commands
+from fedex_lora.deploy.commands import Command
+from fedex_lora.deploy.init import Deployment
+from fedex_lora.errors import UserError
+
+Say = Callable[[str], None]
+
+_OFTEN = 0.5  # seconds
+_PAUSE = 5.0  # seconds before a process that ended is started again
+_QUICK = 30.0  # an end within so many seconds of the start counts as a failure to start
+_FAILURES = 15  # in a row; a node that was killed is refused for up to a minute
+
+
+def serve(path: Path, deployment: Deployment, say: Say) -> None:
+    """Runs SuperLink and SuperExec until a signal comes, and registers the institutions' keys.
+
+    Raises:
+        UserError: The port is in use, or a process does not stay up.
+    """
+    check_port(deployment.port)
+    link, executor = commands.superlink(path, deployment), commands.superexec(path, deployment)
+    with running([link], say) as ended:
+        _await_port(deployment.port, ended)
+        if not deployment.insecure:
+            for name in deployment.clients:
+                _register(path, name, say)
+        say(f"ready for clients at {deployment.address}")
+        with running([executor], say) as also_ended:
+            _supervise(lambda: [*ended(), *also_ended()])
+
+
+def attend(command: Command, say: Say) -> None:
+    """Runs a SuperNode until a signal comes; starts it again if it ends.
+
+    Raises:
+        UserError: It does not stay up.
+    """
+    with running([command], say) as ended:
+        _supervise(ended)
+
+
+@contextmanager
+def running(programs: Sequence[Command], say: Say) -> Iterator[Callable[[], list[str]]]:
+    """Starts processes, each in a session of its own, and ends them and their children after.
+
+    Yields:
+        A function that starts again whatever has ended, after a pause, and names what keeps ending.
+    """
+    kept = [_Kept(program, say) for program in programs]
+    try:
+        for one in kept:
+            one.start()
+        yield lambda: [one.command.name for one in kept if one.look()]
+    finally:
+        for one in kept:
+            one.end()
+
+
+class _Kept:
+    """One process that is started again when it ends."""
+
+    def __init__(self, command: Command, say: Say) -> None:
+        self.command, self.say = command, say
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started = self.ended = 0.0
+        self.failures = 0
+
+    def start(self) -> None:
+        self.say(f"$ {shlex.join(self.command.argv)}")
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            self.command.argv, env=self.command.environment(), start_new_session=True
+        )
+
+    def look(self) -> bool:
+        """Starts it again if need be; whether it has failed too often."""
+        if self.process is not None and self.process.poll() is not None:
+            code, self.ended = self.process.returncode, time.monotonic()
+            self.failures = self.failures + 1 if self.ended - self.started < _QUICK else 0
+            self.say(f"{self.command.name} ended with {code}; starting it again in {_PAUSE:g} s")
+            self.end()
+        due = time.monotonic() - self.ended > _PAUSE
+        if self.process is None and self.failures < _FAILURES and due:
+            self.start()
+        return self.failures >= _FAILURES
+
+    def end(self) -> None:
+        """Ends it and all of its session."""
+        process, self.process = self.process, None
+        if process is not None:
+            end_session(process)
+
+
+def end_session(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
+    """Asks a process that leads a session to end, and ends what is left of the session."""
+    members = set(_session(process.pid))
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    for number in members | set(_session(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of a session, and of the sessions that its members began."""
+    members: list[int] = []
+    parents = _parents()
+    leaders = {leader}
+    for number, (parent, session) in sorted(parents.items()):
+        if session in leaders or parent in leaders or parent in members:
+            members.append(number)
+            if session == number:
+                leaders.add(number)
+    return members
+
+
+def _parents() -> dict[int, tuple[int, int]]:
+    """Every process's parent and session; empty where there is no /proc."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            found[int(entry.parent.name)] = (int(fields[1]), int(fields[3]))
+    return found
+
+
+def _supervise(look: Callable[[], list[str]]) -> None:
+    with interrupted_by_signals(), contextlib.suppress(KeyboardInterrupt):
+        while not (failing := look()):
+            time.sleep(_OFTEN)
+        raise UserError(
+            f"{' and '.join(failing)} does not stay up; what it printed above says why (a client "
+            "that is refused: is its key among those of `deploy init`, is its clock right?)"
+        )
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_port(port: int) -> None:
+    """Raises a `UserError` if somebody listens there already."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(
+                f"port {port} is in use; end the program that listens there, or init another "
+                "directory with --port"
+            )
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_server(deployment: Deployment, certificates: Path, say: Say) -> None:
+    """That the server's certificate is good from here; a server that is down is only said so.
+
+    Raises:
+        UserError: It is expired, for another name, or by another authority.
+    """
+    context = ssl.create_default_context(cafile=str(certificates))
+    try:
+        with (
+            socket.create_connection((deployment.host, deployment.port), 5) as plain,
+            context.wrap_socket(plain, server_hostname=deployment.host),
+        ):
+            return
+    except ssl.SSLCertVerificationError as error:
+        raise UserError(
+            f"{deployment.address}: its certificate is not accepted: {error.verify_message}. "
+            "Is this machine's clock right, is ca.crt the coordinator's, and is that the address "
+            "the certificate was made for?"
+        ) from None
+    except OSError as error:
+        say(f"{deployment.address} does not answer yet ({error}); waiting for it")
+
+
+def _await_port(port: int, look: Callable[[], list[str]], seconds: float = 120.0) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if look():
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(_OFTEN)
+    raise UserError("the SuperLink does not come up; what it printed above says why")
+
+
+def run_to_end(command: Command) -> subprocess.CompletedProcess[str]:
+    """Runs a command that ends by itself."""
+    return subprocess.run(
+        command.argv,
+        env=command.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+
+
+def _register(path: Path, name: str, say: Say) -> None:
+    command = commands.register(path, name)
+    say(f"$ {shlex.join(command.argv)}")
+    done = run_to_end(command)
+    told = (done.stdout + done.stderr).strip()
+    if done.returncode and "already" not in told.lower():
+        raise UserError(f"the key of {name} cannot be registered: {told}")

@@ -1,0 +1,53 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fedex_lora.errors import UserError
+
+
+@contextmanager
+def new_directory(out: Path, what: str, then: str) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` when all is written; a failure leaves nothing.
+
+    Args:
+        out: Absent, or an empty directory.
+        what: What is written, for errors: "the export".
+        then: What to do once there is space, for errors: "export again".
+
+    Raises:
+        UserError: `out` is in use, or it cannot be written.
+    """
+    whole = out.absolute()
+    new = whole.with_name(f".{whole.name}.partial")
+    try:
+        check_free(out)
+        shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+        new.mkdir(parents=True)
+        try:
+            yield new
+            new.rename(whole)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{out}: {what} cannot be written: {reason(error)}. Free some space or name a "
+            f"directory that you may write with --out, then {then}"
+        ) from None
+
+
+def check_free(out: Path) -> None:
+    """Raises a `UserError` if `out` is anything but absent or an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; name another directory with --out")
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read or written, without the error's number."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

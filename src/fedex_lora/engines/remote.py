@@ -1,0 +1,299 @@
+"""The coordinator's side of a federation across machines: greets clients, sends, collects, waits.
+
+It knows nothing of how messages travel; a `Courier` carries them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.wire import (
+    PROTOCOL,
+    Facts,
+    Identity,
+    agreement,
+    most_up,
+    own_round,
+)
+from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.federation.loop import Lost
+from fedex_lora.federation.messages import (
+    Broadcast,
+    Update,
+    decode_update,
+    encode_about,
+    encode_broadcast,
+    read_about,
+)
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState, broadcast_to, start_of
+from fedex_lora.recipe import CLIENT_NAME, CLIENT_NAME_RULE
+
+@dataclass
+class _Sent:
+    """A message under way."""
+
+    client: str
+    node: str
+    expires: float
+    nbytes: int
+    again: bool = False
+
+
+@dataclass
+class _Exchange:
+    """One round's (or the last model's) messages and what came of them."""
+
+    state: ServerState
+    broadcasts: Mapping[str, Broadcast]
+    final: bool
+    evaluate: bool
+    under_way: dict[str, _Sent] = field(default_factory=dict)
+    waiting: dict[str, str] = field(default_factory=dict)  # by client, why nothing was sent
+    counted: dict[str, int] = field(default_factory=dict)
+    spent: dict[str, int] = field(default_factory=dict)
+    good: int = 0
+    told: int = -1
+
+
+class _Patience:
+    """Waits for so many seconds from the moment that something is lacking."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.since: float | None = None
+
+    def holds(self, lacking: bool) -> bool:
+        now = time.monotonic()
+        self.since = (self.since or now) if lacking else None
+        return self.since is not None and now - self.since <= self.seconds
+
+
+class RemoteEngine:
+    """A transport to clients on other machines.
+
+    Args:
+        guests: Who is there.
+        settings: The federation's; its clients are those of the roster.
+        server: The coordinator's own model.
+        evaluate_every: Clients score the model after every so many rounds; 0 for never.
+        progress: Is told (round, what for, replies so far, replies in all).
+        remember: Keeps the identity, before the first round's messages are sent.
+    """
+
+    def __init__(
+        self,
+        guests: Guests,
+        settings: Settings,
+        server: LocalEngine,
+        evaluate_every: int = 0,
+        progress: Callable[[int, str, int, int], None] | None = None,
+        remember: Callable[[Identity], None] = lambda identity: None,
+    ) -> None:
+        self.guests, self.settings, self.server = guests, settings, server
+        self.courier, self.waits, self.note = guests.courier, guests.waits, guests.note
+        self.evaluate_every, self.progress = evaluate_every, progress
+        self._remember = remember
+        self._late: dict[str, _Sent] = {}
+        self._agreement = agreement(guests.facts.agreed)
+
+    @property
+    def validation(self) -> dict[str, int]:
+        """Numbers of validation rows by client."""
+        return {name: guest.validation for name, guest in self.guests.known.items()}
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Numbers of training rows by client."""
+        known = self.guests.known
+        return {name: known[name].rows for name in sorted(known)}
+
+    def newcomers(self) -> list[str]:
+        """Clients greeted since the roster was made."""
+        self.guests.greet()
+        return sorted(set(self.guests.known) - set(self.settings.clients))
+
+    def client_scores(self, state: ServerState, clients: Sequence[str]) -> None:
+        """They come with the next round's updates."""
+        return None
+
+    def exchange(
+        self, state: ServerState, broadcasts: Mapping[str, Broadcast]
+    ) -> Iterator[Update | Lost]:
+        """Sends to all, and yields what comes, until all have answered or are given up."""
+        every = self.evaluate_every
+        evaluate = bool(every and state.version and state.version % every == 0)
+        self._remember(self.guests.identity)
+        run = _Exchange(state, broadcasts, False, evaluate)
+        for reply in self._replies(run):
+            if isinstance(reply, Update):
+                run.good += 1
+            yield reply
+
+    def deliver(self, state: ServerState) -> dict[str, dict[str, float]]:
+        """Sends the last model to everybody who is there, and collects their scores of it."""
+        self.guests.greet()
+        names = [c for c in self.settings.clients if c in self.guests.known]
+        messages = {c: broadcast_to(state, self.settings, c) for c in names}
+        run = _Exchange(state, messages, True, self.evaluate_every > 0)
+        found: dict[str, dict[str, float]] = {}
+        for reply in self._replies(run):
+            if isinstance(reply, Lost):
+                self.note(f"the last model did not reach {reply.client}: {reply.reason}")
+            elif reply.scores:
+                found[reply.client] = dict(reply.scores)
+        return found
+
+    def _replies(self, run: _Exchange) -> Iterator[Update | Lost]:
+        needed = 0 if run.final else self.settings.min_clients
+        enough = len(run.broadcasts) if run.final else self.settings.sample_size
+        patience = _Patience(self.waits.clients)
+        for client in run.broadcasts:
+            self._offer(run, client)
+        while run.under_way or run.waiting:
+            lacking = run.good + len(run.under_way) < needed
+            if run.waiting and not patience.holds(lacking):
+                yield from self._give_up(run)
+            elif run.waiting:
+                self.guests.greet()
+                for client in list(run.waiting):
+                    self._offer(run, client)
+            yield from self._collect(run)
+            self._tell(run)
+            if run.good >= enough and not run.final:
+                for sent in run.under_way.values():
+                    yield Lost(sent.client, f"slower than the first {enough} (oversample)")
+                self._late |= run.under_way
+                return
+            if run.under_way or run.waiting:
+                time.sleep(OFTEN)
+
+    def _tell(self, run: _Exchange) -> None:
+        total = len(run.broadcasts)
+        done = total - len(run.under_way) - len(run.waiting)
+        if self.progress is not None and done != run.told:
+            run.told = done
+            self.progress(run.state.version + 1, "replies", done, total)
+
+    def _give_up(self, run: _Exchange) -> Iterator[Lost]:
+        for client, reason in run.waiting.items():
+            yield Lost(client, reason, resent=run.spent.get(client, 0))
+        run.waiting.clear()
+
+    def _offer(self, run: _Exchange, client: str) -> None:
+        """Sends the round's message, if the client is there."""
+        guest = self.guests.here(client)
+        if guest is None:
+            run.waiting.setdefault(client, "not connected")
+            return
+        held = run.state.held.get(client, 0)
+        if guest.held is not None and guest.held < held:
+            held = guest.held
+        run.waiting.pop(client, None)
+        self._send(run, client, held)
+
+    def _send(self, run: _Exchange, client: str, held: int, again: bool = False) -> None:
+        """The message for a client that holds version `held`; its bytes are counted here."""
+        state, node = run.state, self.guests.known[client].node
+        known = state.held.get(client, 0)
+        message = run.broadcasts[client]
+        if held != known:
+            told = replace(state, held={**state.held, client: held})
+            message = broadcast_to(told, self.settings, client)
+        about = self.guests.say("final" if run.final else "round") | {
+            "client": client,
+            "recipe": self._agreement,
+            "version": state.version,
+            "held": held,
+            "own": own_round(state, self.settings, client),
+            "evaluate": run.evaluate,
+        }
+        blob = encode_broadcast(message, self.settings.wire_dtype, about)
+        ticket = self.courier.send(node, blob, state.version + 1, self.waits.round)
+        if isinstance(ticket, Failed):
+            run.waiting[client] = ticket.reason
+            return
+        run.spent[client] = run.spent.get(client, 0) + len(blob)
+        if client not in run.counted:
+            run.counted[client] = len(blob) if held == known else self._plain(run, client)
+        expires = time.monotonic() + self.waits.round
+        run.under_way[ticket] = _Sent(client, node, expires, len(blob), again)
+
+    def _plain(self, run: _Exchange, client: str) -> int:
+        """Bytes of the message that a client with its memory intact would have got."""
+        return len(encode_broadcast(run.broadcasts[client], self.settings.wire_dtype))
+
+    def _collect(self, run: _Exchange) -> Iterator[Update | Lost]:
+        for ticket, reply in self.courier.collect(list(run.under_way)):
+            sent = run.under_way.pop(ticket)
+            found = self._opened(run, sent, reply)
+            if found is not None:
+                yield found
+        now = time.monotonic()
+        for ticket, sent in list(run.under_way.items()):
+            if now > sent.expires:
+                del run.under_way[ticket]
+                self._late[ticket] = sent
+                seconds = f"{self.waits.round:g} s (federation.round_timeout)"
+                yield self._lost(run, sent.client, f"no reply within {seconds}")
+        self._drop_late()
+
+    def _drop_late(self) -> None:
+        for ticket, reply in self.courier.collect(list(self._late)) if self._late else []:
+            sent = self._late.pop(ticket)
+            if not isinstance(reply, Failed):
+                self.note(f"an update of {sent.client} came too late and was dropped")
+
+    def _lost(self, run: _Exchange, client: str, reason: str, refused: bool = False) -> Lost:
+        resent = run.spent.get(client, 0) - run.counted.get(client, 0)
+        return Lost(client, reason, refused, resent)
+
+    def _opened(self, run: _Exchange, sent: _Sent, reply: bytes | Failed) -> Update | Lost | None:
+        """What a reply holds; None if the client is asked once more."""
+        client = sent.client
+        if isinstance(reply, Failed):
+            if reply.gone:  # worth waiting for, where there are too few others
+                self.guests.lost(sent.node)
+                run.waiting[client] = reply.reason
+                return None
+            return self._lost(run, client, reply.reason)
+        try:
+            return self._read(run, sent, reply)
+        except (UserError, LookupError, TypeError, ValueError) as error:
+            return self._lost(run, client, f"sent what cannot be used: {error}"[:500], True)
+
+    def _read(self, run: _Exchange, sent: _Sent, reply: bytes) -> Update | Lost | None:
+        client = sent.client
+        about = about_reply(reply, self.guests.identity)
+        kind, resent = about["kind"], run.spent[client] - run.counted[client]
+        if about.get("client", client) != client:
+            raise UserError(f"it calls itself {text(about['client'])} now")
+        if kind == "failed":
+            return self._lost(run, client, text(about.get("reason")))
+        if kind == "lacks" and not sent.again:
+            version = int(about["version"])
+            if not -1 <= version < max(1, run.state.version + 1):
+                raise UserError(f"it claims to hold version {version}")
+            self.note(f"{client} lost what it held; sending all since version {max(0, version)}")
+            self._send(run, client, version, again=True)
+            return None
+        if kind == "scores" and run.final:
+            return Update(0, client, {}, {}, {}, 1, {}, scores(about["scores"]), resent=resent)
+        if kind == "update" and not run.final:
+            return replace(self._update(run, client, reply), resent=resent)
+        raise UserError(f"a reply of kind {text(kind)}, which was not asked for")
+
+    def _update(self, run: _Exchange, client: str, reply: bytes) -> Update:
+        start = start_of(run.state, self.settings, client)
+        limit = most_up(self.settings.sites_of(client), start.head)
+        if len(reply) > limit:
+            raise UserError(f"{len(reply)} bytes; at most {limit} are expected")
+        update = decode_update(reply, start)
+        declared = self.guests.known[client].rows
+        if update.examples > declared:
+            raise UserError(f"trained on {update.examples} examples; it declared {declared}")
+        return update

@@ -1,0 +1,1 @@
+"""Runs across machines. `grid`, `server_app`, `client_app` and `superlink` alone know Flower."""

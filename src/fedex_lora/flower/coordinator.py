@@ -1,0 +1,111 @@
+"""Assembles the coordinator's side of a run across machines, whatever carries the messages."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import replace
+from pathlib import Path
+
+from fedex_lora.engines.engine import Engine
+from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.courier import Courier, Waits
+from fedex_lora.engines.guests import Guests
+from fedex_lora.engines.remote import RemoteEngine
+from fedex_lora.engines.wire import Identity, facts
+from fedex_lora.federation.checkpoint import write_atomic
+from fedex_lora.recipe import Recipe
+from fedex_lora.run import Assemble, Watcher
+from fedex_lora.rundir import RunDir, versions
+from fedex_lora.setup import Federation, roster, set_up_server
+
+FILE = "federation.json"
+FEW = 3  # clients with whom a peer's adapter, or nearly, follows from the averages
+
+
+def across_machines(courier: Courier) -> Assemble:
+    """Runs whose clients are reached through `courier`."""
+
+    def assemble(
+        recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
+    ) -> tuple[Federation, Engine]:
+        federation = set_up_server(recipe, clients)
+        engine = _engine(federation, courier, out, watcher)
+        least = recipe.federation.min_clients
+        names = engine.guests.gather(recipe.federation.clients, least)
+        known = clients or roster(recipe) or names
+        settings = replace(federation.settings, clients=tuple(sorted(known)))
+        engine.settings = engine.server.settings = settings
+        for note in _notes(engine):
+            watcher.note(note)
+        told = ", ".join(f"{n}: {rows} rows" for n, rows in engine.examples.items())
+        description = f"{federation.description} ({told})"
+        held = {name: _Rows(rows) for name, rows in engine.examples.items()}
+        return replace(federation, settings=settings, description=description, clients=held), engine
+
+    return assemble
+
+
+class _Rows:
+    """Rows that stay where they are; their number is known."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def _engine(federation: Federation, courier: Courier, out: Path, watcher: Watcher) -> RemoteEngine:
+    recipe, fed = federation.recipe, federation.recipe.federation
+    evaluates = recipe.evaluation.where != "server"
+    names = roster(recipe)
+    guests = Guests(
+        courier,
+        facts(recipe, federation.task, federation.model, federation.initial),
+        identity(out),
+        Waits(fed.round_timeout, fed.wait_for_clients),
+        None if names is None else frozenset(names),
+        versions(),
+        watcher.note,
+    )
+    return RemoteEngine(
+        guests,
+        federation.settings,
+        LocalEngine(federation.model, federation.task, {}, federation.settings, recipe.training),
+        recipe.evaluation.every if evaluates else 0,
+        watcher.turn,
+        lambda known: remember(out, known),
+    )
+
+
+def identity(out: Path) -> Identity:
+    """The run's, with one more start of the coordinator; a new one for a new run."""
+    mark = secrets.token_hex(8)
+    directory = RunDir(out)
+    stored = directory.read_json(FILE) if directory.is_run() else None
+    if stored is None:
+        return Identity(secrets.token_hex(16), ((0, mark),))
+    state = directory.newest()[0]
+    version = state.version if state is not None else 0
+    before = tuple((int(v), str(m)) for v, m in stored["lineage"])
+    return Identity(stored["federation"], (*before, (version, mark)))
+
+
+def remember(out: Path, known: Identity) -> None:
+    """Writes the identity into the run's directory."""
+    value = {"federation": known.federation, "lineage": [list(part) for part in known.lineage]}
+    write_atomic(out / FILE, json.dumps(value).encode())
+
+
+def _notes(engine: RemoteEngine) -> list[str]:
+    """What those who run it should know before round 1."""
+    absent = [name for name in engine.settings.clients if name not in engine.guests.known]
+    notes = [f"not here yet: {', '.join(absent)}"] if absent else []
+    count = len(engine.settings.clients)
+    if count <= FEW:
+        notes.append(
+            f"with {count} clients what one of them sends can be worked out, or nearly, from the "
+            "averages that the others receive; see the privacy statement in docs/deploy.md"
+        )
+    return notes

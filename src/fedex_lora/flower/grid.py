@@ -1,0 +1,85 @@
+"""Messages through Flower's grid: one array of bytes each way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from fedex_lora.engines.courier import Failed
+from fedex_lora.errors import UserError
+
+_KEY = "blob"
+_REASONS = {
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "it cannot load the app; is fedex-lora[flower] installed?",
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its program failed; its own log says why",
+    ErrorCode.MESSAGE_UNAVAILABLE: "no reply in time (federation.round_timeout)",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its reply did not arrive whole",
+    ErrorCode.NODE_UNAVAILABLE: "the connection to it was lost",
+    ErrorCode.INVALID_FAB: "it refuses the app that it was sent",
+    ErrorCode.CLIENT_APP_CRASHED: "its client process died",
+}
+
+
+def pack(blob: bytes) -> RecordDict:
+    """A record with the blob as one array; each array costs some 30 ms, whatever its size."""
+    array = Array("uint8", (len(blob),), "safetensors", blob)
+    return RecordDict({_KEY: ArrayRecord({_KEY: array})})
+
+
+def unpack(content: RecordDict) -> bytes:
+    """The inverse of `pack`.
+
+    Raises:
+        UserError: It is no such record.
+    """
+    try:
+        return content.array_records[_KEY][_KEY].data
+    except (LookupError, AttributeError, TypeError):
+        raise UserError("a message of another program") from None
+
+
+class FlowerCourier:
+    """Nodes are SuperNodes, by the text of their number."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self) -> list[str]:
+        """Those connected now, by the SuperLink's account."""
+        return [str(node) for node in self._grid.get_node_ids()]
+
+    def send(self, node: str, blob: bytes, round: int, seconds: float) -> str | Failed:
+        """Pushes one message. The time to live is Flower's: without one a client that hangs blocks
+        its node."""
+        message = Message(
+            pack(blob),
+            dst_node_id=int(node),
+            message_type=MessageType.TRAIN,
+            group_id=str(round),
+            ttl=seconds,
+        )
+        tickets = list(self._grid.push_messages([message]))
+        if not tickets or not tickets[0]:
+            return Failed("Flower did not take the message", gone=True)
+        return tickets[0]
+
+    def collect(self, tickets: Sequence[str]) -> list[tuple[str, bytes | Failed]]:
+        """Replies by what they reply to: errors made by the SuperLink bear its own number."""
+        if not tickets:
+            return []
+        replies = self._grid.pull_messages(list(tickets))
+        return [(m.metadata.reply_to_message_id, _opened(m)) for m in replies]
+
+
+def _opened(message: Message) -> bytes | Failed:
+    if message.has_error():
+        code = message.error.code
+        reason = _REASONS.get(code, f"Flower's error {code}")
+        return Failed(reason, gone=code == ErrorCode.NODE_UNAVAILABLE)
+    try:
+        return unpack(message.content)
+    except UserError as error:
+        return Failed(str(error))

@@ -1,0 +1,46 @@
+"""Flower's server app: the same run as in one process, with clients that the grid reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.flower.coordinator import across_machines
+from fedex_lora.flower.grid import FlowerCourier
+from fedex_lora.flower.progress import Recorder
+from fedex_lora.recipe_yaml import load_recipe
+from fedex_lora.run import resume_run, start_run
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the recipe that the run's configuration names, on the coordinator's own disk."""
+    config = context.run_config
+    recorder = Recorder(Path(str(config["progress"])))
+    try:
+        results = _run(grid, config, recorder)
+    except QuorumLost as error:
+        recorder.ended("quorum", str(error))
+        raise
+    except UserError as error:
+        recorder.ended("user", str(error))
+        raise
+    except BaseException as error:
+        recorder.ended("fault", f"{type(error).__name__}: {error}")
+        raise
+    recorder.ended("done", "", results)
+
+
+def _run(grid: Grid, config: Mapping[str, Any], recorder: Recorder) -> dict[str, Any]:
+    out, recipe = Path(str(config["out"])), load_recipe(Path(str(config["recipe"])))
+    assemble = across_machines(FlowerCourier(grid))
+    if config["resume"]:
+        return resume_run(out, recipe, recorder, assemble)
+    return start_run(recipe, out, recorder, assemble)

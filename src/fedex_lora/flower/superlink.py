@@ -1,0 +1,69 @@
+"""flower-superlink with the control paths closed to the network.
+
+Flower 1.41 serves clients, the program that runs apps, and the control of runs on one port, and
+asks for no credentials for the last two: whoever reaches the port could start a run, that is,
+programs at the coordinator and at every client. Here only what clients need answers to others than
+this machine. Takes the arguments of flower-superlink.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import uvicorn
+from flwr.superlink.cli import flower_superlink
+
+PUBLIC = ("/v1/fleet/", "/health")  # what SuperNodes need
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Asgi = Callable[[Scope, Any, Send], Awaitable[None]]
+
+
+def guarded(app: Asgi) -> Asgi:
+    """The same app, which refuses others than this machine all but `PUBLIC`."""
+
+    async def guard(scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] != "http" or _allowed(scope["path"], (scope.get("client") or [""])[0]):
+            await app(scope, receive, send)
+            return
+        headers = [(b"content-type", b"text/plain")]
+        await send({"type": "http.response.start", "status": 403, "headers": headers})
+        await send({"type": "http.response.body", "body": b"only from the coordinator itself\n"})
+
+    return guard
+
+
+def _allowed(path: str, client: str) -> bool:
+    """Whether `client` may use `path`.
+
+    Example:
+        >>> _allowed("/v1/control/start-run", "127.0.0.1"), _allowed("/v1/control/x", "10.0.0.7")
+        (True, False)
+        >>> _allowed("/v1/fleet/pull-messages", "10.0.0.7"), _allowed("/v1/fleet/../x", "10.0.0.7")
+        (True, False)
+    """
+    if path.startswith(PUBLIC) and ".." not in path:
+        return True
+    try:
+        return ipaddress.ip_address(client).is_loopback
+    except ValueError:
+        return False
+
+
+def main() -> None:
+    """Starts the SuperLink behind the guard."""
+    run = uvicorn.run
+
+    def run_guarded(app: Any, **options: Any) -> None:
+        # forwarded headers would let anybody claim to be this machine
+        run(guarded(app), proxy_headers=False, **options)
+
+    uvicorn.run = run_guarded  # type: ignore[assignment]
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Grids: many runs from one file, resumed by one command, and the table they make."""

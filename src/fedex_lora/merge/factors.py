@@ -1,0 +1,229 @@
+"""The weighted mean of LoRA updates of one layer, W = Σ wᵢ·sᵢ·BᵢAᵢ, as factors.
+
+W is the product of the concatenated factors L = [w₁s₁B₁, w₂s₂B₂, ...] (m × K) and
+R = [A₁; A₂; ...] (K × n), K = Σ rᵢ, so the exact mean costs a copy. Its singular values follow
+from two K × K Gram matrices in float64, without a QR of the tall factors:
+
+    LᵀL = V Λ Vᵀ,  RRᵀ = Q Θ Qᵀ,  Λ^½ VᵀQ Θ^½ = U S Zᵀ   ⟹   W = (L V Λ^-½ U) S (Zᵀ Θ^-½ Qᵀ R)
+
+A Gram matrix in float64 resolves singular values down to 1e-8 of the largest; float32 factors hold
+no more than 6e-8. So nothing is lost that the factors had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedex_lora.lowrank import LowRank, from_dense
+
+Term = tuple[Tensor, Tensor, float]  # A (r × in), B (out × r), scale
+
+EPS = torch.finfo(torch.float32).eps
+# eigenvalues of a Gram matrix up to this part of the largest are rounding
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
+_ROWS = 1024  # converted to float64 at a time, which fits in a cache
+
+
+@dataclass(frozen=True)
+class Sum:
+    """W as it was summed up.
+
+    Attributes:
+        factors: W, float32 or (where it was summed up densely) float64.
+        size: √Σⱼ ‖lⱼ‖²‖rⱼ‖² over the columns lⱼ of the summands' left factors and the rows rⱼ of
+            their right ones. Rounding these to float32 changes W by about ε·size, ε = 1.2e-7.
+            None where `factors` are the summands' own.
+    """
+
+    factors: LowRank
+    size: float | None = None
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A sum at the rank that was asked for.
+
+    Attributes:
+        factors: float32, left (out × rank), right (rank × in).
+        missed: ‖W − factors‖_F, 0 where only rounding was cut off.
+        norm: ‖W‖_F.
+    """
+
+    factors: LowRank
+    missed: float
+    norm: float
+
+
+def merge_factors(
+    terms: Iterable[Term], weights: Sequence[float], rank: int | None = None
+) -> LowRank:
+    """Σ wᵢ·sᵢ·BᵢAᵢ with wᵢ = weightsᵢ / Σ weights, at its numerical rank.
+
+    Args:
+        terms: (A, B, scale) of every adapter: A (rᵢ × in), B (out × rᵢ), any floating dtype.
+        weights: One a term, at least 0, one above 0.
+        rank: At most this rank: the best approximation in Frobenius norm (Eckart and Young).
+
+    Returns:
+        float32 factors, left (out × q), right (q × in). The numerical rank q is the smallest whose
+        best approximation is as near to the sum as float32 factors can tell: see `reduce`.
+
+    Example:
+        >>> a, b = torch.ones(1, 3), torch.ones(2, 1)
+        >>> merged = merge_factors([(a, b, 2.0), (a, -b, 1.0)], [3, 1])
+        >>> merged.rank, round(merged.dense()[0, 0].item(), 6)
+        (1, 1.25)
+    """
+    total = sum(weights)
+    return reduce(weighted_sum(terms, [w / total for w in weights]), rank).factors
+
+
+def weighted_sum(terms: Iterable[Term], weights: Sequence[float]) -> Sum:
+    """Σ wᵢ·sᵢ·BᵢAᵢ as concatenated float32 factors of rank Σ rᵢ.
+
+    Terms are taken one at a time. Once Σ rᵢ reaches min(out, in) they are summed up in a dense
+    float64 matrix instead (and the other factor is the identity), so that memory does not grow
+    with their number.
+    """
+    lefts, rights, rank = [], [], 0
+    dense: _Dense | None = None
+    for (a, b, scale), weight in zip(terms, weights, strict=True):
+        left, right = b.float() * (weight * scale), a.float()
+        if dense is not None:
+            dense.add(left, right)
+            continue
+        lefts.append(left)
+        rights.append(right)
+        rank += right.shape[0]
+        if rank >= min(left.shape[0], right.shape[1]):
+            dense = _Dense(torch.cat(lefts, dim=1), torch.cat(rights))
+            lefts, rights = [], []
+    if dense is not None:
+        return Sum(from_dense(dense.total), dense.square**0.5)
+    left = torch.cat(lefts, dim=1)
+    lefts.clear()
+    return Sum(LowRank(left, torch.cat(rights)))
+
+
+class _Dense:
+    """A sum in one float64 matrix, and Σⱼ ‖lⱼ‖²‖rⱼ‖² of what went into it."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.total = left.new_zeros(left.shape[0], right.shape[1], dtype=torch.float64)
+        self.square = 0.0
+        self.add(left, right)
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        wide, high = left.double(), right.double()
+        self.total.addmm_(wide, high)
+        self.square += (wide.square().sum(0) * high.square().sum(1)).sum().item()
+
+
+def reduce(total: Sum, rank: int | None = None, error: float = 0.0) -> Reduced:
+    """The best approximation of W of the smallest rank that will do.
+
+    Args:
+        total: W.
+        rank: The largest rank; none by default.
+        error: How much of ‖W‖_F may be missed. What may be missed in any case is ε·size, what
+            rounding the factors to float32 changes: singular values below that are noise.
+
+    Returns:
+        W's own factors (in float32) where nothing is cut, else balanced ones: columns of left and
+        rows of right have equal norms.
+    """
+    w = total.factors
+    grams = _gram(w.left), _gram(w.right.mT)
+    diagonals = grams[0].diagonal() * grams[1].diagonal()
+    noise = EPS * (diagonals.sum().sqrt().item() if total.size is None else total.size)
+    roots = _Roots.of(*grams)
+    if not error and (rank is None or rank >= w.rank) and roots.smallest(w.rank) > noise:
+        norm = (grams[0] * grams[1]).sum().sqrt().item()
+        return Reduced(w.to(torch.float32), 0.0, norm)  # of full rank: no need of an SVD
+    u, s, zh = torch.linalg.svd(roots.core(), full_matrices=False)
+    tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what is missed at rank 0, 1, ...
+    norm = tails[0].item() if len(s) else 0.0
+    needed = int((tails > max(noise, error * norm)).sum())
+    keep = needed if rank is None else min(rank, needed)
+    if keep == w.rank:
+        return Reduced(w.to(torch.float32), 0.0, norm)
+    half = s[:keep].sqrt()
+    kept = roots.applied(w, u[:, :keep] * half, half[:, None] * zh[:keep])
+    missed = tails[keep].item() if keep < len(s) else 0.0
+    return Reduced(kept, missed if missed > noise else 0.0, norm)
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """LᵀL = V Λ Vᵀ and RRᵀ = Q Θ Qᵀ without their kernels, L's columns scaled to unit vectors."""
+
+    size: Tensor  # the columns' norms, which went to R's rows
+    v: Tensor
+    left: Tensor  # Λ^½, ascending
+    q: Tensor
+    right: Tensor  # Θ^½
+
+    @classmethod
+    def of(cls, gram_left: Tensor, gram_right: Tensor) -> _Roots:
+        size = gram_left.diagonal().sqrt()
+        size = torch.where(size > 0, size, 1.0)
+        v, left = _roots(gram_left / size / size[:, None])
+        q, right = _roots(gram_right * size * size[:, None])
+        return cls(size, v, left, q, right)
+
+    def smallest(self, rank: int) -> float:
+        """A lower bound of W's rank-th singular value; 0 where L or R is of a lower rank."""
+        full = len(self.left) == len(self.right) == rank
+        return (self.left[0] * self.right[0]).item() if full and rank else 0.0
+
+    def core(self) -> Tensor:
+        """Λ^½ VᵀQ Θ^½, which has W's singular values."""
+        return self.left[:, None] * (self.v.mT @ self.q) * self.right
+
+    def applied(self, w: LowRank, u: Tensor, zh: Tensor) -> LowRank:
+        """L V Λ^-½ u and zh Θ^-½ Qᵀ R, float32."""
+        to_left = (self.v / self.left / self.size[:, None]) @ u
+        to_right = (zh / self.right) @ self.q.mT * self.size
+        right = _times(w.right.mT, to_right.mT)
+        return LowRank(_times(w.left, to_left), right.mT.contiguous())
+
+
+def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > _ROUNDING * values[-1:]
+    return vectors[:, kept], values[kept].sqrt()
+
+
+def _gram(w: Tensor) -> Tensor:
+    """WᵀW in float64, a block of rows at a time: a float64 copy of all of W would be large."""
+    total = w.new_zeros(w.shape[1], w.shape[1], dtype=torch.float64)
+    for rows in w.split(_ROWS):
+        wide = rows.double()
+        total += wide.mT @ wide
+    return total
+
+
+def _times(w: Tensor, m: Tensor) -> Tensor:
+    """W·m, computed in float64, rounded to float32."""
+    return torch.cat([(rows.double() @ m).float() for rows in w.split(_ROWS)])
+
+
+def rounded(w: LowRank, dtype: torch.dtype) -> tuple[LowRank, float]:
+    """The factors in another dtype, and ‖W − rounded‖_F.
+
+    The difference L·R − L'·R' = (L − L')·R + L'·(R − R') is taken in this form, which does not
+    cancel.
+    """
+    new = w.to(dtype)
+    if dtype == torch.float32:
+        return new, 0.0
+    back = new.to(torch.float32)
+    lost = LowRank(
+        torch.cat([w.left - back.left, back.left], dim=1),
+        torch.cat([w.right, w.right - back.right]),
+    )
+    return new, lost.norm().item()

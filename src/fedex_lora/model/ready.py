@@ -1,0 +1,101 @@
+"""A model that is used as it is: plain, or with a PEFT adapter from disk."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from fedex_lora.errors import UserError
+from fedex_lora.model.adapted import AdaptedModel
+from fedex_lora.model.files import CONFIG, WEIGHTS
+from fedex_lora.model.load import load_base, quiet
+from fedex_lora.recipe import ModelSpec
+
+_PREFIX = "base_model.model."
+
+
+def load_ready(
+    spec: ModelSpec,
+    adapter: Path | None,
+    *,
+    auto_model: str,
+    model_kwargs: dict[str, Any],
+    seed: int,
+    images: bool = False,
+) -> AdaptedModel:
+    """Loads a model with nothing left to train: every weight comes from a file.
+
+    Args:
+        spec: The model, or the adapter's base.
+        adapter: The directory of a PEFT adapter.
+        auto_model: Name of a transformers Auto class, e.g. "AutoModelForSequenceClassification".
+        model_kwargs: For its `from_pretrained`; used with an adapter, which may bring a head.
+        seed: For whatever transformers draws while it builds the model.
+        images: Whether it has an image processor in place of a tokenizer.
+
+    Raises:
+        UserError: If there is no such model or adapter, they do not go together, or weights that
+            the class needs are in neither.
+    """
+    keys = set() if adapter is None else _keys(adapter)
+    base = load_base(spec, auto_model, {} if adapter is None else model_kwargs, seed, [], images)
+    if absent := sorted(base.missing - {key.removeprefix(_PREFIX) for key in keys}):
+        neither = f"{spec.name!r}" + (f" nor {adapter}" if adapter else "")
+        raise UserError(
+            f"{absent[0]} of a {type(base.model).__name__} is not in {neither}, so that it would "
+            "be random; expected a model that was trained for this task, e.g. an export of a run"
+        )
+    module = base.model if adapter is None else _adapted(base.model, adapter, keys, spec.name)
+    return AdaptedModel(base, module, [])
+
+
+def base_of(adapter: Path) -> dict[str, str]:
+    """`name` and `revision` of the model that an adapter belongs on, as far as its config says.
+
+    Raises:
+        UserError: The config cannot be read.
+    """
+    try:
+        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        found = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{adapter / CONFIG}: no adapter's config: {error}") from error
+    return {key: value for key, value in found.items() if value}
+
+
+def _keys(adapter: Path) -> set[str]:
+    try:
+        with safe_open(adapter / WEIGHTS, framework="pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{adapter}: no adapter's weights: {error}; expected {WEIGHTS} beside {CONFIG}"
+        ) from error
+
+
+def _adapted(model: Any, adapter: Path, keys: set[str], base_name: str) -> PeftModel:
+    try:
+        with quiet(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            module = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise _does_not_fit(adapter, base_name, str(error).strip() or repr(error)) from error
+    # PEFT passes over what one has and the other has not
+    missing = [str(w.message) for w in told if "missing adapter keys" in str(w.message)]
+    own = get_peft_model_state_dict(module, save_embedding_layers=False)
+    extra = sorted(key for key in keys - own.keys() if ".lora_" in key)
+    if missing or extra:
+        raise _does_not_fit(adapter, base_name, (missing or [f"it has no {extra[0]}"])[0])
+    return module.eval()
+
+
+def _does_not_fit(adapter: Path, base_name: str, why: str) -> UserError:
+    return UserError(
+        f"{adapter}: the adapter does not go with {base_name!r}: {' '.join(why.split())[:300]}. "
+        "Name the model it was made for (--set model.name=MODEL), and a task of as many classes"
+    )

@@ -1,0 +1,131 @@
+"""The verdict: what the runs show, in words, before any table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fedex_lora.analysis.scores import chose_itself, final_score, judged_split, paired
+from fedex_lora.analysis.statistics import Estimate, Outcome, Paired, what_seeds_show
+from fedex_lora.analysis.statistics import number as signed
+from fedex_lora.analysis.study import Placed, Study
+from fedex_lora.compare import size
+from fedex_lora.report.html import Child, Html, el
+from fedex_lora.rundir import number
+
+_GROUPS: tuple[tuple[Outcome, str], ...] = (
+    ("worse", "worse"),
+    ("better", "better"),
+    ("none", "no difference seen"),
+    ("unknown", "no telling from chance"),
+)
+
+
+def verdict(study: Study) -> Html:
+    """One box: a run's result, or every arm against the reference."""
+    if len(study.placed) == 1:
+        return el("section", el("h2", "Result"), *_one_run(study.placed[0]), class_="verdict")
+    parts: list[Child] = [el("h2", "Verdict")]
+    if len(study.tasks) > 1:
+        parts += _compared(study, None)
+    for task in study.tasks:
+        parts += _compared(study, task)
+    fewest = _fewest_seeds(study)
+    if fewest:
+        parts.append(el("p", what_seeds_show(fewest), class_="soft"))
+    return el("section", *parts, class_="verdict")
+
+
+def _one_run(placed: Placed) -> Iterator[Html]:
+    run, recipe = placed.run, placed.run.recipe
+    if run.results is None:
+        scored = [r for r in run.records if r.get("score") is not None]
+        last = f", at {scored[-1]['score']:.3f} in round {scored[-1]['round']}" if scored else ""
+        done, planned = len(run.records), recipe.federation.rounds
+        yield el("p", f"Not finished: {done} of {planned} rounds{last}.", class_="lead")
+        return
+    best, results = run.results["best"], run.results
+    metric = results["metric"]
+    scores = [f"{s} {metric} {number(v.get(metric))}" for s, v in best["scores"].items()]
+    told = ", ".join(scores) or f"{metric} {number(best.get('score'))} on the clients’ own rows"
+    yield el("p", f"{placed.arm}: {told}.", class_="lead")
+    sent = f"{size(results.get('bytes_up', 0))} up, {size(results.get('bytes_down', 0))} down"
+    yield el("p", f"Best round {results['best_round']} of {results['rounds']}; {sent}.")
+    yield el("p", "One run: nothing here tells a method from chance.", class_="soft")
+
+
+def _compared(study: Study, task: str | None) -> Iterator[Html]:
+    """The arms by what the intervals say of them, in one task or over all."""
+    reference = study.reference
+    pairs = [
+        one
+        for arm in study.arms
+        if arm != reference and (one := paired(study, arm, reference, task)) is not None
+    ]
+    if not pairs:
+        if task is not None:
+            yield from _uncompared(study, task)
+        return
+    yield el("p", f"{_against(study, task)}: {_summary(study, pairs)}", class_="lead")
+    rows: list[Child] = []
+    for outcome, told in _GROUPS:
+        of_group = [p for p in pairs if p.outcome == outcome]
+        if of_group:
+            listed = (el("li", f"{p.ours} {change(p.difference)}") for p in of_group)
+            rows += [el("dt", told), el("dd", el("ul", *listed))]
+    yield el("dl", *rows)
+
+
+def _against(study: Study, task: str | None) -> str:
+    if task is None:
+        return f"Over {len(study.tasks)} tasks"
+    run = next(p.run for p in study.of(task) if p.run.finished)
+    caveat = " (rows that also chose the best round)" if chose_itself(run) else ""
+    split = judged_split(run)
+    return (f"{task}, {split}" if len(study.tasks) > 1 else split.capitalize()) + caveat
+
+
+def _summary(study: Study, pairs: Sequence[Paired]) -> str:
+    """All outcomes in one sentence."""
+    by = {o: ", ".join(p.ours for p in pairs if p.outcome == o) for o, _ in _GROUPS}
+    parts = []
+    if by["worse"]:
+        parts.append(f"{study.reference} beats {by['worse']}")
+    if by["better"]:
+        parts.append(f"{study.reference} is beaten by {by['better']}")
+    if by["none"]:
+        parts.append(f"no difference seen between {study.reference} and {by['none']}")
+    if by["unknown"]:
+        parts.append(f"too few seeds to tell {study.reference} from {by['unknown']}")
+    return "; ".join(parts) + "."
+
+
+def change(e: Estimate) -> str:
+    """A difference with its interval, short: "+0.012 (−0.003 to +0.027)"."""
+    text = signed(e.mean, sign=True)
+    if e.interval is not None:
+        low, high = (signed(edge, sign=True) for edge in e.interval)
+        text += f" ({low} to {high})"
+    return text
+
+
+def _uncompared(study: Study, task: str) -> Iterator[Html]:
+    done = [p for p in study.of(task) if final_score(p.run) is not None]
+    if not done:
+        yield el("p", f"{task}: no run is finished yet.", class_="lead")
+    elif len({p.arm for p in done}) == 1:
+        yield el("p", f"{task}: one arm, {done[0].arm}; nothing to compare.", class_="lead")
+    else:
+        text = f"{task}: no finished runs of {study.reference} and another arm with equal seeds."
+        yield el("p", text, class_="lead")
+
+
+def _fewest_seeds(study: Study) -> int:
+    """Of the pairs that have an interval, the fewest of one task; 1 if there is no such."""
+    counts = []
+    for task in study.tasks:
+        for arm in study.arms:
+            if arm != study.reference and paired(study, arm, study.reference, task) is not None:
+                seeds = {p.seed for p in study.of(task, arm) if p.run.finished}
+                ours = {p.seed for p in study.of(task, study.reference) if p.run.finished}
+                counts.append(len(seeds & ours))
+    return min((n for n in counts if n > 1), default=1 if counts else 0)

@@ -1,0 +1,249 @@
+"""Commonsense reasoning: COMMONSENSE170K and its eight data sets, in the form of LLM-Adapters.
+
+Hu et al., arXiv 2304.01933; section 4 and appendix C of arXiv 2410.09432.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedex_lora.errors import UserError
+from fedex_lora.model.adapted import learned_positions
+from fedex_lora.recipe import COMMONSENSE
+from fedex_lora.tasks.base import IGNORED, LineOf, Task, check_columns, one_based
+from fedex_lora.tasks.generation import Decoding
+from fedex_lora.tasks.language import (
+    as_dataset,
+    encode_pairs,
+    evaluate_loss,
+    language_task,
+    prompt_of,
+    row_losses,
+)
+from fedex_lora.tasks.outputs import Outputs
+from fedex_lora.tasks.prompted import (
+    Verdict,
+    asked,
+    evaluate_generated,
+    evaluation_rows,
+    training_rows,
+)
+
+_BEGIN = "Below is an instruction that describes a task"
+_WRITE = "Write a response that appropriately completes the request."
+PROMPT = f"{_BEGIN}. {_WRITE}\n\n### Instruction:\n{{}}\n\n### Response:\n"
+PROMPT_WITH_INPUT = (
+    f"{_BEGIN}, paired with an input that provides further context. {_WRITE}\n\n"
+    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
+)
+"""LLM-Adapters' prompts (Alpaca's), without the 16 spaces that its source indents lines by."""
+
+RESPONSE = "the correct answer is {}"
+
+_ANSWERS = tuple(f"answer{i}" for i in range(1, 6))
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "boolq": ("true", "false"),
+    "piqa": ("solution1", "solution2"),
+    "social_i_qa": _ANSWERS,
+    "hellaswag": ("ending1", "ending2", "ending3", "ending4"),
+    "winogrande": ("option1", "option2"),
+    "ARC-Easy": _ANSWERS,
+    "ARC-Challenge": _ANSWERS,
+    "openbookqa": _ANSWERS,
+}
+"""How a data set names its options; a question of those with `answer1` has some of them."""
+
+
+def commonsense(name: str | None, max_new_tokens: int, generate: bool, likelihood: bool) -> Task:
+    """Choosing among the options that a row's instruction lists.
+
+    Rows have the columns `instruction`, `output` ("the correct answer is X"), `answer` (X) and
+    perhaps `input`; whose they are and what their options are shows in `answer` and `instruction`.
+    The loss is over `output` and the end-of-text token. There is an evaluation split for each data
+    set; of those that are there the mean accuracy is told too.
+
+    Args:
+        name: The one data set whose rows these are; None for any of the eight.
+        max_new_tokens: Of a generated answer.
+        generate: Accuracy of greedy answers: the first name of an option in a text, in small
+            letters, is the model's choice, as in LLM-Adapters' evaluation.
+        likelihood: Accuracy of the likeliest option: the largest log p(RESPONSE of X | prompt),
+            summed over its tokens. It is not divided by length: within a row these texts differ
+            in the last word alone. The end-of-text token is not scored.
+    """
+    primary = "accuracy" if generate or likelihood else "perplexity"
+    evaluate = evaluate_loss
+    if likelihood:
+        evaluate = _evaluate_likelihood
+    elif generate:
+        evaluate = partial(_evaluate_generated, Decoding(max_new_tokens))
+    task = language_task(
+        f"commonsense/{name}" if name else "commonsense",
+        ("instruction", "output", "answer"),
+        primary=primary,
+        check=partial(_check, name),
+        encode=_encode,
+        encode_evaluation=_encode_evaluation,
+        evaluate=evaluate,
+    )
+    sets = (name,) if name else COMMONSENSE
+    splits = ("validation", "test", *sets)
+    return replace(task, evaluation_splits=splits, average_over=sets)
+
+
+def options(instruction: str, answer: str) -> tuple[str, ...]:
+    """The options of a row: those of the answer's kind that its instruction names.
+
+    Example:
+        >>> text = "Which floats? Answer1: iron Answer2: wood Answer format: answer1/answer2"
+        >>> options(text, "answer2"), options(text, "answer3"), options(text, "wood")
+        (('answer1', 'answer2'), ('answer1', 'answer2'), ())
+    """
+    lower = instruction.lower()
+    return tuple(option for option in _kind(answer) if option in lower)
+
+
+def choice(answer: str, output: str) -> str | None:
+    """The first option in an output, of the same kind as the answer; None if it names none.
+
+    Example:
+        >>> choice("answer2", "the correct answer is Answer3, not answer2"), choice("true", "Yes")
+        ('answer3', None)
+    """
+    found = re.search("|".join(_kind(answer)), output.lower())
+    return found.group() if found else None
+
+
+def _kind(answer: str) -> tuple[str, ...]:
+    return next((names for names in OPTIONS.values() if answer in names), ())
+
+
+def _check(name: str | None, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
+    check_columns(rows, ("instruction", "output", "answer"), where)
+    known = OPTIONS[name] if name else tuple(dict.fromkeys(sum(OPTIONS.values(), ())))
+    for index, row in enumerate(rows.to_list()):
+        at = f"{where}, line {line_of(index)}"
+        for column in ("instruction", "output", "answer"):
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise UserError(f"{at}: {column} is {row[column]!r}; expected a text.")
+        if row["answer"] not in known:
+            raise UserError(f"{at}: answer is {row['answer']!r}; expected one of {_names(known)}.")
+        if row["answer"] not in (there := options(row["instruction"], row["answer"])):
+            raise UserError(
+                f"{at}: answer is {row['answer']!r}, but the instruction names only the options "
+                f"{_names(there) or '(none)'}."
+            )
+
+
+def _names(options: Sequence[str]) -> str:
+    return ", ".join(options)
+
+
+def prompt(row: Mapping[str, Any]) -> str:
+    """The prompt for a row, with its `input` if there is any."""
+    if row.get("input"):
+        return PROMPT_WITH_INPUT.format(row["instruction"], row["input"])
+    return PROMPT.format(row["instruction"])
+
+
+def _encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    prompts, responses = [prompt(row) for row in rows.to_list()], rows["output"][:]
+    return training_rows(prompts, responses, tokenizer, max_length)
+
+
+def _encode_evaluation(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    records = rows.to_list()
+    more = [{"answer": r["answer"], "options": _options(r)} for r in records]
+    prompts, responses = [prompt(row) for row in records], rows["output"][:]
+    return evaluation_rows(prompts, responses, more, tokenizer, max_length)
+
+
+def _options(row: Mapping[str, Any]) -> list[str]:
+    return list(options(row["instruction"], row["answer"]))
+
+
+def _evaluate_generated(
+    decoding: Decoding,
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    outputs: Outputs | None = None,
+) -> dict[str, float]:
+    return evaluate_generated(_judge, decoding, model, encoded, tokenizer, batch_size, outputs)[0]
+
+
+def _judge(encoded: Dataset, outputs: Sequence[str]) -> list[Verdict]:
+    answers = encoded["answer"][:]
+    chosen = [choice(answer, text) for answer, text in zip(answers, outputs)]
+    return [Verdict(a, c, a == c) for a, c in zip(answers, chosen)]
+
+
+def _evaluate_likelihood(
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    outputs: Outputs | None = None,
+) -> dict[str, float]:
+    scores = option_scores(model, encoded, tokenizer, batch_size)
+    right = [
+        bool(s) and row["options"][s.index(max(s))] == row["answer"]
+        for s, row in zip(scores, map(dict, encoded))
+    ]
+    loss = evaluate_loss(model, encoded, tokenizer, batch_size)
+    return {"accuracy": sum(right) / len(right), **loss}
+
+
+def option_scores(
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[list[float]]:
+    """By row and option: log p(RESPONSE of the option | prompt), summed over its tokens, in nats.
+
+    Args:
+        encoded: Rows from the task's `encode_evaluation`; one whose prompt has no room for a
+            response has no scores.
+    """
+    rows, owners = _with_options(encoded, tokenizer)
+    _check_positions(model, rows)
+    losses = row_losses(model, as_dataset(rows, len(rows), ""), tokenizer, batch_size)
+    scores: list[list[float]] = [[] for _ in range(len(encoded))]
+    for i, owner in enumerate(owners):
+        scores[owner].append(-losses[i][0])
+    return scores
+
+
+def _check_positions(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
+    limit, longest = learned_positions(model), max(len(row["input_ids"]) for row in rows)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"task.max_length: a prompt with an option is {longest} tokens long, but the model "
+            f"takes at most {limit}; lower task.max_length by {longest - limit} or more"
+        )
+
+
+def _with_options(
+    encoded: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """A row for each option of each row, labelled on its response, and whose option it is."""
+    texts = {o: RESPONSE.format(o) for row in encoded for o in dict(row)["options"]}
+    pairs = encode_pairs([""] * len(texts), list(texts.values()), tokenizer)
+    tokens = {option: response[:-1] for option, (_, response) in zip(texts, pairs)}
+    rows, owners = [], []
+    for i, row in enumerate(map(dict, encoded)):
+        before = prompt_of(row)
+        for option in row["options"] if asked(row) else []:
+            after = tokens[option]
+            rows.append({"input_ids": before + after, "labels": [IGNORED] * len(before) + after})
+            owners.append(i)
+    return rows, owners

@@ -1,0 +1,189 @@
+"""Texts that a causal language model generates for prompts, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+
+from fedex_lora.errors import UserError
+from fedex_lora.model.adapted import learned_positions
+from fedex_lora.padding import with_padding
+from fedex_lora.tasks.base import evaluating, longest_first, pad
+from fedex_lora.tasks.outputs import Outputs
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are generated; always the likeliest, never a sample.
+
+    Attributes:
+        max_new_tokens: Of one text; the end-of-text token is one of them.
+        num_beams: Of beam search; 1 is greedy search.
+        length_penalty: With beams: a finished text scores log p / length^length_penalty.
+        no_repeat_ngram: No n-gram of this size occurs twice among a text's generated tokens,
+            whatever is in its prompt; 0 allows all.
+    """
+
+    max_new_tokens: int
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch_size: int,
+    outputs: Outputs | None = None,
+) -> list[str]:
+    """The text that follows each prompt, up to the end-of-text token.
+
+    Prompts are generated from longest first, in batches padded on the left. The model's own
+    settings (its `generation_config`) have no influence. Training modes are left as they were.
+
+    Args:
+        model: A transformers or PEFT causal language model.
+        prompts: Token ids, at least one each.
+        batch_size: How many sequences are decoded at once; each beam is one.
+        outputs: Keeps what was generated, and knows what need not be generated again.
+
+    Raises:
+        UserError: The model has not enough positions for a prompt and what is to follow.
+    """
+    check_positions(model, prompts, decoding.max_new_tokens)
+    texts = outputs.begin(asdict(decoding), prompts) if outputs else {}
+    left = [i for i in range(len(prompts)) if i not in texts]
+    lengths = [len(prompts[i]) for i in left]
+    with evaluating(model) as device, _without_own_settings(model):
+        for batch in longest_first(lengths, max(1, batch_size // decoding.num_beams)):
+            rows = [left[i] for i in batch]
+            found = _generate(model, tokenizer, [prompts[i] for i in rows], decoding, device)
+            texts |= (new := dict(zip(rows, found, strict=True)))
+            if outputs:
+                outputs.add(new)
+    return [texts[i] for i in range(len(prompts))]
+
+
+def verdicts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    more: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """What `Outputs.verdicts` takes: each row's number, prompt and output, and what `more` says."""
+    asked = tokenizer.batch_decode([list(ids) for ids in prompts], skip_special_tokens=True)
+    return [
+        {"row": row, "prompt": prompt, "output": text, **verdict}
+        for row, (prompt, text, verdict) in enumerate(zip(asked, texts, more, strict=True))
+    ]
+
+
+class NoRepeatNgram(LogitsProcessor):
+    """Forbids tokens that would repeat an n-gram among those after position `start`.
+
+    Transformers' own processor counts the prompt's n-grams too, so that a model may not repeat
+    what it was asked about.
+    """
+
+    def __init__(self, size: int, start: int) -> None:
+        self.size = size
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (sequences × vocabulary), −inf where the token would end a known n-gram."""
+        generated = input_ids[:, self.start :]
+        if generated.shape[1] < self.size:
+            return scores
+        known = generated.unfold(1, self.size, 1)  # sequences × n-grams × size
+        tail = generated[:, generated.shape[1] - self.size + 1 :]
+        repeats = (known[..., :-1] == tail[:, None]).all(dim=-1)
+        limits = torch.where(repeats, -torch.inf, torch.inf).to(scores.dtype)
+        return scores.scatter_reduce(1, known[..., -1], limits, "amin")
+
+
+def _generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    device: torch.device,
+) -> list[str]:
+    batch = _left_padded(prompts, cast(int, with_padding(tokenizer).pad_token_id))
+    start = batch["input_ids"].shape[1]
+    more: dict[str, Any] = {}
+    if decoding.no_repeat_ngram:
+        ban = NoRepeatNgram(decoding.no_repeat_ngram, start)
+        more["logits_processor"] = LogitsProcessorList([ban])
+    generated = cast(Any, model).generate(
+        **{key: value.to(device) for key, value in batch.items()},
+        generation_config=_settings(decoding, tokenizer),
+        **more,
+    )
+    return [_text(ids, tokenizer) for ids in generated[:, start:].tolist()]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
+    """Padded on the left, so that every prompt ends where its answer begins."""
+    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
+    return {
+        "input_ids": pad(rows, "input_ids", padding, side="left"),
+        "attention_mask": pad(rows, "attention_mask", 0, side="left"),
+    }
+
+
+def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    end = tokenizer.eos_token_id
+    kept = ids[: ids.index(end)] if end in ids else ids
+    return cast(str, tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def _settings(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    beams = {"length_penalty": decoding.length_penalty, "early_stopping": False}
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        num_beams=decoding.num_beams,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **(beams if decoding.num_beams > 1 else {}),
+    )
+
+
+@contextmanager
+def _without_own_settings(model: nn.Module) -> Iterator[None]:
+    """Takes the model's generation settings aside, which would fill in what ours leave open."""
+    own: list[Any] = [m for m in model.modules() if "generation_config" in vars(m)]
+    settings = [module.generation_config for module in own]
+    for module in own:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, theirs in zip(own, settings):
+            module.generation_config = theirs
+
+
+def check_positions(
+    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Raise a `UserError` if the model has not enough positions for a prompt and its answer."""
+    limit, longest = learned_positions(model), max(map(len, prompts), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"task.max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens, "
+            f"but the model takes at most {limit} in all; lower it, or task.max_length"
+        )

@@ -1,0 +1,123 @@
+"""Deviation by layer, matrix and round, against numbers worked out by hand and from updates."""
+
+import json
+import math
+
+import pytest
+from made_up import made_up, spec
+from safetensors.torch import load_file
+from small_runs import LORA, recipe
+
+from fedex_lora.analysis.deviation import (
+    across_layers,
+    across_rounds,
+    best_scaling,
+    depth_trend,
+    deviations,
+    first_round,
+    kind_of,
+    kinds,
+    layer_of,
+    query_over_value,
+    round_trend,
+    table,
+)
+from fedex_lora.analysis.runs import read_run
+from fedex_lora.run import start_run
+from fedex_lora.setup import recipe_model, recipe_task
+
+
+@pytest.mark.parametrize(
+    ("site", "layer", "kind"),
+    [
+        ("roberta.encoder.layer.11.attention.self.query", 11, "Q"),
+        ("bert.encoder.layer.0.attention.self.key", 0, "K"),
+        ("bert.encoder.layer.2.attention.output.dense", 2, "O"),
+        ("bert.encoder.layer.2.intermediate.dense", 2, "MLP up"),
+        ("bert.encoder.layer.2.output.dense", 2, "MLP down"),
+        ("bert.embeddings.word_embeddings", None, "embedding"),
+        ("distilbert.transformer.layer.1.attention.q_lin", 1, "Q"),
+        ("transformer.h.3.attn.c_attn", 3, "QKV"),
+        ("transformer.h.3.attn.c_proj", 3, "O"),
+        ("transformer.h.3.mlp.c_proj", 3, "MLP down"),
+        ("model.layers.31.self_attn.v_proj", 31, "V"),
+        ("model.layers.31.mlp.gate_proj", 31, "MLP up"),
+        ("vit.encoder.layer.4.attention.attention.value", 4, "V"),
+        ("encoder.block.5.layer.0.SelfAttention.q", 5, "Q"),
+        ("gpt_neox.layers.7.attention.query_key_value", 7, "QKV"),
+        ("classifier.out", None, "out"),
+    ],
+)
+def test_layer_and_matrix_follow_from_the_name(site, layer, kind):
+    assert (layer_of(site), kind_of(site)) == (layer, kind)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_every_linear_layer_of_real_architectures_has_a_place(name, tmp_path):
+    spec = recipe(tmp_path, name, lora={"target_modules": "all-linear"})
+    sites = recipe_model(spec, recipe_task(spec)).sites
+    known = {"Q", "K", "V", "QKV", "O", "MLP up", "MLP down"}
+    blocks = [site for site in sites if layer_of(site) is not None]
+    assert {kind_of(site) for site in blocks} <= known and len(blocks) >= 8
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return deviations(read_run(made_up(tmp_path_factory.mktemp("m") / "run", spec())))
+
+
+def test_curves_are_means_over_sites_and_runs(rows):
+    points = across_layers([rows, rows], "Q", "absolute")
+    assert [(p.x, p.mean) for p in points] == [(0, 2), (1, 1), (2, pytest.approx(2 / 3)), (3, 0.5)]
+    first = across_rounds([rows], "absolute", ["Q"], layer=0)
+    assert [(p.x, p.mean) for p in first] == [(1, 2), (2, 1), (3, pytest.approx(2 / 3))]
+    both = across_rounds([rows], "absolute", ["Q", "V"])
+    assert both[0].mean == pytest.approx(1.5 * (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+
+
+def test_a_band_reaches_from_the_lowest_run_to_the_highest(tmp_path, rows):
+    other = made_up(tmp_path / "run", spec(), by_site=lambda site, round: 1.0)
+    (point, *_) = across_layers([rows, deviations(read_run(other))], "Q", "absolute")
+    assert (point.low, point.mean, point.high) == (1.0, 1.5, 2.0)
+
+
+def test_the_paper_s_trends_as_log_ratios(rows):
+    assert depth_trend(rows, "absolute") == pytest.approx(math.log((1 / 3 + 1 / 4) / (1 + 1 / 2)))
+    assert query_over_value(rows, "absolute") == pytest.approx(math.log(2))
+    assert round_trend(rows, "absolute") == pytest.approx(math.log(1 / 3))
+    assert first_round(rows, "relative") == pytest.approx(math.log(1.5 * (25 / 12) / 4 / 10))
+
+
+def test_scalings_need_what_they_divide_by(rows):
+    assert best_scaling(rows) == "absolute" and rows[0].scaled("entry") is None
+    assert rows[0].scaled("relative") == pytest.approx(rows[0].deviation / 10)
+
+
+def test_real_runs_give_what_their_updates_say(tmp_path):
+    """‖Σ wᵢsBᵢAᵢ − s·B̄Ā‖ in float64 from the saved updates, with m·n from the checkpoint."""
+    start_run(recipe(tmp_path, records={"save_updates": True}), tmp_path / "run")
+    rows = [r for r in deviations(read_run(tmp_path / "run")) if r.round == 1]
+    assert kinds(rows) == ["Q", "V"] and best_scaling(rows) == "entry"
+    for row in rows:
+        ideal, averaged = products(tmp_path / "run" / "rounds" / "0001", row.site)
+        assert row.deviation == pytest.approx((ideal - averaged).norm().item(), rel=1e-4)
+        assert row.ideal == pytest.approx(ideal.norm().item(), rel=1e-4)
+        assert row.numbers == ideal.numel()
+        assert row.scaled("entry") == pytest.approx(row.deviation / ideal.numel() ** 0.5)
+
+
+def products(folder, site, scale=5 / 3):
+    weights = json.loads((folder / "global" / "weights.json").read_text())
+    a, b = {}, {}
+    for client in weights:
+        tensors = load_file(folder / "clients" / client / "adapter_model.safetensors")
+        key = f"base_model.model.{site}.lora_"
+        a[client], b[client] = (tensors[f"{key}{x}.weight"].double() for x in "AB")
+    ideal = sum(w * scale * b[c] @ a[c] for c, w in weights.items())
+    mean_a, mean_b = (sum(w * x[c] for c, w in weights.items()) for x in (a, b))
+    return ideal, scale * mean_b @ mean_a
+
+
+def test_the_table_has_a_row_for_every_site_and_round(rows):
+    found = list(table({"run": rows}))
+    assert len(found) == 8 * 3 and found[0]["relative"] == pytest.approx(0.2)

@@ -1,0 +1,93 @@
+"""Clients on other machines, without machines: real messages in bytes, handled in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedex_lora.engines.courier import Failed
+from fedex_lora.engines.site import Institution, handle
+from fedex_lora.recipe import DataSpec, Recipe
+from fedex_lora.rundir import versions
+from fedex_lora.setup import set_up_client
+
+Change = Callable[[str, bytes], bytes | Failed]
+
+
+def institution(recipe: Recipe, name: str, file: Path | None, cache: Path) -> Institution:
+    federation = set_up_client(recipe, name, file)
+    return Institution(
+        name,
+        cache,
+        recipe,
+        federation.task,
+        federation.model,
+        federation.settings,
+        federation.clients[name],
+        federation.validation.get(name),
+        federation.initial,
+        versions(),
+    )
+
+
+def institutions(recipe: Recipe, cache: Path) -> dict[str, Institution]:
+    """One for each file of the recipe, each with a model of its own."""
+    return {f.stem: institution(recipe, f.stem, f, cache) for f in recipe.data.clients or []}
+
+
+class InProcess:
+    """A courier whose nodes are institutions in this process.
+
+    Args:
+        absent: By node, the rounds in which it is not connected.
+        change: Makes of every reply what arrives: (node, reply) → reply.
+    """
+
+    def __init__(
+        self,
+        nodes: dict[str, Institution],
+        absent: dict[str, Sequence[int]] | None = None,
+        change: Change = lambda node, reply: reply,
+    ) -> None:
+        self.institutions, self.absent, self.change = nodes, absent or {}, change
+        self.round = 0
+        self.down: dict[tuple[int, str], int] = {}
+        self.up: dict[tuple[int, str], int] = {}
+        self.sent: list[tuple[int, str]] = []
+        self._replies: dict[str, tuple[str, bytes | Failed]] = {}
+
+    def nodes(self) -> list[str]:
+        here = [n for n in self.institutions if self.round not in self.absent.get(n, ())]
+        return sorted(here, reverse=True)
+
+    def send(self, node: str, blob: bytes, round: int, seconds: float) -> str:
+        ticket = str(len(self.sent))
+        self.sent.append((round, node))
+        self.down[round, node] = self.down.get((round, node), 0) + len(blob)
+        reply = self.change(node, handle(blob, self.institutions[node]))
+        self.up[round, node] = 0 if isinstance(reply, Failed) else len(reply)
+        self._replies[ticket] = (node, reply)
+        return ticket
+
+    def collect(self, tickets: Sequence[str]) -> list[tuple[str, bytes | Failed]]:
+        found = [(t, self._replies.pop(t)[1]) for t in tickets if t in self._replies]
+        return found[::-1]
+
+
+def remote(recipe: Recipe, **federation: object) -> Recipe:
+    """The same run across machines; `federation` overrides keys of that block."""
+    raw = recipe.model_dump()
+    raw["engine"]["kind"] = "flower"
+    raw["federation"].pop("partition")
+    raw["federation"] |= {"wait_for_clients": 5.0, "round_timeout": 60.0, **federation}
+    return Recipe.model_validate(raw)
+
+
+def without_files(recipe: Recipe, path: Path | None = None) -> Recipe:
+    """The coordinator's recipe: the clients' files are not there."""
+    names = [file.stem for file in recipe.data.clients or []]
+    raw = recipe.model_dump()
+    raw["federation"]["names"] = names
+    data = DataSpec(clients=None, path=path or Path("/nowhere")).model_dump()
+    raw["data"] = {**data, "train_examples": recipe.data.train_examples}
+    return Recipe.model_validate(raw)

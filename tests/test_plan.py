@@ -1,0 +1,190 @@
+"""What is foretold of a run against the run itself, and what is refused before it starts."""
+
+import json
+import shutil
+import socket
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from small_runs import SIZES, recipe
+
+from fedex_lora import cli
+from fedex_lora.errors import UserError
+from fedex_lora.plan import foreseen, plan
+from fedex_lora.recipe import Recipe
+from fedex_lora.recipe_yaml import dump_recipe, load_recipe
+from fedex_lora.run import start_run
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs a command; returns (exit code, output, errors)."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["fedex-lora", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "width", 200)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def changed(r: Recipe, block: str, **values) -> Recipe:
+    return r.model_copy(update={block: getattr(r, block).model_copy(update=values)})
+
+
+def test_a_plan_is_what_the_run_turns_out_to_be(folder):
+    r = recipe(folder, "gpt2", federation={"rounds": 3})
+    found = plan(r)
+    results = start_run(r, folder / "run")
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    for planned, record in zip(found.rounds, map(json.loads, lines), strict=True):
+        assert {c: s.bytes for c, s in planned.up.items()} == record["bytes_up"]
+        assert {c: s.bytes for c, s in planned.down.items()} == record["bytes_down"]
+        assert found.timing
+        assert {c: v["steps"] for c, v in record["clients"].items()} == found.timing.steps
+    assert found.delivery.bytes == results["bytes_delivery"]
+    assert found.examples == SIZES
+    checkpoint = (folder / "run" / "checkpoints" / "round-0003.safetensors").stat().st_size
+    assert 0 <= checkpoint - found.rounds[-1].checkpoint < 8192  # its header
+    assert found.timing
+    assert found.timing.run > 3 * sum(found.timing.steps.values()) * found.timing.step
+
+
+def test_the_rank_grows_until_the_sum_is_dense(folder):
+    found = plan(recipe(folder, "gpt2", federation={"rounds": 6}), measured=False)
+    assert found.timing is None and found.about_time
+    ranks = [r.rank for r in found.rounds]
+    assert ranks[0] == (3 - 1) * 3 and ranks[1] == 2 * ranks[0]
+    assert ranks[-1] == found.rounds[-1].full == 16
+    late = [r.catch_up.bytes for r in found.rounds]
+    assert late[0] < late[1] and late[-1] < sum(late[:2]) * 2
+    assert all(a.ledger <= b.ledger for a, b in pairwise(found.rounds[:2]))
+
+
+def test_a_recipe_of_the_hub_is_planned_without_it():
+    found = plan(load_recipe(RECIPES / "glue" / "cola.yaml"))
+    assert (found.parameters, found.adapter) == (124_647_170, 147_456)
+    assert found.examples is None and "nyu-mll/glue" in found.about_examples
+    assert found.timing is None and "FacebookAI/roberta-base" in found.about_time
+    parts = {part.what: part.bytes for part in found.client}
+    trained = 4 * (found.adapter + found.head)
+    assert parts["model"] == 4 * found.parameters
+    assert parts["optimizer"] == 2 * parts["gradients"] == 2 * trained
+
+
+def test_quantised_and_half_precision_models_take_less():
+    whole = load_recipe(RECIPES / "glue" / "cola.yaml", ["federation.rounds=1"])
+    weights = [
+        plan(changed(whole, "model", **values), measured=False).client[0].bytes
+        for values in (
+            {},
+            {"dtype": "bfloat16"},
+            {"dtype": "bfloat16", "placement": "side", "quantisation": "nf4"},
+        )
+    ]
+    assert weights[0] == 2 * weights[1]
+    linear = 12 * (4 * 768 * 768 + 2 * 768 * 3072)  # of the encoder
+    assert weights[2] == weights[1] - linear * (2 - 0.5625)
+
+
+def test_full_fine_tuning_trains_the_model_itself(folder):
+    r = recipe(folder, "gpt2", method={"name": "full"})
+    found = plan(r, measured=False)
+    parts = {part.what: part.bytes for part in found.client}
+    assert found.adapted == 0 and found.head == found.parameters
+    assert parts["gradients"] == parts["model"] == 4 * found.parameters
+    assert "adapter and head" not in parts
+
+
+def test_too_little_disk_is_foreseen(folder, monkeypatch):
+    r = recipe(folder, "gpt2")
+    found = foreseen(r, folder / "not" / "yet")
+    assert found and found.disk == 4 * max(x.checkpoint for x in found.rounds)
+    saved = foreseen(changed(r, "records", save_updates=True), folder)
+    assert saved and saved.disk > found.disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=found.disk - 1))
+    with pytest.raises(UserError, match=r"not/yet: the run will write up to .* by round 2"):
+        foreseen(r, folder / "not" / "yet")
+
+
+def test_too_little_memory_is_foreseen(folder, monkeypatch):
+    r = recipe(folder, "gpt2", model={"device": "cpu"})
+    found = foreseen(r, folder)
+    assert found
+    certain = sum(p.bytes for p in [*found.client, *found.server] if not p.estimate)
+    for free, enough in ((certain, True), (certain - 1, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda f=free: SimpleNamespace(available=f))
+        if enough:
+            assert foreseen(r, folder)
+        else:
+            with pytest.raises(UserError, match="needs at least .* of memory"):
+                foreseen(r, folder)
+
+
+def test_nothing_is_foreseen_of_a_model_that_is_not_known_here(folder):
+    r = recipe(folder, "gpt2")
+    assert foreseen(changed(r, "model", name="somebody/something"), folder) is None
+
+
+def test_the_plan_command(command, folder):
+    file = folder / "recipe.yaml"
+    file.write_text(dump_recipe(recipe(folder, "gpt2")))
+    code, out, _ = command("plan", file, "--no-measure", "--set", "federation.rounds=4")
+    assert code == 0 and "3 client(s), 4 rounds" in out and "Time: not asked for" in out
+    code, out, _ = command("plan", file, "--no-measure", "--json")
+    whole = json.loads(out)
+    assert code == 0 and whole["recipe"]["method"]["name"] == "fedex" and len(whole["rounds"]) == 2
+    code, _, err = command("plan", file, "--set", "model.name=FacebookAI/roberta-bose")
+    assert code == 2 and "did you mean 'FacebookAI/roberta-base'?" in err and "gemma-2-9b" in err
+    code, _, err = command("plan", file, "--set", "lora.target_modules=[quary]")
+    assert code == 2 and "quary" in err
+
+
+def test_the_cost_command(command, tmp_path):
+    code, out, _ = command("cost", "--model", "gpt2", "--method", "fedit,full", "--json")
+    assert code == 0
+    assert [c["method"] for c in json.loads(out)["costs"]] == ["fedit", "full", "fedex"]
+    code, out, _ = command("cost", "--model", "gpt2", "--method", "ffa")
+    assert code == 0 and "124.440M parameters" in out and "12 layers (c_attn)" in out
+    once = ["cost", "--model", "gpt2", "--method", "fedex", "--plot-clients", "1,2", "--plot"]
+    code, out, _ = command(*once, tmp_path / "plots")
+    assert code == 0 and len(json.loads((tmp_path / "plots" / "cost-gpt2.json").read_text())) == 2
+    assert {p.suffix for p in (tmp_path / "plots").iterdir()} == {".svg", ".png", ".json"}
+    mine = tmp_path / "mine.md"
+    mine.write_text("notes")
+    for wrong, said in {
+        (*once, tmp_path / "plots"): "is there already",
+        (*once[:-3], "--plot-clients", "0,x", "--plot", tmp_path / "no"): "is no whole number",
+        ("cost",): "--model: missing",
+        ("cost", "--model", "gpt-2"): "did you mean 'gpt2'?",
+        ("cost", "--model", "gpt2", "--method", "fedx"): "did you mean 'fedex'?",
+        ("cost", "--model", "gpt2", "--out", mine): "only --table8",
+        ("cost", "--table8", "--out", mine): "is something else",
+    }.items():
+        code, _, err = command(*wrong)
+        assert code == 2 and said in err.replace("\n", " ")
+    assert mine.read_text() == "notes"
