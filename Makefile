@@ -10,11 +10,12 @@ DATA ?=
 RESULTS ?= runs/results
 JOBS ?= 1
 
-.PHONY: help setup demo test results lint type clean
+.PHONY: help setup demo test results chaos lint type clean
 
 help:
 	@echo "make demo    set up, then federate a real model over three clients (some minutes)"
 	@echo "make test    set up, then run the tests"
+	@echo "make chaos   set up, then make clients, network and coordinator fail (an hour)"
 	@echo "make results DATA=DIR   the small experiments (hours), then docs/results.md"
 	@echo "make setup   install everything, at the tested versions, into $(VENV)"
 	@echo "make lint    formatting, lint rules and the direction of imports"
@@ -47,6 +48,10 @@ results: setup
 	$(BIN)/fedex-lora grid recipes/small/results.yaml --data "$(DATA)" --out "$(RESULTS)" --jobs $(JOBS)
 	$(BIN)/python docs/results.py "$(RESULTS)"/*/ > docs/results.md.new
 	mv docs/results.md.new docs/results.md
+
+# What failures cost in a real deployment: what was lost, seconds, error against the oracle.
+chaos: setup
+	$(BIN)/python -m benchmarks.chaos
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -29,8 +29,8 @@ DIR/sst2 and DIR/stsb, this runs what is missing of them and writes the file aga
 READING = """\
 Scores are those of the best round, which the first split chooses: mean ± standard deviation over
 the seeds. Differences are of the last split, over pairs of runs with equal seeds, with their 95 %
-interval. Deviation is that of averaging the factors from the ideal update, in the last round; up and
-down are the bytes of all clients together; seconds are those of training and evaluation on the
+interval. Deviation is that of averaging the factors from the ideal update, in the last round; up
+and down are the bytes of all clients together; seconds are those of training and evaluation on the
 machine below, which may have had other work to do.
 """
 

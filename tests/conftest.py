@@ -8,6 +8,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from small_runs import recipe
+
+from fedex_lora.run import start_run
+from fedex_lora.trained import open_run
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -22,3 +26,11 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data in {path}; set FEDEX_LORA_SHARED")
     return path
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """(path, model) of a finished run."""
+    folder = tmp_path_factory.mktemp("small")
+    start_run(recipe(folder, records={"save_updates": True}), folder / "run")
+    return folder / "run", open_run(folder / "run").model

@@ -62,6 +62,10 @@ def record(
         sites = {site: by_site(site, round) for site in SITES}
         found |= {"deviation": 1.0, "ideal": 10.0, "deviation_by_site": sites}
         found["ideal_by_site"] = dict.fromkeys(SITES, 10.0)
+    if method.residual == "truncated":  # a part of what is missed that falls with the rank
+        whole = sum(v**2 for v in found["deviation_by_site"].values()) ** 0.5
+        last = recipe.method.flush and round == recipe.federation.rounds
+        found["left_out"] = 0.0 if last else whole / (1 + (recipe.method.rank or 0))
     return found
 
 

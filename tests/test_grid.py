@@ -14,7 +14,7 @@ from fedex_lora import cli
 from fedex_lora.errors import UserError
 from fedex_lora.grid import plan as planning
 from fedex_lora.grid import work as working
-from fedex_lora.grid.plan import check_same, plan, standing, told
+from fedex_lora.grid.plan import left, plan, standing, told
 from fedex_lora.grid.spec import is_grid
 from fedex_lora.grid.table import tables, write_comparison
 from fedex_lora.grid.work import work
@@ -93,6 +93,10 @@ WRONG = {
     "methods: [ffa]\nvary: {e: {a b: {}}}": "a name of letters",
     "methods: [ffa]\nvary: {e: {a: 3}}": r"vary.e.a: expected what it sets",
     "methods: [ffa]\nvary: {lora.r: [1, 1]}": "r=1|1 is there twice",
+    "methods: [ffa]\nvary: {lora.r: [1], e: {a: {lora.r: 2}}}": "lora.r is set by two",
+    "methods: [{name: ffa, set: {lora.r: 8}}]\nvary: {lora.r: [1]}": "methods.0.set.lora.r: `vary`",
+    "methods: [ffa]\nset: {lora.r: 8}\nvary: {lora.r: [1]}": "other.yaml:3: set.lora.r: `vary`",
+    "methods: [{name: ffa, label: a b}, {name: ffa, label: a-b}]": "would be called tiny/a-b-seed0",
     "methods: [ffa]\nvary: {lora.rr: [1]}": "(?s)tiny-rr=1, ffa:.*lora.rr: unknown key",
     "methods: [ffa]\nset: {training.lerning_rate: 1}": "did you mean 'learning_rate'",
     "methods: [ffa]\ncolumns: task": "columns: expected one of recipe",
@@ -148,13 +152,14 @@ def test_done_and_begun_runs_are_known_and_other_recipes_are_never_touched(folde
     make_run(done, tmp_path, score=0.5)
     assert [standing(r, tmp_path) for r in (new, begun, done)] == ["new", "begun", "done"]
     assert [told(r, tmp_path) for r in (new, begun, done)] == ["-", "1 of 2", "done"]
+    assert left([new, begun, done], tmp_path) == [new, begun]
     assert "--resume" in working.command(begun, tmp_path)
     assert "--resume" not in working.command(new, tmp_path)
     changed = plan(folder / "other.yaml", ["lora.lora_alpha=99"]).runs[3]
     make_run(changed, tmp_path)
     assert standing(other, tmp_path) == "other"
     with pytest.raises(UserError, match=r"lora.lora_alpha: 5.0 != 99.0.*--out"):
-        check_same(small(folder).runs, tmp_path)
+        left(small(folder).runs, tmp_path)
 
 
 def test_tables_are_means_over_seeds_and_tell_what_is_missing(folder, tmp_path):
@@ -282,3 +287,10 @@ def test_failures_make_exit_code_2(command, folder, tmp_path, scripted):
     text = "recipes: [tiny.yaml]\nmethods: [fedit]\nseeds: [0]\n"
     code, out, err = command("grid", written(folder, text), "--out", tmp_path)
     assert code == 2 and "no luck" in err and "1 of 1 runs failed" in err and "±" not in out
+
+
+def test_recipes_lists_grids_by_themselves(command, folder):
+    (folder / "other.yaml").unlink(missing_ok=True)
+    code, out, _ = command("recipes", "--directory", folder)
+    assert code == 0 and out.index("tiny.yaml") < out.index("grid.yaml")
+    assert "24" in out and "lora.r (2), epochs (2)" in out

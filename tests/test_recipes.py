@@ -92,6 +92,8 @@ def write_rows(recipe: Recipe, folder: Path) -> dict[str, Any]:
         splits = {"train": ROWS, "validation_matched": 4, "validation_mismatched": 4}
     clients = [folder / file.name for file in spec.clients or []]
     further = {split: str(folder / f"{split}.jsonl") for split in spec.evaluation}
+    if recipe.task.kind == "image-classification":
+        pytest.importorskip("PIL.Image").new("RGB", (16, 16), "red").save(folder / "x.png")
     counts = {**splits, **dict.fromkeys(further, ROWS // 2)}
     counts |= {file.stem: ROWS for file in clients}
     for name, count in counts.items():
@@ -123,6 +125,9 @@ def rows(recipe: Recipe, split: str, count: int) -> Iterator[dict[str, Any]]:
                 yield arithmetic_row(task.name if split == "train" else split, i)
             case "commonsense":
                 yield commonsense_row(task.name or "boolq", i)
+            case "image-classification":
+                labels = task.labels or ["yes", "no"]
+                yield {task.image_column or "image": "x.png", task.label_column: labels[i % 2]}
             case _:
                 raise AssertionError(f"no rows for {task.kind}; add some here")
 

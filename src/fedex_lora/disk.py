@@ -24,10 +24,10 @@ def new_directory(out: Path, what: str, then: str) -> Iterator[Path]:
     Raises:
         UserError: `out` is in use, or it cannot be written.
     """
+    check_free(out)
     whole = out.absolute()
     new = whole.with_name(f".{whole.name}.partial")
     try:
-        check_free(out)
         shutil.rmtree(new, ignore_errors=True)  # of one that was killed
         new.mkdir(parents=True)
         try:
@@ -44,7 +44,11 @@ def new_directory(out: Path, what: str, then: str) -> Iterator[Path]:
 
 def check_free(out: Path) -> None:
     """Raises a `UserError` if `out` is anything but absent or an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {reason(error)}") from None
+    if used:
         raise UserError(f"{out}: exists and is not empty; name another directory with --out")
 
 

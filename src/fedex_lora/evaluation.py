@@ -96,7 +96,7 @@ def load_subject(
     """
     task, kind = recipe_task(recipe), kind_of(what)
     if kind == "run":
-        subject = _run(Path(what), recipe, task, which, client)
+        subject = _run(Path(what).expanduser(), recipe, task, which, client)
     else:
         folder = Path(what).expanduser() if kind == "adapter" else None
         model = load_ready(

@@ -37,7 +37,7 @@ class Round:
         full: Largest rank that layer can have.
         ledger: Bytes of the ledger.
         checkpoint: Bytes of the state.
-        catch_up: The message for a client that joins after this round.
+        catch_up: The message for a client that joins after this round; None if not asked for.
     """
 
     round: int
@@ -47,7 +47,7 @@ class Round:
     full: int
     ledger: int
     checkpoint: int
-    catch_up: Size
+    catch_up: Size | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def foreseen(recipe: Recipe, out: Path) -> Plan | None:
         out: The run's directory, which need not be there yet.
 
     Returns:
-        The plan, without times and examples; None if the model's shapes are not known here.
+        The plan, without times, examples and late joiners; None if the model's shapes are not
+        known here.
 
     Raises:
         UserError: The checkpoints would not fit onto the disk, or the model and what is trained
@@ -131,7 +132,7 @@ def foreseen(recipe: Recipe, out: Path) -> Plan | None:
         model = _architecture(recipe, task)
     except UserError:  # loading the model will tell what is wrong, if anything is
         return None
-    found = _plan(recipe, model, None, "", None, "")
+    found = _plan(recipe, model, None, "", None, "", late=False)
     _check_disk(found, out)
     _check_memory(found)
     return found
@@ -183,10 +184,11 @@ def _plan(
     about_examples: str,
     timing: Timing | None,
     about_time: str,
+    late: bool = True,
 ) -> Plan:
     settings = federation_settings(recipe, model, _clients(recipe, examples))
     run = DryRun(settings, model.head, recipe.lora.init is not None)
-    rounds = [_round(run) for _ in range(settings.rounds)]
+    rounds = [_round(run, late) for _ in range(settings.rounds)]
     delivery = summed(run.down(client) for client in settings.clients)
     messages = [s.bytes for r in rounds for part in (r.up, r.down) for s in part.values()]
     checkpoint = max(r.checkpoint for r in rounds)
@@ -212,7 +214,7 @@ def _plan(
     )
 
 
-def _round(run: DryRun) -> Round:
+def _round(run: DryRun, late: bool) -> Round:
     up, down = run.round()
     ranks = run.ledger_ranks()
     site = max(ranks, key=lambda name: ranks[name], default=None)
@@ -225,7 +227,7 @@ def _round(run: DryRun) -> Round:
         min(shape.out, shape.inp) if shape is not None else 0,
         4 * sum(t.numel() for t in ledger_tensors(run.ledger).values()),
         run.checkpoint(),
-        run.catch_up(),
+        run.catch_up() if late else None,
     )
 
 

@@ -23,7 +23,6 @@ from fedex_lora.analysis.deviation import (
     table,
 )
 from fedex_lora.analysis.runs import read_run
-from fedex_lora.run import start_run
 from fedex_lora.setup import recipe_model, recipe_task
 
 
@@ -93,13 +92,13 @@ def test_scalings_need_what_they_divide_by(rows):
     assert rows[0].scaled("relative") == pytest.approx(rows[0].deviation / 10)
 
 
-def test_real_runs_give_what_their_updates_say(tmp_path):
+def test_real_runs_give_what_their_updates_say(small_run):
     """‖Σ wᵢsBᵢAᵢ − s·B̄Ā‖ in float64 from the saved updates, with m·n from the checkpoint."""
-    start_run(recipe(tmp_path, records={"save_updates": True}), tmp_path / "run")
-    rows = [r for r in deviations(read_run(tmp_path / "run")) if r.round == 1]
+    path, _ = small_run
+    rows = [r for r in deviations(read_run(path)) if r.round == 1]
     assert kinds(rows) == ["Q", "V"] and best_scaling(rows) == "entry"
     for row in rows:
-        ideal, averaged = products(tmp_path / "run" / "rounds" / "0001", row.site)
+        ideal, averaged = products(path / "rounds" / "0001", row.site)
         assert row.deviation == pytest.approx((ideal - averaged).norm().item(), rel=1e-4)
         assert row.ideal == pytest.approx(ideal.norm().item(), rel=1e-4)
         assert row.numbers == ideal.numel()

@@ -1,60 +1,40 @@
 """Truncation, stacking and scores by setting."""
 
 import pytest
-import torch
 from made_up import grid, made_up, spec
 from safetensors.torch import load_file
-from small_runs import recipe
-from test_deviation import products
 
-from fedex_lora.analysis.runs import read_run, read_runs, site_shapes
+from fedex_lora.analysis.runs import read_run, read_runs
 from fedex_lora.analysis.scores import arm_scores, differences, paired, scores_by
 from fedex_lora.analysis.stacking import stacked, stacked_like
 from fedex_lora.analysis.study import study
-from fedex_lora.analysis.truncation import cut_points, left_out
-from fedex_lora.run import start_run
+from fedex_lora.analysis.truncation import cut_points
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory):
-    """Plain and exact averaging, and the residual cut to some ranks; 3 clients, r = 3."""
-    folder = tmp_path_factory.mktemp("cut")
-    save = {"records": {"save_updates": True}, "federation": {"rounds": 3}}
-    for rank, carry in ((0, False), (1, False), (4, False), (1, True), (6, True)):
-        method = {"name": "fedex-svd", "rank": rank, "carry": carry}
-        start_run(recipe(folder, method=method, **save), folder / "runs" / f"{rank}-{carry}")
-    for name in ("fedit", "fedex"):
-        one = recipe(folder, method={"name": name}, **save)
-        start_run(one, folder / "runs" / name)
-    return folder / "runs"
+def cut(folder):
+    """Plain and exact averaging, and the residual cut to some ranks; 3 clients, r = 4."""
+    for seed in (0, 1):
+        for rank, carry in ((1, False), (3, False), (1, True)):
+            one = spec("fedex-svd", seed=seed, method={"rank": rank, "carry": carry})
+            made_up(folder / f"{rank}-{carry}-{seed}", one, 0.5 + 0.1 * rank, down=100 + 10 * rank)
+    grid(folder, {"fedit": [0.5, 0.5], "fedex": [0.9, 0.8]})
+    return study(read_runs([folder])[0])
 
 
-def test_what_is_left_out_is_the_tail_of_the_residual(cut):
-    """Without carry, against the singular values of the residual in float64."""
-    for rank in (0, 1, 4):
-        record = read_run(cut / f"{rank}-False").records[0]
-        tails, wholes = [], []
-        for site in record["deviation_by_site"]:
-            ideal, averaged = products(cut / f"{rank}-False" / "rounds" / "0001", site)
-            values = torch.linalg.svdvals(ideal - averaged)
-            tails.append(values[rank:].square().sum().item())
-            wholes.append(values.square().sum().item())
-        assert record["left_out"] == pytest.approx(sum(tails) ** 0.5, rel=1e-4)
-        assert (sum(tails) < 0.9 * sum(wholes)) == (rank > 0)
-
-
-def test_the_curve_goes_from_averaging_to_the_whole_residual(cut):
-    points = cut_points(study(read_runs([cut])[0]), "tiny (text-classification)")
-    assert [(p.rank, p.arm) for p in points if not p.curve] == [(0, "fedit"), (6, "fedex")]
-    without = {p.rank: p for p in points if p.curve == "without carry"}
-    assert without[0].left_out == pytest.approx(1)
-    assert 1 > without[1].left_out > without[4].left_out > 0
-    down = [without[rank].bytes_down for rank in (0, 1, 4)]
-    assert down == sorted(down) and down[0] < down[-1]
-    carried = {p.rank: p for p in points if p.curve == "with carry"}
-    assert carried[6].left_out == pytest.approx(0, abs=1e-5)
-    assert carried[1].left_out > without[1].left_out  # it waits, so it piles up
-    assert left_out(read_run(cut / "fedit")) == 1 and left_out(read_run(cut / "fedex")) == 0
+def test_the_curve_goes_from_averaging_to_the_whole_residual(tmp_path):
+    points = cut_points(cut(tmp_path), "sst2")
+    assert [(p.rank, p.arm, p.left_out) for p in points if not p.curve] == [
+        (0, "fedit", 1.0),
+        (8, "fedex", 0.0),
+    ]
+    without = [p for p in points if p.curve == "without carry"]
+    assert [p.rank for p in without] == [1, 3]
+    # made up as 1 / (1 + r'), but for the last round, which is sent whole
+    assert [p.left_out for p in without] == pytest.approx([1 / 2, 1 / 4])
+    assert [p.bytes_down for p in without] == [3 * 4 * 110, 3 * 4 * 130]
+    assert [p.score for p in without] == pytest.approx([0.6, 0.8])
+    assert [(p.rank, p.seeds) for p in points if p.curve == "with carry"] == [(1, 2)]
+    assert points[-1].score == pytest.approx(0.85)
 
 
 def test_without_a_cut_residual_there_is_no_curve(tmp_path):
@@ -62,7 +42,7 @@ def test_without_a_cut_residual_there_is_no_curve(tmp_path):
     assert cut_points(study(read_runs([tmp_path])[0]), "sst2") == []
 
 
-def test_stacking_multiplies_rank_and_bytes(cut):
+def test_stacking_multiplies_rank_and_bytes(small_run):
     """Against counting by hand: k clients, r·k^(t−1) a round, up, and from round 2 on down."""
     rounds = stacked([(6, 4), (5, 5)], rank=2, clients=3, rounds=3, head=7)
     assert [s.rank for s in rounds] == [2, 6, 18]
@@ -72,13 +52,10 @@ def test_stacking_multiplies_rank_and_bytes(cut):
         4 * 3 * 2 * (6 * 20 + 7),
         4 * 3 * 2 * (18 * 20 + 7),
     ]
-    run = read_run(cut / "fedex")
-    measured = run.bytes_by_round()[0] - sum(run.records[0]["bytes_down"].values())
-    headers = measured - stacked_like(run)[0].bytes
-    assert 0 < headers < 3 * 3000  # the first round is the same: no residual yet
-    tensors = load_file(cut / "fedex" / "rounds/0001/clients/ann/adapter_model.safetensors")
-    assert stacked_like(run)[0].bytes == 3 * 4 * sum(t.numel() for t in tensors.values())
-    assert set(site_shapes(cut / "fedex")) == set(run.records[0]["deviation_by_site"])
+    path, _ = small_run
+    tensors = load_file(path / "rounds/0001/clients/ann/adapter_model.safetensors")
+    # the first round is as any other method's: every client sends its factors and head
+    assert stacked_like(read_run(path))[0].bytes == 3 * 4 * sum(t.numel() for t in tensors.values())
 
 
 def test_scores_by_rank_keep_methods_apart_and_let_alpha_follow(tmp_path):

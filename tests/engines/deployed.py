@@ -33,11 +33,8 @@ class Deployed:
         self.wait_for("server", "ready for clients")
 
     def start_client(self, name: str, recipe: Path, data: Path) -> None:
-        self._start(
-            name,
-            "deploy client --no-check --name".split() + [name, str(self.folder)]
-            + ["--recipe", str(recipe), "--data", str(data)],
-        )
+        common = ["deploy", "client", str(self.folder), "--name", name, "--no-check"]
+        self._start(name, [*common, "--recipe", str(recipe), "--data", str(data)])
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from small_runs import recipe
 
 from engines.in_process import InProcess, institutions, remote
-from fedex_lora.engines import guests, remote as remote_module
+from fedex_lora.engines import guests
+from fedex_lora.engines import remote as remote_module
 from fedex_lora.flower.coordinator import across_machines
 from fedex_lora.methods import METHODS
 from fedex_lora.run import start_run

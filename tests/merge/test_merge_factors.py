@@ -28,6 +28,12 @@ def oracle(parts, weights):
     return sum(products), sum(p.norm() ** 2 for p in products) ** 0.5
 
 
+def total(parts, weights):
+    shares = [w / sum(weights) for w in weights]
+    shape = parts[0][1].shape[0], parts[0][0].shape[1]
+    return weighted_sum(iter(parts), shares, shape, sum(a.shape[0] for a, _, _ in parts))
+
+
 @settings(deadline=None)
 @given(
     sizes,
@@ -54,8 +60,7 @@ def test_a_rank_gives_the_best_approximation_of_that_rank(out, inp, ranks, rank)
     parts, weights = terms(out, inp, ranks), range(1, len(ranks) + 1)
     expected, _ = oracle(parts, weights)
     values = torch.linalg.svdvals(expected)
-    shares = [w / sum(weights) for w in weights]
-    got = reduce(weighted_sum(parts, shares), rank)
+    got = reduce(total(parts, weights), rank)
     missed = (got.factors.left.double() @ got.factors.right.double() - expected).norm()
     assert got.factors.rank <= rank
     torch.testing.assert_close(missed, values[rank:].norm(), atol=2e-6 * got.norm, rtol=1e-6)
@@ -69,7 +74,7 @@ def test_an_allowed_error_gives_the_smallest_rank_that_keeps_to_it(error):
     expected, _ = oracle(parts, [1, 2, 3])
     values = torch.linalg.svdvals(expected)
     tails = [(values[r:].norm() / values.norm()).item() for r in range(16)]
-    got = reduce(weighted_sum(parts, [1 / 6, 2 / 6, 3 / 6]), error=error)
+    got = reduce(total(parts, [1, 2, 3]), error=error)
     assert got.factors.rank == next(r for r, tail in enumerate(tails) if tail <= error)
     assert got.missed / got.norm == pytest.approx(tails[got.factors.rank], rel=1e-4, abs=1e-7)
 

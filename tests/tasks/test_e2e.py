@@ -25,6 +25,7 @@ ROWS = Dataset.from_dict(
         "human_reference": ["The dog is by the line.", "A quick brown fox.", "A dog, by the line."],
     }
 )
+ASK = {"prompt": "{meaning_representation}", "response": "{human_reference}"}
 
 
 def e2e(**more):
@@ -127,6 +128,12 @@ def test_bad_rows_are_named(column, value, message):
     table = {**ROWS[:], column: [ROWS[column][0], value, ROWS[column][2]]}
     with pytest.raises(UserError, match=message):
         e2e().check(Dataset.from_dict(table), "x")
+
+
+def test_lines_are_looked_up_for_bad_rows_only():
+    """Each takes a pass over the file, so that asking for every row takes hours."""
+    for task in (e2e(), build_task(TaskSpec(kind="instruction", **ASK))):
+        task.check(ROWS, "x", lambda row: pytest.fail("nothing is wrong with any row"))
 
 
 def test_a_missing_column_is_named():

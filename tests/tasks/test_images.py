@@ -1,6 +1,7 @@
 """Images: a Vision Transformer federated on real digits, and rows that are no good."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import peft
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, Image
+from sklearn.datasets import load_digits
 from small_runs import oracle
 from tiny import tiny
 
@@ -76,6 +78,17 @@ def logits(module, inputs):
     module.eval()
     with torch.no_grad():
         return module(**inputs).logits
+
+
+def test_digits_are_scikit_learn_s_with_30_of_each_held_out_twice():
+    parts, (pixels, labels) = digits(), load_digits(return_X_y=True)
+    for split in ("validation", "test"):
+        assert Counter(parts[split]["label"]) == dict.fromkeys(range(10), 30)
+    every = Counter(label for rows in parts.values() for label in rows["label"])
+    assert every == Counter(labels.tolist())
+    last = parts["test"][-1]
+    assert last["label"] == labels[-1]
+    assert np.abs(np.asarray(last["image"]).ravel() / 255 - pixels[-1] / 16).max() < 0.003
 
 
 def test_a_federated_vit_reads_digits(run):

@@ -97,7 +97,22 @@ def test_meteor_is_closed_whatever_happens(monkeypatch):
     )
     with pytest.raises(KeyboardInterrupt), nlg_ptb._meteor():
         raise KeyboardInterrupt
-    assert started[0].poll() is not None and started[0].stdin.closed
+    with (
+        pytest.raises(UserError, match="METEOR, a program in Java, ended"),
+        nlg_ptb._meteor() as ask,
+    ):
+        started[1].kill()
+        started[1].wait()
+        ask("SCORE ||| a ||| a")
+    assert all(process.poll() is not None and process.stdin.closed for process in started)
+
+
+@needs_java
+@pytest.mark.parametrize("score", [nlg_ptb.meteor, lambda t, r: nlg_ptb.score(t, r)])
+def test_a_java_that_fails_is_an_error_with_its_words(monkeypatch, score):
+    monkeypatch.setattr(nlg_ptb, "_JAVA", ["java", "-XX:Nonsense"])
+    with pytest.raises(UserError, match=r"in Java, ended .*: Error: A fatal exception.*2 GB"):
+        score(TEXTS, REFERENCES)
 
 
 def test_without_java_the_rest_is_scored(monkeypatch, caplog):

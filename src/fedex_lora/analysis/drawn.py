@@ -20,20 +20,42 @@ OfRecord = Callable[[Record], float | None]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure, the name of its file, and what to know when looking at it."""
+    """A figure, the name of its file, and what to know when looking at it.
+
+    Attributes:
+        condition: Set where a figure shows the runs of one condition only.
+    """
 
     name: str
     figure: Figure
     caption: str
+    condition: str = ""
+
+
+def heading(study: Study, task: str) -> str:
+    """Which runs a figure shows, for its title."""
+    return ", ".join(filter(None, [task, study.condition]))
 
 
 def drawn_arms(study: Study, task: str) -> Iterator[tuple[int, str, list[Run]]]:
     """Arms of a task with the runs that are drawn: finished ones, else those that have begun."""
-    for style, arm in enumerate(study.arms):
+    chosen = chosen_arms(study, task)
+    for style, arm in enumerate(chosen):
         runs = [p.run for p in study.of(task, arm) if p.run.records]
         finished = [run for run in runs if run.finished]
         if runs:
             yield style, arm, finished or runs
+
+
+def chosen_arms(study: Study, task: str) -> list[str]:
+    """All arms, or as many as a figure can show: truncated residuals have a figure of their own."""
+    every = study.of_arms(task)
+    if len(every) <= MOST:
+        return every
+    cut = [arm for arm in every if study.of(task, arm)[0].method.residual == "truncated"]
+    first = [arm for arm in every if arm not in cut]
+    kept = [*first, *cut][:MOST]
+    return [arm for arm in every if arm in kept]
 
 
 def by_round(runs: Sequence[Run], of: OfRecord) -> dict[int, list[float]]:

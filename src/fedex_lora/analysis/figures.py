@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from fedex_lora.analysis.drawn import MB, MOST, Drawn, OfRecord, banded, by_round, drawn_arms
+from fedex_lora.analysis.drawn import (
+    MB,
+    MOST,
+    Drawn,
+    OfRecord,
+    banded,
+    by_round,
+    drawn_arms,
+    heading,
+)
 from fedex_lora.analysis.figures_deviation import (
     deviation_by_layer,
     deviation_by_round,
@@ -15,26 +25,34 @@ from fedex_lora.analysis.figures_deviation import (
 from fedex_lora.analysis.figures_tradeoff import bytes_by_round, ranks, truncation
 from fedex_lora.analysis.plots import BANDS, Bar, Series, intervals, lines
 from fedex_lora.analysis.runs import Run
-from fedex_lora.analysis.scores import judged_split, paired
+from fedex_lora.analysis.scores import against_reference, judged_split
 from fedex_lora.analysis.study import Study, metric_of
 from fedex_lora.federation.loop import Record
 
+_Maker = Callable[[Study, str], Drawn | None]
+_FACETS = 6  # conditions whose curves are drawn
+
 
 def of_task(study: Study, task: str) -> list[Drawn]:
-    """Every figure that the runs of one task have something to show in."""
-    makers = (
-        differences,
-        score_by_round,
-        score_by_bytes,
-        losses,
-        deviation_by_layer,
-        deviation_in_first_layer,
-        deviation_by_round,
-        relative_deviation_by_round,
-        truncation,
-        ranks,
-        bytes_by_round,
-    )
+    """Every figure that the runs of one task have something to show in.
+
+    Where there are more arms than lines in a figure, curves are drawn for each condition apart.
+    """
+    whole: list[_Maker] = [differences, deviation_by_layer, ranks, truncation]
+    curves: list[_Maker] = [score_by_round, score_by_bytes, losses, deviation_in_first_layer]
+    curves += [deviation_by_round, relative_deviation_by_round, bytes_by_round]
+    facets = list(study.facets(task).values())
+    if len(facets) == 1 or len(study.of_arms(task)) <= MOST:
+        return _made([*whole[:1], *curves[:3], *whole[1:2], *curves[3:], *whole[2:]], study, task)
+    found = _made(whole, study, task)
+    for number, facet in enumerate(facets[:_FACETS], start=1):
+        for one in _made(curves, facet, task):
+            name = f"{one.name}-{number}"
+            found.append(replace(one, name=name, condition=facet.condition))
+    return found
+
+
+def _made(makers: Sequence[_Maker], study: Study, task: str) -> list[Drawn]:
     return [drawn for make in makers if (drawn := make(study, task)) is not None]
 
 
@@ -66,7 +84,7 @@ def score_by_round(study: Study, task: str) -> Drawn | None:
     if not series:
         return None
     label = _score_label(study, task)
-    figure = lines(f"{task}: score by round", "round", label, series, whole=True)
+    figure = lines(f"{heading(study, task)}: score by round", "round", label, series, whole=True)
     return Drawn("score-by-round", figure, _seeds_told(series))
 
 
@@ -85,7 +103,7 @@ def score_by_bytes(study: Study, task: str) -> Drawn | None:
         return None
     smallest, largest = min(s.x[0] for s in series), max(s.x[-1] for s in series)
     figure = lines(
-        f"{task}: score by bytes",
+        f"{heading(study, task)}: score by bytes",
         "MB up and down, all clients together",
         _score_label(study, task),
         series,
@@ -104,10 +122,10 @@ def _running(run: Run) -> Iterator[int]:
 
 def differences(study: Study, task: str) -> Drawn | None:
     """Every arm's paired difference from the reference, with its interval."""
-    styles = {arm: style for style, arm in enumerate(study.arms)}
+    styles = {arm: style for style, arm in enumerate(study.of_arms(task))}
     bars = []
-    for arm in study.arms:
-        one = paired(study, arm, study.reference, task) if arm != study.reference else None
+    for arm in study.of_arms(task):
+        one = against_reference(study, arm, task)
         if one is not None:
             low, high = one.difference.interval or (None, None)
             bars.append(Bar(arm, one.difference.mean, low, high, styles[arm]))
@@ -115,7 +133,7 @@ def differences(study: Study, task: str) -> Drawn | None:
         return None
     label = judged_split(next(p.run for p in study.of(task) if p.run.finished))
     figure = intervals(
-        f"{task}: difference from {study.reference}", f"{label}, 95 % interval", bars
+        f"{heading(study, task)}: difference from {study.first}", f"{label}, 95 % interval", bars
     )
     caption = (
         "Runs of equal seed are paired. An interval that holds 0 shows no difference; a mark "
@@ -126,7 +144,7 @@ def differences(study: Study, task: str) -> Drawn | None:
 
 def losses(study: Study, task: str) -> Drawn | None:
     """Every client's training loss by round, in the reference arm."""
-    arm = study.reference if study.of(task, study.reference) else study.of(task)[0].arm
+    arm = study.main_arm(task)
     runs = next((runs for _, name, runs in drawn_arms(study, task) if name == arm), [])
     clients = sorted({c for run in runs for r in run.records for c in r["clients"]})
     if not clients:
@@ -138,7 +156,7 @@ def losses(study: Study, task: str) -> Drawn | None:
             banded(client, style, by_round(runs, _loss_of(client)))
             for style, client in enumerate(clients)
         ]
-    title = f"{task}: training loss by client, {arm}"
+    title = f"{heading(study, task)}: training loss by client, {arm}"
     figure = lines(title, "round", "mean training loss", [s for s in series if s.x], whole=True)
     return Drawn("client-losses", figure, _seeds_told(series))
 

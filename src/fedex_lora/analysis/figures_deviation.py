@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fedex_lora.analysis import deviation as dev
-from fedex_lora.analysis.drawn import MOST, Drawn, drawn_arms
+from fedex_lora.analysis.drawn import MOST, Drawn, drawn_arms, heading
 from fedex_lora.analysis.plots import Series, lines
 from fedex_lora.analysis.study import Study, deviates
 
@@ -23,7 +23,7 @@ def _deviating(study: Study, task: str) -> Iterator[Arm]:
 def _first_arms(study: Study, task: str) -> list[Arm]:
     """Methods of equal seed and training share round 1: of each training, one method is enough."""
     every = list(_deviating(study, task))
-    method = {p.arm: p.run.recipe.method.name for p in study.of(task)}
+    method = {p.arm: p.label for p in study.of(task)}
     names = [method[arm] for _, arm, _ in every]
     wanted = method.get(study.reference)
     wanted = wanted if wanted in names else next(iter(names), None)
@@ -54,7 +54,7 @@ def deviation_by_layer(study: Study, task: str) -> Drawn | None:
     ]
     if not series:
         return None
-    title = f"{task}: deviation by layer, round 1"
+    title = f"{heading(study, task)}: deviation by layer, round 1"
     figure = lines(title, "layer", _unit(scaling), series, whole=True)
     caption = (
         f"How far averaging the factors is from the ideal update after the first round (figures 2, "
@@ -94,7 +94,9 @@ def _by_round(
         for style, arm, runs in arms
     ]
     what = f"{kinds[0]} of layer {layer}" if first else f"mean of {' and '.join(kinds)}"
-    title = f"{task}: {'relative ' * (scaling == 'relative')}deviation by round, {what}"
+    title = (
+        f"{heading(study, task)}: {'relative ' * (scaling == 'relative')}deviation by round, {what}"
+    )
     figure = lines(title, "round", _unit(scaling), series, whole=True)
     caption = f"Figures 3 and 6 to 9 of the paper, ({'a' if first else 'b'}). {_told(scaling)}"
     return Drawn(name, figure, caption)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedex_lora.analysis.drawn import MB, Drawn, drawn_arms
+from fedex_lora.analysis.drawn import MB, Drawn, drawn_arms, heading
 from fedex_lora.analysis.plots import Series, lines, panels
 from fedex_lora.analysis.scores import final_score, judged_split, scores_by
 from fedex_lora.analysis.stacking import stacked_like
@@ -33,7 +33,7 @@ def truncation(study: Study, task: str) -> Drawn | None:
         ]
         parts.append((y_label, series))
     told = ", ".join(f"r' = {p.rank} is {p.arm}" for p in ends)
-    figure = panels(f"{task}: the residual cut to rank r'", "r'", parts)
+    figure = panels(f"{heading(study, task)}: the residual cut to rank r'", "r'", parts)
     caption = (
         "‖left out‖ / ‖residual‖ is the mean over the rounds before the last; with carry it is all "
         f"that waits on the server. {told}."
@@ -63,7 +63,7 @@ def ranks(study: Study, task: str) -> Drawn | None:
         )
         series.append(Series(label, x, [one.mean for one in e], style, low, high))
     label = next(judged_split(p.run) for p in study.of(task) if final_score(p.run) is not None)
-    figure = lines(f"{task}: score by rank", "r of LoRA", label, series)
+    figure = lines(f"{heading(study, task)}: score by rank", "r of LoRA", label, series)
     return Drawn("score-by-rank", figure, "Bands: 95 % intervals of the mean over seeds.")
 
 
@@ -80,7 +80,7 @@ def bytes_by_round(study: Study, task: str) -> Drawn | None:
     if not series or stacking is None:
         return None
     figure = lines(
-        f"{task}: bytes of a round",
+        f"{heading(study, task)}: bytes of a round",
         "round",
         "MB up and down",
         [*series, stacking],
@@ -102,4 +102,4 @@ def _stacking(study: Study, task: str) -> Series | None:
     if rounds is None:
         return None
     x, y = [s.round for s in rounds], [s.bytes / MB for s in rounds]
-    return Series("stacking (computed)", x, y, len(study.arms))
+    return Series("stacking (computed)", x, y, len(study.of_arms(task)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,15 +31,14 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1))
 _MARKS = "os^DvPX*"
 _WIDTH = 4.8  # inches: text keeps a readable size when a phone shows the figure
 BANDS = 4  # lines that still can have bands without hiding each other
+_ROW = 0.19  # inches of a row of the legend
+_TITLE = 46  # letters of a line of the title
 _LONGEST = 34  # letters of a label
 
 _STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 10.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -110,7 +110,9 @@ def lines(
         whole: The x axis counts something: its ticks are whole numbers.
     """
     with style():
-        figure, axes = _empty(title, x_label, y_label, len(series))
+        labels = [readable(one.label) for one in series]
+        rows = -(-len(labels) // _columns(labels))
+        figure, axes = _empty(title, x_label, y_label, rows)
         for one in series:
             _draw(axes, one, len(series) <= BANDS)
         _scale(axes, whole, log_x, log_y)
@@ -118,15 +120,21 @@ def lines(
         return figure
 
 
-def _empty(title: str, x_label: str, y_label: str, entries: int) -> tuple[Figure, Axes]:
-    height = 3.1 + 0.2 * -(-entries // 2)
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+def _empty(title: str, x_label: str, y_label: str, rows: int) -> tuple[Figure, Axes]:
+    """A figure whose axes are as high for a legend of many rows as for one of few."""
+    figure = Figure(figsize=(_WIDTH, 3.0 + _ROW * rows), layout="constrained")
+    _entitle(figure, title)
     axes = figure.add_subplot()
-    axes.set_title(readable(title, 60))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(axis="y", linewidth=0.8)
     return figure, axes
+
+
+def _entitle(figure: Figure, title: str) -> None:
+    """A title over the whole width, in two lines if it must."""
+    lines = textwrap.wrap(readable(title, 2 * _TITLE), _TITLE) or [""]
+    figure.suptitle("\n".join(lines), x=0.012, ha="left", weight="bold", size=10.5)
 
 
 def _draw(axes: Axes, one: Series, banded: bool) -> None:
@@ -162,8 +170,8 @@ def _scale(axes: Axes, whole: bool, log_x: bool, log_y: bool) -> None:
     if log_x:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
-    elif whole:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if whole else 5, integer=whole))
     if log_y:
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
@@ -194,7 +202,7 @@ def panels(
             for one in series:
                 _draw(axes, one, len(series) <= BANDS)
             _scale(axes, whole, log, log)
-        every[0].set_title(readable(title, 60))
+        _entitle(figure, title)
         every[-1].set_xlabel(x_label)
         _below(figure, every[0], parts[0][1])
         return figure
@@ -203,9 +211,9 @@ def panels(
 def intervals(title: str, x_label: str, bars: Sequence[Bar]) -> Figure:
     """A row for each value, with its interval and a line at 0."""
     with style():
-        figure = Figure(figsize=(_WIDTH, 1.1 + 0.42 * len(bars)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * len(bars)), layout="constrained")
+        _entitle(figure, title)
         axes = figure.add_subplot()
-        axes.set_title(readable(title, 60))
         axes.set_xlabel(x_label)
         axes.axvline(0, color=INK, linewidth=1)
         for row, bar in enumerate(bars):

@@ -11,12 +11,10 @@ from typing import Any
 
 from fedex_lora.analysis.runs import Run
 from fedex_lora.analysis.statistics import Estimate, Paired, estimate
-from fedex_lora.analysis.study import Placed, Study, method_label, metric_of, shown
+from fedex_lora.analysis.study import Placed, Study, metric_of, shown
 
 Chooses = Callable[[Placed], bool]
 Value = Callable[[Run], float | None]
-
-_FOLLOWS = {"lora.r": ("lora.lora_alpha",)}  # settings that usually change along with another
 
 
 def final_score(run: Run) -> float | None:
@@ -63,21 +61,32 @@ def differences(
 ) -> dict[str, list[float]]:
     """value(ours) − value(reference) by task, over pairs of equal seed and other settings.
 
-    Pairs of one task and seed (with other settings) share their data; they count as one, their
-    mean.
-
     Args:
         ours, reference: Choose the runs of the two sides.
         value: What is compared; runs without it are left out.
         but: Settings (beginnings of keys) that the two sides may differ in.
         factor: Of a setting, what ours has times the reference's: {"lora.r": 2}.
     """
+    rest, ratios = (*but, *(factor or {})), factor or {}
+
+    def alike(a: Placed, b: Placed) -> bool:
+        return a.others(*rest) == b.others(*rest) and _fits(a, b, ratios)
+
+    return _pairs(study, ours, reference, alike, value)
+
+
+def _pairs(
+    study: Study,
+    ours: Chooses,
+    reference: Chooses,
+    alike: Callable[[Placed, Placed], bool],
+    value: Value = final_score,
+) -> dict[str, list[float]]:
+    """Pairs of one task and seed (at other settings) share their data: they count as one, their
+    mean."""
     found: dict[tuple[str, int], list[float]] = {}
-    rest = (*but, *(factor or {}))
     for a, b in product(filter(ours, study.placed), filter(reference, study.placed)):
-        if a is b or (a.task, a.seed) != (b.task, b.seed):
-            continue
-        if a.others(*rest) != b.others(*rest) or not _fits(a, b, factor or {}):
+        if a is b or (a.task, a.seed) != (b.task, b.seed) or not alike(a, b):
             continue
         x, y = value(a.run), value(b.run)
         if x is not None and y is not None:
@@ -106,21 +115,61 @@ def poolable(study: Study, tasks: Sequence[str]) -> bool:
     return all(metric_of(r)[1] for r in runs) and all(-1 <= s <= 1 for s in scores)
 
 
-def paired(study: Study, ours: str, reference: str, task: str | None = None) -> Paired | None:
-    """One arm against another, in one task or over all; None without a common seed in each."""
-    found = differences(
-        study, lambda p: p.arm == ours, lambda p: p.arm == reference, but=_every(study)
+def comparisons(study: Study, task: str | None = None) -> list[Paired]:
+    """Every method against the reference at equal conditions; with one method, every arm against
+    the first.
+
+    Args:
+        task: One of them; else over all tasks, for what ran in all of them.
+    """
+    if len(study.methods) == 1:
+        found = [against_reference(study, arm, task) for arm in study.arms]
+    else:
+        found = [_method_against(study, method, task) for method in study.methods]
+    return [one for one in found if one is not None]
+
+
+def _method_against(study: Study, method: str, task: str | None) -> Paired | None:
+    if method == study.reference:
+        return None
+    found = _pairs(
+        study, lambda p: p.label == method, lambda p: p.label == study.reference, _same_condition
     )
-    found = {t: d for t, d in found.items() if task in (None, t)}
+    return _paired(study, method, study.reference, found, task)
+
+
+def against_reference(study: Study, arm: str, task: str | None = None) -> Paired | None:
+    """One arm against the reference method's at the same condition, or with one method the first
+    arm; None for that itself, and without a common seed."""
+    single = len(study.methods) == 1
+    first = study.first
+    if arm == first or (not single and study.of(arm=arm)[0].label == first):
+        return None
+    found = _pairs(
+        study,
+        lambda p: p.arm == arm,
+        lambda p: (p.arm if single else p.label) == first,
+        _anyway if single else _same_condition,
+    )
+    return _paired(study, arm, first, found, task)
+
+
+def _same_condition(a: Placed, b: Placed) -> bool:
+    return a.condition == b.condition
+
+
+def _anyway(a: Placed, b: Placed) -> bool:
+    return True
+
+
+def _paired(
+    study: Study, ours: str, reference: str, found: Mapping[str, list[float]], task: str | None
+) -> Paired | None:
     wanted = study.tasks if task is None else [task]
+    found = {t: d for t, d in found.items() if t in wanted}
     if set(found) != set(wanted) or not poolable(study, wanted):
         return None
-    higher = next(metric_of(p.run)[1] for p in study.placed if p.task in found)
-    return Paired(ours, reference, estimate(found), higher)
-
-
-def _every(study: Study) -> list[str]:
-    return sorted({k for p in study.placed for k in p.settings})
+    return Paired(ours, reference, estimate(found), metric_of(study.of(wanted[0])[0].run)[1])
 
 
 @dataclass(frozen=True)
@@ -218,8 +267,7 @@ def _setting(placed: Placed, key: str) -> Any:
 
 
 def _label_without(placed: Placed, key: str) -> str:
-    """What else varies: the method, unless it is the key, and settings that do not follow it."""
-    left_out = (key, *_FOLLOWS.get(key, ()))
-    kept = {k: v for k, v in placed.settings.items() if k not in left_out}
-    method = [] if key.startswith("method.") else [method_label(placed.run.recipe)]
+    """What else varies: the method, unless it is the key, and the other named settings."""
+    kept = {k: v for k, v in placed.named.items() if k != key}
+    method = [] if key.startswith("method.") else [placed.label]
     return ", ".join([*method, *shown(kept)])

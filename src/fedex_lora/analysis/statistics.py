@@ -34,6 +34,7 @@ class Estimate:
         resampled: Percentile bootstrap over the same values. With few seeds it is too narrow (see
             `what_seeds_show`), so alone it decides nothing.
         basis: What was counted, for people: "3 seeds".
+        seeds: Of the task that has the fewest.
     """
 
     mean: float
@@ -41,6 +42,7 @@ class Estimate:
     resampled: Interval | None
     basis: str
     level: float = LEVEL
+    seeds: int = 1
 
     @property
     def sign(self) -> int:
@@ -71,11 +73,12 @@ def estimate(strata: Strata, level: float = LEVEL) -> Estimate:
         True
     """
     groups = [list(map(float, values)) for values in strata.values() if len(values)]
-    basis = _basis([len(g) for g in groups])
+    basis, seeds = _basis([len(g) for g in groups]), min(map(len, groups))
     if len(groups) > 1 and min(map(len, groups)) == 1:  # tasks are the sample
         groups = [[statistics.fmean(g) for g in groups]]
     mean = statistics.fmean(statistics.fmean(g) for g in groups)
-    return Estimate(mean, _student(groups, mean, level), _bootstrap(groups, level), basis, level)
+    student, resampled = _student(groups, mean, level), _bootstrap(groups, level)
+    return Estimate(mean, student, resampled, basis, level, seeds)
 
 
 def _basis(counts: Sequence[int]) -> str:
@@ -164,7 +167,7 @@ def mirrored(e: Estimate) -> Estimate:
     def flip(i: Interval | None) -> Interval | None:
         return None if i is None else (-i[1], -i[0])
 
-    return Estimate(-e.mean, flip(e.interval), flip(e.resampled), e.basis, e.level)
+    return Estimate(-e.mean, flip(e.interval), flip(e.resampled), e.basis, e.level, e.seeds)
 
 
 def number(value: float, digits: int = 3, sign: bool = False) -> str:

@@ -18,9 +18,18 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import leaves
 from fedex_lora.setup import recipe_task
 
+Settings = Mapping[str, Any]  # dotted keys of the recipe
+
 _TASK = ("task.", "data.", "model.name", "model.revision")  # makes scores incomparable
 _NO_TREATMENT = ("name", "seed", "engine.", "records.", "evaluation.", "model.device")
 _LOGGING = ("training.report_to", "training.logging", "training.run_name")
+
+
+# settings that people change along with another; named only where they vary by themselves
+_FOLLOWS = {
+    "lora.lora_alpha": "lora.r",
+    "federation.rounds": "training.num_train_epochs",
+}
 
 
 @dataclass(frozen=True)
@@ -29,12 +38,17 @@ class Placed:
 
     Attributes:
         task: Name of the task and data, the same for all runs whose scores may be compared.
-        settings: The recipe's keys that vary among runs of a task, beside the method's.
+        settings: The recipe's keys that vary among runs of a task, beside the method's, and beside
+            training settings that every method has one value of (tuned for it).
+        named: Those that are part of the arm's name.
+        condition: Those that vary within methods, so that methods are compared at equal ones.
     """
 
     run: Run
     task: str
-    settings: Mapping[str, Any]
+    settings: Settings
+    named: Settings
+    condition: Settings
 
     @property
     def seed(self) -> int:
@@ -45,18 +59,18 @@ class Placed:
         return METHODS[self.run.recipe.method.name]
 
     @property
-    def arm(self) -> str:
-        """E.g. "fedex-svd:8 without carry, r 4"."""
-        return ", ".join([method_label(self.run.recipe), *shown(self.settings)])
+    def label(self) -> str:
+        """The method with its options, e.g. "fedex-svd:8 without carry"."""
+        return method_label(self.run.recipe)
 
-    def others(self, *but: str) -> Hashable:
-        """The varying settings except those that begin with `but`: what must be equal in a pair."""
-        kept = (
-            {k: v for k, v in self.settings.items() if not k.startswith(but)}
-            if but
-            else {**self.settings}
-        )
-        return json.dumps(kept, sort_keys=True)
+    @property
+    def arm(self) -> str:
+        """The method and what else varies, e.g. "fedex, r 4"."""
+        return ", ".join([self.label, *shown(self.named)])
+
+    def others(self, *but: str) -> str:
+        """The settings except those that begin with `but`: what must be equal in a pair."""
+        return as_text({k: v for k, v in self.settings.items() if not k.startswith(tuple(but))})
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,12 @@ class Study:
 
     Attributes:
         notes: What people should know before they compare: other data, runs given twice.
+        condition: Of a facet, what its runs have in common: "r 4".
     """
 
     placed: tuple[Placed, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    condition: str = ""
 
     @property
     def tasks(self) -> list[str]:
@@ -77,19 +93,45 @@ class Study:
     @property
     def arms(self) -> list[str]:
         """In the order of the methods' table, then of the settings."""
-        first = {p.arm: p for p in reversed(self.placed)}
-        return sorted(first, key=lambda arm: _rank(first[arm]))
+        return list(dict.fromkeys(p.arm for p in sorted(self.placed, key=_rank)))
+
+    def of_arms(self, task: str) -> list[str]:
+        """The arms that have runs of a task, in order."""
+        there = {p.arm for p in self.of(task)}
+        return [arm for arm in self.arms if arm in there]
+
+    @property
+    def methods(self) -> list[str]:
+        """Labels of methods with their options, in the order of the methods' table."""
+        return list(dict.fromkeys(p.label for p in sorted(self.placed, key=_rank)))
 
     @property
     def reference(self) -> str:
-        """The arm that others are compared with: exact averaging if it is there, else the first."""
-        exact = [p.arm for p in self.placed if is_exact_average(p.method)]
-        return next((arm for arm in self.arms if arm in exact), self.arms[0])
+        """The method that others are compared with: exact averaging if there, else the first."""
+        exact = {p.label for p in self.placed if is_exact_average(p.method)}
+        return next((m for m in self.methods if m in exact), self.methods[0])
+
+    @property
+    def first(self) -> str:
+        """What arms are compared with: the reference method, or with one method the first arm."""
+        return self.arms[0] if len(self.methods) == 1 else self.reference
 
     def of(self, task: str | None = None, arm: str | None = None) -> list[Placed]:
         """The runs of one task, of one arm, or both, by seed."""
         found = [p for p in self.placed if task in (None, p.task) and arm in (None, p.arm)]
         return sorted(found, key=lambda p: p.seed)
+
+    def main_arm(self, task: str) -> str:
+        """The first arm of the reference method in a task; without one, the first arm there."""
+        runs = sorted(self.of(task), key=_rank)
+        return next((p.arm for p in runs if p.label == self.reference), runs[0].arm)
+
+    def facets(self, task: str) -> dict[str, Study]:
+        """The runs of a task by condition, named: what may be drawn in one figure each."""
+        found: dict[str, list[Placed]] = {}
+        for p in sorted(self.of(task), key=_rank):
+            found.setdefault(", ".join(shown(p.condition)), []).append(p)
+        return {name: Study(tuple(placed), (), name) for name, placed in found.items()}
 
 
 def is_exact_average(method: Method) -> bool:
@@ -108,11 +150,12 @@ def study(runs: Sequence[Run]) -> Study:
     names = _task_names(runs, keys)
     varying = {key: _varying([r for r, k in zip(runs, keys) if k == key]) for key in names}
     every = sorted(set().union(*varying.values()))
+    own, follow = _tuned(runs, every), _following(runs)
     placed: dict[Hashable, Placed] = {}
     notes = []
     for run, key in zip(runs, keys):
         flat = dict(leaves(run.recipe.model_dump(mode="json")))
-        one = Placed(run, names[key], {k: flat[k] for k in every if k in flat})
+        one = _placed(run, names[key], {k: flat[k] for k in every if k in flat}, own, follow)
         kept = placed.setdefault((one.task, one.arm, one.seed), one)
         if kept is not one:
             notes.append(f"{run.path} repeats {kept.run.path} (same recipe and seed); left out")
@@ -140,6 +183,44 @@ def _varying(runs: Sequence[Run]) -> set[str]:
         for k in keys
         if not k.startswith(fixed) and len({json.dumps(f.get(k)) for f in flats}) > 1
     }
+
+
+def _tuned(runs: Sequence[Run], keys: Sequence[str]) -> set[str]:
+    """Keys of which every method has one value; not so if there is one method."""
+    values: dict[str, dict[str, set[str]]] = {key: {} for key in keys}
+    for run in runs:
+        flat = dict(leaves(run.recipe.model_dump(mode="json")))
+        for key in keys:
+            of_method = values[key].setdefault(method_label(run.recipe), set())
+            of_method.add(as_text(flat.get(key)))
+    return {k for k, of in values.items() if len(of) > 1 and all(len(v) == 1 for v in of.values())}
+
+
+def _following(runs: Sequence[Run]) -> set[str]:
+    """Of the settings that people change along with another, those that are a function of it."""
+    flats = [dict(leaves(run.recipe.model_dump(mode="json"))) for run in runs]
+    found = set()
+    for key, leader in _FOLLOWS.items():
+        pairs = {(as_text(f.get(leader)), as_text(f.get(key))) for f in flats}
+        if len(pairs) == len({lead for lead, _ in pairs}) > 1:
+            found.add(key)
+    return found
+
+
+def _placed(run: Run, task: str, varying: Settings, own: set[str], follow: set[str]) -> Placed:
+    named = {k: v for k, v in varying.items() if k not in follow}
+    return Placed(
+        run,
+        task,
+        {k: v for k, v in varying.items() if not (k in own and k.startswith("training."))},
+        named,
+        {k: v for k, v in named.items() if k not in own},
+    )
+
+
+def as_text(value: Any) -> str:
+    """Equal for equal values."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _task_names(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, str]:
@@ -191,9 +272,7 @@ def shown(settings: Mapping[str, Any]) -> Iterator[str]:
 def _rank(placed: Placed) -> tuple:
     spec = placed.run.recipe.method
     order = list(METHODS).index(spec.name)
-    values = [
-        (k, v if isinstance(v, int | float) else 0, str(v)) for k, v in placed.settings.items()
-    ]
+    values = [(k, v if isinstance(v, int | float) else 0, str(v)) for k, v in placed.named.items()]
     return order, spec.rank or 0, not spec.carry, not spec.flush, values
 
 

@@ -83,8 +83,8 @@ def blob_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> int:
         104
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
-    order, end = list(_DTYPES), 0
-    for name, t in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+    order, end = {dtype: place for place, dtype in enumerate(_DTYPES)}, 0
+    for name, t in sorted(tensors.items(), key=lambda item: (order[item[1].dtype], item[0])):
         begin, end = end, end + t.numel() * t.element_size()
         shape, offsets = list(t.shape), [begin, end]
         header[name] = {"dtype": _DTYPES[t.dtype], "shape": shape, "data_offsets": offsets}

@@ -39,7 +39,7 @@ from fedex_lora.compare import markdown_table, size
 from fedex_lora.display import show_table
 from fedex_lora.errors import UserError
 from fedex_lora.federation.checkpoint import write_atomic
-from fedex_lora.methods import METHODS
+from fedex_lora.methods import METHODS, get_method
 from fedex_lora.plan import Plan, Round, plan
 from fedex_lora.recipe import LoraSpec
 
@@ -109,16 +109,15 @@ def _show(name: str, model: Shapes, compared: Sequence[Cost]) -> None:
         f"{name}: {model.adapted.size:,} parameters; adapted: {len(sites)} layers "
         f"({', '.join(kinds)}), {adapter:,} parameters; trained in full: {head:,}"
     )
-    first = compared[0]
-    say(f"\nParameters of one client; {first.rounds} rounds")
+    say(f"\nParameters of one client over {compared[0].rounds} rounds")
     show_table(console, *_table(compared, "numbers", millions))
     say("\nBytes of one client, with headers")
     show_table(console, *_table(compared, "bytes", size))
     say("\nBytes of all clients")
     show_table(console, *_all_clients(compared))
     say(
-        "Rounds send up, and down what they made: what all hold from the beginning is not sent. "
-        f'Ratios are to {reference()}; "model" is the pretrained model, once to every client.'
+        "Down is what a round made, the last round's too; what all begin with is not sent. "
+        f"Ratios are to {reference()}; the model is the pretrained one, once to every client."
     )
 
 
@@ -172,6 +171,8 @@ def _plain(name: str, model: Shapes, compared: Sequence[Cost]) -> dict[str, obje
 
 
 def _table8(out: Path | None) -> None:
+    if out is not None:
+        _check_ours(out)
     rows = [compare_row(row) for row in ROWS]
     say(CONVENTION.replace("`", ""))
     show_table(console, *ratio_table(rows))
@@ -189,7 +190,6 @@ Written by `fedex-lora cost --table8 --out FILE`.
 {markdown_table(*size_table(rows))}
 {READING}
 """
-    _check_ours(out)
     write_atomic(out, text.encode())
     say(f"Written: {out}")
 
@@ -206,6 +206,8 @@ def _plot(directory: Path, name: str, model: Shapes, clients: str, methods: list
     numbers = sorted({whole_number(k, "--plot-clients") for k in comma_separated(clients)})
     if not numbers or numbers[0] < 1:
         raise UserError("--plot-clients: expected numbers of clients, each at least 1: 2,10,100")
+    for method in methods:
+        get_method(method)
     stem = "cost-" + "".join(c if c.isalnum() or c in "-." else "-" for c in name).strip("-")
     files = [directory / f"{stem}.{suffix}" for suffix in ("svg", "png", "json")]
     for file in files:
@@ -251,8 +253,8 @@ def plan_command(
     _say_bytes(found)
     say("\nMemory at the peak of a process")
     show_table(console, *_memory_table(found))
-    both = total(found.client) + total(found.server)
-    say(f'In one process, as with engine local: {size(both)}. "~" is an estimate.')
+    both = total(found.client) + total(found.server) + found.libraries
+    say(f'Both in one process, as with engine local: ~{size(both)}. "~" is an estimate.')
     say(f"Disk: up to {size(found.disk)} of checkpoints and saved updates")
     _say_time(found)
 
@@ -280,7 +282,8 @@ def _rounds_table(found: Plan) -> Table:
         up, down = (max((s.bytes for s in part.values()), default=0) for part in (r.up, r.down))
         whole = sum(s.bytes for part in (r.up, r.down) for s in part.values())
         rank = "dense" if 0 < r.rank == r.full else str(r.rank)
-        held = [size(b) for b in (r.ledger, r.checkpoint, r.catch_up.bytes)]
+        late = r.catch_up.bytes if r.catch_up else 0
+        held = [size(b) for b in (r.ledger, r.checkpoint, late)]
         rows.append([str(r.round), size(up), size(down), size(whole), rank, *held])
     return header, rows
 
@@ -292,14 +295,14 @@ def _some(rounds: Sequence[Round]) -> list[Round]:
 
 
 def _say_bytes(found: Plan) -> None:
-    up, down = (
-        sum(s.bytes for r in found.rounds for s in part(r).values())
-        for part in (lambda r: r.up, lambda r: r.down)
-    )
-    whole = up + down + found.delivery.bytes
+    up = sum(s.bytes for r in found.rounds for s in r.up.values())
+    down = sum(s.bytes for r in found.rounds for s in r.down.values())
+    last = found.delivery.bytes
     say(
-        f"In all: {size(up)} up, {size(down)} down, {size(found.delivery.bytes)} to deliver the "
-        f'final model to all: {size(whole)}. "A client" is the one with the largest message.'
+        f"In all: {size(up)} up, {size(down)} down, {size(last)} to deliver the final model: "
+        f"{size(up + down + last)}.\nup, down: one client's messages, the largest; all: of all "
+        "clients; rank: of what the ledger adds to the layer where it is largest; ledger, state: "
+        "bytes at the server; late: to a client that joins after that round"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command that scores: a run on its own rows, or any model on any task."""
+"""The command that scores a run, or any model on any task."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ def evaluate(
 ) -> None:
     """Score a run on its own evaluation rows, or any model on a task and data.
 
-    A run is scored on its own task and data where no others are named. What tasks generate is
-    kept in --out (by default under runs/): the same command goes on after an interruption.
+    A run is scored on its own task and data where no others are named. Tasks e2e, math and
+    commonsense generate texts (unless --set task.generate=false), which are kept in --out, by
+    default a directory under runs/: the same command goes on after an interruption.
     """
-    own_rows = not (task or data or split or set or client or out)
-    if own_rows and kind_of(what) == "run":
-        return _evaluate_run(Path(what), round)
+    if not (task or data or split or set or client or out) and kind_of(what) == "run":
+        _evaluate_run(Path(what).expanduser(), round)
+        return
     recipe = asked(what, task, data, set)
     subject = load_subject(what, recipe, which_round(round), client)
     with _progress() as tell:
@@ -65,7 +66,6 @@ def evaluate(
     say("\n".join([subject.name, *(f"Note: {note}" for note in subject.notes)]))
     _show(results["scores"], results["rows"])
     say(f"The same as JSON: {path / 'scores.json'}")
-    return None
 
 
 def _evaluate_run(run: Path, round: str) -> None:
@@ -122,7 +122,7 @@ def _check_keys(sets: list[str]) -> None:
 
 
 def _of_run(what: str) -> dict[str, Any]:
-    recipe = RunDir(Path(what)).recipe()
+    recipe = RunDir(Path(what).expanduser()).recipe()
     whole = recipe.model_dump(mode="json", exclude_none=True)
     kept = {key: whole[key] for key in ("seed", "model", "task", "data")}
     size = {"batch_size": recipe.evaluation.batch_size}

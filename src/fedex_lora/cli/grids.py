@@ -9,7 +9,7 @@ import typer
 
 from fedex_lora.cli.common import Out, Sets, app, complain, console, say
 from fedex_lora.display import show_table
-from fedex_lora.grid.plan import Plan, check_same, plan, standing, told
+from fedex_lora.grid.plan import Plan, left, plan, standing, told
 from fedex_lora.grid.table import write_comparison, write_tables
 from fedex_lora.grid.work import ends_as_interrupts, work
 
@@ -32,30 +32,39 @@ def grid(
     if list_:
         _show(found, path)
         return
-    check_same(found.runs, path)
-    todo = [run for run in found.runs if standing(run, path) != "done"]
-    say(f"{len(found.runs)} runs in {path}, {len(found.runs) - len(todo)} of them done")
+    todo = left(found.runs, path)
+    _tell(f"{len(found.runs)} runs in {path}, {len(found.runs) - len(todo)} of them done")
     for cell in dict.fromkeys(run.cell for run in found.runs):
         write_comparison(found, cell, path)
     try:
         with ends_as_interrupts():
             failed = work(
-                todo, path, jobs, say, lambda run: write_comparison(found, run.cell, path)
+                todo, path, jobs, _tell, lambda run: write_comparison(found, run.cell, path)
             )
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on after the last finished rounds")
         raise typer.Exit(130) from None
-    shown = write_tables(found, path / f"{file.stem}.md")
-    for table in shown:
-        say(table.title)
-        show_table(console, table.header, table.rows)
-    if shown:
-        say(f"As Markdown: {path}/{file.stem}.md; of each cell: {path}/CELL/comparison.md")
+    _show_tables(found, path / f"{file.stem}.md")
     for name, why in failed.items():
         complain(f"failed: {name}: {why}")
     if failed:
         complain(f"{len(failed)} of {len(todo)} runs failed; the same command tries them again")
         raise typer.Exit(2)
+
+
+def _tell(text: str) -> None:
+    """At once, also where the output goes to a file: a grid may take days."""
+    say(text)
+    console.file.flush()
+
+
+def _show_tables(found: Plan, path: Path) -> None:
+    shown = write_tables(found, path)
+    for table in shown:
+        say(table.title)
+        show_table(console, table.header, table.rows)
+    if shown:
+        say(f"As Markdown: {path}; of each cell: {path.parent}/CELL/comparison.md")
 
 
 def _show(found: Plan, out: Path) -> None:

@@ -74,9 +74,12 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
         if spec.engine.kind == "local":
             results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
         else:
-            from fedex_lora.deploy.launch import launch  # noqa: PLC0415 (needs Flower)
+            from fedex_lora.deploy.launch import launch, simulate  # noqa: PLC0415 (needs Flower)
 
-            results = launch(spec, path, deployment, resume, shown)
+            if spec.engine.kind == "flower":
+                results = launch(spec, path, deployment, resume, shown)
+            else:
+                results = simulate(spec, path, resume, shown)
     _show_results(path, results)
 
 

@@ -117,7 +117,7 @@ def load_evaluation(
         splits = _splits(spec, task, (*task.evaluation_splits, *([only] if only else [])))
         splits |= _further_splits(spec, task)
         found = _labelled(splits, task)
-    where = spec.source or spec.name or spec.path
+    where = spec.source or spec.name or spec.path or "data.clients"
     if only is not None and only not in splits:
         has = ", ".join(splits) or "none of the task's splits"
         raise UserError(f"--split: {where} has no split '{only}'; it has {has}.")

@@ -90,10 +90,20 @@ def register(path: Path, name: str) -> Command:
     return Command("registration", tuple(argv), environment(path / "flower"))
 
 
-def start(path: Path, config: Path) -> Command:
-    """Starts a run with the configuration in a TOML file."""
+def simulation(path: Path, port: int) -> Command:
+    """A SuperLink that simulates nodes, for this machine alone."""
+    argv = [_script("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    argv += ["--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--disable-runtime-dependency-installation"]
+    quiet = {"RAY_DISABLE_DOCKER_CPU_WARNING": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    return Command("SuperLink", tuple(argv), {**environment(path / "flower"), **quiet})
+
+
+def start(path: Path, config: Path, options: str | None = None) -> Command:
+    """Starts a run with the configuration in a TOML file; `options` are a simulation's."""
     argv = [_script("flwr"), "run", str(path / "app"), CONNECTION]
     argv += ["--run-config", str(config), "--format", "json"]
+    argv += ["--federation-config", options] if options else []
     return Command("start of the run", tuple(argv), environment(path / "flower"))
 
 

@@ -85,14 +85,12 @@ def init(path: Path, deployment: Deployment) -> None:
     """
     _check(path, deployment)
     server = path / "server"
-    for folder in (server, path / "app", path / "flower", path / "runs"):
-        folder.mkdir(parents=True)
+    server.mkdir(parents=True)
     if not deployment.insecure:
         (path / "ca").mkdir()
         write_certificates(path / "ca", server, [deployment.host])
     write_secret(server / "runtime.secret", secrets.token_hex(32).encode())
-    (path / "app" / "pyproject.toml").write_text(templates.APP)
-    write_connection(path / "flower", deployment.local, None if deployment.insecure else server)
+    write_app(path, deployment.local, None if deployment.insecure else server)
     (path / FILE).write_text(json.dumps(asdict(deployment)) + "\n")
     (server / "fedex-lora-server.service").write_text(
         templates.SERVER_UNIT.format(
@@ -107,13 +105,16 @@ def init(path: Path, deployment: Deployment) -> None:
     )
 
 
-def write_connection(folder: Path, address: str, certificates: Path | None) -> None:
-    """Flower's own configuration, for its commands."""
+def write_app(path: Path, address: str, certificates: Path | None) -> None:
+    """The thin Flower app, and Flower's own configuration for its commands."""
+    for folder in ("app", "flower", "runs"):
+        (path / folder).mkdir(parents=True)
+    (path / "app" / "pyproject.toml").write_text(templates.APP)
     secure = f"root-certificates = {json.dumps(str(certificates.resolve() / 'ca.crt'))}" if (
         certificates
     ) else "insecure = true"  # fmt: skip
     text = templates.CONNECTION.format(address=address, security=secure)
-    (folder / "config.toml").write_text(text)
+    (path / "flower" / "config.toml").write_text(text)
 
 
 def program() -> str:

@@ -78,7 +78,10 @@ def check_certificate(path: Path, host: str) -> None:
     now = datetime.now(UTC)
     until, since = certificate.not_valid_after_utc, certificate.not_valid_before_utc
     if now > until:
-        raise UserError(f"{path}: expired on {until:%Y-%m-%d}; make a new one: deploy renew")
+        raise UserError(
+            f"{path}: expired on {until:%Y-%m-%d}; run deploy init for another directory "
+            "and hand out its folders"
+        )
     if now < since:
         raise UserError(
             f"{path}: valid from {since:%Y-%m-%d %H:%M} UTC, but this machine's clock says "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import secrets
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from fedex_lora.deploy import commands
-from fedex_lora.deploy.init import read_deployment
-from fedex_lora.deploy.processes import run_to_end
+from fedex_lora.deploy.init import read_deployment, write_app
+from fedex_lora.deploy.processes import await_port, free_port, run_to_end, running
 from fedex_lora.errors import UserError
 from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.flower.progress import follow
@@ -36,17 +38,64 @@ def launch(
         UserError: It cannot be started, or ended with an error; QuorumLost among them.
     """
     read_deployment(deployment)
+    _check_out(out, resume)
+    return _run(recipe, out.resolve(), deployment.resolve(), resume, watcher)
+
+
+def simulate(recipe: Recipe, out: Path, resume: bool, watcher: Watcher) -> dict[str, Any]:
+    """Runs a recipe in Flower's simulation on this machine: a process for every client at a time.
+
+    Its SuperLink and what that starts are ended here, whatever happens.
+
+    Returns, raises: As `launch`.
+    """
+    _check_out(out, resume)
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(
+            "engine.kind: flower-simulation needs Ray: pip install 'fedex-lora[simulation]'"
+        )
+    engine = recipe.engine
+    options = (
+        f"num-supernodes={recipe.federation.clients} "
+        f"client-resources-num-cpus={engine.client_cpus} "
+        f"client-resources-num-gpus={engine.client_gpus}"
+    )
+    with tempfile.TemporaryDirectory(prefix="fedex-lora-") as temporary:
+        folder, port = Path(temporary), free_port()
+        write_app(folder, f"127.0.0.1:{port}", None)
+        link = commands.simulation(folder, port)
+        with running([link], lambda text: None, folder / "flower.log") as ended:
+            await_port(port, ended)
+            try:
+                return _run(recipe, out.resolve(), folder, resume, watcher, options)
+            except UserError as error:
+                log = (folder / "flower.log").read_text(errors="replace")
+                watcher.note(f"Flower's log ends: {log[-1500:]}")
+                raise error
+
+
+def _check_out(out: Path, resume: bool) -> None:
     if resume:
         RunDir(out).recipe()
     else:
         RunDir(out).check_free()
-    config, progress = _prepare(recipe, out.resolve(), deployment.resolve(), resume)
-    number = start(deployment.resolve(), config)
-    alive = _Alive(deployment.resolve(), number)
+
+
+def _run(
+    recipe: Recipe,
+    out: Path,
+    folder: Path,
+    resume: bool,
+    watcher: Watcher,
+    options: str | None = None,
+) -> dict[str, Any]:
+    """Starts it on the SuperLink of `folder`, and follows it to the end."""
+    config, progress = _prepare(recipe, out, folder, resume)
+    number = start(folder, config, options)
     try:
-        return follow(progress, watcher, alive)
+        return follow(progress, watcher, _Alive(folder, number))
     except KeyboardInterrupt:
-        run_to_end(commands.stop(deployment.resolve(), number))
+        run_to_end(commands.stop(folder, number))
         raise
 
 
@@ -57,19 +106,25 @@ def _prepare(recipe: Recipe, out: Path, deployment: Path, resume: bool) -> tuple
     text, progress, config = (stem.with_suffix(s) for s in (".yaml", ".jsonl", ".toml"))
     write_atomic(text, dump_recipe(recipe).encode())
     write_atomic(progress, b"")
-    values = {"recipe": str(text), "out": str(out), "progress": str(progress), "resume": resume}
+    values = {
+        "folder": str(Path.cwd()),
+        "recipe": str(text),
+        "out": str(out),
+        "progress": str(progress),
+        "resume": resume,
+    }
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     write_atomic(config, "\n".join(lines).encode())
     return config, progress
 
 
-def start(deployment: Path, config: Path) -> int:
+def start(deployment: Path, config: Path, options: str | None = None) -> int:
     """Starts the run; its number.
 
     Raises:
         UserError: The SuperLink does not answer, or refuses.
     """
-    command = commands.start(deployment, config)
+    command = commands.start(deployment, config, options)
     done = run_to_end(command)
     found = re.search(r'"run-id"\s*:\s*"?(\d+)', done.stdout)
     if done.returncode or found is None:

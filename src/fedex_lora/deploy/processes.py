@@ -36,7 +36,7 @@ def serve(path: Path, deployment: Deployment, say: Say) -> None:
     check_port(deployment.port)
     link, executor = commands.superlink(path, deployment), commands.superexec(path, deployment)
     with running([link], say) as ended:
-        _await_port(deployment.port, ended)
+        await_port(deployment.port, ended)
         if not deployment.insecure:
             for name in deployment.clients:
                 _register(path, name, say)
@@ -56,13 +56,18 @@ def attend(command: Command, say: Say) -> None:
 
 
 @contextmanager
-def running(programs: Sequence[Command], say: Say) -> Iterator[Callable[[], list[str]]]:
+def running(
+    programs: Sequence[Command], say: Say, log: Path | None = None
+) -> Iterator[Callable[[], list[str]]]:
     """Starts processes, each in a session of its own, and ends them and their children after.
+
+    Args:
+        log: Where their output goes; by default where this process's goes.
 
     Yields:
         A function that starts again whatever has ended, after a pause, and names what keeps ending.
     """
-    kept = [_Kept(program, say) for program in programs]
+    kept = [_Kept(program, say, log) for program in programs]
     try:
         for one in kept:
             one.start()
@@ -75,8 +80,8 @@ def running(programs: Sequence[Command], say: Say) -> Iterator[Callable[[], list
 class _Kept:
     """One process that is started again when it ends."""
 
-    def __init__(self, command: Command, say: Say) -> None:
-        self.command, self.say = command, say
+    def __init__(self, command: Command, say: Say, log: Path | None) -> None:
+        self.command, self.say, self.log = command, say, log
         self.process: subprocess.Popen[bytes] | None = None
         self.started = self.ended = 0.0
         self.failures = 0
@@ -84,9 +89,15 @@ class _Kept:
     def start(self) -> None:
         self.say(f"$ {shlex.join(self.command.argv)}")
         self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            self.command.argv, env=self.command.environment(), start_new_session=True
-        )
+        with contextlib.ExitStack() as files:
+            output = files.enter_context(self.log.open("ab")) if self.log else None
+            self.process = subprocess.Popen(
+                self.command.argv,
+                env=self.command.environment(),
+                start_new_session=True,
+                stdout=output,
+                stderr=output,
+            )
 
     def look(self) -> bool:
         """Starts it again if need be; whether it has failed too often."""
@@ -207,7 +218,12 @@ def check_server(deployment: Deployment, certificates: Path, say: Say) -> None:
         say(f"{deployment.address} does not answer yet ({error}); waiting for it")
 
 
-def _await_port(port: int, look: Callable[[], list[str]], seconds: float = 120.0) -> None:
+def await_port(port: int, look: Callable[[], list[str]], seconds: float = 120.0) -> None:
+    """Waits until somebody listens there.
+
+    Raises:
+        UserError: Nobody does, for so long; or the process does not stay up.
+    """
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if look():

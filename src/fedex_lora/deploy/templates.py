@@ -27,6 +27,7 @@ serverapp = "fedex_lora.flower.server_app:app"
 clientapp = "fedex_lora.flower.client_app:app"
 
 [tool.flwr.app.config]
+folder = ""
 recipe = ""
 out = ""
 progress = ""

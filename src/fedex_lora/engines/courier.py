@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+
 @dataclass(frozen=True)
 class Failed:
-    """No reply will come; `gone` if that is the connection's fault and may mend itself."""
+    """No reply will come; `gone` if it may mend itself, as a connection does or a process."""
 
     reason: str
     gone: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedex_lora.engines.courier import Courier, Failed, Waits
 from fedex_lora.engines.replies import about_reply, count, text
-from fedex_lora.engines.wire import PROTOCOL, Facts, Identity
+from fedex_lora.engines.wire import NOTHING, PROTOCOL, Facts, Identity
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.federation.messages import encode_about
 
@@ -25,7 +25,7 @@ class Guest:
         node: Where it is reached.
         rows: Its training rows.
         validation: Its own validation rows.
-        held: The version it holds; None for nothing.
+        held: The version it said it holds; None once it has shown what it holds.
     """
 
     node: str
@@ -63,6 +63,7 @@ class Guests:
         self.unfit: dict[str, str] = {}  # by node, why
         self._greeted: dict[str, str] = {}  # by ticket, the node
         self._met: set[str] = set()
+        self._present: set[str] = set()  # nodes, when last looked
 
     def gather(self, wanted: int, least: int) -> list[str]:
         """Waits until `wanted` fit clients are there, or at least `least` after the time for it.
@@ -95,7 +96,9 @@ class Guests:
 
     def greet(self) -> None:
         """Sends a hello to new nodes and takes in what the earlier ones answered."""
-        for node in self.courier.nodes():
+        self._present = set(self.courier.nodes())
+        self._met &= self._present  # who comes back is greeted again: it may have been mended
+        for node in sorted(self._present):
             if node not in self._met:
                 self._met.add(node)
                 self._send_hello(node)
@@ -129,7 +132,7 @@ class Guests:
                 node,
                 count(about["rows"]),
                 count(about["validation"]),
-                None if about["held"] is None else count(about["held"]),
+                max(NOTHING, count(about["held"] + 1) - 1),
             )
             if guest.rows < 1:
                 raise UserError(f"client {name} has no training rows")
@@ -146,7 +149,7 @@ class Guests:
 
     def _check_name(self, name: str, node: str) -> None:
         before = self.known.get(name)
-        if before is not None and before.node != node and before.node in self.courier.nodes():
+        if before is not None and before.node != node and before.node in self._present:
             raise UserError(
                 f"two clients are called {name}; give each institution a name of its own "
                 "(deploy client --name)"
@@ -166,9 +169,9 @@ class Guests:
             self.note(f"client {name} has {', '.join(other)}; results may differ in the last bits")
 
     def here(self, name: str) -> Guest | None:
-        """The client, if it is connected now."""
+        """The client, if it was connected when nodes were last greeted."""
         guest = self.known.get(name)
-        return guest if guest is not None and guest.node in self.courier.nodes() else None
+        return guest if guest is not None and guest.node in self._present else None
 
     def lost(self, node: str) -> None:
         """A node whose connection broke is greeted again when it is back."""

@@ -1,4 +1,4 @@
-"""The coordinator's side of a federation across machines: greets clients, sends, collects, waits.
+"""The coordinator's side of a round across machines: sends, collects, waits, gives up.
 
 It knows nothing of how messages travel; a `Courier` carries them.
 """
@@ -8,30 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
 
+from fedex_lora.engines.courier import Failed
+from fedex_lora.engines.guests import Guests
 from fedex_lora.engines.local import LocalEngine
-from fedex_lora.engines.wire import (
-    PROTOCOL,
-    Facts,
-    Identity,
-    agreement,
-    most_up,
-    own_round,
-)
-from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.engines.replies import about_reply, scores, text
+from fedex_lora.engines.wire import Identity, agreement, most_up, own_round
+from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Lost
-from fedex_lora.federation.messages import (
-    Broadcast,
-    Update,
-    decode_update,
-    encode_about,
-    encode_broadcast,
-    read_about,
-)
+from fedex_lora.federation.messages import Broadcast, Update, decode_update, encode_broadcast
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, broadcast_to, start_of
-from fedex_lora.recipe import CLIENT_NAME, CLIENT_NAME_RULE
+
+OFTEN = 0.5  # seconds between two looks for replies
+
 
 @dataclass
 class _Sent:
@@ -61,7 +51,7 @@ class _Exchange:
 
 
 class _Patience:
-    """Waits for so many seconds from the moment that something is lacking."""
+    """Waits for so many seconds from the first moment that something is lacking."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -69,8 +59,9 @@ class _Patience:
 
     def holds(self, lacking: bool) -> bool:
         now = time.monotonic()
-        self.since = (self.since or now) if lacking else None
-        return self.since is not None and now - self.since <= self.seconds
+        if lacking and self.since is None:
+            self.since = now
+        return lacking and now - (self.since or now) <= self.seconds
 
 
 class RemoteEngine:
@@ -181,7 +172,7 @@ class RemoteEngine:
 
     def _give_up(self, run: _Exchange) -> Iterator[Lost]:
         for client, reason in run.waiting.items():
-            yield Lost(client, reason, resent=run.spent.get(client, 0))
+            yield self._lost(run, client, reason)
         run.waiting.clear()
 
     def _offer(self, run: _Exchange, client: str) -> None:
@@ -191,8 +182,8 @@ class RemoteEngine:
             run.waiting.setdefault(client, "not connected")
             return
         held = run.state.held.get(client, 0)
-        if guest.held is not None and guest.held < held:
-            held = guest.held
+        if client in run.state.held and guest.held is not None:
+            held = min(held, guest.held)
         run.waiting.pop(client, None)
         self._send(run, client, held)
 
@@ -218,14 +209,17 @@ class RemoteEngine:
             run.waiting[client] = ticket.reason
             return
         run.spent[client] = run.spent.get(client, 0) + len(blob)
-        if client not in run.counted:
-            run.counted[client] = len(blob) if held == known else self._plain(run, client)
+        if held == known:
+            run.counted[client] = len(blob)
         expires = time.monotonic() + self.waits.round
         run.under_way[ticket] = _Sent(client, node, expires, len(blob), again)
 
-    def _plain(self, run: _Exchange, client: str) -> int:
-        """Bytes of the message that a client with its memory intact would have got."""
-        return len(encode_broadcast(run.broadcasts[client], self.settings.wire_dtype))
+    def _resent(self, run: _Exchange, client: str) -> int:
+        """Bytes beyond the broadcast that the round loop counts; negative if nothing was sent."""
+        if client not in run.counted:
+            plain = encode_broadcast(run.broadcasts[client], self.settings.wire_dtype)
+            run.counted[client] = len(plain)
+        return run.spent.get(client, 0) - run.counted[client]
 
     def _collect(self, run: _Exchange) -> Iterator[Update | Lost]:
         for ticket, reply in self.courier.collect(list(run.under_way)):
@@ -249,8 +243,7 @@ class RemoteEngine:
                 self.note(f"an update of {sent.client} came too late and was dropped")
 
     def _lost(self, run: _Exchange, client: str, reason: str, refused: bool = False) -> Lost:
-        resent = run.spent.get(client, 0) - run.counted.get(client, 0)
-        return Lost(client, reason, refused, resent)
+        return Lost(client, reason, refused, self._resent(run, client))
 
     def _opened(self, run: _Exchange, sent: _Sent, reply: bytes | Failed) -> Update | Lost | None:
         """What a reply holds; None if the client is asked once more."""
@@ -269,7 +262,7 @@ class RemoteEngine:
     def _read(self, run: _Exchange, sent: _Sent, reply: bytes) -> Update | Lost | None:
         client = sent.client
         about = about_reply(reply, self.guests.identity)
-        kind, resent = about["kind"], run.spent[client] - run.counted[client]
+        kind = about["kind"]
         if about.get("client", client) != client:
             raise UserError(f"it calls itself {text(about['client'])} now")
         if kind == "failed":
@@ -281,10 +274,13 @@ class RemoteEngine:
             self.note(f"{client} lost what it held; sending all since version {max(0, version)}")
             self._send(run, client, version, again=True)
             return None
+        if kind in ("scores", "update"):  # what it said in the beginning is outdated
+            known = self.guests.known
+            known[client] = replace(known[client], held=None)
         if kind == "scores" and run.final:
-            return Update(0, client, {}, {}, {}, 1, {}, scores(about["scores"]), resent=resent)
+            return Update(0, client, {}, {}, {}, 1, {}, scores(about["scores"]))
         if kind == "update" and not run.final:
-            return replace(self._update(run, client, reply), resent=resent)
+            return replace(self._update(run, client, reply), resent=self._resent(run, client))
         raise UserError(f"a reply of kind {text(kind)}, which was not asked for")
 
     def _update(self, run: _Exchange, client: str, reply: bytes) -> Update:

@@ -153,7 +153,7 @@ def _hello(about: Mapping[str, Any], institution: Institution) -> bytes:
         "hello",
         rows=len(institution.rows),
         validation=len(institution.validation or ()),
-        held=None if held is None else held.version,
+        held=_least(institution.settings) if held is None else held.version,
         versions=dict(institution.versions),
         time=time.time(),
     )
@@ -274,7 +274,7 @@ def _caught_up(
     message = decode_broadcast(blob)
     base, own, version = (_field(about, name, int) for name in ("held", "own", "version"))
     if held.version < base:
-        raise Lacks(NOTHING if settings.method.own_factors else held.version)
+        raise Lacks(_least(settings) if settings.method.own_factors else held.version)
     sites = settings.sites_of(institution.name)
     _check_broadcast(message, version, sites, held.adapter.head)
     adapter = receive(held.adapter, message, sites, settings.seed)
@@ -288,6 +288,11 @@ def _caught_up(
     ledger = held.ledger.extended(message.ledger, version)
     mark = identity.lineage[-1][1]
     return Held(version, mark, adapter, ledger, ends)
+
+
+def _least(settings: Settings) -> int:
+    """What a client without a memory can make up for by itself: the start, but no own factors."""
+    return NOTHING if settings.method.own_factors else 0
 
 
 def _view(held: Held, settings: Settings, client: str) -> ServerState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def institution(place: Mapping[str, Any]) -> Institution:
 
 def _simulated(node: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """In a simulation the nodes are numbered; the recipe says who is who, and has the rows."""
+    os.chdir(str(run["folder"]))
     path = Path(str(run["recipe"]))
     names = simulated_names(load_recipe(path))
     name = names[int(node["partition-id"])]

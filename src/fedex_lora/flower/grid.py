@@ -22,6 +22,12 @@ _REASONS = {
     ErrorCode.CLIENT_APP_CRASHED: "its client process died",
 }
 
+_MAY_MEND = (
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+)
+
 
 def pack(blob: bytes) -> RecordDict:
     """A record with the blob as one array; each array costs some 30 ms, whatever its size."""
@@ -78,7 +84,7 @@ def _opened(message: Message) -> bytes | Failed:
     if message.has_error():
         code = message.error.code
         reason = _REASONS.get(code, f"Flower's error {code}")
-        return Failed(reason, gone=code == ErrorCode.NODE_UNAVAILABLE)
+        return Failed(reason, gone=code in _MAY_MEND)
     try:
         return unpack(message.content)
     except UserError as error:

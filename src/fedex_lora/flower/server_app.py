@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run(grid: Grid, config: Mapping[str, Any], recorder: Recorder) -> dict[str, Any]:
+    os.chdir(str(config["folder"]))  # paths in the recipe are relative to where it was started
     out, recipe = Path(str(config["out"])), load_recipe(Path(str(config["recipe"])))
     assemble = across_machines(FlowerCourier(grid))
     if config["resume"]:

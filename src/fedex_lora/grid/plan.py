@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -84,10 +85,17 @@ def plan(path: Path, sets: Sequence[str] = (), data: Path | None = None, only: s
         for run in _first_seeds(grid, path, sets, data)
         for seed in grid.seeds
     ]
+    _check_names(path, runs)
     found = tuple(run for run in runs if fnmatch(run.name, only))
     if not found:
         raise UserError(f"--only: {only!r} fits none of {len(runs)} runs, e.g. {runs[0].name}")
     return Plan(grid, found)
+
+
+def _check_names(path: Path, runs: Sequence[Run]) -> None:
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise UserError(f"{path}: two runs would be called {name}; choose other labels")
 
 
 def _first_seeds(grid: Grid, path: Path, sets: Sequence[str], data: Path | None) -> Iterator[Run]:
@@ -172,13 +180,19 @@ def standing(run: Run, out: Path) -> Standing:
     return "begun" if directory.read_json("results.json") is None else "done"
 
 
-def check_same(runs: Sequence[Run], out: Path) -> None:
-    """Raises a `UserError` that names the directories that hold runs with other recipes."""
+def left(runs: Sequence[Run], out: Path) -> list[Run]:
+    """The runs that are not done.
+
+    Raises:
+        UserError: A directory holds a run with another recipe; the differences are named.
+    """
+    now = {run.name: standing(run, out) for run in runs}
     for run in runs:
-        if standing(run, out) == "other":
+        if now[run.name] == "other":
             path = out / run.name
             different = "; ".join(differences(run.recipe, RunDir(path).recipe()))
             raise UserError(f"{path}: holds a run with another recipe: {different}. Use --out")
+    return [run for run in runs if now[run.name] != "done"]
 
 
 def told(run: Run, out: Path) -> str:

@@ -89,6 +89,7 @@ class Grid(Part):
         yield from _settled("set", self.set)
         for name, given in self.vary.items():
             yield from _vary_problems(name, given)
+        yield from self._set_twice()
         yield from _twice("methods", [entry.shown for entry in self.methods])
         yield from _twice("seeds", self.seeds)
         yield from _twice("recipes", [Path(file).stem for file in self.recipes])
@@ -98,6 +99,23 @@ class Grid(Part):
         if self.columns is not None and self.columns not in known:
             text = f"expected one of {', '.join(known)}"
             yield "columns", text + did_you_mean(self.columns, known)
+
+    def _set_twice(self) -> Iterator[Problem]:
+        """Keys that are varied and set besides: names would say what is not so."""
+        varied = [key for name, given in self.vary.items() for key in _keys_of(name, given)]
+        for key in sorted({key for key in varied if varied.count(key) > 1}):
+            yield "vary", f"{key} is set by two of its names; leave it out of one"
+        rows = {f"methods.{i}.set": entry.set for i, entry in enumerate(self.methods)}
+        for where, given in {"set": self.set, **rows}.items():
+            for key in sorted(given.keys() & set(varied)):
+                yield f"{where}.{key}", "`vary` sets it too; leave it out of one of them"
+
+
+def _keys_of(name: str, given: Any) -> dict[str, None]:
+    """The keys that one name in `vary` sets."""
+    if not isinstance(given, dict):
+        return {name: None}
+    return dict.fromkeys(k for chosen in given.values() if isinstance(chosen, dict) for k in chosen)
 
 
 def _choices(name: str, given: Any) -> dict[str, Overrides]:

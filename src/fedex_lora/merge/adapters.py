@@ -18,7 +18,7 @@ from torch import Tensor
 from fedex_lora.adapter import Site
 from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
-from fedex_lora.merge.factors import Term
+from fedex_lora.merge.factors import Term, finite
 from fedex_lora.model.files import CONFIG, NAMES, PREFIX, WEIGHTS, configured, unsupported
 
 PICKLE = "adapter_model.bin"
@@ -77,10 +77,7 @@ class Adapter:
         """Tensors of the file, finite; the file is mapped only as long as they live."""
         found = _read(self.file, keys, self.name)
         for key, tensor in zip(keys, found):
-            # a sum that is finite spares a look at every number
-            if tensor.is_floating_point() and not tensor.float().sum().isfinite():
-                if bool(tensor.isfinite().all()):
-                    continue
+            if not finite(tensor):
                 raise UserError(
                     f"{self.name}: {key} in {self.file} holds NaN or infinity; its training went "
                     "wrong, leave this adapter out"

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedex_lora.disk import new_directory
 from fedex_lora.errors import UserError
 from fedex_lora.lowrank import LowRank
-from fedex_lora.merge.factors import Reduced, reduce, weighted_sum
+from fedex_lora.merge.factors import Reduced, finite, reduce
 from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.target import INDEX, Target, open_target
@@ -132,7 +132,7 @@ class _Work:
         turned = wide.T if self.target.turned(site) else wide
         turned.addmm_(update.left.to(wide.dtype), update.right.to(wide.dtype))
         rounded = wide.to(to)
-        if not bool(rounded.isfinite().all()):
+        if not finite(rounded):
             raise UserError(f"{site}: is not finite in {to} once changed; choose another --dtype")
         if rounded.dtype != wide.dtype:
             self._norm += wide.norm().item() ** 2
@@ -140,7 +140,7 @@ class _Work:
         return rounded
 
     def _update(self, site: str) -> LowRank:
-        whole = weighted_sum(self.plan.terms(site), self.plan.weights)
+        whole = self.plan.sum(site)
         if self.rank is None and not self.error:
             return whole.factors
         found: Reduced = reduce(whole, self.rank, self.error)

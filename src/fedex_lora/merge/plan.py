@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import Adapter
-from fedex_lora.merge.factors import Term
+from fedex_lora.merge.factors import Sum, Term, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,19 @@ class Plan:
     def terms(self, site: str) -> Iterator[Term]:
         """(A, B, scale) of every adapter, read one after the other."""
         return (adapter.term(site) for adapter in self.adapters)
+
+    def shape(self, site: str) -> tuple[int, int]:
+        """ΔW's (out, in)."""
+        form = self.adapters[0].places[site].site
+        return form.out, form.inp
+
+    def rank(self, site: str) -> int:
+        """Σ rᵢ, the most that the sum can have."""
+        return sum(adapter.places[site].site.rank for adapter in self.adapters)
+
+    def sum(self, site: str) -> Sum:
+        """Σ wᵢ·sᵢ·BᵢAᵢ of a layer."""
+        return weighted_sum(self.terms(site), self.weights, self.shape(site), self.rank(site))
 
     def head(self, key: str) -> Tensor:
         """Σ wᵢ·xᵢ of a tensor, taken as x₁ + Σ wᵢ(xᵢ − x₁) in float32; x₁'s dtype.

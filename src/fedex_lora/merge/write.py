@@ -17,7 +17,7 @@ from fedex_lora.adapter import AdapterState, Factors, Site
 from fedex_lora.aggregate import Aggregator
 from fedex_lora.disk import new_directory
 from fedex_lora.errors import UserError
-from fedex_lora.merge.factors import reduce, rounded, weighted_sum
+from fedex_lora.merge.factors import finite, reduce, rounded
 from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
@@ -115,11 +115,11 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
 
 
 def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> Layer:
-    found = reduce(weighted_sum(plan.terms(site), plan.weights), options.rank, options.error)
+    found = reduce(plan.sum(site), options.rank, options.error)
     stored, rounding = rounded(found.factors, options.dtype)
     key_a, key_b = plan.adapters[0].places[site].keys
     for key, factor in ((key_a, stored.right), (key_b, stored.left)):
-        if not bool(factor.isfinite().all()):
+        if not finite(factor):
             raise UserError(f"{site}: is too large for {options.dtype}; choose another --dtype")
         file.add(key, _at_least_rank_1(factor, 0 if key == key_a else 1))
     averaging = _averaging(plan, site) if options.compare else None
@@ -136,8 +136,8 @@ def _at_least_rank_1(factor: Tensor, dim: int) -> Tensor:
 
 def _averaging(plan: Plan, site: str) -> float:
     """‖Σ wᵢsᵢBᵢAᵢ − B̄Ā‖_F, as a federated round of factor averaging would leave it."""
-    shapes = [adapter.places[site].site for adapter in plan.adapters]
-    whole = Site(shapes[0].out, shapes[0].inp, max(s.rank for s in shapes), scale=1.0)
+    ranks = [adapter.places[site].site.rank for adapter in plan.adapters]
+    whole = Site(*plan.shape(site), max(ranks), scale=1.0)
     aggregator = Aggregator(METHODS["fedit"], {site: whole}, frozenset("AB"))
     zero = Factors(torch.zeros(whole.rank, whole.inp), torch.zeros(whole.out, whole.rank), 1.0)
     start = AdapterState({site: zero})
@@ -215,21 +215,15 @@ def _bytes(plan: Plan, options: Options) -> int:
     size = torch.finfo(options.dtype).bits // 8
     total = 0
     for site in plan.sites:
-        ranks, shape = _ranks(plan, site)
-        rank = min(ranks, shape.out, shape.inp, options.rank or ranks)
-        total += rank * (shape.out + shape.inp) * size
+        shape = plan.shape(site)
+        total += min(plan.rank(site), *shape, options.rank or min(shape)) * sum(shape) * size
     first = plan.adapters[0].others
     return total + sum(4 * torch.Size(first[key]).numel() for key in [*plan.heads, *plan.copies])
 
 
 def working_bytes(plan: Plan, site: str) -> int:
     """What one layer takes while it is merged: its factors, or a few dense float64 matrices."""
-    ranks, shape = _ranks(plan, site)
-    if ranks >= min(shape.out, shape.inp):
-        return 8 * 4 * shape.out * shape.inp
-    return 4 * 3 * ranks * (shape.out + shape.inp) + 8 * 8 * ranks**2
-
-
-def _ranks(plan: Plan, site: str) -> tuple[int, Site]:
-    shapes = [adapter.places[site].site for adapter in plan.adapters]
-    return sum(s.rank for s in shapes), shapes[0]
+    shape, rank = plan.shape(site), plan.rank(site)
+    if rank >= min(shape):
+        return 8 * 4 * shape[0] * shape[1]
+    return 4 * 3 * rank * sum(shape) + 8 * 8 * rank**2

@@ -12,7 +12,7 @@ from fedex_lora.analysis.drawn import Drawn
 from fedex_lora.analysis.figures import of_task
 from fedex_lora.analysis.study import Study
 from fedex_lora.report import sections
-from fedex_lora.report.html import Child, Html, el, join
+from fedex_lora.report.html import Child, Html, details, el, join
 from fedex_lora.report.style import CSS
 from fedex_lora.report.svg import MARKER, inline, png_file, svg_file
 from fedex_lora.report.words import verdict
@@ -100,21 +100,23 @@ def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> Iter
     many = len(study.tasks) > 1
     yield el("h2", f"{task}: scores" if many else "Scores")
     yield sections.scores(study, task)
-    figures = []
+    figures: dict[str, list[Html]] = {}
     for i, drawn in enumerate(of_task(study, task)):
         name = f"{number + 1}-{_slug(task)}-{drawn.name}" if many else drawn.name
         svg = svg_file(drawn.figure, name)
         plots |= {f"{name}.svg": svg, f"{name}.png": png_file(drawn.figure, name)}
-        figures.append(_figure(drawn, svg, f"f{number}-{i}"))
-    if figures:
-        yield el("div", *figures, class_="figures")
+        shown = figures.setdefault(drawn.condition, [])
+        shown.append(_figure(drawn, svg, f"f{number}-{i}"))
+    for condition, shown in figures.items():
+        box = el("div", *shown, class_="figures")
+        yield details(f"Curves: {condition}", box) if condition else box
     if (shown := sections.clients(study, task)) is not None:
         yield el("h2", f"{task}: clients" if many else "Clients")
         yield shown
 
 
 def _figure(drawn: Drawn, svg: bytes, prefix: str) -> Html:
-    title = drawn.figure.axes[0].get_title(loc="left")
+    title = drawn.figure.get_suptitle().replace("\n", " ")
     return el("figure", inline(svg, prefix, title), el("figcaption", drawn.caption or None))
 
 

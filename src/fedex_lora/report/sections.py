@@ -10,7 +10,7 @@ from typing import Any
 
 from fedex_lora.analysis.claims import CLAIMS, findings
 from fedex_lora.analysis.finding import Finding
-from fedex_lora.analysis.scores import ArmScores, arm_scores, final_score, paired
+from fedex_lora.analysis.scores import ArmScores, against_reference, arm_scores, final_score
 from fedex_lora.analysis.study import Placed, Study, deviates, metric_of
 from fedex_lora.compare import size, spread
 from fedex_lora.recipe_yaml import differences, dump_recipe
@@ -30,11 +30,10 @@ def scores(study: Study, task: str) -> Html:
     arms = arm_scores(study, task)
     metric = metric_of(study.of(task)[0].run)[0]
     splits = list(dict.fromkeys(s for a in arms for s in a.by_split if any(a.by_split[s])))
-    compared = {a.arm: paired(study, a.arm, study.reference, task) for a in arms}
-    compared[study.reference] = None
+    compared = {a.arm: against_reference(study, a.arm, task) for a in arms}
     able = {p.arm for p in study.of(task) if deviates(p.method)}
     header = ["", "seeds", *(f"{s} {metric}" for s in splits)]
-    header += [f"difference from {study.reference}"] * any(compared.values())
+    header += [f"difference from {study.first}"] * any(compared.values())
     header += ["best round", "deviation", "up", "down", "seconds"]
     rows = []
     for a in arms:
@@ -73,16 +72,17 @@ def clients(study: Study, task: str) -> Html | None:
         return None
     columns = {
         "examples": _examples(placed),
-        **_losses(study, placed),
+        **_losses(study.main_arm(task), placed),
         **_alone(placed),
         **_own_rows(study, placed),
     }
     shown = names[:_MOST_CLIENTS]
     rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in shown]
     caption = "Means over seeds; examples from the smallest to the largest share."
-    ours = [s for p in study.of(task, study.reference) if (s := final_score(p.run)) is not None]
+    main = study.main_arm(task)
+    ours = [s for p in study.of(task, main) if (s := final_score(p.run)) is not None]
     if ours and any(key.startswith("alone") for key in columns):
-        caption += f" The model of {study.reference} on the same rows: {spread(ours)}."
+        caption += f" The model of {main} on the same rows: {spread(ours)}."
     if len(shown) < len(names):
         caption += f" The first {len(shown)} of {len(names)} clients."
     return join([table(["client", *columns], rows, caption), _absent(placed)])
@@ -104,9 +104,8 @@ def _records(placed: Sequence[Placed]) -> Iterator[Mapping[str, Any]]:
         yield from p.run.records
 
 
-def _losses(study: Study, placed: Sequence[Placed]) -> dict[str, dict[str, str]]:
-    """The training loss of the last round, in the reference arm."""
-    arm = study.reference if any(p.arm == study.reference for p in placed) else placed[0].arm
+def _losses(arm: str, placed: Sequence[Placed]) -> dict[str, dict[str, str]]:
+    """The training loss of the last round, in one arm."""
     found: dict[str, list[float]] = {}
     for p in placed:
         if p.arm == arm:
@@ -186,8 +185,7 @@ def _finding(f: Finding) -> Html:
 
 def recipe(study: Study, task: str) -> Html:
     """The recipe of one run, and in what the other arms differ from it."""
-    placed = study.of(task, study.reference) or study.of(task)
-    one = placed[0]
+    one = study.of(task, study.main_arm(task))[0]
     lines = []
     for arm in dict.fromkeys(p.arm for p in study.of(task)):
         other = study.of(task, arm)[0].run.recipe
@@ -219,8 +217,8 @@ def environment(study: Study) -> Html:
 
 def commands(study: Study) -> list[str]:
     """What repeats these runs: one `compare` where they came of one, else a `run` each."""
-    first = study.of(arm=study.reference)[0].run
-    plain = len(study.tasks) == 1 and not any(p.settings for p in study.placed)
+    first = study.of(arm=study.main_arm(study.tasks[0]))[0].run
+    plain = len(study.tasks) == 1 and not any(p.named for p in study.placed)
     arms, seeds = study.arms, sorted({p.seed for p in study.placed})
     if len(study.placed) > 1 and plain and not any(" " in arm for arm in arms):
         given = [str(first.path / "recipe.yaml"), "--methods", ",".join(arms)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fedex_lora.analysis.scores import chose_itself, final_score, judged_split, paired
+from fedex_lora.analysis.scores import chose_itself, comparisons, final_score, judged_split
 from fedex_lora.analysis.statistics import Estimate, Outcome, Paired, what_seeds_show
 from fedex_lora.analysis.statistics import number as signed
-from fedex_lora.analysis.study import Placed, Study
+from fedex_lora.analysis.study import Placed, Study, as_text
 from fedex_lora.compare import size
 from fedex_lora.report.html import Child, Html, el
 from fedex_lora.rundir import number
@@ -54,18 +54,13 @@ def _one_run(placed: Placed) -> Iterator[Html]:
 
 
 def _compared(study: Study, task: str | None) -> Iterator[Html]:
-    """The arms by what the intervals say of them, in one task or over all."""
-    reference = study.reference
-    pairs = [
-        one
-        for arm in study.arms
-        if arm != reference and (one := paired(study, arm, reference, task)) is not None
-    ]
+    """What is compared, by what the intervals say of it, in one task or over all."""
+    pairs = comparisons(study, task)
     if not pairs:
         if task is not None:
             yield from _uncompared(study, task)
         return
-    yield el("p", f"{_against(study, task)}: {_summary(study, pairs)}", class_="lead")
+    yield el("p", f"{_where(study, task)}: {_summary(pairs)}", class_="lead")
     rows: list[Child] = []
     for outcome, told in _GROUPS:
         of_group = [p for p in pairs if p.outcome == outcome]
@@ -73,30 +68,34 @@ def _compared(study: Study, task: str | None) -> Iterator[Html]:
             listed = (el("li", f"{p.ours} {change(p.difference)}") for p in of_group)
             rows += [el("dt", told), el("dd", el("ul", *listed))]
     yield el("dl", *rows)
+    conditions = {as_text(p.condition) for p in study.placed}
+    if len(study.methods) > 1 and len(conditions) > 1:
+        text = f"At equal settings, of which there are {len(conditions)}; a seed counts once."
+        yield el("p", text, class_="soft")
 
 
-def _against(study: Study, task: str | None) -> str:
+def _summary(pairs: Sequence[Paired]) -> str:
+    """All outcomes in one sentence."""
+    by = {o: ", ".join(p.ours for p in pairs if p.outcome == o) for o, _ in _GROUPS}
+    reference, parts = pairs[0].reference, []
+    if by["worse"]:
+        parts.append(f"{reference} beats {by['worse']}")
+    if by["better"]:
+        parts.append(f"{reference} is beaten by {by['better']}")
+    if by["none"]:
+        parts.append(f"no difference seen between {reference} and {by['none']}")
+    if by["unknown"]:
+        parts.append(f"too few seeds to tell {reference} from {by['unknown']}")
+    return "; ".join(parts) + "."
+
+
+def _where(study: Study, task: str | None) -> str:
     if task is None:
         return f"Over {len(study.tasks)} tasks"
     run = next(p.run for p in study.of(task) if p.run.finished)
     caveat = " (rows that also chose the best round)" if chose_itself(run) else ""
     split = judged_split(run)
     return (f"{task}, {split}" if len(study.tasks) > 1 else split.capitalize()) + caveat
-
-
-def _summary(study: Study, pairs: Sequence[Paired]) -> str:
-    """All outcomes in one sentence."""
-    by = {o: ", ".join(p.ours for p in pairs if p.outcome == o) for o, _ in _GROUPS}
-    parts = []
-    if by["worse"]:
-        parts.append(f"{study.reference} beats {by['worse']}")
-    if by["better"]:
-        parts.append(f"{study.reference} is beaten by {by['better']}")
-    if by["none"]:
-        parts.append(f"no difference seen between {study.reference} and {by['none']}")
-    if by["unknown"]:
-        parts.append(f"too few seeds to tell {study.reference} from {by['unknown']}")
-    return "; ".join(parts) + "."
 
 
 def change(e: Estimate) -> str:
@@ -115,17 +114,11 @@ def _uncompared(study: Study, task: str) -> Iterator[Html]:
     elif len({p.arm for p in done}) == 1:
         yield el("p", f"{task}: one arm, {done[0].arm}; nothing to compare.", class_="lead")
     else:
-        text = f"{task}: no finished runs of {study.reference} and another arm with equal seeds."
+        text = f"{task}: no finished runs of {study.first} and others with equal seeds."
         yield el("p", text, class_="lead")
 
 
 def _fewest_seeds(study: Study) -> int:
-    """Of the pairs that have an interval, the fewest of one task; 1 if there is no such."""
-    counts = []
-    for task in study.tasks:
-        for arm in study.arms:
-            if arm != study.reference and paired(study, arm, study.reference, task) is not None:
-                seeds = {p.seed for p in study.of(task, arm) if p.run.finished}
-                ours = {p.seed for p in study.of(task, study.reference) if p.run.finished}
-                counts.append(len(seeds & ours))
-    return min((n for n in counts if n > 1), default=1 if counts else 0)
+    """Of what has an interval, the fewest seeds of a task; 1 if nothing has, 0 if there is none."""
+    seeds = [one.difference.seeds for task in study.tasks for one in comparisons(study, task)]
+    return min((n for n in seeds if n > 1), default=1 if seeds else 0)

@@ -30,6 +30,7 @@ def write_report(
         UserError: No runs there; a file to be written exists and is no report; it cannot be
             written.
     """
+    check_ours(out)
     runs, problems = read_runs(paths)
     placed = study(runs)
     going_on = not all(p.run.finished for p in placed.placed)

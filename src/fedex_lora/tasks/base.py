@@ -1,6 +1,6 @@
 """What a task is: a value that says how rows are checked, encoded, batched and scored."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -136,6 +136,16 @@ def check_columns(rows: Dataset, columns: Sequence[str], where: str) -> None:
         )
     if len(rows) == 0:
         raise UserError(f"{where}: no rows; at least one is needed.")
+
+
+def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) -> None:
+    """Raise a `UserError` for the first row that has a problem.
+
+    Lines are asked for then only: each takes a pass over the file.
+    """
+    for row, problem in enumerate(problems):
+        if problem is not None:
+            raise UserError(f"{where}, line {line_of(row)}: {problem}")
 
 
 def pad(rows: Sequence[Mapping[str, Any]], key: str, value: int, side: str = "right") -> Tensor:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import learned_positions
 from fedex_lora.recipe import COMMONSENSE
-from fedex_lora.tasks.base import IGNORED, LineOf, Task, check_columns, one_based
+from fedex_lora.tasks.base import IGNORED, LineOf, Task, check_columns, one_based, refuse_first
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import (
     as_dataset,
@@ -129,18 +129,19 @@ def _kind(answer: str) -> tuple[str, ...]:
 def _check(name: str | None, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
     check_columns(rows, ("instruction", "output", "answer"), where)
     known = OPTIONS[name] if name else tuple(dict.fromkeys(sum(OPTIONS.values(), ())))
-    for index, row in enumerate(rows.to_list()):
-        at = f"{where}, line {line_of(index)}"
-        for column in ("instruction", "output", "answer"):
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise UserError(f"{at}: {column} is {row[column]!r}; expected a text.")
-        if row["answer"] not in known:
-            raise UserError(f"{at}: answer is {row['answer']!r}; expected one of {_names(known)}.")
-        if row["answer"] not in (there := options(row["instruction"], row["answer"])):
-            raise UserError(
-                f"{at}: answer is {row['answer']!r}, but the instruction names only the options "
-                f"{_names(there) or '(none)'}."
-            )
+    refuse_first((_problem(known, row) for row in rows.to_list()), where, line_of)
+
+
+def _problem(known: Sequence[str], row: Mapping[str, Any]) -> str | None:
+    for column in ("instruction", "output", "answer"):
+        if not isinstance(row[column], str) or not row[column].strip():
+            return f"{column} is {row[column]!r}; expected a text."
+    found = f"answer is {row['answer']!r}"
+    if row["answer"] not in known:
+        return f"{found}; expected one of {_names(known)}."
+    if row["answer"] not in (there := options(row["instruction"], row["answer"])):
+        return f"{found}, but the instruction names only the options {_names(there) or '(none)'}."
+    return None
 
 
 def _names(options: Sequence[str]) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError
 from fedex_lora.tasks import nlg
-from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based
+from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, refuse_first
 from fedex_lora.tasks.generation import Decoding, verdicts
 from fedex_lora.tasks.language import evaluate_loss, language_task
 from fedex_lora.tasks.outputs import Outputs
@@ -77,12 +77,15 @@ def _check(generating: bool, rows: Dataset, where: str, line_of: LineOf = one_ba
         nlg.require()
         nlg.has_java()
     check_columns(rows, (MEANING, REFERENCE), where)
-    for index, (meaning, reference) in enumerate(zip(rows[MEANING], rows[REFERENCE])):
-        at = f"{where}, line {line_of(index)}"
-        if not isinstance(meaning, str) or linearised(meaning) is None:
-            raise UserError(f"{at}: {MEANING} is {meaning!r}; expected name[Alimentum], area[...].")
-        if not isinstance(reference, str) or not reference.strip():
-            raise UserError(f"{at}: {REFERENCE} is {reference!r}; expected a text.")
+    refuse_first(map(_problem, rows[MEANING], rows[REFERENCE]), where, line_of)
+
+
+def _problem(meaning: Any, reference: Any) -> str | None:
+    if not isinstance(meaning, str) or linearised(meaning) is None:
+        return f"{MEANING} is {meaning!r}; expected name[Alimentum], area[...]."
+    if not isinstance(reference, str) or not reference.strip():
+        return f"{REFERENCE} is {reference!r}; expected a text."
+    return None
 
 
 def _pairs(rows: Dataset) -> tuple[list[str], list[str]]:

@@ -25,6 +25,7 @@ from fedex_lora.tasks.base import (
     one_based,
     pad,
     pad_inputs,
+    refuse_first,
 )
 from fedex_lora.tasks.generation import Decoding, generate, verdicts
 from fedex_lora.tasks.metrics import exact_match, mean_loss, perplexity
@@ -135,16 +136,20 @@ def _check_templates(
     templates: Templates, rows: Dataset, where: str, line_of: LineOf = one_based
 ) -> None:
     check_columns(rows, templates.columns, where)
-    for index, row in enumerate(_records(rows, templates.columns)):
-        at = f"{where}, line {line_of(index)}"
-        for name, value in row.items():
-            if not isinstance(value, str | int | float):
-                found = "missing" if value is None else "neither a text nor a number"
-                raise UserError(f"{at}: {name} is {found}.")
-        if not templates.prompt.format_map(row).strip():
-            raise UserError(f"{at}: the prompt is empty.")
-        if not templates.response.format_map(row).strip():
-            raise UserError(f"{at}: the response is empty.")
+    records = _records(rows, templates.columns)
+    refuse_first((_problem(templates, row) for row in records), where, line_of)
+
+
+def _problem(templates: Templates, row: Mapping[str, Any]) -> str | None:
+    for name, value in row.items():
+        if not isinstance(value, str | int | float):
+            found = "missing" if value is None else "neither a text nor a number"
+            return f"{name} is {found}."
+    if not templates.prompt.format_map(row).strip():
+        return "the prompt is empty."
+    if not templates.response.format_map(row).strip():
+        return "the response is empty."
+    return None
 
 
 def _records(rows: Dataset, columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -98,10 +98,6 @@ def nist(predictions: Sequence[str], references: References) -> float:
     most often.
 
     Source: Doddington 2002, eq. 2-4; mteval-v13a.pl.
-
-    Example:
-        >>> nist(["a b"], [["a b"]])  # each word: log2(2 / 1); "b" after "a" is no news
-        1.0
     """
     texts, wanted = _tokenised(predictions), [_tokenised(texts) for texts in references]
     news = _news([text for texts in wanted for text in texts])

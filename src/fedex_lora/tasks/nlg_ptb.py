@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from fedex_lora.errors import UserError
 
 _JAVA = ["java", "-Dfile.encoding=UTF-8"]  # whatever the locale says
 
@@ -43,14 +47,20 @@ def java_runs() -> bool:
 
 
 def tokenise(texts: Sequence[str]) -> list[str]:
-    """Each text in small letters, its tokens separated by spaces, without punctuation."""
+    """Each text in small letters, its tokens separated by spaces, without punctuation.
+
+    Raises:
+        UserError: Java does not do it.
+    """
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS  # noqa: PLC0415 - optional
 
     lines = "\n".join(" ".join(text.split()) for text in texts)  # no other ends of lines
     jar = _package() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     tokenizer = "edu.stanford.nlp.process.PTBTokenizer"
     command = [*_JAVA, "-cp", str(jar), tokenizer, "-preserveLines", "-lowerCase"]
-    done = subprocess.run(command, input=lines.encode(), capture_output=True, check=True)
+    done = subprocess.run(command, input=lines.encode(), capture_output=True)
+    if done.returncode:
+        raise _failed("the tokenizer", done.stderr)
     found = done.stdout.decode().split("\n")
     assert len(found) == len(texts), "the tokenizer lost or made lines"
     return [" ".join(w for w in line.split() if w not in PUNCTUATIONS) for line in found]
@@ -82,6 +92,9 @@ def meteor(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Metric:
     """METEOR 1.5 of tokenised English texts.
 
     Source: Denkowski and Lavie 2014; computed by their program, which pycocoevalcap carries.
+
+    Raises:
+        UserError: Java does not do it.
     """
     with _meteor() as ask:
         # each text's statistics first, then the scores of all of them
@@ -97,24 +110,39 @@ def _meteor() -> Iterator[Callable[[str | None], str]]:
     jar = _package() / "meteor" / "meteor-1.5.jar"
     command = [*_JAVA, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-    assert process.stdin and process.stdout
-    stdin, stdout = process.stdin, process.stdout
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors) as process,
+    ):
+        assert process.stdin and process.stdout
+        try:
+            yield partial(_ask, process.stdin, process.stdout, errors)
+        finally:
+            process.kill()
+            with suppress(BrokenPipeError):  # of what a dead process did not take
+                process.stdin.close()
 
-    def ask(line: str | None) -> str:
+
+def _ask(stdin: IO[bytes], stdout: IO[bytes], errors: IO[bytes], line: str | None) -> str:
+    answer = b""
+    with suppress(BrokenPipeError):
         if line is not None:
             stdin.write(f"{line}\n".encode())
             stdin.flush()
-        answer = stdout.readline().decode().strip()
-        if not answer:
-            raise RuntimeError(f"METEOR ended without an answer to {line!r}")
-        return answer
+        answer = stdout.readline()
+    if not answer:
+        errors.seek(0)
+        raise _failed("METEOR", errors.read())
+    return answer.decode().strip()
 
-    with process:
-        try:
-            yield ask
-        finally:
-            process.kill()
+
+def _failed(what: str, errors: bytes) -> UserError:
+    lines = errors.decode(errors="replace").strip().splitlines() or ["no message"]
+    return UserError(
+        f"task.generate: {what}, a program in Java, ended while texts were scored: {lines[-1]}. It "
+        "needs Java 8 or later and 2 GB of free memory; without any Java the scores that need it "
+        "are left out"
+    )
 
 
 def _statistics_of(text: str, references: Sequence[str]) -> str:

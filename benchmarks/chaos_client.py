@@ -1,0 +1,60 @@
+"""Flower's client app of `make chaos`: the real one, sabotaged in one round at one client.
+
+The file that $FEDEX_LORA_CHAOS names says which: {"client", "round", "what"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedex_lora.adapter import AdapterState
+from fedex_lora.federation.messages import decode_update, encode_update, read_about
+from fedex_lora.flower.client_app import reply_to
+from fedex_lora.flower.grid import pack, unpack
+
+app = ClientApp()
+
+
+@app.train()
+def answer(message: Message, context: Context) -> Message:
+    """The client's reply, or what the plan makes of it."""
+    blob = unpack(message.content)
+    said = read_about(blob)
+    plan = json.loads(Path(os.environ["FEDEX_LORA_CHAOS"]).read_text())
+    now = said.get("client") == plan["client"] and said.get("version", -1) + 1 == plan["round"]
+    now = now and said["kind"] == "round"
+    what = plan["what"] if now else ""
+    if what == "process killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "raises":
+        raise RuntimeError("sabotage")
+    if what == "hangs":
+        time.sleep(3600)
+    reply = reply_to(blob, context.node_config, context.run_config)
+    return Message(pack(damaged(reply, what) if now else reply), reply_to=message)
+
+
+def damaged(reply: bytes, what: str) -> bytes:
+    """The reply, spoiled."""
+    said, update = read_about(reply), decode_update(reply, AdapterState())
+    if what == "sends NaN":
+        spoiled = {n: torch.full_like(t, float("nan")) for n, t in update.A.items()}
+        return encode_update(replace(update, A=spoiled), AdapterState(), about=said)
+    if what == "wrong shapes":
+        spoiled = {n: t.T.contiguous() for n, t in update.A.items()}
+        return encode_update(replace(update, A=spoiled), AdapterState(), about=said)
+    if what == "10 times the size":
+        more = {f"{n}/{i}": t for n, t in update.A.items() for i in range(2000)}
+        return encode_update(replace(update, A={**update.A, **more}), AdapterState(), about=said)
+    if what == "another run's round":
+        return encode_update(update, AdapterState(), about={**said, "federation": "0" * 32})
+    return reply

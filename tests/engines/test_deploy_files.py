@@ -1,0 +1,131 @@
+"""What `deploy init` writes, what the guard lets through, and what runs tell of themselves."""
+
+import asyncio
+import json
+import ssl
+import stat
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from fedex_lora.deploy import commands
+from fedex_lora.deploy.init import Deployment, init, read_deployment
+from fedex_lora.deploy.keys import check_certificate
+from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.flower.progress import Recorder, follow
+from fedex_lora.flower.superlink import guarded
+from fedex_lora.run import Silent, Start
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("deployment") / "d"
+    init(path, Deployment("fed.example.org", 9443, ("hospital-a", "hospital-b")))
+    return path
+
+
+def test_the_server_s_certificate_is_signed_for_its_names(folder):
+    server = folder / "server"
+    authority = x509.load_pem_x509_certificate((server / "ca.crt").read_bytes())
+    certificate = x509.load_pem_x509_certificate((server / "server.pem").read_bytes())
+    certificate.verify_directly_issued_by(authority)
+    check_certificate(server / "server.pem", "fed.example.org")
+    check_certificate(server / "server.pem", "127.0.0.1")
+    with pytest.raises(UserError, match=r"made for .*fed\.example\.org.*not for other"):
+        check_certificate(server / "server.pem", "other.example.org")
+    ssl.create_default_context(cafile=str(server / "ca.crt")).load_cert_chain(
+        server / "server.pem", server / "server.key"
+    )
+
+
+def test_every_institution_has_a_key_of_its_own_that_nobody_else_may_read(folder):
+    public = set()
+    for name in ("hospital-a", "hospital-b"):
+        key = folder / "clients" / name / "key"
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        private = serialization.load_ssh_private_key(key.read_bytes(), None)
+        written = key.with_name("key.pub").read_bytes().split()
+        derived = private.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        assert derived.split()[:2] == written[:2] and written[0] == b"ecdsa-sha2-nistp384"
+        public.add(written[1])
+        assert read_deployment(key.parent).clients == (name,)
+    assert len(public) == 2
+    assert not (folder / "clients" / "hospital-a" / "ca.key").exists()
+
+
+def test_a_folder_in_use_is_left_alone_and_insecure_stays_on_this_machine(folder, tmp_path):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match="is in use"):
+        init(folder, Deployment("127.0.0.1", 9443, ("a",)))
+    assert sorted(folder.rglob("*")) == before
+    with pytest.raises(UserError, match="reachable from this machine alone"):
+        init(tmp_path / "x", Deployment("10.0.0.1", 9443, ("a",), insecure=True))
+    init(tmp_path / "y", Deployment("127.0.0.1", 9443, ("a",), insecure=True))
+    link = commands.superlink(tmp_path / "y", Deployment("127.0.0.1", 9443, ("a",), insecure=True))
+    assert link.argv[link.argv.index("--host") + 1] == "127.0.0.1" and "--insecure" in link.argv
+
+
+def test_names_that_would_leave_the_folder_are_refused(tmp_path):
+    for name in ("../a", "a/b", "", "-x", "a" * 65):
+        with pytest.raises(UserError, match="--clients"):
+            init(tmp_path / "d", Deployment("127.0.0.1", 9443, (name,)))
+
+
+@pytest.mark.parametrize(
+    ("path", "client", "passes"),
+    [
+        ("/v1/control/start-run", "127.0.0.1", True),
+        ("/v1/control/start-run", "10.0.0.9", False),
+        ("/v1/runtime/pull-task", "10.0.0.9", False),
+        ("/v1/fleet/pull-messages", "10.0.0.9", True),
+        ("/v1/fleet/../control/start-run", "10.0.0.9", False),
+        ("/docs", "10.0.0.9", False),
+        ("/docs", "", False),
+    ],
+)
+def test_the_guard_lets_the_network_reach_the_fleet_alone(path, client, passes):
+    reached, sent = [], []
+
+    async def app(scope, receive, send):
+        reached.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "client": (client, 5) if client else None}
+    asyncio.run(guarded(app)(scope, None, send))
+    assert bool(reached) == passes
+    assert passes or sent[0]["status"] == 403
+
+
+def test_a_run_is_followed_to_its_end_and_its_error_is_this_one_s(tmp_path):
+    file = tmp_path / "progress.jsonl"
+    file.touch()
+    recorder, seen = Recorder(file), []
+
+    class Sees(Silent):
+        def started(self, start):
+            seen.append(start)
+
+        def round_done(self, record):
+            seen.append(record)
+
+    start = Start("n", "fedex", 0, 2, {"a": 3}, "out")
+    recorder.started(start)
+    recorder.turn(1, "replies", 0, 3)
+    recorder.round_done({"round": 1, "score": float("nan")})
+    recorder.ended("done", "", {"rounds": 2})
+    assert follow(file, Sees(), lambda: True) == {"rounds": 2}
+    assert seen == [start, {"round": 1, "score": None}]
+    for how, error in (("quorum", QuorumLost), ("user", UserError), ("fault", UserError)):
+        file.write_text(json.dumps({"event": "ended", "value": {"how": how, "text": "because"}}))
+        with file.open("a") as log:
+            log.write("\n")
+        with pytest.raises(error, match="because"):
+            follow(file, Silent(), lambda: True)
+    file.write_text('{"event": "note", "val')
+    with pytest.raises(UserError, match="ended without a word"):
+        follow(file, Silent(), lambda: False)
