@@ -170,7 +170,7 @@ def test_ctrl_c_says_how_to_go_on(command, folder, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "start_run", stop)
+    monkeypatch.setattr(cli.runs, "start_run", stop)
     code, _, err = command("run", folder / "recipe.yaml", "--out", tmp_path / "run")
     assert code == 130 and "resume" in err
 

@@ -132,6 +132,18 @@ def test_weights_that_changed_are_another_evaluation(folder, tmp_path):
         texts(tmp_path, tmp_path / "out", data=folder / "problems.jsonl")
 
 
+def test_classes_without_names_are_taken_in_the_task_s_order_and_that_is_said(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["id2label"] = {i: f"LABEL_{i}" for i in range(3)}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for i, what in enumerate((tmp_path / "model", folder / "adapter", folder / "model")):
+        task = ("text-classification", folder / "other.jsonl", XYZ)
+        (*notes,) = scored(what, tmp_path / str(i), *task)["notes"]
+        said = [f"{what} has no names for its classes; taken as x, y, z, in this order"]
+        assert notes == (said if i < 2 else [])
+
+
 def test_the_command_shows_and_writes_scores(command, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = ("--task", "text-classification", "--set", XYZ[0], "--data", folder / "data")
@@ -150,7 +162,7 @@ MODEL = ("{}/model", "--task", "text-classification", "--data", "{}/data")
 REFUSED = {
     "nothing there": (("{}/gone", *TEXTS), "no such directory; expected one of a run, a model or"),
     "no such name": (("nobody/nothing", *TEXTS), "'nobody/nothing' cannot be loaded"),
-    "a directory of something else": (("{}/data", *TEXTS), "it has no recipe.yaml, adapter_config"),
+    "a directory of something else": (("{}/data", *TEXTS), r"no run there, .*\(no recipe.yaml"),
     "a model without its head": (("{}/roberta", *TEXTS), "classifier.* would be random"),
     "other classes": ((*MODEL, "--set", "task.labels=[x, y]"), "its classes are x, y, z; those of"),
     "another order": ((*MODEL, "--set", "task.labels=[z, y, x]"), "same in the same order"),

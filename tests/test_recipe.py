@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from fedex_lora.errors import UserError
+from fedex_lora.grid.spec import is_grid
 from fedex_lora.recipe import FederationSpec, LoraSpec, Recipe
 from fedex_lora.recipe_refused import REFUSED_LORA, REFUSED_TRAINING
 from fedex_lora.recipe_yaml import (
@@ -25,7 +26,8 @@ from fedex_lora.recipe_yaml import (
     unknown_keys,
 )
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if not is_grid(path))
 
 MINIMAL = """\
 name: tiny

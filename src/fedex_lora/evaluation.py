@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +64,7 @@ def kind_of(what: str) -> Kind:
         for file, kind in files.items():
             if (path / file).is_file():
                 return kind
-        raise UserError(f"{what}: neither a run, a model nor an adapter: it has no {_or(files)}")
+        raise UserError(f"{what}: no run there, no model and no adapter (no {_or(files)})")
     looks_local = what.startswith((".", "/", "~")) or what.count("/") > 1 or path.is_file()
     if looks_local and not what.startswith("package:"):
         raise UserError(
@@ -107,9 +107,10 @@ def load_subject(
             seed=recipe.seed,
             images=task.image is not None,
         )
-        # an adapter has no names for its classes; those of its base are the task's, just given
-        note = () if folder else _check_classes(what, model, task)
-        subject = Subject(model, what, {}, note)
+        # the names in the config of an adapter's base are the task's, just given
+        named = folder is None and _check_classes(what, model, task)
+        notes = () if named or task.labels is None else (_nameless(what, task.labels),)
+        subject = Subject(model, what, {}, notes)
     check_length(recipe, task, subject.model)
     return subject
 
@@ -149,29 +150,32 @@ def _shown(value: object) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value or "none")
 
 
-def _check_classes(what: str, model: AdaptedModel, task: Task) -> tuple[str, ...]:
+def _check_classes(what: str, model: AdaptedModel, task: Task) -> bool:
     """Classes go by number, so that another order would make right answers wrong ones.
 
     Returns:
-        A note, if the model has no names for its classes.
+        Whether the model has names for its classes.
     """
     config = model.module.config
     if task.labels is None:
         if task.regression and config.num_labels != 1:
             raise UserError(f"{what}: tells {config.num_labels} classes; {task.name} is a number")
-        return ()
-    names = [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
-    nameless = names == [f"LABEL_{i}" for i in range(config.num_labels)]
-    if nameless and len(names) == len(task.labels):
-        order = ", ".join(task.labels)
-        return (f"{what} has no names for its classes; taken as {order}, in this order",)
+        return True
+    default = [f"LABEL_{i}" for i in range(config.num_labels)]
+    names = [str(config.id2label.get(i, name)) for i, name in enumerate(default)]
+    if names == default and len(names) == len(task.labels):
+        return False
     if [n.lower() for n in names] != [n.lower() for n in task.labels]:
         raise UserError(
-            f"{what}: its classes are {_shown(tuple(names))}; those of {task.name} are "
-            f"{_shown(task.labels)}. They must be the same in the same order: take another model, "
-            "or a task of kind text-classification with the model's classes as task.labels"
+            f"{what}: its classes are {', '.join(names)}; those of {task.name} are "
+            f"{', '.join(task.labels)}. They must be the same in the same order: take another "
+            "model, or a task of kind text-classification with the model's classes as task.labels"
         )
-    return ()
+    return True
+
+
+def _nameless(what: str, labels: Sequence[str]) -> str:
+    return f"{what} has no names for its classes; taken as {', '.join(labels)}, in this order"
 
 
 def evaluate(

@@ -117,7 +117,7 @@ def test_claim_6_counts_bytes_and_says_what_it_does_not_know(tmp_path):
     grid(tmp_path, {"fedex": [0.5], "fedit": [0.5]})
     found = [f for f in findings(study(read_runs([tmp_path])[0])) if f.claim == 6]
     # fedex: 900 up, 1800 down; fedit: 900 up, 1200 down
-    assert found[0].outcome == "not seen" and "22.2%" in found[0].evidence
+    assert found[0].outcome == "not seen" and "22.2 %" in found[0].evidence
     assert "not known here" in found[0].evidence
 
 

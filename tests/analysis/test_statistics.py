@@ -70,7 +70,7 @@ def test_where_nothing_differs_a_claim_is_rare_and_a_bootstrap_alone_would_not_b
     resampled = np.mean([e.resampled[0] > 0 or e.resampled[1] < 0 for e in every])
     assert claimed <= 0.08
     assert resampled >= 0.2
-    assert "25%" in what_seeds_show(3) and "nothing tells" in what_seeds_show(1)
+    assert "25 %" in what_seeds_show(3) and "nothing tells" in what_seeds_show(1)
 
 
 def test_lower_is_better_turns_the_verdict():

@@ -126,7 +126,8 @@ def oracle(base: Path, case: Case, adapters: Sequence[Saved], weights: Sequence[
         module.weight = nn.Parameter(module.weight.data + delta)
     for name in adapters[0].head:
         parts = [w / sum(weights) * a.head[name].double() for a, w in zip(adapters, weights)]
-        model.get_parameter(name).data = sum(parts)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(sum(parts)))
     return model
 
 

@@ -151,6 +151,12 @@ def test_tensors_that_are_damaged(adapters, refused):
     refused(*adapters, text="expected a JSON object")
 
 
+def test_a_dtype_that_is_too_narrow(adapters, refused):
+    tensors = load_file(adapters[1] / WEIGHTS)
+    save_file({k: t * 1e6 for k, t in tensors.items()}, adapters[1] / WEIGHTS)
+    refused(*adapters, "--dtype", "float16", text="is too large for torch.float16")
+
+
 def test_pickles_only_when_allowed(adapters, refused, command, tmp_path):
     expected = command(*adapters, "--out", tmp_path / "expected")
     tensors = load_file(adapters[1] / WEIGHTS)

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedex_lora.analysis.finding import Finding, Outcome
 from fedex_lora.analysis.runs import Run, head_numbers
+from fedex_lora.analysis.statistics import percent
 from fedex_lora.analysis.study import Placed, Study, deviates, is_exact_average
 from fedex_lora.errors import UserError
 from fedex_lora.model.load import locate
@@ -45,20 +46,20 @@ class Share:
 
 def marginal(study: Study) -> Finding:
     """Whether the residual's bytes are at most a tenth, the initial model sent once as well."""
-    part = f"the residual is at most {_MARGINAL:.0%} of all bytes, with the initial model sent once"
+    part = f"the residual is at most {percent(_MARGINAL)} of all bytes, with the initial model sent once"
     shares = list(_shares(study))
     if not shares:
         why = "no finished runs of exact and of plain averaging with the same seed and settings"
         return Finding(6, part, "not tested", why)
     alone = statistics.fmean(s.extra / s.exact for s in shares)
-    text = f"{alone:.1%} of the bytes after the initial model"
+    text = f"{percent(alone)} of the bytes after the initial model"
     if any(s.initial is None for s in shares):
         text += "; the initial model's size is not known here (its files are not on this machine)"
         return Finding(6, part, "not seen", text)
     extra = statistics.fmean(s.part(s.extra) for s in shares)
     model = statistics.fmean(s.part(s.initial or 0) for s in shares)
     head = statistics.fmean(s.part(s.head) for s in shares)
-    text = f"{extra:.1%} of all (initial model {model:.1%}, head {head:.1%}); {text}"
+    text = f"{percent(extra)} of all (initial model {percent(model)}, head {percent(head)}); {text}"
     outcome: Outcome = "holds" if extra <= _MARGINAL else "does not hold"
     return Finding(6, part, outcome, text)
 
@@ -113,7 +114,7 @@ def linear_in_clients(study: Study) -> Finding:
     fitted = np.polyval(np.polyfit(k, down, 1), k)
     off = float(np.max(np.abs(fitted - down) / down))
     told = ", ".join(f"{x}: {size / 1e6:.2f} MB" for x, size in zip(k.tolist(), down.tolist()))
-    text = f"a client and round, by clients {told}; at most {off:.1%} from a straight line"
+    text = f"a client and round, by clients {told}; at most {percent(off)} from a straight line"
     return Finding(6, part, "holds" if off <= _BENT else "does not hold", text)
 
 

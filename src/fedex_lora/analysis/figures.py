@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fedex_lora.analysis.drawn import (
@@ -29,7 +29,6 @@ from fedex_lora.analysis.scores import against_reference, judged_split
 from fedex_lora.analysis.study import Study, metric_of
 from fedex_lora.federation.loop import Record
 
-_Maker = Callable[[Study, str], Drawn | None]
 _FACETS = 6  # conditions whose curves are drawn
 
 
@@ -38,22 +37,32 @@ def of_task(study: Study, task: str) -> list[Drawn]:
 
     Where there are more arms than lines in a figure, curves are drawn for each condition apart.
     """
-    whole: list[_Maker] = [differences, deviation_by_layer, ranks, truncation]
-    curves: list[_Maker] = [score_by_round, score_by_bytes, losses, deviation_in_first_layer]
-    curves += [deviation_by_round, relative_deviation_by_round, bytes_by_round]
+    makers = (differences, deviation_by_layer, ranks, truncation)
+    whole = [drawn for make in makers if (drawn := make(study, task)) is not None]
     facets = list(study.facets(task).values())
     if len(facets) == 1 or len(study.of_arms(task)) <= MOST:
-        return _made([*whole[:1], *curves[:3], *whole[1:2], *curves[3:], *whole[2:]], study, task)
-    found = _made(whole, study, task)
+        compared = [drawn for drawn in whole if drawn.name == "differences"]
+        return [*compared, *_curves(study, task), *whole[len(compared) :]]
     for number, facet in enumerate(facets[:_FACETS], start=1):
-        for one in _made(curves, facet, task):
-            name = f"{one.name}-{number}"
-            found.append(replace(one, name=name, condition=facet.condition))
-    return found
+        for one in _curves(facet, task):
+            whole.append(replace(one, name=f"{one.name}-{number}", condition=facet.condition))
+    return whole
 
 
-def _made(makers: Sequence[_Maker], study: Study, task: str) -> list[Drawn]:
-    return [drawn for make in makers if (drawn := make(study, task)) is not None]
+def _curves(study: Study, task: str) -> list[Drawn]:
+    makers = (
+        score_by_round,
+        score_by_bytes,
+        losses,
+        deviation_in_first_layer,
+        deviation_by_round,
+        relative_deviation_by_round,
+        bytes_by_round,
+    )
+    arms = len(study.of_arms(task))
+    told = f" Drawn are {MOST} of {arms} arms." if arms > MOST else ""
+    made = [drawn for make in makers if (drawn := make(study, task)) is not None]
+    return [replace(one, caption=(one.caption + told).strip()) for one in made]
 
 
 def _score(record: Record) -> float | None:

@@ -25,8 +25,7 @@ def _first_arms(study: Study, task: str) -> list[Arm]:
     every = list(_deviating(study, task))
     method = {p.arm: p.label for p in study.of(task)}
     names = [method[arm] for _, arm, _ in every]
-    wanted = method.get(study.reference)
-    wanted = wanted if wanted in names else next(iter(names), None)
+    wanted = study.reference if study.reference in names else next(iter(names), None)
     return [one for one in every if method[one[1]] == wanted][: MOST // 2]
 
 
@@ -56,9 +55,11 @@ def deviation_by_layer(study: Study, task: str) -> Drawn | None:
         return None
     title = f"{heading(study, task)}: deviation by layer, round 1"
     figure = lines(title, "layer", _unit(scaling), series, whole=True)
+    shown = ", ".join(arm for _, arm, _ in arms)
     caption = (
-        f"How far averaging the factors is from the ideal update after the first round (figures 2, "
-        f"4, 5 of the paper), in {', '.join(arm for _, arm, _ in arms)}. {_told(scaling)}"
+        "How far averaging the factors is from the ideal update after the first round (figures 2, "
+        f"4, 5 of the paper), in {shown}. {_told(scaling)} The paper does not say how its norm is "
+        "scaled."
     )
     return Drawn("deviation-by-layer", figure, caption)
 
@@ -108,4 +109,4 @@ def _unit(scaling: dev.Scaling) -> str:
 
 
 def _told(scaling: dev.Scaling) -> str:
-    return f"Scaling: {dev.SCALINGS[scaling]}; the paper does not say how its norm is scaled."
+    return f"Scaling: {dev.SCALINGS[scaling]}."

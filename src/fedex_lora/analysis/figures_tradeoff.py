@@ -28,7 +28,7 @@ def truncation(study: Study, task: str) -> Drawn | None:
     parts = []
     for y_label, of in measures:
         series = [
-            _cut_series(curve, style, [p for p in points if p.curve in (curve, "")], of)
+            _cut_series(curve, style, _with_ends(points, curve), of)
             for style, curve in enumerate(curves)
         ]
         parts.append((y_label, series))
@@ -39,6 +39,12 @@ def truncation(study: Study, task: str) -> Drawn | None:
         f"that waits on the server. {told}."
     )
     return Drawn("truncation", figure, caption)
+
+
+def _with_ends(points: Sequence[CutPoint], curve: str) -> list[CutPoint]:
+    """The points of a curve; the ends are those of other methods where it has none of its own."""
+    own = {p.rank for p in points if p.curve == curve}
+    return [p for p in points if p.curve == curve or (not p.curve and p.rank not in own)]
 
 
 def _cut_series(

@@ -171,7 +171,7 @@ def _scale(axes: Axes, whole: bool, log_x: bool, log_y: bool) -> None:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if whole else 5, integer=whole))
+        axes.xaxis.set_major_locator(MaxNLocator(8 if whole else 5, integer=whole, min_n_ticks=1))
     if log_y:
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)

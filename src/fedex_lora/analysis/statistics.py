@@ -180,6 +180,16 @@ def number(value: float, digits: int = 3, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def percent(share: float) -> str:
+    """A share of 1.
+
+    Example:
+        >>> percent(0.25), percent(0.0123)
+        ('25 %', '1.2 %')
+    """
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
 def interval_text(e: Estimate) -> str:
     """The interval and what it rests on, in words."""
     if e.interval is None:
@@ -207,6 +217,6 @@ def what_seeds_show(seeds: int) -> str:
     if seeds < 6:
         text += (
             f" With {seeds} seeds a bootstrap over seeds would find a difference where there is "
-            f"none in {chance:.0%} of all cases or more, so it never decides alone."
+            f"none in {percent(chance)} of all cases or more, so it never decides alone."
         )
     return text

@@ -49,7 +49,7 @@ def merge(
     plan = make_plan([open_adapter(a, allow_pickle) for a in adapters], _weights(weights), strict)
     to = getattr(torch, dtype) if dtype else None
     for line in plan.left_out:
-        say(f"Left out: {line}")
+        say(f"Passed over: {line}")
     if into_base is not None:
         if report:
             raise UserError("--report: is about a merged adapter; leave out --into-base or it")

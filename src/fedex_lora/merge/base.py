@@ -24,6 +24,7 @@ from fedex_lora.model.files import PREFIX
 
 # weights in other forms, and what is written anew
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt"}
+_ROWS = 1024  # of a weight whose rounding is measured at a time
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ class _Work:
             raise UserError(f"{site}: is not finite in {to} once changed; choose another --dtype")
         if rounded.dtype != wide.dtype:
             self._norm += wide.norm().item() ** 2
-            self._lost += wide.sub_(rounded).norm().item() ** 2
+            pairs = zip(wide.split(_ROWS), rounded.split(_ROWS))
+            self._lost += sum((w - r).norm().item() ** 2 for w, r in pairs)
         return rounded
 
     def _update(self, site: str) -> LowRank:

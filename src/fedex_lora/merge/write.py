@@ -200,7 +200,11 @@ def _card(plan: Plan) -> str:
             "| adapter | weight |",
             "|---|---|",
             *rows,
-            *(["", "Left out:", "", *left_out] if left_out else []),
+            *(
+                ["", "Passed over (what not all have is left out):", "", *left_out]
+                if left_out
+                else []
+            ),
             "",
         ]
     )

@@ -95,7 +95,8 @@ def _adapted(model: Any, adapter: Path, keys: set[str], base_name: str) -> PeftM
 
 
 def _does_not_fit(adapter: Path, base_name: str, why: str) -> UserError:
+    short = " ".join(why.split())[:300].rstrip(".")
     return UserError(
-        f"{adapter}: the adapter does not go with {base_name!r}: {' '.join(why.split())[:300].rstrip('.')}. "
-        "Name the model it was made for (--set model.name=MODEL), and a task of as many classes"
+        f"{adapter}: the adapter does not go with {base_name!r}: {short}. Name the model it was "
+        "made for (--set model.name=MODEL), and a task of as many classes"
     )

@@ -107,9 +107,11 @@ def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> Iter
         plots |= {f"{name}.svg": svg, f"{name}.png": png_file(drawn.figure, name)}
         shown = figures.setdefault(drawn.condition, [])
         shown.append(_figure(drawn, svg, f"f{number}-{i}"))
+    first = next((condition for condition in figures if condition), None)
     for condition, shown in figures.items():
         box = el("div", *shown, class_="figures")
-        yield details(f"Curves: {condition}", box) if condition else box
+        told = f"Curves: {condition}"
+        yield details(told, box, open=condition == first) if condition else box
     if (shown := sections.clients(study, task)) is not None:
         yield el("h2", f"{task}: clients" if many else "Clients")
         yield shown

@@ -47,10 +47,14 @@ def scores(study: Study, task: str) -> Html:
         row += [_mean_size(a.bytes_up), _mean_size(a.bytes_down)]
         row += [f"{statistics.fmean(a.seconds):.0f}" if a.seconds else "-"]
         rows.append(row)
-    caption = (
-        "Of the best round: mean ± standard deviation over seeds, and the paired difference with "
-        "its 95 % interval. Deviation: what averaging the factors would miss in the last round, "
-        "mean Frobenius norm over layers. Bytes: all clients and rounds, final delivery included."
+    caption = "Of the best round"
+    if any(len(a.seeds) > 1 for a in arms):
+        caption += ": mean ± standard deviation over seeds"
+    if any(compared.values()):
+        caption += "; differences of runs with equal seeds, with 95 % intervals"
+    caption += (
+        ". Deviation: what averaging the factors would miss in the last round, mean Frobenius norm "
+        "over layers. Bytes: all clients and rounds, final delivery included."
     )
     return table(header, rows, caption)
 
