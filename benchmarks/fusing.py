@@ -18,7 +18,11 @@ CLIENTS = 3
 
 
 def upper_bound(
-    model: str, rows: int, tokens: int, repeats: int = 9, target: tuple[str, ...] = ("query", "value")
+    model: str,
+    rows: int,
+    tokens: int,
+    repeats: int = 9,
+    target: tuple[str, ...] = ("query", "value"),
 ) -> float:
     """Seconds of `CLIENTS` passes of `rows` rows over those of one pass of all, medians in turn."""
     base: Any = AutoModelForSequenceClassification.from_pretrained(locate(model), num_labels=2)

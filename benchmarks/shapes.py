@@ -36,7 +36,9 @@ def start(sites: dict[str, Site], seed: int = 0) -> AdapterState:
     return AdapterState(
         {
             name: Factors(
-                torch.randn(s.rank, s.inp, generator=g), torch.randn(s.out, s.rank, generator=g), 2.0
+                torch.randn(s.rank, s.inp, generator=g),
+                torch.randn(s.out, s.rank, generator=g),
+                2.0,
             )
             for name, s in sites.items()
         }

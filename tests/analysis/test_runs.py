@@ -94,7 +94,7 @@ def test_arms_are_named_after_what_varies(tmp_path):
     made_up(tmp_path / "e", spec())
     found = study(read_runs([tmp_path])[0])
     assert found.arms == ["ffa, r 8", "fedex, r 4", "fedex-svd:2 without carry, r 4"]
-    assert found.reference == "fedex, r 4"
+    assert found.reference == "fedex" and found.main_arm("sst2") == "fedex, r 4"
     assert [p.seed for p in found.of(arm="fedex, r 4")] == [0, 1]
     assert len(found.notes) == 1 and "repeats" in found.notes[0]
 

@@ -5,7 +5,13 @@ from made_up import grid, made_up, spec
 from safetensors.torch import load_file
 
 from fedex_lora.analysis.runs import read_run, read_runs
-from fedex_lora.analysis.scores import arm_scores, differences, paired, scores_by
+from fedex_lora.analysis.scores import (
+    against_reference,
+    arm_scores,
+    comparisons,
+    differences,
+    scores_by,
+)
 from fedex_lora.analysis.stacking import stacked, stacked_like
 from fedex_lora.analysis.study import study
 from fedex_lora.analysis.truncation import cut_points
@@ -91,10 +97,48 @@ def test_arms_over_several_tasks_are_pooled_only_if_they_ran_in_all(tmp_path):
     qnli = {"task": {"name": "qnli"}}
     grid(tmp_path / "b", {"fedex": [0.6, 0.5, 0.4], "fedit": [0.4, 0.4, 0.3]}, **qnli)
     placed = study(read_runs([tmp_path])[0])
-    one = paired(placed, "fedex", "fedit")
-    assert one.difference.mean == pytest.approx(((0.1 + 0.1 + 0.2) / 3 + (0.2 + 0.1 + 0.1) / 3) / 2)
-    assert paired(placed, "fedex", "ffa") is None
-    assert paired(placed, "fedex", "ffa", "sst2").difference.mean == pytest.approx(0.7)
+    (one,) = comparisons(placed)
+    assert (one.ours, one.reference) == ("fedit", "fedex")
+    mean = -((0.1 + 0.1 + 0.2) / 3 + (0.2 + 0.1 + 0.1) / 3) / 2
+    assert one.difference.mean == pytest.approx(mean) and one.difference.seeds == 3
+    found = {p.ours: p.difference for p in comparisons(placed, "sst2")}
+    assert found["ffa"].mean == pytest.approx(-0.7) and found["ffa"].seeds == 2
+
+
+def test_methods_are_compared_at_equal_settings_and_a_seed_counts_once(tmp_path):
+    for r, gain in ((1, 0.1), (8, 0.3)):
+        lora = {"r": r, "lora_alpha": 2.0 * r}
+        scores = {"fedex": [0.5 + gain, 0.6 + gain], "fedit": [0.5, 0.6], "ffa": [0.1, 0.2]}
+        grid(tmp_path / str(r), scores, lora=lora)
+    placed = study(read_runs([tmp_path])[0])
+    assert placed.arms[:2] == ["fedit, r 1", "fedit, r 8"]  # α follows r and is not named
+    found = {p.ours: p.difference for p in comparisons(placed)}
+    assert found["fedit"].mean == pytest.approx(-0.2) and found["fedit"].seeds == 2
+    one = against_reference(placed, "fedit, r 8")
+    assert one.reference == "fedex" and one.difference.mean == pytest.approx(-0.3)
+    assert against_reference(placed, "fedex, r 8") is None
+    facets = placed.facets("sst2")
+    assert list(facets) == ["r 1", "r 8"] and len(facets["r 8"].placed) == 6
+
+
+def test_what_is_tuned_for_each_method_does_not_keep_them_apart(tmp_path):
+    """ffa with a learning rate and a rank of its own; claims about equal ranks still need those."""
+    grid(tmp_path / "a", {"fedex": [0.9, 0.8]}, training={"learning_rate": 1e-3}, lora={"r": 4})
+    grid(tmp_path / "b", {"ffa": [0.5, 0.5]}, training={"learning_rate": 5e-3}, lora={"r": 8})
+    placed = study(read_runs([tmp_path])[0])
+    (one,) = comparisons(placed)
+    assert one.ours == "ffa" and one.difference.mean == pytest.approx(-0.35)
+    assert placed.arms == ["ffa, r 8, learning_rate 0.005", "fedex, r 4, learning_rate 0.001"]
+    ours, other = (lambda p: p.label == "fedex"), (lambda p: p.label == "ffa")
+    assert differences(placed, ours, other) == {}
+    assert list(differences(placed, ours, other, factor={"lora.r": 0.5})) == ["sst2"]
+
+
+def test_runs_of_one_method_are_compared_with_the_first_arm(tmp_path):
+    for r, score in ((1, 0.5), (8, 0.7), (32, 0.6)):
+        grid(tmp_path / str(r), {"fedex": [score, score + 0.1]}, lora={"r": r})
+    found = {p.ours: p.difference.mean for p in comparisons(study(read_runs([tmp_path])[0]))}
+    assert found == pytest.approx({"fedex, r 8": 0.2, "fedex, r 32": 0.1})
 
 
 def test_unfinished_runs_are_counted_but_not_scored(tmp_path):

@@ -94,6 +94,22 @@ def test_one_page_holds_everything_and_stays_small(tmp_path):
     assert len(plots) == 2 * found.tags["svg"]
 
 
+def test_many_arms_are_drawn_by_condition_and_compared_at_equal_settings(tmp_path):
+    for r in (1, 2, 4, 8):
+        grid(
+            tmp_path / "g" / str(r),
+            {m: [0.5, 0.6] for m in ("fedit", "ffa", "fedex")},
+            lora={"r": r},
+        )
+    write_report([tmp_path / "g"], tmp_path / "report.html")
+    text, found = said(tmp_path / "report.html"), page(tmp_path / "report.html")
+    assert "At equal settings, of which there are 4" in text
+    assert "Curves: r 1" in text and "Curves: r 8" in text
+    plots = {f.name for f in (tmp_path / "report-plots").glob("*.svg")}
+    assert {"score-by-rank.svg", "score-by-round-1.svg", "score-by-round-4.svg"} <= plots
+    assert max(found.ids.values()) == 1
+
+
 def test_names_of_others_are_text_everywhere(tmp_path):
     one = spec(name=EVIL, model={"name": EVIL}, training={"optim": EVIL})
     path = made_up(tmp_path / "run", one, client_scores={EVIL_CLIENT: 0.5})

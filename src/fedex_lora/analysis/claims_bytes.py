@@ -46,7 +46,7 @@ class Share:
 
 def marginal(study: Study) -> Finding:
     """Whether the residual's bytes are at most a tenth, the initial model sent once as well."""
-    part = f"the residual is at most {percent(_MARGINAL)} of all bytes, with the initial model sent once"
+    part = f"the residual is at most {percent(_MARGINAL)} of all bytes, the initial model included"
     shares = list(_shares(study))
     if not shares:
         why = "no finished runs of exact and of plain averaging with the same seed and settings"

@@ -117,7 +117,7 @@ def lines(
             _draw(axes, one, len(series) <= BANDS)
         _scale(axes, whole, log_x, log_y)
         _below(figure, axes, series)
-        return figure
+        return _settled(figure)
 
 
 def _empty(title: str, x_label: str, y_label: str, rows: int) -> tuple[Figure, Axes]:
@@ -129,6 +129,14 @@ def _empty(title: str, x_label: str, y_label: str, rows: int) -> tuple[Figure, A
     axes.set_ylabel(y_label)
     axes.grid(axis="y", linewidth=0.8)
     return figure, axes
+
+
+def _settled(figure: Figure) -> Figure:
+    """The layout found and then kept: each drawing would move it a little."""
+    for _ in range(2):
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def _entitle(figure: Figure, title: str) -> None:
@@ -205,7 +213,7 @@ def panels(
         _entitle(figure, title)
         every[-1].set_xlabel(x_label)
         _below(figure, every[0], parts[0][1])
-        return figure
+        return _settled(figure)
 
 
 def intervals(title: str, x_label: str, bars: Sequence[Bar]) -> Figure:
@@ -224,7 +232,7 @@ def intervals(title: str, x_label: str, bars: Sequence[Bar]) -> Figure:
         axes.set_yticks(range(len(bars)), [readable(bar.label) for bar in bars])
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.grid(axis="x", linewidth=0.8)
-        return figure
+        return _settled(figure)
 
 
 def colour(number: int) -> str:

@@ -154,6 +154,12 @@ def against_reference(study: Study, arm: str, task: str | None = None) -> Paired
     return _paired(study, arm, first, found, task)
 
 
+def paired(study: Study, ours: str, reference: str, task: str | None = None) -> Paired | None:
+    """One arm against another, in one task or over all; None without a common seed in each."""
+    found = _pairs(study, lambda p: p.arm == ours, lambda p: p.arm == reference, _anyway)
+    return _paired(study, ours, reference, found, task)
+
+
 def _same_condition(a: Placed, b: Placed) -> bool:
     return a.condition == b.condition
 
