@@ -219,3 +219,20 @@ def test_names_that_are_no_adapters(adapters, refused, tmp_path):
     refused(tmp_path / "absent", text="there is no")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", text=CONFIG)
+
+
+def test_hub_ids_are_downloaded_without_pickles(made, command, refused, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns, revision):
+        if name == "me/absent":
+            raise OSError("404 Client Error")
+        asked.append((name, allow_patterns, revision))
+        return str(made[int(name[-1])])
+
+    monkeypatch.setattr("fedex_lora.merge.adapters.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    refused("me/absent", text="me/absent: no such folder, and not to be had from the hub: 404")
+    code, _, err = command("me/a0", "me/a1", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert asked == [(name, [CONFIG, WEIGHTS], None) for name in ("me/a0", "me/a1")]
