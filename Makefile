@@ -10,7 +10,7 @@ DATA ?=
 RESULTS ?= runs/results
 JOBS ?= 1
 
-.PHONY: help setup demo test results chaos lint type clean
+.PHONY: help setup demo test deployment results chaos lint type clean
 
 help:
 	@echo "make demo    set up, then federate a real model over three clients (some minutes)"
@@ -52,6 +52,10 @@ results: setup
 # What failures cost in a real deployment: what was lost, seconds, error against the oracle.
 chaos: setup
 	$(BIN)/python -m benchmarks.chaos
+
+# Real Flower processes on this machine, with TLS and keys: minutes.
+deployment: setup
+	$(BIN)/python -m pytest -m deployment tests/engines
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Real deployments on this machine, with TLS and node keys. Slow: every message starts a process.
 
-`-m "not deployment"` leaves them out.
+They are left out by default; `make deployment` runs them.
 """
 
 import json
