@@ -61,6 +61,7 @@ class Aggregator:
 
     Example:
         >>> from fedex_lora.adapter import Site, Factors, AdapterState
+        >>> from fedex_lora.lowrank import dense
         >>> from fedex_lora.methods import METHODS
         >>> site = Site(out=2, inp=2, rank=1, scale=2.0)
         >>> def state(a, b):
