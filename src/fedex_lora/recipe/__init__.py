@@ -1,0 +1,35 @@
+"""Everything that determines a run, as values that are checked when they are made.
+
+`fedex_lora.recipe_yaml` reads and writes them as YAML.
+"""
+
+from fedex_lora.recipe.federation import (
+    CLIENT_NAME,
+    CLIENT_NAME_RULE,
+    FederationSpec,
+    PartitionSpec,
+)
+from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
+from fedex_lora.recipe.part import Part, Problem, did_you_mean
+from fedex_lora.recipe.task import COMMONSENSE, DataSpec, TaskSpec
+from fedex_lora.recipe.whole import EngineSpec, EvaluationSpec, Recipe, RecordsSpec
+
+__all__ = [
+    "CLIENT_NAME",
+    "CLIENT_NAME_RULE",
+    "COMMONSENSE",
+    "DataSpec",
+    "EngineSpec",
+    "EvaluationSpec",
+    "FederationSpec",
+    "LoraSpec",
+    "MethodSpec",
+    "ModelSpec",
+    "Part",
+    "PartitionSpec",
+    "Problem",
+    "Recipe",
+    "RecordsSpec",
+    "TaskSpec",
+    "did_you_mean",
+]

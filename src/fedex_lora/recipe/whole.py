@@ -1,0 +1,113 @@
+"""The recipe as a whole, and what its blocks demand of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from fedex_lora.methods import METHODS
+from fedex_lora.recipe.federation import FederationSpec
+from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
+from fedex_lora.recipe.part import Part, Problem, check, listed
+from fedex_lora.recipe.task import LABELLED, DataSpec, TaskSpec
+from fedex_lora.recipe_refused import REFUSED_TRAINING
+
+
+class EvaluationSpec(Part):
+    where: Literal["server", "clients", "both"] = "server"
+    every: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    client_fraction: float = Field(
+        default=0.1, gt=0, lt=1
+    )  # of each client's rows, when clients evaluate
+    patience: int | None = Field(
+        default=None, ge=1
+    )  # early stopping: rounds without a better score
+
+
+class RecordsSpec(Part):
+    save_updates: bool = False
+
+
+class EngineSpec(Part):
+    """How messages are carried: in this process, or by Flower, across machines or simulated."""
+
+    kind: Literal["local", "flower", "flower-simulation"] = "local"
+    threads: int = Field(default=1, ge=1, le=1024)
+    client_cpus: int = Field(default=1, ge=1)  # flower-simulation: of each client that trains
+    client_gpus: float = Field(default=0.0, ge=0)
+
+
+class Recipe(Part):
+    """Everything that determines a run."""
+
+    name: str
+    seed: int = Field(default=0, ge=0)
+    model: ModelSpec
+    lora: LoraSpec = LoraSpec()
+    method: MethodSpec = MethodSpec()
+    federation: FederationSpec = FederationSpec()
+    task: TaskSpec
+    data: DataSpec
+    training: dict[str, Any] = Field(default={})
+    evaluation: EvaluationSpec = EvaluationSpec()
+    records: RecordsSpec = RecordsSpec()
+    engine: EngineSpec = EngineSpec()
+
+    @field_validator("training")
+    @classmethod
+    def _training(cls, training: dict[str, Any]) -> dict[str, Any]:
+        check((key, why) for key, why in REFUSED_TRAINING.items() if key in training)
+        return training
+
+    def problems(self) -> Iterator[Problem]:
+        yield from self._clients()
+        yield from self._ranks()
+        yield from self._engine()
+        labels_known = self.task.labels is not None or self.data.source is not None
+        if self.task.kind in LABELLED and not labels_known:
+            yield "task.labels", "missing; list all labels, in the order all clients agree on"
+        if self.model.quantisation and METHODS[self.method.name].trains == "all":
+            yield (
+                "model.quantisation",
+                f"{self.method.name} trains the base, so it stays unquantised",
+            )
+
+    def _clients(self) -> Iterator[Problem]:
+        if self.data.clients is None:
+            return
+        if len(self.data.clients) != self.federation.clients:
+            files = f"data.clients lists {len(self.data.clients)} files"
+            yield "federation.clients", f"{self.federation.clients}, but {files}; leave it out"
+        if "partition" in self.federation.model_fields_set:
+            yield "federation.partition", "data.clients already says whose rows are whose"
+
+    def _engine(self) -> Iterator[Problem]:
+        method, fed = METHODS[self.method.name], self.federation
+        if self.engine.kind == "local":
+            if fed.oversample > 1:
+                yield "federation.oversample", "in one process nobody is late; use engine: flower"
+            return
+        if method.pooled or not method.exchanges:
+            yield "engine.kind", f"{self.method.name} exchanges nothing; run it with engine: local"
+        if fed.failure_rate:
+            yield "federation.failure_rate", "a rehearsal of failures is for engine: local"
+        if fed.names is not None and self.data.clients is not None:
+            yield "federation.names", "the files of data.clients give the names already"
+        known = fed.names is not None or self.data.clients is not None
+        if self.lora.ranks is not None and not known and self.engine.kind == "flower":
+            yield "federation.names", "missing; lora.ranks belong to clients in the order of names"
+
+    def _ranks(self) -> Iterator[Problem]:
+        if self.lora.ranks is None:
+            return
+        if not METHODS[self.method.name].ranks_may_differ:
+            able = listed(name for name, method in METHODS.items() if method.ranks_may_differ)
+            yield "lora.ranks", f"{self.method.name} needs equal ranks; these do not: {able}"
+        if self.lora.init is not None:
+            yield "lora.ranks", "an adapter to start from (lora.init) has one rank for all clients"
+        if len(self.lora.ranks) != self.federation.clients:
+            count = f"{len(self.lora.ranks)} for {self.federation.clients} clients"
+            yield "lora.ranks", f"expected one rank for each client, got {count}"
