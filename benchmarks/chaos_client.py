@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 
 from fedex_lora.adapter import AdapterState
 from fedex_lora.federation.messages import decode_update, encode_update, read_about
-from fedex_lora.flower.client_app import reply_to
+from fedex_lora.flower.client_app import in_time, reply_to
 from fedex_lora.flower.grid import pack, unpack
 
 app = ClientApp()
@@ -31,16 +31,16 @@ def answer(message: Message, context: Context) -> Message:
     said = read_about(blob)
     plan = json.loads(Path(os.environ["FEDEX_LORA_CHAOS"]).read_text())
     now = said.get("client") == plan["client"] and said.get("version", -1) + 1 == plan["round"]
-    now = now and said["kind"] == "round"
-    what = plan["what"] if now else ""
-    if what == "process killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "raises":
-        raise RuntimeError("sabotage")
-    if what == "hangs":
-        time.sleep(3600)
-    reply = reply_to(blob, context.node_config, context.run_config)
-    return Message(pack(damaged(reply, what) if now else reply), reply_to=message)
+    what = plan["what"] if now and said["kind"] == "round" else ""
+    with in_time(message, context):
+        if what == "process killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "raises":
+            raise RuntimeError("sabotage")
+        if what == "hangs":
+            time.sleep(3600)
+        reply = reply_to(blob, context.node_config, context.run_config)
+        return Message(pack(damaged(reply, what) if what else reply), reply_to=message)
 
 
 def damaged(reply: bytes, what: str) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from benchmarks.results import Figure, Row, seconds
 from benchmarks.shapes import MISTRAL, MISTRAL_LAYERS, end, sites, start
-from benchmarks.timing import Times, in_turn
+from benchmarks.timing import Times, in_turn, ratio, timed
 from fedex_lora.adapter import AdapterState
 from fedex_lora.aggregate import Aggregator, wire_form
 from fedex_lora.ledger import Increment
@@ -14,6 +15,8 @@ from fedex_lora.lowrank import LowRank, dense
 from fedex_lora.methods import METHODS
 
 CLIENTS, RANK = 3, 32
+DENSE, FACTORS, NORMS = "dense formula", "as factors", "as factors, deviation measured too"
+WIRE, MINIMUM = "in wire form", "inputs read and outputs written once"
 
 
 def published(ends: list[AdapterState], site: str) -> Tensor:
@@ -30,16 +33,20 @@ def published_truncated(ends: list[AdapterState], site: str, rank: int) -> Tenso
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
-def ours(begin: AdapterState, ends: list[AdapterState]) -> Increment:
-    """The residual of all sites as factors, by this project's aggregation (its norms included)."""
+def ours(begin: AdapterState, ends: list[AdapterState], norms: bool = False) -> Increment:
+    """The residual of all sites as factors and the mean factors, by this project's aggregation.
+
+    Args:
+        norms: Whether it also measures the deviation, as a round does for its record.
+    """
     shapes = {
         n: sites({"x": (f.B.shape[0], f.A.shape[1])}, 1, f.rank)["layers.0.x"]
         for n, f in begin.sites.items()
     }
-    aggregator = Aggregator(METHODS["fedex"], shapes, frozenset("AB"))
+    aggregator = Aggregator(METHODS["fedex"], shapes, frozenset("AB"), clients=len(ends))
     for one in ends:
         aggregator.add(1.0, begin, one)
-    return aggregator.finish().increment
+    return aggregator.finish(norms).increment
 
 
 def read_and_write(begin: AdapterState, ends: list[AdapterState]) -> list[Tensor]:
@@ -53,43 +60,66 @@ def read_and_write(begin: AdapterState, ends: list[AdapterState]) -> list[Tensor
     return outputs
 
 
-def one_layer() -> tuple[AdapterState, list[AdapterState]]:
-    begin = start(sites(MISTRAL, 1, RANK))
-    return begin, [end(begin, 1 + i) for i in range(CLIENTS)]
+def one_layer(seed: int = 0) -> tuple[AdapterState, list[AdapterState]]:
+    """Where three clients start and end, for the seven linear layers of one decoder layer."""
+    begin = start(sites(MISTRAL, 1, RANK), seed)
+    return begin, [end(begin, 1000 * seed + 1 + i) for i in range(CLIENTS)]
 
 
-def whole_model() -> tuple[AdapterState, list[AdapterState]]:
-    """All 32 layers; the factors of the layers share storage, which saves memory, not work."""
-    begin, ends = one_layer()
+def times(layers: int = MISTRAL_LAYERS) -> dict[str, Times]:
+    """Seconds for each layer's seven sites, every layer with factors of its own."""
+    found: dict[str, list[float]] = {}
+    for layer in range(layers):
+        begin, ends = one_layer(layer)
+        works = {
+            DENSE: lambda: [published(ends, n) for n in begin.sites],  # noqa: B023
+            FACTORS: lambda: ours(begin, ends),  # noqa: B023
+            NORMS: lambda: ours(begin, ends, norms=True),  # noqa: B023
+            WIRE: lambda: [wire_form(w) for w in ours(begin, ends).values()],  # noqa: B023
+            MINIMUM: lambda: read_and_write(begin, ends),  # noqa: B023
+        }
+        if not layer:  # libraries set themselves up in their first calls
+            in_turn(works, 1)
+        for name, one in in_turn(works, 1, warm_up=False).items():
+            found.setdefault(name, []).append(one.seconds[0])
+    return {name: Times(tuple(values)) for name, values in found.items()}
 
-    def repeated(state: AdapterState) -> AdapterState:
-        return AdapterState(
-            {
-                n.replace("layers.0", f"layers.{i}"): f
-                for i in range(MISTRAL_LAYERS)
-                for n, f in state.sites.items()
-            }
-        )
 
-    return repeated(begin), [repeated(e) for e in ends]
-
-
-def times(repeats: int = 5) -> dict[str, Times]:
-    """Seconds for one layer's seven sites."""
-    begin, ends = one_layer()
-    return in_turn(
-        {
-            "dense formula": lambda: [published(ends, n) for n in begin.sites],
-            "as factors": lambda: ours(begin, ends),
-            "in wire form": lambda: [wire_form(w) for w in ours(begin, ends).values()],
-            "read and write once": lambda: read_and_write(begin, ends),
-        },
-        repeats,
+def row(layers: int = MISTRAL_LAYERS) -> Row:
+    """The residual of all layers against the dense formula, and against reading and writing."""
+    t = times(layers)
+    return Row(
+        "Residual of all linear layers of Mistral-7B, rank 32, 3 clients, float32",
+        [
+            Figure("as factors, against the dense formula", *_ratio(t, DENSE, FACTORS), 500),
+            Figure("as factors, against reading and writing", *_over(t, FACTORS), 4),
+            Figure("in wire form, against the dense formula", *_ratio(t, DENSE, WIRE), 100),
+            Figure("in wire form, against reading and writing", *_over(t, WIRE), 35),
+            Figure("as factors with the deviation, against it", *_ratio(t, DENSE, NORMS)),
+            *(Figure(f"{f.what}, one layer", f.value, f.unit, f.spread) for f in seconds(t)),
+            Figure(f"in wire form, all {layers} layers", sum(t[WIRE].seconds), "s"),
+        ],
+        [
+            f"{layers} decoder layers of 7 sites one after the other, each with its own factors "
+            "and all alternatives in turn, as their dense matrices do not fit in memory together; "
+            "medians over the layers.",
+            "Reading and writing: the clients' factors once, residual and mean factors once.",
+        ],
     )
 
 
-def truncation_times() -> dict[str, Times]:
-    """Best rank-32 approximation at the 4096² site; the dense one is run once: it takes minutes."""
+def _ratio(t: dict[str, Times], slow: str, fast: str) -> tuple[float, str, float | None]:
+    value, spread = ratio(t[slow], t[fast])
+    return value, "×", spread
+
+
+def _over(t: dict[str, Times], name: str) -> tuple[float, str, float | None, None]:
+    """How many times the least time, with no lower goal."""
+    return *_ratio(t, name, MINIMUM), None
+
+
+def truncation() -> Row:
+    """Best rank-32 approximation at a 4096² site; the dense one is run once: it takes minutes."""
     begin, ends = one_layer()
     name = next(iter(begin.sites))
     one = [AdapterState({name: e.sites[name]}) for e in ends]
@@ -100,8 +130,22 @@ def truncation_times() -> dict[str, Times]:
         assert isinstance(w, LowRank)
         return w.truncate(RANK)
 
-    theirs = in_turn({"dense SVD": lambda: published_truncated(ends, name, RANK)}, 1, False)
-    return theirs | in_turn({"of the factors": truncated}, 5)
+    kept: list[Tensor] = []
+    theirs = timed(lambda: kept.append(published_truncated(ends, name, RANK)))
+    own = in_turn({"of the factors": truncated}, 9)["of the factors"]
+    exact = _exact(ends, name)
+    misses = [_relative(w, exact) for w in (truncated().dense(), kept[0])]
+    return Row(
+        "Best rank-32 approximation of the residual, one 4096 × 4096 site",
+        [
+            Figure("of the factors, against a dense SVD", theirs / own.median, "×", None, 1000),
+            Figure("of the factors", own.median, "s", own.spread),
+            Figure("residual and SVD, dense", theirs, "s"),
+            Figure("what it leaves out, relative", misses[0], ""),
+            Figure("what the dense SVD leaves out", misses[1], ""),
+        ],
+        ["Each from the clients' factors on. The dense SVD ran once."],
+    )
 
 
 def errors(spreads: tuple[float, ...] = (1, 1e-1, 1e-2, 1e-3, 1e-4)) -> dict[float, tuple]:
@@ -112,11 +156,24 @@ def errors(spreads: tuple[float, ...] = (1, 1e-1, 1e-2, 1e-3, 1e-4)) -> dict[flo
     for spread in spreads:
         ends = [end(begin, 1 + i, spread) for i in range(5)]
         exact = _exact(ends, name)
-        found[spread] = tuple(
-            (torch.linalg.norm(got.double() - exact) / torch.linalg.norm(exact)).item()
-            for got in (published(ends, name), dense(ours(begin, ends)[name]))
-        )
+        residual = dense(ours(begin, ends)[name])
+        found[spread] = tuple(_relative(w, exact) for w in (published(ends, name), residual))
     return found
+
+
+def accuracy() -> Row:
+    """Error of the residual however near the clients are to each other."""
+    figures = []
+    for spread, (theirs, own) in errors().items():
+        figures.append(Figure(f"spread {spread:g}", own, "", at_most=1e-6))
+        figures.append(Figure(f"spread {spread:g}, dense formula", theirs, ""))
+    note = "5 clients, 300 × 200, rank 8; against float64, in Frobenius norm. Spread: how far "
+    note += "clients differ from the start, relative to the factors."
+    return Row("Relative error of the residual in float32", figures, [note])
+
+
+def _relative(got: Tensor, exact: Tensor) -> float:
+    return (torch.linalg.norm(got.double() - exact) / torch.linalg.norm(exact)).item()
 
 
 def _exact(ends: list[AdapterState], site: str) -> Tensor:

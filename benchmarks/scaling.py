@@ -9,13 +9,14 @@ from time import perf_counter, sleep
 
 import psutil
 
+from benchmarks.results import Figure, Row
 from benchmarks.shapes import ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, end, sites, start
 from fedex_lora.adapter import AdapterState
 from fedex_lora.aggregate import Aggregator
 from fedex_lora.methods import METHODS
 
 RANK = 8
-COUNTS = (2, 10, 100, 1000)
+COUNTS = (2, 10, 100, 200, 1000)
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,49 @@ class Scale:
     memory: int  # bytes at the peak above what the process held before
 
 
-def scaling(counts: tuple[int, ...] = COUNTS) -> list[Scale]:
-    """RoBERTa-large's query and value at rank 8, k clients, one after the other."""
-    return [_aggregate(k) for k in counts]
+def row(counts: tuple[int, ...] = COUNTS) -> Row:
+    """Time and memory for 2 to 1,000 clients; the goals compare the last count with those before.
+
+    The dense sums take over where the factors would be larger, at (k−1)·8·2048 ≥ 1024², k = 65.
+    """
+    aggregate(2)
+    found = [aggregate(k) for k in counts]
+    first, last = next(s for s in found if s.clients >= 10), found[-1]
+    dense = next(s for s in found if s.clients >= 100)
+    growth = (last.seconds / first.seconds) / (last.clients / first.clients)
+    figures = [
+        Figure(
+            f"time a client, {last.clients:,} over {first.clients}", growth, "×", None, None, 1.2
+        ),
+        Figure(
+            f"memory, {last.clients:,} over {dense.clients} clients",
+            last.memory / dense.memory,
+            "×",
+            at_most=1.2,
+        ),
+    ]
+    for one in found:
+        figures.append(Figure(f"{one.clients:,} clients", one.seconds, "s"))
+        figures.append(Figure(f"{one.clients:,} clients, memory", one.memory, "B"))
+    return Row(
+        "Aggregation by the number of clients: RoBERTa-large, query and value, rank 8",
+        figures,
+        [
+            "Adding and finishing with the deviations, each number of clients once; the memory "
+            "that the process holds at most above what it held before."
+        ],
+    )
 
 
-def _aggregate(clients: int) -> Scale:
+def aggregate(clients: int) -> Scale:
+    """RoBERTa-large's query and value at rank 8, `clients` clients, one after the other."""
     shapes = sites(ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, RANK)
     begin = start(shapes)
+    few = [end(begin, i) for i in range(min(clients, 8))]
     seconds = 0.0
     with _peak() as peak:
         aggregator = Aggregator(METHODS["fedex"], shapes, frozenset("AB"), clients=clients)
-        for one in _ends(begin, clients):
+        for one in _ends(few, clients):
             began = perf_counter()
             aggregator.add(1.0, begin, one)
             seconds += perf_counter() - began
@@ -47,9 +79,8 @@ def _aggregate(clients: int) -> Scale:
     return Scale(clients, seconds, peak.bytes)
 
 
-def _ends(begin: AdapterState, clients: int) -> Iterator[AdapterState]:
+def _ends(few: list[AdapterState], clients: int) -> Iterator[AdapterState]:
     """Eight different clients in turn; drawing a thousand would take longer than adding them."""
-    few = [end(begin, i) for i in range(min(clients, 8))]
     return (few[i % len(few)] for i in range(clients))
 
 

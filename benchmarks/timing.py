@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
+import torch
+
 
 @dataclass(frozen=True)
 class Times:
@@ -19,9 +21,21 @@ class Times:
         return statistics.median(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """(largest − smallest) / median."""
+    def spread(self) -> float | None:
+        """(largest − smallest) / median; None for a single run."""
+        if len(self.seconds) < 2:
+            return None
         return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one run; what it started on a GPU is waited for."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = perf_counter()
+    work()
+    wait()
+    return perf_counter() - began
 
 
 def in_turn(
@@ -34,7 +48,14 @@ def in_turn(
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            began = perf_counter()
-            work()
-            seconds[name].append(perf_counter() - began)
+            seconds[name].append(timed(work))
     return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def ratio(slow: Times, fast: Times) -> tuple[float, float | None]:
+    """How many times faster: of the medians, and the spread of the ratios of paired runs."""
+    of_medians = slow.median / fast.median
+    if len(slow.seconds) != len(fast.seconds):
+        return of_medians, None
+    paired = Times(tuple(s / f for s, f in zip(slow.seconds, fast.seconds)))
+    return of_medians, paired.spread

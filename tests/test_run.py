@@ -23,10 +23,11 @@ from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
 from fedex_lora.methods import METHODS
 from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.run import Silent, resume_run, start_run
+from fedex_lora.run import resume_run, start_run
 from fedex_lora.rundir import RunDir
 from fedex_lora.setup import set_up
 from fedex_lora.trained import open_run
+from fedex_lora.watch import Silent
 
 EXACT = [
     name
@@ -177,7 +178,7 @@ def test_scores_that_are_no_numbers_count_as_no_better_and_survive_a_resume(tmp_
     def infinite(federation, rows):
         return {"perplexity": float("inf"), "loss": float("nan")}
 
-    monkeypatch.setattr("fedex_lora.run._score", infinite)
+    monkeypatch.setattr("fedex_lora.scoring._score", infinite)
     spec = recipe(tmp_path, "llama", evaluation={"patience": 2}, federation={"rounds": 9})
     results = start_run(spec, tmp_path / "run")
     assert results["rounds"] == 9 and results["best"]["score"] is None

@@ -18,8 +18,9 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.methods import METHODS, get_method
 from fedex_lora.recipe import MethodSpec, Recipe
-from fedex_lora.run import Watcher, resume_run, start_run
+from fedex_lora.run import resume_run, start_run
 from fedex_lora.rundir import RunDir
+from fedex_lora.watch import Watcher
 
 Results = dict[str, list[dict[str, Any]]]  # by method, a result a seed
 

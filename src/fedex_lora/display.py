@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from fedex_lora.compare import size
 from fedex_lora.federation.loop import Record
-from fedex_lora.run import Start
 from fedex_lora.rundir import number
+from fedex_lora.watch import Start
+
+_WIDEST = 10_000  # characters in a line
 
 
 class Display:
@@ -98,12 +102,15 @@ def round_line(record: Record) -> str:
 
 
 def show_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table with numbers to the right."""
+    """A table with numbers to the right. Cells wrap on a terminal, but not within words: a table
+    that needs more is wider than the terminal. In a file lines are as long as it takes."""
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(header):
-        # names stay whole; headers wrap, but not within words
-        longest = max(map(len, name.split()), default=0)
-        table.add_column(name, justify="right" if i else "left", no_wrap=not i, min_width=longest)
+    for i, column in enumerate(zip(header, *rows)):
+        longest = max((len(word) for cell in column for word in cell.split()), default=0)
+        side: Literal["left", "right"] = "right" if i else "left"
+        table.add_column(column[0], justify=side, no_wrap=not i, min_width=longest)
     for row in rows:
         table.add_row(*map(escape, row))
-    console.print(table)
+    least, most = Measurement.get(console, console.options.update(max_width=_WIDEST), table)
+    table.width = max(least, min(most, console.width)) if console.is_terminal else most
+    console.print(table, crop=False)

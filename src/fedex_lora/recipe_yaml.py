@@ -159,12 +159,16 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """The settings in which two recipes differ, e.g. `lora.r: 4 != 8`."""
+    """The settings in which two recipes differ, e.g. `lora.r: 4 != 8`.
+
+    A precision that a run settles for itself differs from none.
+    """
     ours, theirs = (dict(leaves(r.model_dump(mode="json"))) for r in (a, b))
     return [
         f"{key}: {ours.get(key, 'not set')} != {theirs.get(key, 'not set')}"
         for key in ours | theirs
         if key not in ours or key not in theirs or ours[key] != theirs[key]
+        if key != "engine.precision" or "auto" not in (ours[key], theirs[key])
     ]
 
 

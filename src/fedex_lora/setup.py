@@ -171,7 +171,7 @@ def _bring_to_life(
     if clients:
         smallest = min(clients.values(), key=len)
         check_image(task, model, smallest)
-        rehearse(model, task, smallest, recipe.training)
+        rehearse(model, task, smallest, recipe.trainer_arguments)
     return Federation(
         recipe,
         task,

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from fedex_lora import cli
 from fedex_lora.deploy.init import Deployment, init
-from fedex_lora.deploy.processes import end_session, free_port
+from fedex_lora.deploy.processes import free_port
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe
 
-PROGRAM = [sys.executable, "-m", "fedex_lora"]
+FORKS = "multiprocessing.forkserver"
+forkserver.set_forkserver_preload(["fedex_lora.cli"])  # so that it is imported once for all
 
 
 class Deployed:
@@ -25,8 +30,9 @@ class Deployed:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder, self.names = folder, names
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        init(folder, Deployment("127.0.0.1", free_port(), tuple(names)))
+        self.processes: dict[str, ForkServerProcess] = {}
+        self.host = own_address()
+        init(folder, Deployment(self.host, free_port(), tuple(names)))
 
     def start_server(self) -> None:
         self._start("server", ["deploy", "server", str(self.folder)])
@@ -42,31 +48,56 @@ class Deployed:
     def wait_for(self, name: str, text: str, seconds: float = 300) -> None:
         until = time.monotonic() + seconds
         while text not in self.log(name):
-            assert self.processes[name].poll() is None, self.log(name)[-3000:]
+            assert self.processes[name].is_alive(), self.log(name)[-3000:]
             assert time.monotonic() < until, self.log(name)[-3000:]
             time.sleep(0.5)
 
     def _start(self, name: str, arguments: list[str]) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [*PROGRAM, *arguments],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+        log = self.folder / f"{name}.log"
+        log.touch()
+        context = multiprocessing.get_context("forkserver")
+        self.processes[name] = context.Process(target=program, args=(arguments, log))
+        self.processes[name].start()
 
     def kill(self, pattern: str, within: str) -> int:
         """kill -9 of the processes below `within` whose command line has `pattern`; how many."""
-        found = [p for p in descendants(self.processes[within].pid) if pattern in command(p)]
-        for number in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-        return len(found)
+        return _kill(p for p in self._below(within) if pattern in command(p))
+
+    def kill_app(self, within: str) -> int:
+        """kill -9 of the apps below `within`: forks of the process that has imported everything."""
+        parents = [p for p in self._below(within) if FORKS in command(p)]
+        return _kill({child for parent in parents for child in descendants(parent)})
+
+    def _below(self, name: str) -> list[int]:
+        number = self.processes[name].pid
+        return descendants(number) if number else []
 
     def end(self) -> None:
+        below = [number for name in self.processes for number in self._below(name)]
         for process in self.processes.values():
-            end_session(process, 10.0)
+            process.terminate()
+        for process in self.processes.values():
+            process.join(30)
+        _kill(number for number in below if command(number))
+
+
+def program(arguments: list[str], log: Path) -> None:
+    """`fedex-lora ARGUMENTS` in a session of its own, with its output in a file."""
+    os.setsid()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = ["fedex-lora", *arguments]
+    cli.main()
+
+
+def own_address() -> str:
+    """An address of this machine by which it counts as the network, if it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        return probe.getsockname()[0]
+    return "127.0.0.1"
 
 
 @contextmanager
@@ -82,6 +113,14 @@ def deployed(folder: Path, recipe: Recipe, files: Sequence[Path]) -> Iterator[De
         yield deployment
     finally:
         deployment.end()
+
+
+def _kill(numbers: Iterable[int]) -> int:
+    found = list(numbers)
+    for number in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    return len(found)
 
 
 def descendants(root: int) -> list[int]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedex_lora.engines.courier import Failed
+from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.site import Institution, handle
+from fedex_lora.federation.loop import Lost
+from fedex_lora.federation.messages import Broadcast, Update
+from fedex_lora.federation.state import ServerState
 from fedex_lora.recipe import DataSpec, Recipe
+from fedex_lora.run import in_this_process
 from fedex_lora.rundir import versions
-from fedex_lora.setup import set_up_client
+from fedex_lora.setup import Federation, set_up_client
 
+Assembled = tuple[Federation, Engine]
 Change = Callable[[str, bytes], bytes | Failed]
 
 
@@ -91,3 +98,24 @@ def without_files(recipe: Recipe, path: Path | None = None) -> Recipe:
     data = DataSpec(clients=None, path=path or Path("/nowhere")).model_dump()
     raw["data"] = {**data, "train_examples": recipe.data.train_examples}
     return Recipe.model_validate(raw)
+
+
+def without(gone: Mapping[int, Collection[str]]) -> Callable[..., Assembled]:
+    """Assembles a local run in which clients are missing, by round: what a run with failures must
+    come to."""
+
+    def assemble(*arguments: Any) -> Assembled:
+        federation, engine = in_this_process(*arguments)
+        exchange = engine.exchange
+
+        def missing(
+            state: ServerState, broadcasts: Mapping[str, Broadcast]
+        ) -> Iterator[Update | Lost]:
+            absent = gone.get(state.version + 1, ())
+            yield from exchange(state, {c: b for c, b in broadcasts.items() if c not in absent})
+            yield from (Lost(client, "missing in the other run too") for client in absent)
+
+        engine.exchange = missing  # type: ignore[method-assign]
+        return federation, engine
+
+    return assemble

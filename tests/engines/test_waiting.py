@@ -5,6 +5,7 @@ from small_runs import recipe
 
 from engines.in_process import InProcess, institutions, remote
 from engines.test_wire import quick, timeless  # noqa: F401 (a fixture)
+from fedex_lora.engines import guests
 from fedex_lora.engines.courier import Failed
 from fedex_lora.errors import QuorumLost
 from fedex_lora.flower.coordinator import across_machines
@@ -40,7 +41,7 @@ def test_who_is_late_is_dropped_and_named(folder, tmp_path):
 def test_of_more_than_are_needed_the_first_win(folder, tmp_path):
     spec = recipe(folder, federation={"clients": 3, "rounds": 1})
     courier = Slow(institutions(spec, tmp_path / "cache"))
-    run = remote(spec, clients_per_round=2, oversample=1.3)
+    run = remote(spec, clients_per_round=2, oversample=1.3, round_timeout=2.0)
     start_run(run, tmp_path / "run", None, across_machines(courier))
     (record,) = timeless(tmp_path / "run")
     assert sorted(record["clients"]) == ["ann", "cleo"]
@@ -92,3 +93,41 @@ def test_an_update_above_the_norm_bound_is_refused(folder, tmp_path):
     run = remote(spec, max_norm=1e-6)
     with pytest.raises(QuorumLost, match=r"it changed by .*; federation.max_norm is 1e-06"):
         start_run(run, tmp_path / "run", None, across_machines(courier))
+
+
+class Returns(InProcess):
+    """bob's connection breaks in round 1; he is back after some looks."""
+
+    away = 0
+
+    def nodes(self):
+        self.away = max(0, self.away - 1)
+        return [n for n in super().nodes() if n != "bob" or not self.away]
+
+
+def cut_off(folder, path, looks):
+    """A run of two rounds; bob's connection breaks in the first, for so many looks."""
+    spec = recipe(folder, federation={"clients": 3, "rounds": 2})
+    courier, breaks = Returns(institutions(spec, path / "cache")), failing(1)
+
+    def change(node, reply):
+        found = breaks(node, reply)
+        courier.away = looks if isinstance(found, Failed) else courier.away
+        return found
+
+    courier.change = change
+    start_run(remote(spec), path / "run", None, across_machines(courier))
+    first, second = timeless(path / "run")
+    assert first["lost"] == {"bob": "the connection to it was lost"}
+    return second
+
+
+def test_who_was_cut_off_in_a_round_is_back_in_the_next(folder, tmp_path):
+    assert sorted(cut_off(folder, tmp_path, 5)["clients"]) == ["ann", "bob", "cleo"]
+
+
+def test_who_stays_away_is_waited_for_but_shortly(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(guests, "SOON", 0.1)
+    second = cut_off(folder, tmp_path, 10**9)
+    assert sorted(second["clients"]) == ["ann", "cleo"]
+    assert second["lost"] == {"bob": "not connected"}

@@ -52,13 +52,8 @@ class Timing:
 def measure(federation: Federation) -> Timing:
     """Trains and evaluates for a few steps; the federation's model is changed by that."""
     recipe, settings = federation.recipe, federation.settings
-    client = max(federation.clients, key=lambda name: len(federation.clients[name]))
-    args = _arguments(recipe.training, federation)
-    rows = _sample(federation.clients[client], _STEPS * _batch(args))
-    _turn(federation, client, rows, 1)
-    one, more = _turn(federation, client, rows, 1), _turn(federation, client, rows, 1 + _STEPS)
-    step = max(0.0, more - one) / _STEPS
-    turn = max(0.0, one - step)
+    args = _arguments(recipe.trainer_arguments, federation)
+    step, turn = _steps(federation)
     resident = _resident(federation.model.device)
     row = _evaluate(federation)
     initial = federation.initial
@@ -70,6 +65,22 @@ def measure(federation: Federation) -> Timing:
     )
     scored = row * _scored_rows(federation)
     return Timing(step, turn, row, server, steps, rounds + scored, resident, machine())
+
+
+def few_steps(federation: Federation) -> float:
+    """Seconds of one optimizer step; the federation's model is changed by measuring it."""
+    return _steps(federation)[0]
+
+
+def _steps(federation: Federation) -> tuple[float, float]:
+    """Seconds of a step of the client with the most rows, and of its turn beside its steps."""
+    client = max(federation.clients, key=lambda name: len(federation.clients[name]))
+    args = _arguments(federation.recipe.trainer_arguments, federation)
+    rows = _sample(federation.clients[client], _STEPS * _batch(args))
+    _turn(federation, client, rows, 1)
+    one, more = _turn(federation, client, rows, 1), _turn(federation, client, rows, 1 + _STEPS)
+    step = max(0.0, more - one) / _STEPS
+    return step, max(0.0, one - step)
 
 
 def steps_of(rows: int, args: TrainingArguments) -> int:
@@ -100,7 +111,7 @@ def _turn(federation: Federation, client: str, rows: Dataset, steps: int) -> flo
         rows,
         federation.initial,
         trained=federation.settings.method.trained(1),
-        training={**recipe.training, "max_steps": steps},
+        training={**recipe.trainer_arguments, "max_steps": steps},
         seed=recipe.seed,
         round=1,
         client=client,

@@ -17,11 +17,12 @@ from fedex_lora.display import show_table
 from fedex_lora.errors import UserError
 from fedex_lora.evaluation import OnProgress, kind_of, load_subject, model_block
 from fedex_lora.evaluation import evaluate as evaluate_subject
+from fedex_lora.methods import METHODS
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import Places, recipe_of
-from fedex_lora.run import evaluate as evaluate_state
 from fedex_lora.run import local_engine
 from fedex_lora.rundir import RunDir, number
+from fedex_lora.scoring import evaluate as evaluate_state
 from fedex_lora.setup import set_up
 from fedex_lora.trained import read_round
 
@@ -56,7 +57,8 @@ def evaluate(
     commonsense generate texts (unless --set task.generate=false), which are kept in --out, by
     default a directory under runs/: the same command goes on after an interruption.
     """
-    if not (task or data or split or set or client or out) and kind_of(what) == "run":
+    plain = not (task or data or split or set or client or out) and kind_of(what) == "run"
+    if plain and not _keeps_texts(RunDir(Path(what).expanduser()).recipe()):
         _evaluate_run(Path(what).expanduser(), round)
         return
     recipe = asked(what, task, data, set)
@@ -66,6 +68,12 @@ def evaluate(
     say("\n".join([subject.name, *(f"Note: {note}" for note in subject.notes)]))
     _show(results["scores"], results["rows"])
     say(f"The same as JSON: {path / 'scores.json'}")
+
+
+def _keeps_texts(run: Recipe) -> bool:
+    """Whether a run's own evaluation is of texts that one model generates for the server's rows."""
+    alone = not METHODS[run.method.name].exchanges
+    return run.task.generate and run.evaluation.where == "server" and not alone
 
 
 def _evaluate_run(run: Path, round: str) -> None:

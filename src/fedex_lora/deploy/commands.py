@@ -56,10 +56,19 @@ def superlink(path: Path, deployment: Deployment) -> Command:
 def superexec(path: Path, deployment: Deployment) -> Command:
     """What starts the coordinator's part of a run; a process of its own outlives the SuperLink."""
     server = path / "server"
-    argv = [_script("flower-superexec"), "--runtime-api-address", deployment.local]
-    argv += ["--superexec-auth-secret-file", str(server / "runtime.secret")]
-    argv += _trust(deployment, server)
+    argv = [*_superexec(server, deployment.local), *_trust(deployment, server)]
     return Command("SuperExec", tuple(argv), environment(path / "flower"))
+
+
+def client_superexec(path: Path, port: int) -> Command:
+    """What starts a process for every message that the SuperNode at `port` receives."""
+    argv = [*_superexec(path, f"127.0.0.1:{port}"), "--insecure"]  # loopback, with a secret
+    return Command("SuperExec", tuple(argv), environment(path / "flower"))
+
+
+def _superexec(folder: Path, address: str) -> list[str]:
+    argv = [sys.executable, "-m", "fedex_lora.flower.superexec", "--runtime-api-address", address]
+    return [*argv, "--superexec-auth-secret-file", str(folder / "runtime.secret")]
 
 
 def supernode(
@@ -79,6 +88,8 @@ def supernode(
     argv += _trust(deployment, path)
     if not deployment.insecure:
         argv += ["--auth-supernode-private-key", str(path / "key")]
+    argv += ["--isolation", "process"]
+    argv += ["--superexec-auth-secret-file", str(path / "runtime.secret")]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
     return Command("SuperNode", tuple(argv), environment(path / "flower"))
 
@@ -126,6 +137,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -129,6 +129,7 @@ def _init_client(path: Path, deployment: Deployment, name: str) -> None:
     if not deployment.insecure:
         write_key_pair(folder / "key")
         shutil.copy(path / "server" / "ca.crt", folder / "ca.crt")
+    write_secret(folder / "runtime.secret", secrets.token_hex(32).encode())
     own = Deployment(deployment.host, deployment.port, (name,), deployment.insecure)
     (folder / FILE).write_text(json.dumps(asdict(own)) + "\n")
     unit = templates.CLIENT_UNIT.format(name=name, program="/usr/local/bin/fedex-lora")

@@ -19,8 +19,8 @@ from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.flower.progress import follow
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.run import Watcher
 from fedex_lora.rundir import RunDir
+from fedex_lora.watch import Watcher
 
 _FINISHED = re.compile(r'"status"\s*:\s*"finished')
 _SELDOM = 20.0  # seconds between two questions whether a run is still alive: each costs a process

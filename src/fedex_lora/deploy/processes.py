@@ -35,23 +35,22 @@ def serve(path: Path, deployment: Deployment, say: Say) -> None:
     """
     check_port(deployment.port)
     link, executor = commands.superlink(path, deployment), commands.superexec(path, deployment)
-    with running([link], say) as ended:
+    with running([link, executor], say) as ended:
         await_port(deployment.port, ended)
         if not deployment.insecure:
             for name in deployment.clients:
                 _register(path, name, say)
         say(f"ready for clients at {deployment.address}")
-        with running([executor], say) as also_ended:
-            _supervise(lambda: [*ended(), *also_ended()])
+        _supervise(ended)
 
 
-def attend(command: Command, say: Say) -> None:
-    """Runs a SuperNode until a signal comes; starts it again if it ends.
+def attend(programs: Sequence[Command], say: Say) -> None:
+    """Runs a SuperNode and its SuperExec until a signal comes; starts them again if they end.
 
     Raises:
-        UserError: It does not stay up.
+        UserError: One does not stay up.
     """
-    with running([command], say) as ended:
+    with running(programs, say) as ended:
         _supervise(ended)
 
 

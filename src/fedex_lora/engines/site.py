@@ -216,7 +216,7 @@ def _engine(institution: Institution, settings: Settings) -> LocalEngine:
         institution.task,
         {institution.name: institution.rows},
         settings,
-        institution.recipe.training,
+        institution.recipe.trainer_arguments,
         rows=rows,
         batch_size=institution.recipe.evaluation.batch_size,
     )

@@ -15,9 +15,10 @@ from fedex_lora.engines.remote import RemoteEngine
 from fedex_lora.engines.wire import Identity, facts
 from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import Assemble, Watcher
+from fedex_lora.run import Assemble
 from fedex_lora.rundir import RunDir, versions
 from fedex_lora.setup import Federation, roster, set_up_server
+from fedex_lora.watch import Watcher
 
 FILE = "federation.json"
 FEW = 3  # clients with whom a peer's adapter, or nearly, follows from the averages

@@ -36,6 +36,7 @@ class EngineSpec(Part):
 
     kind: Literal["local", "flower", "flower-simulation"] = "local"
     threads: int = Field(default=1, ge=1, le=1024)
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"  # bfloat16: training's autocast
     client_cpus: int = Field(default=1, ge=1)  # flower-simulation: of each client that trains
     client_gpus: float = Field(default=0.0, ge=0)
 
@@ -62,6 +63,12 @@ class Recipe(Part):
         check((key, why) for key, why in REFUSED_TRAINING.items() if key in training)
         return training
 
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """`training`, and autocast where `engine.precision` asks for it."""
+        half = {"bf16": True} if self.engine.precision == "bfloat16" else {}
+        return {**self.training, **half}
+
     def problems(self) -> Iterator[Problem]:
         yield from self._clients()
         yield from self._ranks()
@@ -86,12 +93,18 @@ class Recipe(Part):
 
     def _engine(self) -> Iterator[Problem]:
         method, fed = METHODS[self.method.name], self.federation
+        half = [key for key in ("bf16", "fp16") if self.training.get(key)]
+        if half and self.engine.precision != "float32":
+            yield f"training.{half[0]}", "engine.precision says it already; leave one of them out"
         if self.engine.kind == "local":
             if fed.oversample > 1:
                 yield "federation.oversample", "in one process nobody is late; use engine: flower"
             return
         if method.pooled or not method.exchanges:
             yield "engine.kind", f"{self.method.name} exchanges nothing; run it with engine: local"
+        if self.engine.precision == "auto":
+            text = "machines would choose differently; name float32 or bfloat16"
+            yield "engine.precision", text
         if fed.failure_rate:
             yield "federation.failure_rate", "a rehearsal of failures is for engine: local"
         if fed.names is not None and self.data.clients is not None:

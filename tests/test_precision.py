@@ -1,0 +1,102 @@
+"""Which precision training has, and that a run keeps to the one it began with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from small_runs import StopAfter, recipe
+
+from fedex_lora.client import train_client
+from fedex_lora.recipe_yaml import differences
+from fedex_lora.run import resume_run, start_run
+from fedex_lora.rundir import RunDir
+from fedex_lora.setup import set_up
+from fedex_lora.watch import Silent
+
+
+def test_auto_takes_what_is_faster_and_the_run_is_as_if_it_had_been_named(tmp_path, monkeypatch):
+    measured = iter([0.3, 0.2])
+    monkeypatch.setattr("fedex_lora.precision.few_steps", lambda _: next(measured))
+    told = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    auto = recipe(tmp_path, engine={"precision": "auto"})
+    start_run(auto, tmp_path / "auto", Notes())
+    assert told[:1] == ["precision: bfloat16 (seconds a step: float32 0.3, bfloat16 0.2)"]
+    assert RunDir(tmp_path / "auto").recipe().engine.precision == "bfloat16"
+    start_run(recipe(tmp_path, engine={"precision": "bfloat16"}), tmp_path / "named")
+    start_run(recipe(tmp_path), tmp_path / "full")
+    auto_, named, full = (final(tmp_path / name) for name in ("auto", "named", "full"))
+    assert all(torch.equal(auto_[key], named[key]) for key in named)
+    assert any(not torch.equal(full[key], named[key]) for key in named)
+
+
+def test_measuring_does_not_change_the_run(tmp_path):
+    start_run(recipe(tmp_path, engine={"precision": "auto"}), tmp_path / "auto")
+    chosen = RunDir(tmp_path / "auto").recipe().engine.precision
+    assert chosen in ("float32", "bfloat16")
+    start_run(recipe(tmp_path, engine={"precision": chosen}), tmp_path / "named")
+    auto, named = final(tmp_path / "auto"), final(tmp_path / "named")
+    assert all(torch.equal(auto[key], named[key]) for key in named)
+
+
+def test_a_run_that_is_resumed_keeps_its_precision(tmp_path, monkeypatch):
+    measured = iter([0.3, 0.2])  # a second measurement would find nothing
+    monkeypatch.setattr("fedex_lora.precision.few_steps", lambda _: next(measured))
+    auto = recipe(tmp_path, engine={"precision": "auto"})
+    with pytest.raises(KeyboardInterrupt):
+        start_run(auto, tmp_path / "run", StopAfter(1))
+    resume_run(tmp_path / "run", auto)
+    start_run(recipe(tmp_path, engine={"precision": "bfloat16"}), tmp_path / "whole")
+    resumed, whole = final(tmp_path / "run"), final(tmp_path / "whole")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_every_turn_trains_in_the_precision_that_was_asked_for(tmp_path):
+    """Turns share a model: what one leaves on it must not change the next."""
+    federation = set_up(recipe(tmp_path, engine={"precision": "bfloat16"}))
+    settings, given = federation.settings, federation.recipe.trainer_arguments
+
+    def turn(training):
+        model, task, rows = federation.model, federation.task, federation.clients["ann"]
+        trained = settings.method.trained(1)
+        start = federation.initial
+        return train_client(
+            model, task, rows, start, trained=trained, training=training, seed=0, round=1,
+            client="ann",
+        )  # fmt: skip
+
+    first, second, full = turn(given), turn(given), turn({**given, "bf16": False})
+    for site, b in first.B.items():
+        assert torch.equal(second.B[site], b) and not torch.equal(full.B[site], b)
+
+
+def test_only_a_precision_that_was_left_open_fits_another(tmp_path):
+    auto, full, half = (
+        recipe(tmp_path, engine={"precision": p}) for p in ("auto", "float32", "bfloat16")
+    )
+    assert not differences(auto, half) and not differences(auto, full)
+    assert differences(full, half) == ["engine.precision: float32 != bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wrong"),
+    [
+        ({"engine": {"precision": "auto"}, "training": {"bf16": True}}, "training.bf16"),
+        ({"engine": {"precision": "auto", "kind": "flower"}}, "engine.precision"),
+    ],
+)
+def test_what_contradicts_it_is_refused(tmp_path, blocks, wrong):
+    with pytest.raises(ValidationError, match=wrong):
+        recipe(tmp_path, **blocks)
+
+
+def final(run):
+    state = RunDir(run).newest()[0]
+    assert state is not None
+    factors = {f"{n}.{k}": getattr(f, k) for n, f in state.factors.items() for k in "AB"}
+    return {**factors, **state.head}
