@@ -5,18 +5,23 @@ TORCH_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
+# For `make bench`: which of its rows, all by default
+BENCH ?=
 # For `make results`: local copies of the data, where the runs go, and how many run at once
 DATA ?=
+# The directory of a small language model for E2E; without it that part is left out
+SMALL_LM ?=
 RESULTS ?= runs/results
 JOBS ?= 1
 
-.PHONY: help setup demo test deployment results chaos lint type clean
+.PHONY: help setup demo test deployment results bench chaos lint type clean
 
 help:
 	@echo "make demo    set up, then federate a real model over three clients (some minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make chaos   set up, then make clients, network and coordinator fail (an hour)"
 	@echo "make results DATA=DIR   the small experiments (hours), then docs/results.md"
+	@echo "make bench DATA=DIR   speed and memory against what one would use instead; DIR: cola, mrpc"
 	@echo "make setup   install everything, at the tested versions, into $(VENV)"
 	@echo "make lint    formatting, lint rules and the direction of imports"
 	@echo "make type    static types"
@@ -45,9 +50,19 @@ test: setup
 results: setup
 	@test -n "$(DATA)" || { \
 	  echo "Name the directory with local copies, sst2 and stsb: make results DATA=DIR" >&2; exit 1; }
-	$(BIN)/fedex-lora grid recipes/small/results.yaml --data "$(DATA)" --out "$(RESULTS)" --jobs $(JOBS)
+	for part in results results-one-round results-ranks results-clients results-learning-rate; do \
+	  $(BIN)/fedex-lora grid recipes/small/$$part.yaml \
+	    --data "$(DATA)" --out "$(RESULTS)" --jobs $(JOBS) || exit 1; done
+	test -z "$(SMALL_LM)" || $(BIN)/fedex-lora grid recipes/small/results-e2e.yaml \
+	  --set model.name="$(SMALL_LM)" --data "$(DATA)" --out "$(RESULTS)" --jobs $(JOBS)
 	$(BIN)/python docs/results.py "$(RESULTS)"/*/ > docs/results.md.new
 	mv docs/results.md.new docs/results.md
+
+# Without DATA the rows that need rows of GLUE are skipped; BENCH="residual merge" measures some.
+bench: setup
+	$(BIN)/python -m benchmarks $(BENCH) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m benchmarks.page > docs/benchmarks.md.new
+	mv docs/benchmarks.md.new docs/benchmarks.md
 
 # What failures cost in a real deployment: what was lost, seconds, error against the oracle.
 chaos: setup

@@ -22,9 +22,15 @@ ABOUT = """\
 # Results
 
 Written by `docs/results.py` from the files of runs, not by hand. On local copies of the data, in
-DIR/sst2 and DIR/stsb, this runs what is missing of them and writes the file again:
+DIR/sst2, DIR/stsb and DIR/e2e_nlg, and a copy of stories260k, this runs what is missing of them
+and writes the file again:
 
-    make results DATA=DIR
+    make results DATA=DIR SMALL_LM=DIR/stories260k
+"""
+EXACT = "fedex"
+SHARE = f"""\
+The share of the ideal product that averaging the factors misses, ‖ideal − averaged‖ / ‖ideal‖ over
+all adapted layers, in runs of {REFERENCE}; and the difference of the scores, as in the tables.
 """
 READING = """\
 Scores are those of the best round, which the first split chooses: mean ± standard deviation over
@@ -46,6 +52,7 @@ def results(folders: Sequence[Path]) -> Iterator[str]:
         part = study(read_runs([folder])[0])
         for task in part.tasks:
             yield from compared(folder.name, part, task)
+    yield from missed(folders)
     yield from claims(whole)
     yield what_seeds_show(fewest_seeds(whole)) + "\n"
     yield from environments(runs)
@@ -138,6 +145,35 @@ def sentences(part: Study, task: str, arms: Sequence[str]) -> Iterator[str]:
         return
     pairs = (paired(part, arm, reference, task) for arm in arms if arm != reference)
     yield "".join(f"- {pair.verdict()}\n" for pair in pairs if pair is not None)
+
+
+def missed(folders: Sequence[Path]) -> Iterator[str]:
+    """How much of the ideal update averaging misses, beside what exact aggregation gains."""
+    header = ["runs", "first round", "last round", f"{EXACT} less {REFERENCE}"]
+    rows = []
+    for folder in folders:
+        part = study(read_runs([folder])[0])
+        for task in part.tasks:
+            shares = [found for p in part.of(task) if (found := share_missed(p.run))]
+            if shares and (gain := gained(part, task)):
+                ends = [spread([s[i] for s in shares]) for i in (0, -1)]
+                rows.append([folder.name, *ends, gain])
+    if rows:
+        yield f"## What averaging misses, and what {EXACT} gains by it\n"
+        yield SHARE
+        yield markdown_table(header, rows)
+
+
+def share_missed(run: Run) -> list[float]:
+    """‖ideal − averaged‖_F / ‖ideal‖_F of every round, where the averaged model was trained on."""
+    if run.recipe.method.name != REFERENCE or not run.finished:
+        return []
+    return [r["deviation"] / r["ideal"] for r in run.records if r.get("ideal")]
+
+
+def gained(part: Study, task: str) -> str:
+    arms = {p.run.recipe.method.name: p.arm for p in part.of(task)}
+    return difference(part, arms[EXACT], task) if EXACT in arms else ""
 
 
 def claims(whole: Study) -> Iterator[str]:

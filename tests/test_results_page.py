@@ -31,6 +31,9 @@ def make_run(folder, given, method, seed, score=None):
     description = "/somewhere/else/news, train: 17 rows, test: 4 rows"
     result = {**rounds, **told, "best": best, "last": best, "description": description}
     directory.write_json("results.json", result)
+    none = {"clients": {}, "bytes_up": {}, "bytes_down": {}, "seconds": {"round": 1.0}}
+    found = {1: {"deviation": 1.0, "ideal": 4.0}, 2: {"deviation": 0.2, "ideal": 2.0}}
+    directory.write_records([{"round": round, **none, **f} for round, f in found.items()])
 
 
 def test_the_page_has_means_differences_with_intervals_and_what_is_unfinished(tmp_path, page):
@@ -47,6 +50,7 @@ def test_the_page_has_means_differences_with_intervals_and_what_is_unfinished(tm
     # differences 0.10, 0.11, 0.12: mean 0.11, half-width 4.303 * 0.01 / sqrt(3)
     assert "| 0.710 ± 0.110 | +0.110 (+0.085 to +0.135) | 0.250 ± 0.000 | 2.0 kB | 3.0 MB |" in row
     assert "- fedex beats fedit by 0.110" in text
+    assert "| news-2rounds | 0.250 ± 0.000 | 0.100 ± 0.000 | +0.110 (+0.085 to +0.135) |" in text
     assert "fedex scores higher than fedit: **holds**" in text
     assert "Python 3.0, torch 1.5" in text
 
