@@ -154,6 +154,9 @@ def test_too_little_disk_is_foreseen(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=found.disk - 1))
     with pytest.raises(UserError, match=r"not/yet: the run will write up to .* by round 2"):
         foreseen(r, folder / "not" / "yet")
+    with pytest.raises(UserError, match="the run will write up to"):
+        start_run(r, folder / "not" / "yet")
+    assert not (folder / "not").exists()
 
 
 def test_too_little_memory_is_foreseen(folder, monkeypatch):
