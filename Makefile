@@ -19,7 +19,8 @@ JOBS ?= 1
 help:
 	@echo "make demo    set up, then federate a real model over three clients (some minutes)"
 	@echo "make test    set up, then run the tests"
-	@echo "make chaos   set up, then make clients, network and coordinator fail (an hour)"
+	@echo "make deployment   set up, then test real Flower processes on this machine (minutes)"
+	@echo "make chaos   set up, then make clients, network and coordinator fail (a quarter of an hour)"
 	@echo "make results DATA=DIR   the small experiments (hours), then docs/results.md"
 	@echo "make bench DATA=DIR   speed and memory against what one would use instead; DIR: cola, mrpc"
 	@echo "make setup   install everything, at the tested versions, into $(VENV)"
@@ -64,7 +65,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.page > docs/benchmarks.md.new
 	mv docs/benchmarks.md.new docs/benchmarks.md
 
-# What failures cost in a real deployment: what was lost, seconds, error against the oracle.
+# What failures cost in a real deployment: what was lost, seconds, error against the oracle. One
+# scenario: python -m benchmarks.chaos "client hangs"
 chaos: setup
 	$(BIN)/python -m benchmarks.chaos
 

@@ -156,6 +156,27 @@ def test_the_command_shows_and_writes_scores(command, folder, tmp_path, monkeypa
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_a_run_that_generates_keeps_its_texts_and_finds_its_own_scores(
+    command, tmp_path, monkeypatch
+):
+    asks = {"kind": "instruction", "prompt": "{text}", "response": "{label}", "generate": True}
+    spec = recipe(
+        tmp_path,
+        "llama",
+        task={**asks, "max_new_tokens": 3, "max_length": 150},
+        federation={"rounds": 1},
+    )
+    start_run(spec, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = command("evaluate", "run")
+    assert code == 0, errors
+    (made,) = (tmp_path / "runs").iterdir()
+    found = [json.loads(line) for line in (made / "outputs-test.verdicts.jsonl").open()]
+    assert [row["row"] for row in found] == [0, 1, 2, 3] and "correct" in found[0]
+    own = json.loads((tmp_path / "run" / "results.json").read_text())["best"]["scores"]
+    assert json.loads((made / "scores.json").read_text())["scores"] == own
+
+
 TEXTS = ("--task", "text-classification", "--set", XYZ[0], "--data", "{}/data")
 ADAPTER = ("{}/adapter", *TEXTS, "--set")
 MODEL = ("{}/model", "--task", "text-classification", "--data", "{}/data")

@@ -1,8 +1,9 @@
 """From the clients' factors to the ideal global model, the next factors and the residual.
 
 The residual Σ wᵢBᵢAᵢ − B̄Ā equals the covariance Σ wᵢ(Bᵢ − B̄)(Aᵢ − Ā). It is computed as one
-computes a covariance, by Welford's update on the drifts D = B − B⁰ and E = A − A⁰ from the
-factors the round began with, so nothing cancels and no out × in matrix is formed:
+computes a covariance, by Welford's update on the drifts D = B − B₁ and E = A − A₁ from where the
+first client ended, so nothing cancels and no out × in matrix is formed. (A covariance is the same
+from any reference; the factors the round began with would do as well, but had to be read besides.)
 
     term_j = (n_j·N_{j−1}/N_j) · (D_j − D̄_{j−1})(E_j − Ē_{j−1}),   residual = Σ_{j≥2} term_j / N_k
 
@@ -27,6 +28,8 @@ from fedex_lora.methods import Method
 from fedex_lora.running_sum import RunningSum
 
 T = TypeVar("T")
+Pair = tuple[Tensor, Tensor]  # B and A
+_AT_ONCE = 4  # clients taken in at once: a site's sums are then read and written once for all
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,10 @@ class Aggregator:
         self.weight = 0.0
 
     def add(self, weight: float, start: AdapterState, end: AdapterState) -> None:
-        """Takes in one client: where it started, where it ended, its unnormalised weight n > 0."""
+        """Takes in one client: where it started, where it ended, its unnormalised weight n > 0.
+
+        The tensors must stay as they are until `finish`; some are read only then.
+        """
         self.clients += 1
         self.weight += weight
         for group in self._groups:
@@ -109,10 +115,14 @@ class Aggregator:
             step = weight / self.weight
             self._head[name] = drift if mean is None else mean + step * (drift - mean)
 
-    def finish(self) -> Aggregate:
-        """The aggregate of all clients added; at least one is needed."""
+    def finish(self, norms: bool = True) -> Aggregate:
+        """The aggregate of all clients added; at least one is needed. To be called once.
+
+        Args:
+            norms: Whether to measure `deviation` and `ideal`, which takes longer than the rest.
+        """
         assert self.clients, "no client was added"
-        results = [group.finish(self.weight) for group in self._groups]
+        results = [group.finish(self.weight, norms) for group in self._groups]
         head = {n: self._head_start[n] + self._eta * d for n, d in self._head.items()}
         return Aggregate(
             _merged(r.factors for r in results),
@@ -137,20 +147,32 @@ class _Group:
     ) -> None:
         self.site, self.names, self.method = site, names, method
         self.trained, self.eta = trained, eta
-        self.reference: tuple[Tensor, Tensor] | None = None  # (B⁰, A⁰) of the first client
-        self.mean_d: Tensor | None = None
-        self.mean_e: Tensor | None = None
-        self.spread = RunningSum(clients - 1)
+        self.start: list[Pair] = []  # the first client's start and end, by site
+        self.first: list[Pair] = []
+        self.waiting: list[tuple[float, float, list[Pair]]] = []  # nⱼ, Nⱼ, ends by site
+        self.mean: Pair | None = None  # D̄ and Ē
+        self.spread, self.unit = RunningSum(clients - 1), 1.0  # in this unit, to multiply once
         self.product, self.increment = RunningSum(clients), RunningSum(2 * clients)
 
     def add(
         self, n: float, total: float, start: Mapping[str, Factors], end: Mapping[str, Factors]
     ) -> None:
-        self._add_spread(n, total, start, end)
+        ends = [self._full(end[name]) for name in self.names]
+        if not self.first:
+            self.start, self.first = [self._full(start[name]) for name in self.names], ends
+        else:
+            self.waiting.append((n, total, ends))
+        if len(self.waiting) == _AT_ONCE:
+            self._take_waiting()
+        self._add_products(n, start, end)
+
+    def _add_products(
+        self, n: float, start: Mapping[str, Factors], end: Mapping[str, Factors]
+    ) -> None:
         if not self._needs_product() and self.method.shared_base:
             return
-        b0, a0 = self._stack(start)
-        b, a = self._stack(end)
+        b0, a0 = _stack([self._full(start[name]) for name in self.names])
+        b, a = _stack([self._full(end[name]) for name in self.names])
         scale = self.site.scale * n
         if self._needs_product():  # B⁰A⁰ + η(BA − B⁰A⁰)
             self.product.add(LowRank(b, a), scale * self.eta)
@@ -164,65 +186,56 @@ class _Group:
     def _needs_product(self) -> bool:
         return self.method.assignment in ("reinit", "svd")
 
-    def _add_spread(
-        self, n: float, total: float, start: Mapping[str, Factors], end: Mapping[str, Factors]
-    ) -> None:
-        if self.reference is None:
-            self.reference = self._stack(start)
-        d, e = self._stack(end, minus=self.reference)
-        if self.mean_d is None or self.mean_e is None:
-            self.mean_d, self.mean_e = d, e
-            return
-        d -= self.mean_d
-        e -= self.mean_e
-        self.mean_d.add_(d, alpha=n / total)
-        self.mean_e.add_(e, alpha=n / total)
-        if self.trained == {"A", "B"}:
-            self.spread.add(LowRank(d, e), n * (total - n) / total)
-
-    def _stack(
-        self, factors: Mapping[str, Factors], minus: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(B, A) of all sites, zero-padded to the full rank, B in units of the site's scale.
+    def _take_waiting(self, last: bool = False) -> None:
+        """Welford's update for the clients that wait, one site after the other.
 
         Args:
-            minus: What to take away from them, stacked likewise.
+            last: Nobody follows: `mean` becomes B̄ and Ā themselves.
         """
-        chosen = [factors[name] for name in self.names]
-        missing = self.site.rank - chosen[0].rank
-        ratio = chosen[0].scale / self.site.scale
-        if minus is not None and not missing and ratio == 1:  # in one pass over memory
-            b, a = torch.empty_like(minus[0]), torch.empty_like(minus[1])
-            for i, f in enumerate(chosen):
-                torch.sub(f.B, minus[0][i], out=b[i])
-                torch.sub(f.A, minus[1][i], out=a[i])
-            return b, a
-        b, a = torch.stack([f.B for f in chosen]), torch.stack([f.A for f in chosen])
-        b = b if ratio == 1 else b * ratio
-        b, a = (pad(b, (0, missing)), pad(a, (0, 0, 0, missing))) if missing else (b, a)
-        return (b, a) if minus is None else (b - minus[0], a - minus[1])
+        fresh = self.mean is None
+        if self.mean is None:
+            b, a = (t.new_empty(len(self.names), *t.shape) for t in self.first[0])
+            self.mean, self.unit = (b, a), self.site.scale / (self.waiting or [(0, 1)])[-1][1]
+        shares = [n / total for n, total, _ in self.waiting]
+        cs = [self.unit * n * (1 - n / total) for n, total, _ in self.waiting]
+        places: list[LowRank] = []
+        if self.waiting and self.trained == {"A", "B"}:
+            places = self.spread.places(LowRank(*self.mean), len(self.waiting))
+        for i, first in enumerate(self.first):
+            drifts = [place.left[i] for place in places], [place.right[i] for place in places]
+            for x, factors in ((0, cs), (1, None)):
+                mean, ends = self.mean[x][i], [ends[i][x] for _, _, ends in self.waiting]
+                _welford(mean, first[x], ends, shares, drifts[x], factors, fresh)
+                if last:
+                    mean.add_(first[x])
+        self.waiting = []
 
-    def finish(self, total: float) -> Aggregate:
-        assert self.reference and self.mean_d is not None and self.mean_e is not None
-        b0, a0 = self.reference
-        mean = LowRank((b0 + self.mean_d) * self.site.scale, a0 + self.mean_e)
-        spread = self.spread.total(self.site.scale / total)
-        factors, increment = self._assign(total, spread)
-        deviation, ideal = _norms(mean, spread)
+    def _full(self, f: Factors) -> Pair:
+        """(B, A) of one site, zero-padded to the full rank, B in units of the site's scale."""
+        ratio, missing = f.scale / self.site.scale, self.site.rank - f.rank
+        b = f.B if ratio == 1 else f.B * ratio
+        return (pad(b, (0, missing)), pad(f.A, (0, 0, 0, missing))) if missing else (b, f.A)
+
+    def finish(self, total: float, norms: bool) -> Aggregate:
+        self._take_waiting(last=True)
+        assert self.mean is not None
+        mean, spread = self.mean, self.spread.total(self.site.scale / total / self.unit)
+        deviation, ideal = _norms(mean, self.site.scale, spread) if norms else ([], [])
+        factors, increment = self._assign(total, mean, spread)
         return Aggregate(
             factors,
             _by_site(self.names, increment),
             {},
-            dict(zip(self.names, deviation.tolist())),
-            dict(zip(self.names, ideal.tolist())),
+            dict(zip(self.names, deviation)),
+            dict(zip(self.names, ideal)),
         )
 
     def _assign(
-        self, total: float, spread: LowRank | Tensor | None
+        self, total: float, mean: Pair, spread: LowRank | Tensor | None
     ) -> tuple[dict[str, Factors], LowRank | Tensor | None]:
         """The factors the clients get next, and what of G' goes into the base."""
         if self.method.assignment == "average":
-            return self._average(spread)
+            return self._average(mean, spread)
         target = self.product.total(1 / total)
         if self.method.assignment == "reinit":  # B' = 0: all of G' − base
             return {}, target
@@ -230,18 +243,18 @@ class _Group:
         return factors, self.increment.total(self.eta / total)
 
     def _average(
-        self, spread: LowRank | Tensor | None
+        self, mean: Pair, spread: LowRank | Tensor | None
     ) -> tuple[dict[str, Factors], LowRank | Tensor | None]:
         """B' = B⁰ + ηD̄, A' = A⁰ + ηĒ; G' − base − s·B'A' = s·(η·spread + (η − η²)·D̄Ē)."""
-        assert self.reference and self.mean_d is not None and self.mean_e is not None
-        eta = self.eta
-        b = self.reference[0] + eta * self.mean_d
-        a = self.reference[1] + eta * self.mean_e
-        factors = self._factors(b, a)
-        if eta != 1 and self.trained == {"A", "B"}:
-            both = LowRank(self.mean_d * (self.site.scale * (eta - eta**2)), self.mean_e)
-            spread = _plus(both, _times(spread, eta))
-        return factors, None if self.method.residual in ("zero", "dropped") else spread
+        if self.eta != 1:
+            (b, a), eta = _stack(self.start), self.eta
+            d, e = mean[0] - b, mean[1] - a
+            mean = b + eta * d, a + eta * e
+            if self.trained == {"A", "B"}:
+                both = LowRank(d * (self.site.scale * (eta - eta**2)), e)
+                spread = _plus(both, _times(spread, eta))
+        dropped = self.method.residual in ("zero", "dropped")
+        return self._factors(*mean), None if dropped else spread
 
     def _factor(self, target: LowRank | Tensor) -> dict[str, Factors]:
         """A' = the top r right singular vectors, completed to orthonormal rows; B' = UΣ/s."""
@@ -278,6 +291,41 @@ def orthonormal_rows(a: Tensor) -> Tensor:
     return a
 
 
+def _welford(
+    mean: Tensor,
+    first: Tensor,
+    ends: Sequence[Tensor],
+    shares: Sequence[float],
+    drifts: Sequence[Tensor],
+    cs: Sequence[float] | None,
+    fresh: bool,
+) -> None:
+    """Welford's update of one factor X of one site: X̄ in `mean`, and Xⱼ − X̄ⱼ₋₁ in `drifts`.
+
+    Args:
+        mean: X̄ − X₁.
+        first: X₁.
+        ends: Xⱼ of some clients, in order; `shares`: their nⱼ/Nⱼ.
+        drifts: Where to write to, or nothing if that is not needed; `cs`: factors to multiply by.
+        fresh: Nobody came before: `mean` is 0, whatever it holds.
+    """
+    if fresh and not ends:
+        mean.zero_()
+    for j, (end, share) in enumerate(zip(ends, shares)):
+        drift = torch.sub(end, first, out=None if cs or not drifts else drifts[j])
+        if fresh and not j:
+            torch.mul(drift, share, out=mean)
+        else:
+            mean.add_(drift.sub_(mean), alpha=share)
+        if cs and drifts:
+            torch.mul(drift, cs[j], out=drifts[j])
+
+
+def _stack(pairs: Sequence[Pair]) -> Pair:
+    """(B, A) of all sites, each along a new first dimension."""
+    return torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
+
+
 def _merged(parts: Iterable[Mapping[str, T]]) -> dict[str, T]:
     return {name: value for part in parts for name, value in part.items()}
 
@@ -310,13 +358,26 @@ def _plus(w: LowRank, other: LowRank | Tensor | None) -> LowRank | Tensor:
     return w + other if isinstance(other, LowRank) else w.dense() + other
 
 
-def _norms(mean: LowRank, spread: LowRank | Tensor | None) -> tuple[Tensor, Tensor]:
-    """‖spread‖_F and ‖mean + spread‖_F of every site."""
+def _norms(
+    mean: Pair, scale: float, spread: LowRank | Tensor | None
+) -> tuple[list[float], list[float]]:
+    """‖spread‖_F and ‖scale·B̄Ā + spread‖_F of every site; site by site, to stay in the cache."""
+    found = [_norms_of(LowRank(b * scale, a), w) for b, a, w in zip(*mean, _each(spread, mean))]
+    return [d for d, _ in found], [i for _, i in found]
+
+
+def _norms_of(mean: LowRank, spread: LowRank | Tensor | None) -> tuple[float, float]:
     if spread is None:
-        return torch.zeros(mean.shape[0]), mean.norm()
+        return 0.0, mean.norm().item()
     if isinstance(spread, LowRank):
         deviation, ideal = partial_norms(spread, mean)
-        return deviation, ideal
-    norm = torch.linalg.vector_norm  # site by site: a second dense sum would double the memory
-    ideal = [norm(torch.addmm(w, x, y)) for w, x, y in zip(spread, mean.left, mean.right)]
-    return norm(spread, dim=(-2, -1)), torch.stack(ideal)
+        return deviation.item(), ideal.item()
+    norm = torch.linalg.vector_norm
+    return norm(spread).item(), norm(torch.addmm(spread, mean.left, mean.right)).item()
+
+
+def _each(w: LowRank | Tensor | None, mean: Pair) -> Iterable[LowRank | Tensor | None]:
+    """The sites of a stack, one by one."""
+    if w is None:
+        return [None] * len(mean[0])
+    return map(LowRank, w.left, w.right) if isinstance(w, LowRank) else w

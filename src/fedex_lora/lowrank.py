@@ -141,8 +141,9 @@ def concat(terms: Iterable[LowRank]) -> LowRank:
 def partial_norms(*terms: LowRank) -> list[Tensor]:
     """‖t₁‖_F, ‖t₁ + t₂‖_F, ..., each of shape (...), without concatenating the terms.
 
-    ‖LR‖² = Σ (LᵀL)∘(RRᵀ) by Gram matrices in float64. Inner products lose half of the digits of a
-    sum that cancels (in float32 all of them), so such a sum goes by QR of the factors instead.
+    ‖LR‖² = Σ (LᵀL)∘(RRᵀ) by Gram matrices. Inner products lose the digits that cancel in a sum: so
+    they are taken in float32 only where hardly anything does, in float64 up to a point, and beyond
+    that QR of the factors takes their place.
 
     Example:
         >>> one = LowRank(torch.ones(4, 1), torch.ones(1, 4))
@@ -150,62 +151,83 @@ def partial_norms(*terms: LowRank) -> list[Tensor]:
         [4.0, 8.0]
     """
     if terms[0].left.dtype == torch.float32:
-        norms = _gram_norms(terms)
-        size = sum(_norm(t.left) * _norm(t.right) for t in terms)
-        if all(bool((norm >= CANCELS * size).all()) for norm in norms):
-            return norms
+        for dtype, least in _CANCELS.items():
+            norms, sizes = _gram_norms(terms, dtype)
+            if bool((norms >= least * sizes).all()):
+                return list(norms.float().unbind(-1))
     sums = (concat(terms[: i + 1]) for i in range(len(terms)))
     return [_norm(torch.linalg.qr(w.left, mode="r").R @ w.right) for w in sums]
 
 
-CANCELS = 1e-4  # norms of a sum below this part of its terms' are not left to inner products
+# a norm below this part of √Σ‖lⱼ‖²‖rⱼ‖² is not left to inner products in that dtype
+_CANCELS = {torch.float32: 0.3, torch.float64: 1e-4}
 
 
-def _gram_norms(terms: Sequence[LowRank]) -> list[Tensor]:
-    """One matrix of the batch after the other, as float64 copies of all would be large."""
-    lefts = zip(*(t.left.reshape(-1, *t.left.shape[-2:]) for t in terms))
-    rights = zip(*(t.right.reshape(-1, *t.right.shape[-2:]) for t in terms))
+def _gram_norms(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The norms of the partial sums (..., len(terms)), and √Σ‖lⱼ‖²‖rⱼ‖² over columns and rows."""
+    lefts, rights = [t.left for t in terms], [t.right.mT for t in terms]
+    both = _gram(lefts, dtype) * _gram(rights, dtype)
     ends = list(accumulate(t.rank for t in terms))
-    squares = []
-    for left, right in zip(lefts, rights):
-        both = _gram(torch.cat(left, dim=-1)) * _gram(torch.cat(right, dim=-2).mT)
-        squares.append(torch.stack([both[:end, :end].sum() for end in ends]))
-    first = terms[0].left
-    norms = torch.stack(squares, dim=-1).clamp_min(0).sqrt().to(first.dtype)
-    return [norm.reshape(first.shape[:-2]) for norm in norms]
+    squares = torch.stack([both[..., :end, :end].sum((-2, -1)) for end in ends], dim=-1)
+    diagonal = both.diagonal(dim1=-2, dim2=-1)
+    sizes = torch.stack([diagonal[..., :end].sum(-1) for end in ends], dim=-1)
+    return squares.clamp_min(0).sqrt(), sizes.sqrt()
 
 
-def _gram(w: Tensor) -> Tensor:
-    """WᵀW in float64."""
-    w = w.double()
-    return w.mT @ w
+def _gram(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """WᵀW of W = [parts], products in `dtype`, the result in float64."""
+    parts = [part.to(dtype) for part in parts]
+    rows = [torch.cat([x.mT @ y for y in parts], dim=-1) for x in parts]
+    return torch.cat(rows, dim=-2).double()
 
 
 def thin_qr(w: Tensor) -> tuple[Tensor, Tensor]:
     """Q (..., m, q) with orthonormal columns and R (..., q, r), QR = w, q = min(m, r).
 
-    In float32 by CholeskyQR2 with Gram matrices in float64 (Fukaya et al., arXiv 1809.11085):
-    matrix products in place of Householder's reflections. Where w is too near a lower rank for it,
-    which shows in the first pass, by torch.linalg.qr.
+    In float32 by CholeskyQR2 (Fukaya et al., arXiv 1809.11085): matrix products in place of
+    Householder's reflections. One pass with a Gram matrix in float32 if that turns out to do, else
+    two, else two in float64. Where w is too near a lower rank even for that, by torch.linalg.qr.
     """
-    if w.dtype != torch.float32 or w.shape[-2] < w.shape[-1] or not w.numel():
-        return torch.linalg.qr(w)
-    first = _cholesky_qr(w)
-    second = _cholesky_qr(first[0]) if first else None
-    if first is None or second is None or second[2] > 0.5:
-        return torch.linalg.qr(w)
-    return second[0], (second[1] @ first[1]).to(w.dtype)
+    if w.dtype == torch.float32 and w.shape[-2] >= w.shape[-1] and w.numel():
+        for dtype in (torch.float32, torch.float64):
+            found = _cholesky_qr2(w, dtype)
+            if found is not None:
+                return found
+    return torch.linalg.qr(w)
 
 
-def _cholesky_qr(w: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """One pass: Q, R in float64, and how far w is from orthonormal; None if WᵀW is singular."""
-    flat = w.reshape(-1, *w.shape[-2:])
-    gram = torch.stack([_gram(one) for one in flat]).reshape(*w.shape[:-2], *[w.shape[-1]] * 2)
-    r, failed = torch.linalg.cholesky_ex(gram, upper=True)
-    if bool(failed.any()):
+def _cholesky_qr2(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Q and R of w by Gram matrices in `dtype`; None if w is too ill-conditioned for that."""
+    first = _cholesky(_gram([w], dtype))
+    if first is None:
         return None
-    off = (gram - torch.eye(w.shape[-1], dtype=gram.dtype, device=w.device)).abs().max().item()
-    return torch.linalg.solve_triangular(r.to(w.dtype), w, upper=True, left=False), r, off
+    q = _divided(w, first)
+    gram = _gram([q], dtype)
+    off = (gram - torch.eye(w.shape[-1], dtype=gram.dtype, device=w.device)).abs().max()
+    if off < 1e-6:  # Householder's are no nearer
+        return q, first.to(w.dtype)
+    second = _cholesky(gram) if off < 0.1 else None  # near enough for a second pass to mend it
+    return None if second is None else (_divided(q, second), (second @ first).to(w.dtype))
+
+
+def _cholesky(gram: Tensor) -> Tensor | None:
+    """R with RᵀR = gram; None if gram is not positive definite."""
+    r, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    return None if bool(failed.any()) else r
+
+
+def _divided(w: Tensor, r: Tensor) -> Tensor:
+    """W·R⁻¹, backward stable.
+
+    A product with the inverse is many times faster than a triangular solve. It changes W by up to
+    ε·|W|·|R⁻¹|·|R|, so it is taken where that is hardly more than rounding W itself.
+    """
+    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
+    inverse = torch.linalg.solve_triangular(r, eye, upper=True)
+    if bool(((inverse.abs() @ r.abs()).sum(-1) < 16).all()):
+        return w @ inverse.to(w.dtype)
+    rows = torch.linalg.solve_triangular(r.mT.to(w.dtype), w.mT.contiguous(), upper=False)
+    return rows.mT.contiguous()
 
 
 def from_dense(w: Tensor) -> LowRank:

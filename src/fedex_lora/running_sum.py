@@ -13,7 +13,8 @@ class RunningSum:
 
     The factors stand side by side in one buffer, written once. When they would hold more numbers
     than the dense matrix, they are multiplied out and the buffer is used anew: one large product
-    for many terms, and memory under 2 × the dense matrix however many terms come.
+    for many terms, and memory under 2 × the dense matrix however many terms come (as long as those
+    that come at once are not larger).
 
     Args:
         terms: How many terms are expected; with more the buffer grows.
@@ -34,26 +35,33 @@ class RunningSum:
 
     def add(self, term: LowRank, c: float) -> None:
         """Adds c·term; `term` is only read."""
-        m, n = term.shape[-2:]
-        if (self._rank + term.rank) * (m + n) >= m * n:
+        (place,) = self.places(term, 1)
+        torch.mul(term.left, c, out=place.left)
+        place.right.copy_(term.right)
+
+    def places(self, like: LowRank, count: int) -> list[LowRank]:
+        """Room for `count` terms of the shape and rank of `like`.
+
+        Returns:
+            Views of the buffer, which the caller must fill before anything else.
+        """
+        (*_, m, n), rank = like.shape, like.rank
+        most = (m * n - 1) // (m + n)  # with more columns the dense matrix is not larger
+        if self._rank + count * rank > most:
             self._multiply_out()
-        if term.rank * (m + n) >= m * n:
-            self._plus(term.dense().mul_(c))
-            return
-        self._make_room(term)
-        end = self._rank + term.rank
-        torch.mul(term.left, c, out=self._left[..., self._rank : end])
-        self._right[..., self._rank : end, :].copy_(term.right)
-        self._rank = end
+        self._make_room(like, count * rank, most)
+        begin, self._rank = self._rank, self._rank + count * rank
+        cuts = [slice(i, i + rank) for i in range(begin, self._rank, rank)]
+        return [LowRank(self._left[..., cut], self._right[..., cut, :]) for cut in cuts]
 
     def total(self, c: float) -> LowRank | Tensor | None:
         """c times the sum, in its own memory: to be called once. None if nothing was added."""
-        if self._dense is not None:
+        factors = self._factors()
+        if factors is None or self._dense is not None or _large(factors):
             self._multiply_out()
             self._left = self._right = torch.empty(0)
-            return self._dense.mul_(c)
-        factors = self._factors()
-        return LowRank(factors.left.mul_(c), factors.right) if factors else None
+            return self._dense if self._dense is None or c == 1 else self._dense.mul_(c)
+        return factors if c == 1 else LowRank(factors.left.mul_(c), factors.right)
 
     def _factors(self) -> LowRank | None:
         if not self._rank:
@@ -71,19 +79,22 @@ class RunningSum:
         left, right = (t.reshape(-1, *t.shape[-2:]) for t in (factors.left, factors.right))
         torch.baddbmm(flat, left, right, out=flat)
 
-    def _plus(self, w: Tensor) -> None:
-        self._dense = w if self._dense is None else self._dense.add_(w)
-
-    def _make_room(self, term: LowRank) -> None:
-        """Room in the buffers for one more term."""
+    def _make_room(self, like: LowRank, more: int, most: int) -> None:
+        """Room in the buffers for `more` columns."""
+        used = self._rank
         room = self._left.shape[-1] if self._left.dim() > 1 else 0
-        if self._rank + term.rank <= room:
+        if used + more <= room:
             return
-        *batch, m, n = term.shape
-        wanted = 2 * self._rank + term.rank if room else self._expected * term.rank
-        rank = max(self._rank + term.rank, min(wanted, m * n // (m + n)))
-        left, right = term.left.new_empty(*batch, m, rank), term.right.new_empty(*batch, rank, n)
-        if (factors := self._factors()) is not None:
-            left[..., : self._rank] = factors.left
-            right[..., : self._rank, :] = factors.right
+        *batch, m, n = like.shape
+        wanted = 2 * used if room else self._expected * like.rank
+        rank = max(used + more, min(wanted, most))
+        left, right = like.left.new_empty(*batch, m, rank), like.right.new_empty(*batch, rank, n)
+        if used:
+            left[..., :used] = self._left[..., :used]
+            right[..., :used, :] = self._right[..., :used, :]
         self._left, self._right = left, right
+
+
+def _large(factors: LowRank) -> bool:
+    m, n = factors.shape[-2:]
+    return factors.rank * (m + n) >= m * n

@@ -4,6 +4,9 @@ import pytest
 from made_up import grid, made_up, spec
 from safetensors.torch import load_file
 
+from fedex_lora.analysis.drawn import fewer_runs
+from fedex_lora.analysis.figures_deviation import deviation_by_round
+from fedex_lora.analysis.figures_tradeoff import ranks
 from fedex_lora.analysis.runs import read_run, read_runs
 from fedex_lora.analysis.scores import (
     against_reference,
@@ -41,6 +44,39 @@ def test_the_curve_goes_from_averaging_to_the_whole_residual(tmp_path):
     assert [p.score for p in without] == pytest.approx([0.6, 0.8])
     assert [(p.rank, p.seeds) for p in points if p.curve == "with carry"] == [(1, 2)]
     assert points[-1].score == pytest.approx(0.85)
+
+
+def test_the_curve_is_of_finished_runs_with_equal_seeds(tmp_path):
+    """Else a rank of which one good seed is done looks the best, and cheaper than nothing."""
+    grid(tmp_path, {"fedit": [0.9, 0.1], "fedex": [0.9, 0.3]})
+    made_up(tmp_path / "a", spec("fedex-svd", seed=0, method={"rank": 2}), 0.9, down=120)
+    unfinished = spec("fedex-svd", seed=1, method={"rank": 2})
+    made_up(tmp_path / "b", unfinished, None, rounds=(1,), down=120)
+    placed = study(read_runs([tmp_path])[0])
+    points = cut_points(placed, "sst2")
+    assert [(p.rank, p.score, p.seeds) for p in points] == [(0, 0.9, 1), (2, 0.9, 1), (8, 0.9, 1)]
+    assert [p.bytes_down for p in points] == [3 * 4 * 100, 3 * 4 * 120, 3 * 4 * 150]
+    assert fewer_runs(placed, "sst2") == "Of fewer than 2 seeds: fedex-svd:2 (1)."
+
+
+def test_scores_by_rank_are_drawn_of_what_ran_at_several(tmp_path):
+    grid(tmp_path / "a", {"fedex": [0.9], "ffa": [0.5]})
+    assert ranks(study(read_runs([tmp_path])[0]), "sst2") is None
+    grid(tmp_path / "b", {"ffa": [0.6]}, lora={"r": 8})
+    drawn = ranks(study(read_runs([tmp_path])[0]), "sst2")
+    assert drawn is not None
+    (line,) = drawn.figure.axes[0].get_lines()
+    assert list(line.get_xdata()) == [4, 8] and list(line.get_ydata()) == [0.5, 0.6]
+
+
+def test_deviations_of_other_sizes_are_drawn_on_a_log_axis(tmp_path):
+    """fedex-keep's grows a hundredfold: on a plain axis all others would lie on the ground."""
+    grid(tmp_path, {"fedex": [0.9]})
+    plain = deviation_by_round(study(read_runs([tmp_path])[0]), "sst2")
+    assert plain is not None and plain.figure.axes[0].get_yscale() == "linear"
+    made_up(tmp_path / "k", spec("fedex-keep"), by_site=lambda site, round: 10.0**round)
+    wide = deviation_by_round(study(read_runs([tmp_path])[0]), "sst2")
+    assert wide is not None and wide.figure.axes[0].get_yscale() == "log"
 
 
 def test_without_a_cut_residual_there_is_no_curve(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fedex_lora import cli
 from fedex_lora.deploy.init import Deployment, init
-from fedex_lora.deploy.processes import free_port
+from fedex_lora.deploy.processes import free_port, interrupted_by_signals
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe
 
@@ -104,15 +104,16 @@ def own_address() -> str:
 def deployed(folder: Path, recipe: Recipe, files: Sequence[Path]) -> Iterator[Deployed]:
     """All of it; ended whatever happens."""
     deployment = Deployed(folder, [file.stem for file in files])
-    try:
-        deployment.start_server()
-        text = folder / "recipe.yaml"
-        text.write_text(dump_recipe(recipe))
-        for file in files:
-            deployment.start_client(file.stem, text, file)
-        yield deployment
-    finally:
-        deployment.end()
+    with interrupted_by_signals():
+        try:
+            deployment.start_server()
+            text = folder / "recipe.yaml"
+            text.write_text(dump_recipe(recipe))
+            for file in files:
+                deployment.start_client(file.stem, text, file)
+            yield deployment
+        finally:
+            deployment.end()
 
 
 def _kill(numbers: Iterable[int]) -> int:

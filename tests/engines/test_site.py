@@ -1,12 +1,15 @@
 """A client of its own: what it refuses, what it keeps on its disk, how it catches up."""
 
+import errno
 import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from small_runs import recipe
 
-from engines.in_process import InProcess, institution, institutions, remote
+from engines.in_process import InProcess, institution, institutions, remote, without_files
 from engines.test_wire import CLIENTS, quick, same_bits, timeless  # noqa: F401 (a fixture)
 from fedex_lora.engines.cache import Cache, Held
 from fedex_lora.engines.courier import Failed
@@ -24,7 +27,9 @@ from fedex_lora.federation.messages import (
     read_about,
 )
 from fedex_lora.federation.state import begin, start_of
+from fedex_lora.flower.client_app import reply_to
 from fedex_lora.flower.coordinator import across_machines
+from fedex_lora.recipe_yaml import dump_recipe
 from fedex_lora.run import resume_run, start_run
 from fedex_lora.setup import recipe_task
 from fedex_lora.watch import Silent
@@ -281,6 +286,68 @@ def test_too_few_clients_stop_the_run_with_reasons(tmp_path):
     twins = {"ann": nodes["ann"], "again": nodes["ann"]}
     with pytest.raises(QuorumLost, match="two clients are called ann"):
         start_run(few, tmp_path / "run", None, across_machines(InProcess(twins)))
+
+
+def rewritten(**changes):
+    """bob's first message says something else."""
+
+    def change(node, reply):
+        said = read_about(reply)
+        greets = node == "bob" and said["kind"] == "hello"
+        return encode_about({**said, **changes}) if greets else reply
+
+    return change
+
+
+def test_a_client_with_another_protocol_is_named_at_the_coordinator(tmp_path):
+    spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1, "min_clients": 3})
+    courier = InProcess(institutions(spec, tmp_path / "cache"), change=rewritten(protocol=2))
+    few = remote(spec, wait_for_clients=0.1)
+    with pytest.raises(QuorumLost, match=r"client bob speaks protocol 2, not 1; install the same"):
+        start_run(few, tmp_path / "run", None, across_machines(courier))
+
+
+def test_a_clock_that_is_off_and_other_versions_are_noted(tmp_path):
+    spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1})
+    change = rewritten(time=time.time() - 3600, versions={"torch": "0.1"})
+    courier, notes = InProcess(institutions(spec, tmp_path / "cache"), change=change), Notes()
+    start_run(remote(spec), tmp_path / "run", notes, across_machines(courier))
+    assert any("client bob: its clock is 3600 s off" in text for text in notes.texts)
+    assert any("client bob has" in text and "torch 0.1" in text for text in notes.texts)
+
+
+def test_a_full_disk_at_a_client_costs_its_update_and_is_named(tmp_path, monkeypatch):
+    spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1})
+    courier, write = InProcess(institutions(spec, tmp_path / "cache")), Path.write_bytes
+
+    def full(path, content):
+        if "bob" in path.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    start_run(remote(spec), tmp_path / "run", None, across_machines(courier))
+    (record,) = timeless(tmp_path / "run")
+    assert sorted(record["clients"]) == ["ann", "cleo"]
+    assert "No space left on device" in record["lost"]["bob"]
+
+
+@pytest.mark.parametrize(
+    ("text", "log"),
+    [(None, "no such file"), ('{"txt": "secret", "label": 0}', "no column 'text'")],
+)
+def test_unusable_rows_are_told_in_full_at_the_client_alone(text, log, tmp_path, caplog):
+    spec = recipe(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(without_files(spec)))
+    rows = tmp_path / "rows.jsonl"
+    if text is not None:
+        rows.write_text(text)
+    node = {"client": "ann", "recipe": tmp_path / "recipe.yaml", "data": rows, "cache": tmp_path}
+    hello = encode_about({"protocol": 1, "kind": "hello", "federation": FEDERATION})
+    told = read_about(reply_to(hello, {k: str(v) for k, v in node.items()}, {}))
+    assert told["kind"] == "unfit" and told["client"] == "ann"
+    assert told["reason"] == "its data cannot be used; its own log says why"
+    assert log in caplog.text
 
 
 def test_the_agreed_fields_leave_out_what_is_everybody_s_own(tmp_path):

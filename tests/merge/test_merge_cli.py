@@ -115,10 +115,37 @@ def test_a_layer_of_another_shape_is_refused_even_without_strict(adapters, refus
         ({"r": 5, "rank_pattern": {}}, "has rank 2 in the file and 5"),
         ({"lora_alpha": "x"}, "not what PEFT writes"),
         ({"rank_pattern": [1]}, "not what PEFT writes"),
+        ({"lora_alpha": float("nan")}, "has the scale nan"),
+        ({"lora_alpha": 10**400}, "not what PEFT writes"),
+        ({"lora_alpha": 1e39}, "is too large for float32"),
+        ({"modules_to_save": 5}, "modules_to_save is 5; expected a list of names"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head'; expected a list of names"),
     ],
 )
 def test_adapters_of_other_kinds(adapters, refused, fields, text):
     edit(adapters[1], **fields)
+    refused(*adapters, text=text)
+
+
+def test_a_task_that_peft_does_not_know_is_refused_before_anything_is_written(adapters, refused):
+    for folder in adapters:
+        edit(folder, task_type="NOPE")
+    refused(*adapters, text="PEFT does not take it: Invalid task type: 'NOPE'")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "text"),
+    [
+        (torch.float8_e4m3fn, 1.0, "has dtype torch.float8_e4m3fn; expected one of"),
+        (torch.int64, 1.0, "has dtype torch.int64; expected one of"),
+        (torch.complex64, 1.0, "has dtype torch.complex64; expected one of"),
+        (torch.float64, 1e100, "is too large for float32"),
+    ],
+)
+def test_factors_of_other_dtypes(adapters, refused, dtype, size, text):
+    tensors = load_file(adapters[1] / WEIGHTS)
+    changed = {k: (t.double() * size).to(dtype) for k, t in tensors.items()}
+    save_file(changed, adapters[1] / WEIGHTS)
     refused(*adapters, text=text)
 
 

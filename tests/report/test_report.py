@@ -203,6 +203,25 @@ def test_scores_that_are_not_numbers(tmp_path):
     assert "Scores" in said(tmp_path / "report.html")
 
 
+def test_scores_of_zero_are_scores(quick, tmp_path):
+    """What a small model gets: a column must not vanish as if nothing had been scored."""
+    grid(tmp_path / "g", {"fedex": [0.0, 0.0], "fedit": [0.0, 0.0]})
+    write_report([tmp_path / "g"], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "test accuracy" in page and page.count("<td>0.000 ± 0.000</td>") >= 4
+
+
+def test_every_metric_of_the_judged_rows_is_there(quick, tmp_path):
+    for seed, f1 in enumerate((0.25, 0.75)):
+        run = made_up(tmp_path / f"run{seed}", spec(seed=seed))
+        results = json.loads((run / "results.json").read_text())
+        results["best"]["scores"]["test"]["f1"] = f1
+        (run / "results.json").write_text(json.dumps(results))
+    write_report([tmp_path], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "All metrics, test" in page and "<td>0.500 ± 0.354</td>" in page
+
+
 def test_only_reports_are_replaced_and_runs_stay_as_they_are(tmp_path, monkeypatch):
     drawn = Drawn("score-by-round", lines("", "", "", [Series("a", [1], [2])]), "")
     monkeypatch.setattr("fedex_lora.report.page.of_task", lambda study, task: [drawn])

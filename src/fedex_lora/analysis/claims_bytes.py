@@ -102,10 +102,7 @@ def linear_in_clients(study: Study) -> Finding:
     """Whether the bytes down a client and round lie on a straight line in the number of clients."""
     part = "bytes to a client grow linearly with the number of clients"
     key = "federation.clients"
-    points: dict[int, list[float]] = {}
-    for p in study.placed:
-        if is_exact_average(p.method) and key in p.settings and p.run.finished:
-            points.setdefault(p.run.recipe.federation.sampled, []).append(_down(p))
+    points = _by_clients(study, key)
     if len(points) < 3:
         why = f"no finished runs of exact averaging with three or more {key}"
         return Finding(6, part, "not tested", why)
@@ -116,6 +113,17 @@ def linear_in_clients(study: Study) -> Finding:
     told = ", ".join(f"{x}: {size / 1e6:.2f} MB" for x, size in zip(k.tolist(), down.tolist()))
     text = f"a client and round, by clients {told}; at most {percent(off)} from a straight line"
     return Finding(6, part, "holds" if off <= _BENT else "does not hold", text)
+
+
+def _by_clients(study: Study, key: str) -> dict[int, list[float]]:
+    """Bytes down by number of clients, of runs that are equal in all else: of those with the most
+    such numbers."""
+    groups: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for p in study.placed:
+        if is_exact_average(p.method) and key in p.settings and p.run.finished:
+            alike = groups.setdefault((p.task, p.others(key)), {})
+            alike.setdefault(p.run.recipe.federation.sampled, []).append(_down(p))
+    return max(groups.values(), key=len, default={})
 
 
 def _down(p: Placed) -> float:

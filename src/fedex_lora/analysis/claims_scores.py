@@ -95,14 +95,15 @@ def _best_rank(study: Study) -> Finding:
         against[rank] = e
     if not against:
         return Finding(5, part, "not tested", "no finished runs of one method with several lora.r")
-    best = max(against, key=lambda rank: against[rank].mean)
+    better = [rank for rank, e in against.items() if e.sign > 0]
+    best = max(better or against, key=lambda rank: against[rank].mean)
     worse = all(e.sign < 0 for e in against.values())
     outcome: Outcome = "does not hold" if worse else "not seen"
     text = (
         f"{name}: rank {best} − rank {ranks[-1]}: {number(against[best].mean, sign=True)} "
         f"({interval_text(against[best])}), of ranks {', '.join(map(str, ranks))}"
     )
-    return Finding(5, part, "holds" if against[best].sign > 0 else outcome, text)
+    return Finding(5, part, "holds" if better else outcome, text)
 
 
 def _rank_against(

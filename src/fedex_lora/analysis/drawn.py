@@ -58,6 +58,14 @@ def chosen_arms(study: Study, task: str) -> list[str]:
     return [arm for arm in every if arm in kept]
 
 
+def fewer_runs(study: Study, task: str) -> str:
+    """Says which arms are drawn from fewer runs than others, as those of few seeds vary more."""
+    counts = {arm: len(runs) for _, arm, runs in drawn_arms(study, task)}
+    most = max(counts.values(), default=0)
+    few = [f"{arm} ({n})" for arm, n in counts.items() if n < most]
+    return f"Of fewer than {most} seeds: {', '.join(few)}." if few else ""
+
+
 def by_round(runs: Sequence[Run], of: OfRecord) -> dict[int, list[float]]:
     """By round, a value a run, for rounds that all the runs have."""
     found: dict[int, list[float]] = {}

@@ -14,6 +14,7 @@ from fedex_lora.analysis.drawn import (
     banded,
     by_round,
     drawn_arms,
+    fewer_runs,
     heading,
 )
 from fedex_lora.analysis.figures_deviation import (
@@ -94,7 +95,8 @@ def score_by_round(study: Study, task: str) -> Drawn | None:
         return None
     label = _score_label(study, task)
     figure = lines(f"{heading(study, task)}: score by round", "round", label, series, whole=True)
-    return Drawn("score-by-round", figure, _seeds_told(series))
+    caption = f"{_seeds_told(series)} {fewer_runs(study, task)}".strip()
+    return Drawn("score-by-round", figure, caption)
 
 
 def score_by_bytes(study: Study, task: str) -> Drawn | None:
@@ -119,6 +121,7 @@ def score_by_bytes(study: Study, task: str) -> Drawn | None:
         log_x=smallest > 0 and largest > 30 * smallest,
     )
     caption = "Arms that exchange nothing are left out; so is the delivery of the final model."
+    caption = f"{caption} {fewer_runs(study, task)}".strip()
     return Drawn("score-by-bytes", figure, caption)
 
 

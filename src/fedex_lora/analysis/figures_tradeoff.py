@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from fedex_lora.analysis.drawn import MB, Drawn, drawn_arms, heading
@@ -36,9 +37,15 @@ def truncation(study: Study, task: str) -> Drawn | None:
     figure = panels(f"{heading(study, task)}: the residual cut to rank r'", "r'", parts)
     caption = (
         "‖left out‖ / ‖residual‖ is the mean over the rounds before the last; with carry it is all "
-        f"that waits on the server. {told}."
+        f"that waits on the server. {told}. {_seeds_of(points)}"
     )
     return Drawn("truncation", figure, caption)
+
+
+def _seeds_of(points: Sequence[CutPoint]) -> str:
+    """How many seeds each point is of, where it is more than one, or not the same."""
+    counts = sorted({p.seeds for p in points})
+    return "" if counts == [1] else f"Means over {' or '.join(map(str, counts))} seeds."
 
 
 def _with_ends(points: Sequence[CutPoint], curve: str) -> list[CutPoint]:
@@ -55,9 +62,11 @@ def _cut_series(
 
 
 def ranks(study: Study, task: str) -> Drawn | None:
-    """Table 9 of the paper: the score by LoRA's rank."""
-    groups = [g for g in scores_by(study, "lora.r") if g.task == task]
-    if len({g.value for g in groups}) < 2:
+    """Table 9 of the paper: the score by LoRA's rank, of what ran at several."""
+    every = [g for g in scores_by(study, "lora.r") if g.task == task]
+    tried = Counter(g.label for g in every)
+    groups = [g for g in every if tried[g.label] > 1]
+    if not groups:
         return None
     series = []
     for style, label in enumerate(dict.fromkeys(g.label for g in groups)):
@@ -94,9 +103,9 @@ def bytes_by_round(study: Study, task: str) -> Drawn | None:
         log_y=True,
     )
     caption = (
-        "Measured, but for stacking (computed): the alternative that section 2 of the paper "
-        "rejects, where clients go on training the stacked factors, whose rank grows by the "
-        "factor k every round."
+        "Measured, but for stacking (computed, without headers): the alternative that section 2 "
+        "of the paper rejects, where clients go on training the stacked factors, whose rank grows "
+        "by the factor k every round."
     )
     return Drawn("bytes-by-round", figure, caption)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedex_lora.analysis.runs import Run
@@ -48,7 +48,16 @@ def cut_points(study: Study, task: str) -> list[CutPoint]:
             groups.setdefault(placed.arm, []).append(placed)
     if not any(p[0].method.residual == "truncated" for p in groups.values()):
         return []
-    return sorted((_point(arm, runs) for arm, runs in groups.items()), key=lambda p: p.rank)
+    compared = _comparable(groups)
+    return sorted((_point(arm, runs) for arm, runs in compared.items()), key=lambda p: p.rank)
+
+
+def _comparable(groups: Mapping[str, list[Placed]]) -> dict[str, list[Placed]]:
+    """Finished runs where an arm has some, of the seeds that all arms have, if they have any in
+    common: means over other seeds, or over half of the rounds, make no curve."""
+    done = {arm: [p for p in placed if p.run.finished] or placed for arm, placed in groups.items()}
+    common = set.intersection(*({p.seed for p in placed} for placed in done.values()))
+    return {arm: [p for p in placed if p.seed in common] or placed for arm, placed in done.items()}
 
 
 def _cut_rank(run: Run) -> int | None:

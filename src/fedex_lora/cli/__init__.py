@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from fedex_lora.cli import costs, deploys, evaluate, grids, merges, reports, runs
+from fedex_lora.cli import costs, deploys, evaluate, grids, merges, plans, reports, runs
 from fedex_lora.cli.common import app, complain, console
 from fedex_lora.errors import QuorumLost, UserError
 
@@ -18,6 +18,7 @@ __all__ = [
     "grids",
     "main",
     "merges",
+    "plans",
     "reports",
     "runs",
 ]

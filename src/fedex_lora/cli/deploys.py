@@ -67,7 +67,7 @@ def client_command(
     check: Annotated[bool, typer.Option(help="Read all rows before connecting.")] = True,
     port: Annotated[int, typer.Option(help="A free port of this machine; 0 finds one.")] = 0,
 ) -> None:
-    """Take part as one institution until Ctrl-C (prints the Flower command it runs)."""
+    """Take part as one institution until Ctrl-C (prints the Flower commands it runs)."""
     from fedex_lora.deploy import commands, processes  # noqa: PLC0415 (needs Flower)
     from fedex_lora.deploy.init import FILE, read_deployment  # noqa: PLC0415
 
@@ -82,12 +82,6 @@ def client_command(
         say("the rows can be used")
     if not deployment.insecure:
         processes.check_server(deployment, own / "ca.crt", say)
-    node = commands.supernode(
-        own,
-        deployment,
-        name,
-        recipe.resolve(),
-        None if data is None else data.resolve(),
-        port or processes.free_port(),
-    )
-    processes.attend(node, say)
+    rows, port = None if data is None else data.resolve(), port or processes.free_port()
+    node = commands.supernode(own, deployment, name, recipe.resolve(), rows, port)
+    processes.attend([node, commands.client_superexec(own, port)], say)

@@ -14,6 +14,7 @@ from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.federation.messages import encode_about
 
 OFTEN = 0.5  # seconds between two looks for replies
+SOON = 30.0  # seconds that a client gets at a round's start after its connection broke
 _CLOCKS = 30.0  # seconds by which clocks may differ without a note
 
 
@@ -64,6 +65,7 @@ class Guests:
         self._greeted: dict[str, str] = {}  # by ticket, the node
         self._met: set[str] = set()
         self._present: set[str] = set()  # nodes, when last looked
+        self._broke: dict[str, float] = {}  # by node, when
 
     def gather(self, wanted: int, least: int) -> list[str]:
         """Waits until `wanted` fit clients are there, or at least `least` after the time for it.
@@ -176,6 +178,13 @@ class Guests:
     def lost(self, node: str) -> None:
         """A node whose connection broke is greeted again when it is back."""
         self._met.discard(node)
+        self._broke[node] = time.monotonic()
+
+    def soon_back(self, name: str) -> bool:
+        """Whether its connection broke so lately that it may be back in a moment."""
+        guest = self.known.get(name)
+        broke = None if guest is None else self._broke.get(guest.node)
+        return broke is not None and time.monotonic() - broke < SOON
 
     def say(self, kind: str) -> dict[str, Any]:
         """What every message begins with."""

@@ -149,7 +149,7 @@ class RemoteEngine:
             lacking = run.good + len(run.under_way) < needed
             if run.waiting and not patience.holds(lacking):
                 yield from self._give_up(run)
-            elif run.waiting:
+            if run.waiting:
                 self.guests.greet()
                 for client in list(run.waiting):
                     self._offer(run, client)
@@ -171,9 +171,11 @@ class RemoteEngine:
             self.progress(run.state.version + 1, "replies", done, total)
 
     def _give_up(self, run: _Exchange) -> Iterator[Lost]:
-        for client, reason in run.waiting.items():
-            yield self._lost(run, client, reason)
-        run.waiting.clear()
+        """Of those who wait; who was cut off just before the round may still make it."""
+        for client, reason in list(run.waiting.items()):
+            if client in run.spent or not self.guests.soon_back(client):
+                del run.waiting[client]
+                yield self._lost(run, client, reason)
 
     def _offer(self, run: _Exchange, client: str) -> None:
         """Sends the round's message, if the client is there."""

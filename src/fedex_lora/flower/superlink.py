@@ -3,7 +3,11 @@
 Flower 1.41 serves clients, the program that runs apps, and the control of runs on one port, and
 asks for no credentials for the last two: whoever reaches the port could start a run, that is,
 programs at the coordinator and at every client. Here only what clients need answers to others than
-this machine. Takes the arguments of flower-superlink.
+this machine.
+
+Flower gives up on its database after five seconds. Large messages keep it busy for longer on a slow
+disk, and what then fails is a message, or the whole run; here it is given the time that it takes.
+Takes the arguments of flower-superlink.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import uvicorn
+from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.cli import flower_superlink
 
 PUBLIC = ("/v1/fleet/", "/health")  # what SuperNodes need
+PATIENCE = ("busy_timeout", "300000")  # of SQLite, in milliseconds
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -54,7 +61,7 @@ def _allowed(path: str, client: str) -> bool:
 
 
 def main() -> None:
-    """Starts the SuperLink behind the guard."""
+    """Starts the SuperLink behind the guard, with a patient database."""
     run = uvicorn.run
 
     def run_guarded(app: Any, **options: Any) -> None:
@@ -62,6 +69,7 @@ def main() -> None:
         run(guarded(app), proxy_headers=False, **options)
 
     uvicorn.run = run_guarded  # type: ignore[assignment]
+    sql_mixin.SQLITE_PRAGMAS = (*SQLITE_PRAGMAS, PATIENCE)  # pyright: ignore[reportPrivateImportUsage]
     flower_superlink()
 
 

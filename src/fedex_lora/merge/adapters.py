@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from fedex_lora.model.files import CONFIG, NAMES, PREFIX, WEIGHTS, configured, u
 PICKLE = "adapter_model.bin"
 _SUFFIXES = {f".{n}": i for names in NAMES.values() for i, n in enumerate(names)}
 Shape = tuple[int, ...]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,22 @@ class Adapter:
         """(A, B, scale) of a layer.
 
         Raises:
-            UserError: A tensor holds NaN or infinity, or cannot be read.
+            UserError: A tensor holds NaN or infinity, is none of floating point, is too large for
+                float32, or cannot be read.
         """
         place = self.places[site]
         a, b = self.tensors(place.keys)
+        for key, factor, scale in zip(place.keys, (a, b), (1.0, place.site.scale)):
+            if factor.dtype not in _DTYPES:
+                raise UserError(
+                    f"{self.name}: {key} in {self.file} has dtype {factor.dtype}; expected one of "
+                    f"{', '.join(map(str, _DTYPES))}"
+                )
+            if not finite(factor.to(torch.float32) * scale):
+                raise UserError(
+                    f"{self.name}: {key} in {self.file}, times its scale {scale:g}, is too large "
+                    "for float32; its training went wrong, leave this adapter out"
+                )
         return a, b, place.site.scale
 
     def tensors(self, keys: Sequence[str]) -> list[Tensor]:
@@ -106,7 +120,7 @@ def open_adapter(name: str, allow_pickle: bool = False) -> Adapter:
     shapes = _shapes(file, name)
     try:
         places = _places(name, config, shapes)
-    except (TypeError, AttributeError, ZeroDivisionError, re.error) as error:
+    except (TypeError, AttributeError, ArithmeticError, re.error) as error:
         raise UserError(f"{folder / CONFIG}: not what PEFT writes: {error}") from None
     taken = {key for place in places.values() for key in place.keys}
     others = {key: shape for key, shape in shapes.items() if key not in taken}
@@ -143,7 +157,16 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG}: cannot be read: {reason(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG}: not what PEFT writes: expected a JSON object")
+    modules = config.get("modules_to_save")
+    if not (modules is None or _names(modules)):
+        raise UserError(
+            f"{folder / CONFIG}: modules_to_save is {modules!r}; expected a list of names"
+        )
     return config
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _weights(folder: Path, allow_pickle: bool) -> Path:
@@ -192,6 +215,8 @@ def _place(
         raise UserError(
             f"{name}: {site} has rank {a[0]} in the file and {rank} in {CONFIG}; it is damaged"
         )
+    if not math.isfinite(scale):
+        raise UserError(f"{name}: {site} has the scale {scale} by {CONFIG}; it is damaged")
     return Place(Site(b[0], a[1], rank, float(scale)), (keys[0], keys[1]))
 
 

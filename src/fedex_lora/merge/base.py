@@ -131,7 +131,10 @@ class _Work:
         update = self._update(site)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         turned = wide.T if self.target.turned(site) else wide
-        turned.addmm_(update.left.to(wide.dtype), update.right.to(wide.dtype))
+        if isinstance(update, LowRank):
+            turned.addmm_(update.left.to(wide.dtype), update.right.to(wide.dtype))
+        else:
+            turned.add_(update)
         rounded = wide.to(to)
         if not finite(rounded):
             raise UserError(f"{site}: is not finite in {to} once changed; choose another --dtype")
@@ -141,10 +144,10 @@ class _Work:
             self._lost += sum((w - r).norm().item() ** 2 for w, r in pairs)
         return rounded
 
-    def _update(self, site: str) -> LowRank:
+    def _update(self, site: str) -> LowRank | Tensor:
         whole = self.plan.sum(site)
         if self.rank is None and not self.error:
-            return whole.factors
+            return whole.update
         found: Reduced = reduce(whole, self.rank, self.error)
         self._missed += found.missed**2
         self._change += found.norm**2

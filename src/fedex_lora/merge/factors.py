@@ -7,7 +7,8 @@ from two K × K Gram matrices in float64, without a QR of the tall factors:
     LᵀL = V Λ Vᵀ,  RRᵀ = Q Θ Qᵀ,  Λ^½ VᵀQ Θ^½ = U S Zᵀ   ⟹   W = (L V Λ^-½ U) S (Zᵀ Θ^-½ Qᵀ R)
 
 A Gram matrix in float64 resolves singular values down to 1e-8 of the largest; float32 factors hold
-no more than 6e-8. So nothing is lost that the factors had.
+no more than 6e-8. So nothing is lost that the factors had. Where K reaches min(m, n), W itself is
+summed up in float64, and the Gram matrix of its shorter side takes the place of the two.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Sum:
     """W as it was summed up.
 
     Attributes:
-        factors: W, float32 or (where it was summed up densely) float64.
+        update: W as float32 factors, or (where they would be larger) dense in float64.
         size: √Σⱼ ‖lⱼ‖²‖rⱼ‖² over the columns lⱼ of the summands' left factors and the rows rⱼ of
             their right ones. Rounding these to float32 changes W by about ε·size, ε = 1.2e-7.
-            None where `factors` are the summands' own.
+            None where `update` is made of the summands' own factors.
     """
 
-    factors: LowRank
+    update: LowRank | Tensor
     size: float | None = None
 
 
@@ -90,8 +91,8 @@ def weighted_sum(
 ) -> Sum:
     """Σ wᵢ·sᵢ·BᵢAᵢ as concatenated float32 factors of rank Σ rᵢ; terms are taken one at a time.
 
-    Once Σ rᵢ reaches min(out, in), that is W as a dense float64 matrix and the identity, so that
-    memory does not grow with the number of terms.
+    Once Σ rᵢ reaches min(out, in), that is W as a dense float64 matrix, so that memory does not
+    grow with the number of terms.
 
     Args:
         shape: (out, in).
@@ -115,7 +116,7 @@ def _dense_sum(terms: Iterable[Term], weights: Sequence[float], shape: tuple[int
         left, right = b.double() * (weight * scale), a.double()
         total.addmm_(left, right)
         square += (left.square().sum(0) * right.square().sum(1)).sum().item()
-    return Sum(from_dense(total), square**0.5)
+    return Sum(total, square**0.5)
 
 
 def reduce(total: Sum, rank: int | None = None, error: float = 0.0) -> Reduced:
@@ -128,28 +129,56 @@ def reduce(total: Sum, rank: int | None = None, error: float = 0.0) -> Reduced:
             rounding the factors to float32 changes: singular values below that are noise.
 
     Returns:
-        W's own factors (in float32) where nothing is cut, else balanced ones: columns of left and
-        rows of right have equal norms.
+        W's own factors, or itself and the identity, (in float32) where nothing is cut, else
+        balanced ones: columns of left and rows of right have equal norms.
     """
-    w = total.factors
+    w = total.update
+    if isinstance(w, Tensor):
+        return _reduce_dense(w, EPS * (total.size or 0.0), rank, error)
     grams = _gram(w.left), _gram(w.right.mT)
-    diagonals = grams[0].diagonal() * grams[1].diagonal()
-    noise = EPS * (diagonals.sum().sqrt().item() if total.size is None else total.size)
+    noise = EPS * (grams[0].diagonal() * grams[1].diagonal()).sum().sqrt().item()
     roots = _Roots.of(*grams)
     if not error and (rank is None or rank >= w.rank) and roots.smallest(w.rank) > noise:
         norm = (grams[0] * grams[1]).sum().sqrt().item()
         return Reduced(w.to(torch.float32), 0.0, norm)  # of full rank: no need of an SVD
     u, s, zh = torch.linalg.svd(roots.core(), full_matrices=False)
-    tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what is missed at rank 0, 1, ...
-    norm = tails[0].item() if len(s) else 0.0
-    needed = int((tails > max(noise, error * norm)).sum())
-    keep = needed if rank is None else min(rank, needed)
+    keep, missed, norm = _cut(s, noise, rank, error)
     if keep == w.rank:
         return Reduced(w.to(torch.float32), 0.0, norm)
     half = s[:keep].sqrt()
     kept = roots.applied(w, u[:, :keep] * half, half[:, None] * zh[:keep])
+    return Reduced(kept, missed, norm)
+
+
+def _reduce_dense(w: Tensor, noise: float, rank: int | None, error: float) -> Reduced:
+    """`reduce` of a dense W by WWᵀ = Q Λ Qᵀ (or WᵀW, if that is smaller): W = (Q S)(S⁻¹ Qᵀ W)."""
+    if w.shape[0] > w.shape[1]:
+        turned = _reduce_dense(w.mT, noise, rank, error)
+        right, left = turned.factors.left.mT.contiguous(), turned.factors.right.mT.contiguous()
+        return Reduced(LowRank(left, right), turned.missed, turned.norm)
+    q, s = (t.flip(-1) for t in _roots(w @ w.mT))
+    keep, missed, norm = _cut(s, noise, rank, error)
+    if keep == len(w):
+        return Reduced(from_dense(w.float()), 0.0, norm)
+    half = s[:keep].sqrt()
+    left = (q[:, :keep] * half).float()
+    right = ((q[:, :keep] / half).mT @ w).float()
+    return Reduced(LowRank(left, right), missed, norm)
+
+
+def _cut(s: Tensor, noise: float, rank: int | None, error: float) -> tuple[int, float, float]:
+    """How many singular values are kept, what that misses, and ‖W‖_F.
+
+    Args:
+        s: Descending.
+        noise: What may be missed in any case; `rank`, `error`: see `reduce`.
+    """
+    tails = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what is missed at rank 0, 1, ...
+    norm = tails[0].item() if len(s) else 0.0
+    needed = int((tails > max(noise, error * norm)).sum())
+    keep = needed if rank is None else min(rank, needed)
     missed = tails[keep].item() if keep < len(s) else 0.0
-    return Reduced(kept, missed if missed > noise else 0.0, norm)
+    return keep, missed if missed > noise else 0.0, norm
 
 
 @dataclass(frozen=True)
@@ -228,6 +257,7 @@ def finite(w: Tensor) -> bool:
     """Whether no number is NaN or infinite."""
     if not w.is_floating_point():
         return True
+    w = w.float() if w.itemsize < 2 else w  # torch promotes no float8
     # where the sum is finite every number is, and it takes a tenth of the time
     total = w.sum(dtype=torch.promote_types(w.dtype, torch.float32))
     return bool(total.isfinite()) or bool(w.isfinite().all())

@@ -22,7 +22,7 @@ from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
 from fedex_lora.methods import METHODS
-from fedex_lora.model.files import WEIGHTS, with_patterns
+from fedex_lora.model.files import CONFIG, WEIGHTS, with_patterns
 from fedex_lora.model.load import quiet
 
 REPORT = "merge.json"
@@ -100,6 +100,7 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
     options = options or Options()
     check_place(out, [adapter.folder for adapter in plan.adapters], _bytes(plan, options))
     check_memory(max(working_bytes(plan, site) for site in plan.sites))
+    config = _first_config(plan)
     with new_directory(out, "the merged adapter", "merge again") as new:
         names = [key for site in plan.sites for key in plan.adapters[0].places[site].keys]
         with tensor_file(new / WEIGHTS, [*names, *plan.heads, *plan.copies]) as file:
@@ -108,7 +109,7 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
                 file.add(key, plan.head(key))
             for key in plan.copies:
                 file.add(key, plan.copy(key))
-        _config(plan, layers).save_pretrained(str(new))
+        _config(plan, config, layers).save_pretrained(str(new))
         _write(new / REPORT, json.dumps(_report(plan, options, layers), indent=1) + "\n")
         _write(new / "README.md", _card(plan))
     return Merged(out, layers, plan.left_out)
@@ -148,13 +149,26 @@ def _averaging(plan: Plan, site: str) -> float:
     return aggregator.finish().deviation[site]
 
 
-def _config(plan: Plan, layers: Mapping[str, Layer]) -> LoraConfig:
+def _first_config(plan: Plan) -> LoraConfig:
+    """The first adapter's.
+
+    Raises:
+        UserError: PEFT does not take it.
+    """
+    folder = plan.adapters[0].folder
+    try:
+        with quiet():
+            config: Any = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG}: PEFT does not take it: {error}") from None
+    return config
+
+
+def _config(plan: Plan, config: Any, layers: Mapping[str, Layer]) -> LoraConfig:
     """The first adapter's, with the merged ranks and a scale of 1 everywhere."""
     first = plan.adapters[0]
     ranks = {site: max(1, layer.rank) for site, layer in layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    with quiet():
-        config: Any = LoraConfig.from_pretrained(str(first.folder))
     config = replace(config, r=rank, lora_alpha=rank, use_rslora=False)
     if set(plan.sites) != set(first.places):
         config.target_modules, config.exclude_modules = list(plan.sites), None
@@ -226,8 +240,9 @@ def _bytes(plan: Plan, options: Options) -> int:
 
 
 def working_bytes(plan: Plan, site: str) -> int:
-    """What one layer takes while it is merged: its factors, or a few dense float64 matrices."""
+    """What one layer takes while it is merged: its factors, or a few dense float64 matrices: the
+    sum, the Gram matrix of its shorter side, and what that one's eigenvectors take."""
     shape, rank = plan.shape(site), plan.rank(site)
     if rank >= min(shape):
-        return 8 * 4 * shape[0] * shape[1]
+        return 8 * (shape[0] * shape[1] + 6 * min(shape) ** 2)
     return 4 * 3 * rank * sum(shape) + 8 * 8 * rank**2

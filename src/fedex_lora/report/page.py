@@ -13,6 +13,7 @@ from fedex_lora.analysis.figures import of_task
 from fedex_lora.analysis.study import Study
 from fedex_lora.report import sections
 from fedex_lora.report.html import Child, Html, details, el, join
+from fedex_lora.report.scores import all_metrics, scores
 from fedex_lora.report.style import CSS
 from fedex_lora.report.svg import MARKER, inline, png_file, svg_file
 from fedex_lora.report.words import verdict
@@ -99,7 +100,8 @@ def _run_notes(study: Study) -> Iterator[str]:
 def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> Iterator[Child | None]:
     many = len(study.tasks) > 1
     yield el("h2", f"{task}: scores" if many else "Scores")
-    yield sections.scores(study, task)
+    yield scores(study, task)
+    yield all_metrics(study, task)
     figures: dict[str, list[Html]] = {}
     for i, drawn in enumerate(of_task(study, task)):
         name = f"{number + 1}-{_slug(task)}-{drawn.name}" if many else drawn.name

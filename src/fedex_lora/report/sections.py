@@ -10,12 +10,11 @@ from typing import Any
 
 from fedex_lora.analysis.claims import CLAIMS, findings
 from fedex_lora.analysis.finding import Finding
-from fedex_lora.analysis.scores import ArmScores, against_reference, arm_scores, final_score
-from fedex_lora.analysis.study import Placed, Study, deviates, metric_of
-from fedex_lora.compare import size, spread
+from fedex_lora.analysis.scores import final_score
+from fedex_lora.analysis.study import Placed, Study
+from fedex_lora.compare import spread
 from fedex_lora.recipe_yaml import differences, dump_recipe
 from fedex_lora.report.html import Child, Html, bullets, details, el, join, table
-from fedex_lora.report.words import change
 
 _MOST_CLIENTS, _MOST_LINES = 100, 40
 
@@ -23,49 +22,6 @@ _MOST_CLIENTS, _MOST_LINES = 100, 40
 def notes(lines: Sequence[str]) -> Html | None:
     """What to know before reading on."""
     return el("div", bullets(lines), class_="notes") if lines else None
-
-
-def scores(study: Study, task: str) -> Html:
-    """A row an arm: scores by split, paired difference, deviation, bytes, seconds."""
-    arms = arm_scores(study, task)
-    metric = metric_of(study.of(task)[0].run)[0]
-    splits = list(dict.fromkeys(s for a in arms for s in a.by_split if any(a.by_split[s])))
-    compared = {a.arm: against_reference(study, a.arm, task) for a in arms}
-    able = {p.arm for p in study.of(task) if deviates(p.method)}
-    header = ["", "seeds", *(f"{s} {metric}" for s in splits)]
-    header += [f"difference from {study.first}"] * any(compared.values())
-    header += ["best round", "deviation", "up", "down", "seconds"]
-    rows = []
-    for a in arms:
-        row: list[str] = [a.arm, _seeds(a)]
-        row += [spread(a.by_split.get(s) or [None]) for s in splits]
-        if any(compared.values()):
-            one = compared[a.arm]
-            row.append(change(one.difference) if one else "")
-        row += [", ".join(map(str, a.best_rounds)) or "-"]
-        row += [spread(a.deviation or [None]) if a.arm in able else "-"]
-        row += [_mean_size(a.bytes_up), _mean_size(a.bytes_down)]
-        row += [f"{statistics.fmean(a.seconds):.0f}" if a.seconds else "-"]
-        rows.append(row)
-    caption = "Of the best round"
-    if any(len(a.seeds) > 1 for a in arms):
-        caption += ": mean ± standard deviation over seeds"
-    if any(compared.values()):
-        caption += "; differences of runs with equal seeds, with 95 % intervals"
-    caption += (
-        ". Deviation: what averaging the factors would miss in the last round, mean Frobenius norm "
-        "over layers. Bytes: all clients and rounds, final delivery included."
-    )
-    return table(header, rows, caption)
-
-
-def _seeds(a: ArmScores) -> str:
-    text = ", ".join(map(str, a.seeds))
-    return f"{text} ({len(a.unfinished)} unfinished)" if a.unfinished else text
-
-
-def _mean_size(values: Sequence[float]) -> str:
-    return size(statistics.fmean(values)) if values else "-"
 
 
 def clients(study: Study, task: str) -> Html | None:
@@ -216,6 +172,8 @@ def environment(study: Study) -> Html:
         [name, ", ".join(v if len(seen) == 1 else f"{v} ({n} runs)" for v, n in seen.items())]
         for name, seen in values.items()
     ]
+    if not rows:
+        return el("p", "Not recorded.", class_="soft")
     return Html(table(["", "version or value"], rows).replace("scroll", "scroll narrow", 1))
 
 

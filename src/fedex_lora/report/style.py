@@ -17,7 +17,7 @@ CSS = Html("""
   --c4: #b5b5b5; --c5: #dcc04a; --c6: #ff85b0; --c7: #6fd0e6; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 70rem; background: var(--ground);
+body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 76rem; background: var(--ground);
   color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .2rem; }

@@ -77,7 +77,8 @@ def commonsense(name: str | None, max_new_tokens: int, generate: bool, likelihoo
             letters, is the model's choice, as in LLM-Adapters' evaluation.
         likelihood: Accuracy of the likeliest option: the largest log p(RESPONSE of X | prompt),
             summed over its tokens. It is not divided by length: within a row these texts differ
-            in the last word alone. The end-of-text token is not scored.
+            in the last word alone. The end-of-text token is not scored. Of equally likely options
+            it is the first.
     """
     primary = "accuracy" if generate or likelihood else "perplexity"
     evaluate = evaluate_loss

@@ -71,7 +71,10 @@ def evaluation_rows(
     long = sum(not asked(row) for row in rows)
     reason = f"prompt alone fills max_length ({max_length} tokens)"
     if long == len(rows):
-        raise UserError(f"none of the {len(rows)} rows can be evaluated: in each the {reason}.")
+        raise UserError(
+            f"none of the {len(rows)} rows can be evaluated: in each the {reason}. Raise "
+            "task.max_length."
+        )
     if long:
         _log.warning("%d of %d rows count as wrong: their %s", long, len(rows), reason)
     return as_dataset(rows, len(rows), "")

@@ -1,0 +1,73 @@
+"""docs/benchmarks.md, made from benchmarks/results.json.
+
+python -m benchmarks.page > docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.results import goal, read, row_of, shown
+
+INTRO = """# Benchmarks
+
+`make bench DATA=DIR` measures all of this on your machine (DIR holds local copies of GLUE's cola
+and mrpc), `python -m benchmarks ROW...` some of it; results go to benchmarks/results.json and
+`python -m benchmarks.page` writes this page from them. Alternatives run in turn, so that what else
+the machine does hits all of them; figures are medians, the spread is (largest − smallest) / median.
+"""
+
+# Why a goal is missed, and what was tried; shown only where it is.
+MISSED: Mapping[str, str] = {
+    "residual": (
+        "What is left above the least time: each factor is read, subtracted, averaged and written "
+        "within the cache, and the new memory for residual and means is touched for the first time "
+        "(7,700 pages of 4 KiB a layer, for the least time 6,100). Tried and kept: drifts from the "
+        "first client's end in place of the broadcast (one input fewer), one site after the other "
+        "for four clients at once, scaling while writing, right factors written in place, means in "
+        "the memory that becomes the new factors. Tried without gain: huge pages "
+        "(THP_MEM_ALLOC_ENABLE), means set to zero beforehand (slower)."
+    ),
+    "memory": (
+        "Where factors are a client's own the server holds two of each at the end of a round: the "
+        "ones the client started from, which still count if the round fails its quorum, and those "
+        "it ended with. Counted tensor by tensor that is 2.07 adapters a further client "
+        "(fedex-keep, 4 to 16 clients); the rest of the peak is what the allocator keeps of freed memory."
+    ),
+}
+
+
+def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page in Markdown."""
+    return "\n".join([INTRO, *(_section(name, entry) for name, entry in rows.items())])
+
+
+def _section(name: str, entry: Mapping[str, Any]) -> str:
+    row = row_of(entry)
+    title = f"## {row.title}\n\n`python -m benchmarks {name}`\n"
+    if row.skipped:
+        return f"{title}\nNot measured: {row.skipped}.\n"
+    lines = [
+        f"| {f.what} | {shown(f)} | {'' if f.spread is None else f'{f.spread:.0%}'} | {goal(f)} |"
+        for f in row.figures
+    ]
+    table = ["| | median | spread | goal |", "|---|---:|---:|---|", *lines]
+    texts = [*row.notes, _where(entry["measured"])]
+    if any(f.reached is False for f in row.figures) and name in MISSED:
+        texts.insert(-1, MISSED[name])
+    return "\n".join([title, *table, "", "\n\n".join(texts), ""])
+
+
+def _where(measured: Mapping[str, Any]) -> str:
+    gpu = f", {measured['gpu']}" if measured["gpu"] else ""
+    return (
+        f"{measured['date']}, commit {measured['commit']}: {measured['cpu']}{gpu}, "
+        f"{measured['threads']} threads of {measured['cores']} cores, "
+        f"{measured['memory'] / 2**30:.0f} GiB; torch {measured['torch']}, transformers "
+        f"{measured['transformers']}, PEFT {measured['peft']}, Python {measured['python']}."
+    )
+
+
+if __name__ == "__main__":
+    print(page(read()), end="")

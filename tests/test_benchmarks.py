@@ -1,0 +1,73 @@
+"""What the benchmarks compare computes the same; their results are kept, replaced and shown."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import merging, residual
+from benchmarks.page import page
+from benchmarks.results import Figure, Row, goal, read, row_of, shown, store
+from benchmarks.shapes import end, sites, start
+from benchmarks.timing import Times, in_turn, ratio
+from fedex_lora.lowrank import dense
+from fedex_lora.merge.factors import merge_factors
+
+
+def test_both_ways_to_the_residual_give_one():
+    begin = start(sites({"x": (30, 20)}, 2, 4))
+    ends = [end(begin, 1 + i, 1.0) for i in range(3)]
+    for name, found in residual.ours(begin, ends).items():
+        torch.testing.assert_close(dense(found), residual.published(ends, name), rtol=0, atol=1e-4)
+
+
+def test_merging_is_compared_with_what_peft_makes_of_the_same_adapters():
+    peft = merging.adapted(2, 24, 3)
+    first, _ = merging.terms(peft)
+    merging.theirs(peft, "cat")
+    exact = merge_factors(first, merging.WEIGHTS).dense().double()
+    torch.testing.assert_close(merging.product(peft), exact, rtol=1e-5, atol=1e-5)
+    merging.theirs(peft, "svd", svd_rank=3, svd_full_matrices=False)
+    cut = merge_factors(first, merging.WEIGHTS, 3).dense().double()
+    torch.testing.assert_close(merging.product(peft), cut, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rows_new_result_replaces_its_old_one_and_leaves_the_others(tmp_path):
+    path = tmp_path / "results.json"
+    for name, value in (("one", 1.0), ("two", 2.0), ("one", 3.0)):
+        store(name, Row(name, [Figure("x", value, "s", 0.1, at_most=2)], ["a note"]), path)
+    store("two", Row("two", skipped="no data"), path)
+    rows = {name: row_of(entry) for name, entry in read(path).items()}
+    assert rows["one"].figures == [Figure("x", 3.0, "s", 0.1, at_most=2)]
+    assert rows["two"].figures[0].value == 2.0  # what was measured is not lost by skipping
+    assert {"commit", "threads", "torch"} <= set(json.loads(path.read_text())["one"]["measured"])
+
+
+def test_the_page_shows_every_figure_and_says_what_is_missed(tmp_path):
+    path = tmp_path / "results.json"
+    store("one", Row("One", [Figure("fast", 3.0, "×", 0.1, at_least=5)], ["How."]), path)
+    store("gpu", Row("Two", skipped="there is none"), path)
+    text = page(read(path))
+    assert "| fast | 3 × | 10% | ≥ 5 ×: missed |" in text and "How." in text
+    assert "Not measured: there is none." in text
+
+
+@pytest.mark.parametrize(
+    ("figure", "text", "reached"),
+    [
+        (Figure("", 1200.4, "×", at_least=1000), "1,200 ×", True),
+        (Figure("", 0.0123, "s", at_most=0.01), "12.3 ms", False),
+        (Figure("", 2e-7, ""), "2e-07", None),
+    ],
+)
+def test_figures_for_people(figure, text, reached):
+    assert shown(figure) == text and figure.reached is reached
+    assert ("missed" in goal(figure)) is (reached is False)
+
+
+def test_alternatives_run_in_turn_and_ratios_are_of_medians():
+    order = []
+    times = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, False)
+    assert order == ["a", "b"] * 3 and len(times["a"].seconds) == 3
+    assert ratio(Times((2.0, 4.0, 6.0)), Times((1.0, 2.0, 2.0))) == (2.0, 0.5)
+    assert Times((1.0,)).spread is None
