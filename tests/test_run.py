@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file
 from small_runs import SIZES, StopAfter, oracle, products, recipe
 
+from fedex_lora import scoring
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.export import export_adapter, export_model
@@ -348,3 +349,16 @@ def test_a_client_that_diverges_is_refused_and_below_the_quorum_the_run_stops(tm
     ):
         start_run(spec, tmp_path / "run")
     assert newest(tmp_path / "run").version == 1
+
+
+@pytest.mark.parametrize("name", ["fedex", "local"])
+def test_no_row_is_scored_twice_by_one_model(tmp_path, monkeypatch, name):
+    scored = []
+    given = scoring._score
+    monkeypatch.setattr(scoring, "_score", lambda f, rows: scored.append(rows) or given(f, rows))
+    results = start_run(
+        recipe(tmp_path, method={"name": name}, federation={"rounds": 1}), tmp_path / "run"
+    )
+    models = len(results["last"].get("scores_alone", "1"))
+    assert sorted(map(len, scored)) == sorted([6, 4] * models)  # validation, and then test alone
+    assert set(results["last"]["scores"]) == {"validation", "test"}

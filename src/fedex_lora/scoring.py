@@ -43,9 +43,17 @@ def evaluate(
 
 
 def server_scores(
-    federation: Federation, server: LocalEngine, state: ServerState, selection_only: bool
+    federation: Federation,
+    server: LocalEngine,
+    state: ServerState,
+    selection_only: bool,
+    known: Record | None = None,
 ) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
-    """Scores by split, and by client and split where every client has a model of its own."""
+    """Scores by split, and by client and split where every client has a model of its own.
+
+    Args:
+        known: The state's record: splits that it has scores of are not scored again.
+    """
     splits = dict(list(federation.evaluation.items())[: 1 if selection_only else None])
     if not splits:
         return {}, {}
@@ -53,10 +61,20 @@ def server_scores(
     by_model: dict[str | None, dict[str, Scores]] = {}
     for client in list(federation.settings.clients) if alone else [None]:
         server.write_global(state, client)
-        by_model[client] = {split: _score(federation, rows) for split, rows in splits.items()}
+        had = _scored(known or {}, client)
+        by_model[client] = {
+            split: had[split] if split in had else _score(federation, rows)
+            for split, rows in splits.items()
+        }
     scores = {split: _means([m[split] for m in by_model.values()]) for split in splits}
     scores |= federation.task.average(scores)
     return scores, {str(c): m for c, m in by_model.items()} if alone else {}
+
+
+def _scored(record: Record, client: str | None) -> Mapping[str, Scores]:
+    """Splits whose scores are all numbers: a record has null for what is none."""
+    found = record.get("scores_alone", {}).get(client, {}) if client else record.get("scores", {})
+    return {split: told for split, told in found.items() if None not in told.values()}
 
 
 def with_own(
@@ -98,6 +116,6 @@ def final_scores(
     federation: Federation, engine: Engine, state: ServerState, record: Record
 ) -> Record:
     """All of the server's splits; the clients' scores as the round's record has them."""
-    scores, alone = server_scores(federation, engine.server, state, False)
+    scores, alone = server_scores(federation, engine.server, state, False, record)
     result = with_own(federation, engine, scores, record.get("client_scores", {}))
     return {**result, "scores_alone": alone} if alone else result
