@@ -66,7 +66,7 @@ def main() -> None:
         row = rows(asked.data)[name]()
         if row.skipped:
             console.print(f"{name}: skipped: {row.skipped}")
-        store(name, row, asked.results)
+        store(name, row, asked.results, known)
     show(console, asked.results)
 
 

@@ -124,7 +124,7 @@ def run(deployment: Deployed, spec: Recipe, out: Path) -> dict[str, Any]:
         "training": [max(c["seconds"] for c in r["clients"].values()) for r in records],
         "bytes_down": [sum(r["bytes_down"].values()) for r in records],
         "bytes_up": [sum(r["bytes_up"].values()) for r in records],
-        "bytes": sum(results[f"bytes_{way}"] for way in ("up", "down", "delivery")),
+        "bytes": results["bytes_up"] + results["bytes_down"],
         "bytes_by_flower": traffic(deployment),
     }
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -111,12 +111,17 @@ def read(path: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def store(name: str, row: Row, path: Path = RESULTS) -> None:
-    """Puts a row in place of its old result; one that was skipped replaces none that was not."""
+def store(name: str, row: Row, path: Path = RESULTS, order: Iterable[str] = ()) -> None:
+    """Puts a row in place of its old result; one that was skipped replaces none that was not.
+
+    Args:
+        order: Names of rows as they are to stand; others follow.
+    """
     rows = read(path)
     if row.skipped and name in rows and not rows[name]["skipped"]:
         return
     rows[name] = {**asdict(row), "measured": circumstances()}
+    rows = {n: rows[n] for n in [*order, *rows] if n in rows}
     new = path.with_suffix(".new")
     new.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     new.replace(path)

@@ -188,3 +188,23 @@ def test_the_transposed_residual_is_not_mistaken_for_the_residual():
     starts, ends = federation(METHODS["fedex"], 3, 1)
     out = run(METHODS["fedex"], SITES, starts, ends, [1, 2, 3])
     assert {n: tuple(w.shape) for n, w in out.increment.items()} == {"q": (7, 5), "v": (6, 9)}
+
+
+def test_a_client_by_itself_is_the_average_bit_for_bit():
+    starts, ends = federation(METHODS["fedex"], 1, 1, dtype=torch.float32)
+    out = run(METHODS["fedex"], SITES, starts, ends, [3])
+    for site, end in ends[0].sites.items():
+        assert torch.equal(out.factors[site].A, end.A) and torch.equal(out.factors[site].B, end.B)
+        assert out.deviation[site] == 0 and site not in out.increment
+
+
+def test_norms_are_left_out_if_nobody_asks_for_them():
+    starts, ends = federation(METHODS["fedex"], 3, 1)
+    aggregator = Aggregator(METHODS["fedex"], SITES, frozenset("AB"))
+    for start, end in zip(starts, ends):
+        aggregator.add(1.0, start, end)
+    out = aggregator.finish(norms=False)
+    whole = run(METHODS["fedex"], SITES, starts, ends, [1.0] * 3)
+    assert not out.deviation and not out.ideal and whole.deviation
+    for site in SITES:
+        assert torch.equal(dense64(out.increment[site]), dense64(whole.increment[site]))

@@ -36,7 +36,9 @@ def test_a_rows_new_result_replaces_its_old_one_and_leaves_the_others(tmp_path):
     path = tmp_path / "results.json"
     for name, value in (("one", 1.0), ("two", 2.0), ("one", 3.0)):
         store(name, Row(name, [Figure("x", value, "s", 0.1, at_most=2)], ["a note"]), path)
-    store("two", Row("two", skipped="no data"), path)
+    store("two", Row("two", skipped="no data"), path, ["two", "one"])
+    store("zero", Row("zero"), path, ["zero", "two", "one"])
+    assert list(read(path)) == ["zero", "two", "one"]
     rows = {name: row_of(entry) for name, entry in read(path).items()}
     assert rows["one"].figures == [Figure("x", 3.0, "s", 0.1, at_most=2)]
     assert rows["two"].figures[0].value == 2.0  # what was measured is not lost by skipping

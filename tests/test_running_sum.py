@@ -36,3 +36,17 @@ def test_a_running_sum_is_the_sum_in_bounded_memory(m, n, ranks, expected, batch
 
 def test_nothing_added_is_no_sum():
     assert RunningSum().total(1.0) is None
+
+
+def test_terms_written_in_place_count_as_if_they_were_added():
+    g = torch.Generator().manual_seed(0)
+    terms = [
+        LowRank(torch.randn(9, 2, generator=g), torch.randn(2, 7, generator=g)) for _ in range(5)
+    ]
+    written = RunningSum()
+    for some in (terms[:2], terms[2:]):  # the second time there is no more room for factors
+        for place, term in zip(written.places(terms[0], len(some)), some, strict=True):
+            place.left.copy_(term.left)
+            place.right.copy_(term.right)
+    total = dense(written.total(0.5))
+    torch.testing.assert_close(total, 0.5 * sum(dense(t) for t in terms))
