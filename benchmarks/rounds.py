@@ -16,10 +16,12 @@ import transformers
 from benchmarks.published import PublishedRound
 from benchmarks.results import Figure, Row, seconds
 from benchmarks.timing import in_turn, ratio
+from fedex_lora.client import quick_collections
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
 from fedex_lora.model.load import locate
+from fedex_lora.precision import as_named, settle
 from fedex_lora.recipe import Recipe
 from fedex_lora.run import start_run
 from fedex_lora.scoring import evaluate
@@ -43,7 +45,7 @@ def recipe(task: str, data: Path, examples: int = 300) -> Recipe:
                 "per_device_train_batch_size": 16,
                 "num_train_epochs": 1,
             },
-            "engine": {"threads": torch.get_num_threads()},
+            "engine": {"threads": torch.get_num_threads(), "precision": "auto"},
         }
     )
 
@@ -55,7 +57,7 @@ def our_round(federation: Federation) -> None:
         federation.task,
         federation.clients,
         federation.settings,
-        federation.recipe.training,
+        federation.recipe.trainer_arguments,
     )
     state, _ = run_round(
         begin(federation.settings, federation.initial), federation.settings, engine
@@ -79,32 +81,40 @@ def our_round_padded(federation: Federation) -> None:
 
 def against_published(task: str, data: Path, least: float, repeats: int = 2) -> Row:
     """A round, ours (also with the published padding) and the published way, in turn."""
-    federation = set_up(recipe(task, data))
+    federation, told = settle(set_up(recipe(task, data)))
     auto = transformers.AutoModelForSequenceClassification
     theirs = PublishedRound(federation, auto, locate(MINILM))
     our_round(federation)  # libraries set themselves up
-    t = in_turn(
-        {
-            "ours": lambda: our_round(federation),
-            "ours, every example padded to 128": lambda: our_round_padded(federation),
-            "the published way": theirs,
-        },
-        repeats,
-        warm_up=False,
-    )
-    ours, padded, published = t.values()
+    full = as_named(federation, "float32")
+    with quick_collections():
+        t = in_turn(
+            {
+                "ours": lambda: our_round(federation),
+                "ours, every example padded to 128": lambda: our_round_padded(federation),
+                "ours, in float32": lambda: our_round(full),
+                "ours, in float32, every example padded to 128": lambda: our_round_padded(full),
+                "the published way": theirs,
+            },
+            repeats,
+            warm_up=False,
+        )
+    ours, padded, ours32, padded32, published = t.values()
     gain, equal = ratio(published, ours), ratio(published, padded)
+    gain32, equal32 = ratio(published, ours32), ratio(published, padded32)
     return Row(
         f"One whole round: MiniLM, 3 clients, {task}, 300 rows, against the published way",
         [
             Figure("as it is", gain[0], "×", gain[1], least),
             Figure("with equal padding", equal[0], "×", equal[1], 1.3),
+            Figure("in float32", gain32[0], "×", gain32[1]),
+            Figure("in float32, with equal padding", equal32[0], "×", equal32[1]),
             *seconds(t),
         ],
         [
             "Training for one epoch in batches of 16, aggregation, folding, 100 rows evaluated. "
             "The published way: k + 1 copies of the model, every example padded to 128, every "
             "copy's state loaded anew, the residual by dense products (benchmarks/published.py).",
+            f"`engine.precision: auto` takes what is faster on this machine: {told}.",
         ],
     )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -71,6 +72,18 @@ def training_arguments(
         return TrainingArguments(**theirs, **ours)
     except _REFUSED as error:
         raise UserError(f"training: transformers.TrainingArguments says: {error}") from None
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """accelerate collects garbage after every turn. What is there already (libraries, the model,
+    the rows) stays: not to look at it again saves a quarter of a second each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def train_client(

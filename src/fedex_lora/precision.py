@@ -22,12 +22,13 @@ def settle(federation: Federation) -> tuple[Federation, str]:
     recipe = federation.recipe
     if recipe.engine.precision != "auto":
         return federation, ""
-    full, half = (few_steps(_with(federation, name)) for name in ("float32", "bfloat16"))
+    full, half = (few_steps(as_named(federation, name)) for name in ("float32", "bfloat16"))
     chosen = "bfloat16" if half * WORTH < full else "float32"
     told = f"precision: {chosen} (seconds a step: float32 {full:.3g}, bfloat16 {half:.3g})"
-    return _with(federation, chosen), told
+    return as_named(federation, chosen), told
 
 
-def _with(federation: Federation, precision: str) -> Federation:
+def as_named(federation: Federation, precision: str) -> Federation:
+    """The same with its recipe naming this precision."""
     engine = federation.recipe.engine.model_copy(update={"precision": precision})
     return replace(federation, recipe=federation.recipe.model_copy(update={"engine": engine}))

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedex_lora.adapter import AdapterState
 from fedex_lora.background import Background
+from fedex_lora.client import quick_collections
 from fedex_lora.closing import finish
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.local import LocalEngine
@@ -153,7 +154,7 @@ def _go_on(
     watcher.started(_start(federation, directory.path))
     if recipe.records.save_updates and state.version == 0:
         directory.save_global(federation.model, recipe.model.name, state, {})
-    with Background() as background:  # a round is written while the next one trains
+    with quick_collections(), Background() as background:  # written while the next round trains
         while state.version < rounds and not progress.exhausted(patience):
             federation, state = _admit(federation, engine, state)
             after, record = _round(federation, directory, engine, state)
