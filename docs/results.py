@@ -96,11 +96,12 @@ def setting(run: Run) -> str:
     parts = [f"partition {kind}", *(f"{k} {v}" for k, v in dealt.items())]
     trained = r.lora.target_modules
     where = trained if isinstance(trained, str) else ", ".join(trained or ["PEFT's choice"])
+    rounds = f"{r.federation.rounds} round{'s' * (r.federation.rounds > 1)}"
     training = ", ".join(f"{k} {v}" for k, v in r.training.items())
     head = f", and {', '.join(r.lora.modules_to_save)}" if r.lora.modules_to_save else ""
     return (
         f"{r.model.name}; LoRA of rank {r.lora.r}, α {r.lora.lora_alpha:g}, on {where}{head}; "
-        f"{r.federation.clients} clients, {r.federation.rounds} rounds, {', '.join(parts)}; "
+        f"{r.federation.clients} clients, {rounds}, {', '.join(parts)}; "
         f"{training}. Data: {without_folder(run.description or '')}."
     )
 
