@@ -19,14 +19,15 @@ the machine does hits all of them; figures are medians, the spread is (largest â
 """
 
 # Why a goal is missed, and what was tried; shown only where it is.
-_PADDED = (
-    "With equal padding both ways do the same passes over the same tokens; what the published way "
-    "does besides, copying states and multiplying out products, is little for a model this small. "
-    "Where the time of our steps goes was not profiled yet."
+_PROFILE = (
+    "A profile of one client's turn on CoLA (7 steps, one thread, float32): 1.02 s in the steps, "
+    "0.25 s in the garbage collection that accelerate makes after a turn, which now skips what was "
+    "there before, and about 0.1 s in transformers' and PEFT's walks over the model's modules. "
+    "Tried and kept: bfloat16 with plain products in place of torch's fused attention."
 )
 MISSED: Mapping[str, str] = {
-    "cola": _PADDED,
-    "mrpc": _PADDED,
+    "cola": _PROFILE,
+    "mrpc": _PROFILE,
     "residual": (
         "What is left above the least time: each factor is read, subtracted, averaged and written "
         "within the cache, and the new memory for residual and means is touched for the first time "
