@@ -189,12 +189,13 @@ def claims(whole: Study) -> Iterator[str]:
 
 
 def fewest_seeds(whole: Study) -> int:
+    """Of the arms that have an interval."""
     counts = [
         sum(p.run.finished for p in whole.of(task, arm))
         for task in whole.tasks
         for arm in whole.arms
     ]
-    return min((count for count in counts if count), default=0)
+    return min((count for count in counts if count > 1), default=max(counts, default=0))
 
 
 def environments(runs: Sequence[Run]) -> Iterator[str]:
