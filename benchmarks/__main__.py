@@ -35,6 +35,7 @@ def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
         "clients": scaling.row,
         "cola": _with(data, lambda path: rounds.against_published("cola", path, 8)),
         "mrpc": _with(data, lambda path: rounds.against_published("mrpc", path, 2.5)),
+        "precision": _with(data, rounds.precision),
         "round": _with(data, rounds.parts),
         "memory": memory.row,
         "fused": fusing.row,

@@ -20,29 +20,27 @@ the machine does hits all of them; figures are medians, the spread is (largest â
 
 # Why a goal is missed, and what was tried; shown only where it is.
 _PROFILE = (
-    "A profile of one client's turn on CoLA (7 steps, one thread, float32): 1.02 s in the steps, "
-    "0.25 s in the garbage collection that accelerate makes after a turn, which now skips what was "
-    "there before, and about 0.1 s in transformers' and PEFT's walks over the model's modules. "
-    "Tried and kept: bfloat16 with plain products in place of torch's fused attention."
+    "Tried and kept: bfloat16 where it is faster, and garbage collection after a turn that skips "
+    "what was there before. "
+    "A profile shows most of what is left in the forward and backward passes, and then in "
+    "transformers' and PEFT's walks over the model's modules."
 )
 MISSED: Mapping[str, str] = {
     "cola": _PROFILE,
     "mrpc": _PROFILE,
     "residual": (
         "What is left above the least time: each factor is read, subtracted, averaged and written "
-        "within the cache, and the new memory for residual and means is touched for the first time "
-        "(7,700 pages of 4 KiB a layer, for the least time 6,100). Tried and kept: drifts from the "
-        "first client's end in place of the broadcast (one input fewer), one site after the other "
-        "for four clients at once, scaling while writing, right factors written in place, means in "
-        "the memory that becomes the new factors. Tried without gain: huge pages "
-        "(THP_MEM_ALLOC_ENABLE), means set to zero beforehand (slower)."
+        "within the cache, and the new memory for residual and means is touched for the first "
+        "time. Tried and kept: drifts from the first client's end in place of the broadcast (one "
+        "input fewer), one site after the other for four clients at once, scaling while writing, "
+        "right factors written in place, means in the memory that becomes the new factors. Tried "
+        "without gain: huge pages (THP_MEM_ALLOC_ENABLE), means set to zero beforehand (slower)."
     ),
     "memory": (
         "Where factors are a client's own the server holds two of each at the end of a round: the "
         "ones the client started from, which still count if the round fails its quorum, and those "
-        "it ended with. Counted tensor by tensor that is 2.07 adapters a further client "
-        "(fedex-keep, 4 to 16 clients); the rest of the peak is what the allocator keeps of what "
-        "was freed."
+        "it ended with; the rest of the peak is probably what the allocator keeps of what was "
+        "freed."
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -16,6 +17,7 @@ import transformers
 from benchmarks.published import PublishedRound
 from benchmarks.results import Figure, Row, seconds
 from benchmarks.timing import in_turn, ratio
+from fedex_lora.analysis.timing import few_steps
 from fedex_lora.client import quick_collections
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.federation.loop import run_round
@@ -115,6 +117,38 @@ def against_published(task: str, data: Path, least: float, repeats: int = 2) -> 
             "The published way: k + 1 copies of the model, every example padded to 128, every "
             "copy's state loaded anew, the residual by dense products (benchmarks/published.py).",
             f"`engine.precision: auto` takes what is faster on this machine: {told}.",
+        ],
+    )
+
+
+def precision(data: Path) -> Row:
+    """Seconds of an optimizer step in the precisions that `engine.precision` chooses from."""
+    federation = set_up(recipe("mrpc", data))
+    for module in federation.model.module.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    full, half = as_named(federation, "float32"), as_named(federation, "bfloat16")
+
+    def fused() -> float:
+        with mock.patch("fedex_lora.client._attention", lambda _: nullcontext()):
+            return few_steps(half)
+
+    ways = {
+        "float32": lambda: few_steps(full),
+        "bfloat16, torch's fused attention": fused,
+        "bfloat16, plain products": lambda: few_steps(half),
+    }
+    took = [{what: way() for what, way in ways.items()} for _ in range(5)]
+    return Row(
+        "An optimizer step by precision: MiniLM, mrpc, batches of 16",
+        [
+            Figure(what, middle := statistics.median(s), "s", (max(s) - min(s)) / middle)
+            for what in ways
+            if (s := [one[what] for one in took])
+        ],
+        [
+            "Of the client with the most rows, on rows at random; five times in turn. Without "
+            "dropout, as decoder models train: with it torch takes plain products by itself."
         ],
     )
 

@@ -1,5 +1,6 @@
 """Whole runs on tiny real models: exactness of exports, resuming, best rounds, failures."""
 
+import gc
 import json
 import os
 import signal
@@ -349,6 +350,17 @@ def test_a_client_that_diverges_is_refused_and_below_the_quorum_the_run_stops(tm
     ):
         start_run(spec, tmp_path / "run")
     assert newest(tmp_path / "run").version == 1
+
+
+def test_collections_of_garbage_are_as_before_once_a_run_ends(tmp_path):
+    skipped = []
+
+    class Looks(Silent):
+        def round_done(self, record):
+            skipped.append(gc.get_freeze_count())
+
+    start_run(recipe(tmp_path), tmp_path / "run", Looks())
+    assert len(skipped) == 2 and min(skipped) > 0 and gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("name", ["fedex", "local"])

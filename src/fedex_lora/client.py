@@ -77,7 +77,7 @@ def training_arguments(
 @contextmanager
 def quick_collections() -> Iterator[None]:
     """accelerate collects garbage after every turn. What is there already (libraries, the model,
-    the rows) stays: not to look at it again saves a quarter of a second each time."""
+    the rows) stays, and takes long to look through."""
     gc.collect()
     gc.freeze()
     try:
@@ -195,8 +195,8 @@ def _ordered(training: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
 
 
 def _attention(args: TrainingArguments) -> AbstractContextManager[object]:
-    """On a CPU, plain products in place of torch's fused attention, which in bfloat16 takes half of
-    a step's time: 0.27 s for 0.46 s (MiniLM, 16 × 60 tokens, one thread with AMX, torch 2.13)."""
+    """On a CPU, plain products in place of torch's fused attention, which in bfloat16 is slow there
+    (`python -m benchmarks precision`); with attention dropout torch takes them by itself."""
     return sdpa_kernel(SDPBackend.MATH) if args.use_cpu and args.bf16 else nullcontext()
 
 

@@ -104,12 +104,19 @@ def compare_command(
         if one is not None:
             show_table(console, *one)
     say(f"The same as JSON and Markdown: {path}/comparison.json, comparison.md")
-    offered = "fedex" if "fedex" in results else next(iter(results))
+    offered = next(filter(_exact_for_all, results), next(iter(results)))
     if METHODS[offered.partition(":")[0]].exchanges:
         best = path / f"{offered.replace(':', '-')}-seed{numbers[0]}"
         if export and not (best / "final" / "model").exists():
             export_model(open_run(best), best / "final" / "model")
         _offer(best)
+
+
+def _exact_for_all(name: str) -> bool:
+    """Whether the method federates one model that is the exact mean and keeps its factors."""
+    method = METHODS[name.partition(":")[0]]
+    exact = method.residual == "exact" and method.assignment == "average"
+    return exact and method.exchanges and not method.pooled
 
 
 @app.command()
