@@ -12,6 +12,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["fedex", "fedit"])
+@pytest.mark.parametrize("method", ["fedex", "fedit", "fedex-keep"])
 def test_memory_grows_per_client_by_at_most_its_adapter_and_head(folder, method):
     assert growth(folder, method) <= 1.2 * ADAPTER

@@ -1,9 +1,10 @@
-"""Directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,3 +56,36 @@ def check_free(out: Path) -> None:
 def reason(error: Exception) -> str:
     """Why a file could not be read or written, without the error's number."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a new file, fsyncs it, renames it onto `path`, fsyncs the directory.
+
+    Raises:
+        UserError: A full disk or a directory that cannot be written; `path` is as it was.
+    """
+    replace_atomic(path, lambda new: new.write_bytes(content))
+
+
+def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    new = path.with_name(path.name + ".new")
+    try:
+        write(new)
+        _sync(new)
+        new.replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(
+            f"{path}: cannot be written: {reason}. Free some space or choose "
+            "another directory, then `fedex-lora resume`; what was saved before is intact"
+        ) from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -16,6 +16,7 @@ from fedex_lora.closing import finish
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import UserError
+from fedex_lora.federation.checkpoint import shelve
 from fedex_lora.federation.loop import KeepUpdate, Record, run_round
 from fedex_lora.federation.messages import Update
 from fedex_lora.federation.state import ServerState, admit, begin
@@ -194,7 +195,8 @@ def _round(
 ) -> tuple[ServerState, Record]:
     recipe, began = federation.recipe, perf_counter()
     keep = _keeper(federation, directory) if recipe.records.save_updates else None
-    state, record = run_round(state, federation.settings, engine, keep)
+    shelf = partial(shelve, directory.checkpoints)
+    state, record = run_round(state, federation.settings, engine, keep, shelf)
     if recipe.records.save_updates:
         directory.save_global(federation.model, recipe.model.name, state, record["weights"])
     trained = sum(c["seconds"] for c in record["clients"].values())

@@ -66,7 +66,10 @@ class RunningSum:
     def _factors(self) -> LowRank | None:
         if not self._rank:
             return None
-        return LowRank(self._left[..., : self._rank], self._right[..., : self._rank, :])
+        left, right = self._left[..., : self._rank], self._right[..., : self._rank, :]
+        # Where fewer came than were expected, the room left over must not decide the last bits:
+        # on some processors a product's depend on the strides.
+        return LowRank(left.contiguous(), right.contiguous())
 
     def _multiply_out(self) -> None:
         factors, self._rank = self._factors(), 0

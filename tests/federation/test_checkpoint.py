@@ -2,9 +2,9 @@ import pytest
 import torch
 from simulation import assert_same, settings, simulate
 
+from fedex_lora import disk
 from fedex_lora.adapter import AdapterState
 from fedex_lora.errors import UserError
-from fedex_lora.federation import checkpoint
 from fedex_lora.federation.checkpoint import (
     checkpoints,
     latest,
@@ -82,7 +82,7 @@ def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(disk.os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         save_checkpoint(directory, states[4], {"other": 1})
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == before

@@ -1,68 +1,53 @@
-"""Checkpoints: the whole server state in one safetensors file, written so that a crash at any
-moment leaves the one before intact. A digest beside the file is the sign that it is complete."""
+"""Checkpoints: the server state in one safetensors file, and clients' own factors in files of
+their own (shelf.py), written so that a crash at any moment leaves the one before intact. A digest
+beside the file is the sign that all of it is complete."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors
+from fedex_lora.disk import replace_atomic, write_atomic
 from fedex_lora.errors import UserError
+from fedex_lora.federation import shelf
 from fedex_lora.federation.messages import ledger_from, ledger_meta, ledger_tensors
 from fedex_lora.federation.state import ServerState
 from fedex_lora.lowrank import LowRank
 
 NAME = "round-{:04d}.safetensors"
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a new file, fsyncs it, renames it onto `path`, fsyncs the directory.
-
-    Raises:
-        UserError: A full disk or a directory that cannot be written; `path` is as it was.
-    """
-    _replace(path, lambda new: new.write_bytes(content))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    new = path.with_name(path.name + ".new")
-    try:
-        write(new)
-        _sync(new)
-        new.replace(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(
-            f"{path}: cannot be written: {reason}. Free some space or choose "
-            "another directory, then `fedex-lora resume`; what was saved before is intact"
-        ) from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+OWN = "own"  # the directory of clients' own factors
 
 
 def save_checkpoint(directory: Path, state: ServerState, extra: Mapping[str, Any]) -> Path:
     """Writes the state after its version; `extra` is JSON that comes back with it."""
-    meta = {"fedex": json.dumps({**_meta(state), "extra": extra})}
+    own = {c: _shelved(directory, state.version, a).name for c, a in state.own.items()}
+    meta = {"fedex": json.dumps({**_meta(state), "own": own, "extra": extra})}
     path = directory / NAME.format(state.version)
-    _replace(path, lambda new: save_file(_tensors(state), new, meta))
+    replace_atomic(path, lambda new: save_file(_tensors(state), new, meta))
     write_atomic(_digest_path(path), _digest(path).encode())
+    return path
+
+
+def shelve(directory: Path, version: int, adapter: AdapterState) -> AdapterState:
+    """Puts a client's own factors beside the checkpoints; they are read when needed."""
+    return shelf.put(directory / OWN, version, adapter)
+
+
+def _shelved(directory: Path, version: int, adapter: AdapterState) -> Path:
+    """The file beside the checkpoints that holds a client's own factors."""
+    path = shelf.place(adapter)
+    if path is None or path.parent != directory / OWN:
+        path = shelf.place(shelve(directory, version, adapter))
+    assert path is not None
     return path
 
 
@@ -83,10 +68,19 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
         raise UserError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
     if not intact:
         raise UserError(f"{path}: checkpoint is corrupted or truncated (its digest differs)")
+    meta = _meta_in(path)
+    own = {client: path.parent / OWN / name for client, name in meta["own"].items()}
+    for client, file in own.items():
+        if not shelf.intact(file):
+            raise UserError(f"{path}: checkpoint lacks the factors of {client}, {file}")
     with safe_open(path, framework="pt") as file:
-        meta = json.loads(file.metadata()["fedex"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return _state(tensors, meta), meta["extra"]
+    return _state(tensors, meta, {c: shelf.get(file) for c, file in own.items()}), meta["extra"]
+
+
+def _meta_in(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["fedex"])
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -98,10 +92,15 @@ def checkpoints(directory: Path) -> list[Path]:
 def prune(directory: Path, keep: set[int]) -> None:
     """Deletes all but the two newest checkpoints and those of the rounds in `keep`."""
     kept = {directory / NAME.format(round) for round in keep}
-    for path in checkpoints(directory)[2:]:
+    there = checkpoints(directory)
+    for path in there[2:]:
         if path not in kept:
             path.unlink()
             _digest_path(path).unlink()
+    if (directory / OWN).is_dir() and there:
+        left = [_meta_in(path) for path in checkpoints(directory)]
+        used = {directory / OWN / name for meta in left for name in meta["own"].values()}
+        shelf.sweep(directory / OWN, int(there[0].stem[-4:]), used)
 
 
 def latest(directory: Path) -> Iterator[tuple[Path, ServerState | None, dict[str, Any] | str]]:
@@ -123,16 +122,14 @@ def _meta(state: ServerState) -> dict[str, Any]:
         "held": dict(state.held),
         "changed": dict(state.changed),
         "scales": {n: f.scale for n, f in state.factors.items()},
-        "own_scales": {c: {n: f.scale for n, f in a.sites.items()} for c, a in state.own.items()},
         "ledger": ledger_meta(state.ledger),
     }
 
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
     flat = ledger_tensors(state.ledger)
-    flat |= _adapter_tensors("factors", AdapterState(state.factors, state.head))
-    for client, adapter in state.own.items():
-        flat |= _adapter_tensors(f"own/{client}", adapter)
+    shared = shelf.adapter_tensors(AdapterState(state.factors, state.head))
+    flat |= {f"factors/{name}": value for name, value in shared.items()}
     for site, w in state.carry.items():
         flat |= {f"carry/{site}/left": w.left, f"carry/{site}/right": w.right}
     flat |= {f"late/{name}": value for name, value in state.late.items()}
@@ -141,13 +138,6 @@ def _tensors(state: ServerState) -> dict[str, Tensor]:
         if value.data_ptr() in seen or not value.is_contiguous():
             flat[name] = value.clone(memory_format=torch.contiguous_format)
         seen.add(value.data_ptr())
-    return flat
-
-
-def _adapter_tensors(prefix: str, adapter: AdapterState) -> dict[str, Tensor]:
-    flat = {f"{prefix}/head/{name}": value for name, value in adapter.head.items()}
-    for site, f in adapter.sites.items():
-        flat |= {f"{prefix}/A/{site}": f.A, f"{prefix}/B/{site}": f.B}
     return flat
 
 
@@ -160,9 +150,10 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _state(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> ServerState:
+def _state(
+    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], own: Mapping[str, AdapterState]
+) -> ServerState:
     shared = _adapter(tensors, "factors", meta["scales"])
-    own = {c: _adapter(tensors, f"own/{c}", s) for c, s in meta["own_scales"].items()}
     carry = _under(tensors, "carry/")
     sites = [key[: -len("/left")] for key in carry if key.endswith("/left")]
     return ServerState(

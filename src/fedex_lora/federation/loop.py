@@ -67,15 +67,21 @@ class _Tally:
 
 
 KeepUpdate = Callable[[int, Update, AdapterState], None]
+Shelve = Callable[[int, AdapterState], AdapterState]
 
 
 def run_round(
-    state: ServerState, settings: Settings, transport: Transport, keep: KeepUpdate | None = None
+    state: ServerState,
+    settings: Settings,
+    transport: Transport,
+    keep: KeepUpdate | None = None,
+    shelve: Shelve = lambda version, adapter: adapter,
 ) -> tuple[ServerState, Record]:
     """One round: broadcast, collect, check, aggregate.
 
     Args:
         keep: Called with (round, update, end state) for every update taken.
+        shelve: Given (version, a client's own factors), puts them where they need no memory.
 
     Returns:
         The next state and the round's record (without scores, which need a model).
@@ -100,7 +106,7 @@ def run_round(
         if isinstance(reply, Lost):
             (tally.refused if reply.refused else tally.lost)[reply.client] = reply.reason
         else:
-            _take(reply, state, settings, aggregator, tally, keep)
+            _take(reply, state, settings, aggregator, tally, keep, shelve)
     _check_quorum(tally, settings, round)
     began = perf_counter()
     result = aggregator.finish() if settings.method.exchanges else None
@@ -136,6 +142,7 @@ def _take(
     aggregator: Aggregator,
     tally: _Tally,
     keep: KeepUpdate | None,
+    shelve: Shelve,
 ) -> None:
     client = update.client
     start = start_of(state, settings, client)
@@ -155,8 +162,9 @@ def _take(
             if settings.wire_dtype != torch.float32:  # what the server decodes is what counts
                 end = check(decode_update(blob, start), start, trained, state.version + 1, client)
         aggregator.add(weight, start, end)
-    if settings.method.own_factors:
-        tally.ends[client] = end
+    if settings.method.assignment == "keep":
+        kept = AdapterState(end.sites) if settings.method.exchanges else end
+        tally.ends[client] = shelve(state.version + 1, kept)
     tally.seconds += perf_counter() - began
     tally.taken[client] = Update(
         update.round, client, {}, {}, {}, update.examples, update.metrics, update.scores

@@ -120,7 +120,7 @@ def step(
     Args:
         result: The aggregate; None where nothing is exchanged.
         taken: Clients whose updates were aggregated.
-        ends: Their end states, needed only where factors are the client's own.
+        ends: What they keep of their end states, where the assignment is "keep".
     """
     version = state.version + 1
     held = {**state.held, **dict.fromkeys(taken, version - 1)}
@@ -220,7 +220,7 @@ def _own(
     if not settings.method.own_factors:
         return {}, {}
     if settings.method.assignment == "keep":  # the client has them already: nothing to send
-        return {**state.own, **{c: AdapterState(e.sites) for c, e in ends.items()}}, {}
+        return {**state.own, **ends}, {}
     own = dict(state.own)
     for client in taken:
         cut = _cut(result.factors, settings, client)
