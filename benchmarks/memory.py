@@ -101,7 +101,6 @@ def row(methods: tuple[str, ...] = ("fedex", "fedit", "fedex-keep", "fedex-heter
         [
             f"The peak of a run of two rounds with {MANY} clients less that with {FEW}, each in a "
             f"process of its own; {LAYERS} layers {WIDTH} wide, rank {RANK} everywhere. Where "
-            "factors are a client's own (fedex-keep, fedex-hetero) the server holds each client's "
-            "besides.",
+            "factors are a client's own (fedex-keep, fedex-hetero) they lie on disk.",
         ],
     )

@@ -36,12 +36,6 @@ MISSED: Mapping[str, str] = {
         "right factors written in place, means in the memory that becomes the new factors. Tried "
         "without gain: huge pages (THP_MEM_ALLOC_ENABLE), means set to zero beforehand (slower)."
     ),
-    "memory": (
-        "Where factors are a client's own the server holds two of each at the end of a round: the "
-        "ones the client started from, which still count if the round fails its quorum, and those "
-        "it ended with; the rest of the peak is probably what the allocator keeps of what was "
-        "freed."
-    ),
 }
 
 

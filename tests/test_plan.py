@@ -77,6 +77,19 @@ def test_a_plan_is_what_the_run_turns_out_to_be(folder):
     assert found.timing.run > 3 * sum(found.timing.steps.values()) * found.timing.step
 
 
+def test_what_clients_keep_for_themselves_counts_on_the_disk_and_not_in_memory(folder):
+    r = recipe(folder, "gpt2", method={"name": "fedex-keep"}, federation={"rounds": 1})
+    found = plan(r, measured=False)
+    start_run(r, folder / "keeps")
+    files = list((folder / "keeps" / "checkpoints" / "own").iterdir())
+    assert len(files) == len(found.clients)
+    headers = 4096 * len(files)
+    assert 0 <= sum(f.stat().st_size for f in files) - found.rounds[0].own < headers
+    assert found.disk == 4 * (found.rounds[0].checkpoint + found.rounds[0].own)
+    parts = {part.what: part.bytes for part in found.server}
+    assert parts["state"] == found.rounds[0].checkpoint
+
+
 def test_the_rank_grows_until_the_sum_is_dense(folder):
     found = plan(recipe(folder, "gpt2", federation={"rounds": 6}), measured=False)
     assert found.timing is None and found.about_time

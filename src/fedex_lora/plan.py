@@ -36,7 +36,8 @@ class Round:
         rank: Rank of the ledger's sum T, of the layer where it is largest.
         full: Largest rank that layer can have.
         ledger: Bytes of the ledger.
-        checkpoint: Bytes of the state.
+        checkpoint: Bytes of the state, clients' own factors apart.
+        own: Bytes of clients' own factors, which lie on disk beside the checkpoint.
         catch_up: The message for a client that joins after this round; None if not asked for.
     """
 
@@ -47,6 +48,7 @@ class Round:
     full: int
     ledger: int
     checkpoint: int
+    own: int
     catch_up: Size | None
 
 
@@ -145,7 +147,7 @@ def _check_disk(plan: Plan, out: Path) -> None:
         last = plan.rounds[-1]
         raise UserError(
             f"{out}: the run will write up to {_gb(plan.disk)}, and {_gb(free)} are free there. A "
-            f"checkpoint grows to {_gb(max(r.checkpoint for r in plan.rounds))} by round "
+            f"checkpoint grows to {_gb(max(r.checkpoint + r.own for r in plan.rounds))} by round "
             f"{last.round}, and up to {_KEPT} lie there at a time. Free some space, choose another "
             "--out, or use fewer federation.rounds or a smaller lora.r"
         )
@@ -208,7 +210,7 @@ def _plan(
         client_memory(recipe, settings, model, max(r.ledger for r in rounds)),
         server_memory(settings, model, checkpoint, max(messages)),
         0,
-        _KEPT * checkpoint + _saved(recipe, rounds, settings),
+        _KEPT * max(r.checkpoint + r.own for r in rounds) + _saved(recipe, rounds, settings),
         timing,
         about_time,
     )
@@ -227,6 +229,7 @@ def _round(run: DryRun, late: bool) -> Round:
         min(shape.out, shape.inp) if shape is not None else 0,
         4 * sum(t.numel() for t in ledger_tensors(run.ledger).values()),
         run.checkpoint(),
+        run.own_factors(),
         run.catch_up() if late else None,
     )
 

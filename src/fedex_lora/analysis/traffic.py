@@ -166,14 +166,20 @@ class DryRun:
         state = replace(self._state, held={}, changed=changed)
         return self._down(state, self.settings.clients[0])
 
+    def own_factors(self) -> int:
+        """Bytes of what clients keep for themselves, which lies on disk."""
+        return 4 * sum(self._numbers(adapter) for adapter in self._state.own.values())
+
+    def _numbers(self, adapter: AdapterState) -> int:
+        times = Counter(self._like.values())
+        factors = sum(times[n] * (f.A.numel() + f.B.numel()) for n, f in adapter.sites.items())
+        return factors + sum(prod(self.head[n]) for n in adapter.head)
+
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint's tensors, all float32; its header is small beside them."""
+        """Bytes of the state's tensors, all float32, clients' own factors apart."""
         state, times = self._state, Counter(self._like.values())
-        shared = AdapterState(state.factors, state.head)
         numbers = sum(t.numel() for t in ledger_tensors(self.ledger).values())
-        for adapter in (shared, *state.own.values()):
-            numbers += sum(times[n] * (f.A.numel() + f.B.numel()) for n, f in adapter.sites.items())
-            numbers += sum(prod(self.head[n]) for n in adapter.head)
+        numbers += self._numbers(AdapterState(state.factors, state.head))
         numbers += sum(
             times[n] * (w.left.numel() + w.right.numel()) for n, w in state.carry.items()
         )

@@ -69,7 +69,7 @@ def _rounds_table(found: Plan) -> Table:
         whole = sum(s.bytes for part in (r.up, r.down) for s in part.values())
         rank = "dense" if 0 < r.rank == r.full else str(r.rank)
         late = r.catch_up.bytes if r.catch_up else 0
-        held = [size(b) for b in (r.ledger, r.checkpoint, late)]
+        held = [size(b) for b in (r.ledger, r.checkpoint + r.own, late)]
         rows.append([str(r.round), size(up), size(down), size(whole), rank, *held])
     return header, rows
 
