@@ -15,6 +15,7 @@ from fedex_lora.analysis.statistics import what_seeds_show
 from fedex_lora.analysis.study import Study, metric_of, study
 from fedex_lora.compare import markdown_table, size, spread
 from fedex_lora.errors import UserError
+from fedex_lora.report.setting import without_folder
 
 REFERENCE = "fedit"  # what is compared with
 
@@ -104,12 +105,6 @@ def setting(run: Run) -> str:
         f"{r.federation.clients} clients, {rounds}, {', '.join(parts)}; "
         f"{training}. Data: {without_folder(run.description or '')}."
     )
-
-
-def without_folder(description: str) -> str:
-    """A description of data without the directory that they were in."""
-    first, comma, rest = description.partition(",")
-    return Path(first).name + comma + rest
 
 
 def line(row: ArmScores, splits: Sequence[str], part: Study, task: str) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from fedex_lora.data.counts import scored_on
 from fedex_lora.data.load import load_evaluation
 from fedex_lora.data.read import quiet
 from fedex_lora.engines.local import LocalEngine
@@ -208,6 +209,7 @@ def evaluate(
     with quiet():
         encoded = {n: encode(r, subject.model.tokenizer, length) for n, r in rows.items()}
     check_image(task, subject.model, next(iter(encoded.values())))
+    counts = scored_on(rows, encoded)
     key = _digest(subject, recipe, encoded)
     directory = RunDir(out or Path("runs") / _name(subject, task, key))
     asked = {
@@ -225,7 +227,13 @@ def evaluate(
     }
     scores |= task.average(scores)
     where = environment(subject.model.device)
-    results = {**asked, "scores": scores, "environment": where, "notes": subject.notes}
+    results = {
+        **asked,
+        "counts": counts,
+        "scores": scores,
+        "environment": where,
+        "notes": subject.notes,
+    }
     directory.write_json(SCORES, results)
     return directory.path, plain(results)
 

@@ -25,7 +25,7 @@ from fedex_lora.precision import settle
 from fedex_lora.progress import Progress, complete, scores_in
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import differences
-from fedex_lora.rundir import RunDir, environment, plain
+from fedex_lora.rundir import DATA, OUTPUTS, RunDir, environment, plain
 from fedex_lora.scoring import evaluate
 from fedex_lora.setup import Federation, set_up
 from fedex_lora.training_log import TrainingLog
@@ -53,6 +53,7 @@ def local_engine(
         federation.validation,
         recipe.evaluation.batch_size,
         TrainingLog(out / "logs", name) if out else None,
+        out and out / OUTPUTS,
     )
 
 
@@ -152,6 +153,7 @@ def _go_on(
     patience, rounds = recipe.evaluation.patience, federation.settings.rounds
     progress.higher = federation.task.higher_is_better
     directory.write_records(progress.records)
+    directory.write_json(DATA, {"description": federation.description, **federation.counts})
     watcher.started(_start(federation, directory.path))
     if recipe.records.save_updates and state.version == 0:
         directory.save_global(federation.model, recipe.model.name, state, {})

@@ -26,6 +26,8 @@ from fedex_lora.model import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe, load_recipe
 
+DATA = "data.json"  # what the rows were, and how many of them could not be used
+OUTPUTS = "outputs"  # the folder of generated texts: ROUND/SPLIT.jsonl
 PACKAGES = ("fedex-lora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "numpy")
 
 

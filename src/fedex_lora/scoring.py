@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from datasets import Dataset
-
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.federation.loop import Record
@@ -58,12 +56,14 @@ def server_scores(
     if not splits:
         return {}, {}
     alone = not federation.settings.method.exchanges
+    size = federation.recipe.evaluation.batch_size
     by_model: dict[str | None, dict[str, Scores]] = {}
     for client in list(federation.settings.clients) if alone else [None]:
         server.write_global(state, client)
         had = _scored(known or {}, client)
+        whose = ("clients", client) if client else ()
         by_model[client] = {
-            split: had[split] if split in had else _score(federation, rows)
+            split: had[split] if split in had else server.evaluate(rows, size, state, *whose, split)
             for split, rows in splits.items()
         }
     scores = {split: _means([m[split] for m in by_model.values()]) for split in splits}
@@ -87,12 +87,6 @@ def with_own(
     score = _selection(federation.task.primary, scores, own, engine.validation)
     result: Record = {"scores": dict(scores), "score": score}
     return {**result, "client_scores": {c: dict(own[c]) for c in sorted(own)}} if own else result
-
-
-def _score(federation: Federation, rows: Dataset) -> Scores:
-    size = federation.recipe.evaluation.batch_size
-    model = federation.model
-    return federation.task.evaluate(model.module, rows, model.tokenizer, size)
 
 
 def _means(scores: list[Scores]) -> Scores:

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from fedex_lora.adapter import AdapterState, fresh
 from fedex_lora.architectures import Architecture
 from fedex_lora.client import rehearse
+from fedex_lora.data.counts import Counts, scored_on, trained_on
 from fedex_lora.data.load import known_labels, load, load_client, load_evaluation
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
@@ -37,6 +38,8 @@ class Federation:
         validation: Each silo's own validation rows, if clients evaluate; with pooled training too.
         evaluation: The server's evaluation rows by split, the selection split first.
         initial: What all clients start from, at the full rank.
+        counts: How many rows there were and were not used: `training` and `own` by client,
+            `evaluation` by split.
     """
 
     recipe: Recipe
@@ -48,6 +51,7 @@ class Federation:
     evaluation: Mapping[str, Dataset]
     initial: AdapterState
     description: str
+    counts: Mapping[str, Counts]
 
     @property
     def examples(self) -> dict[str, int]:
@@ -166,6 +170,11 @@ def _bring_to_life(
     validation, evaluation = (encode(r, evaluating) for r in (rows.validation, rows.evaluation))
     if recipe.task.generate:
         check_room(model.module, [*validation.values(), *evaluation.values()], recipe.task)
+    counts = {
+        "training": trained_on(rows.train, clients),
+        "own": scored_on(rows.validation, validation),
+        "evaluation": scored_on(rows.evaluation, evaluation),
+    }
     if pooled:
         clients = {POOLED: concatenate_datasets(list(clients.values()))}
     if clients:
@@ -182,6 +191,7 @@ def _bring_to_life(
         evaluation,
         initial,
         rows.description,
+        counts,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.checkpoint import checkpoints
 from fedex_lora.federation.loop import Record
 from fedex_lora.recipe import Recipe
-from fedex_lora.rundir import RunDir
+from fedex_lora.rundir import DATA, RunDir
 
 Shape = tuple[int, int]
 _DEPTH = 4  # of directories that are searched for runs
@@ -29,6 +29,7 @@ class Run:
         records: One a round, ascending; damaged lines are left out.
         results: What results.json says; None while the run is not finished.
         description: The data that were used, with the rows of each split, where it is known.
+        data: What data.json says: how many rows could not be used. Empty for runs without it.
         notes: What is missing or damaged, for people.
     """
 
@@ -39,6 +40,7 @@ class Run:
     environment: Mapping[str, Any]
     description: str | None
     notes: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -106,10 +108,15 @@ def read_run(path: Path) -> Run:
         notes.append("results.json is damaged; the run counts as unfinished")
         results = None
     notes += _progress(records, recipe, results is not None)
-    environment = directory.read_json("environment.json")
-    environment = environment if isinstance(environment, dict) else {}
-    said = results["description"] if results else _checkpoint_meta(path).get("description")
-    return Run(path, recipe, tuple(records), results, environment, said, tuple(notes))
+    environment, data = (_mapping(directory, name) for name in ("environment.json", DATA))
+    said = results["description"] if results else data.get("description")
+    said = said or _checkpoint_meta(path).get("description")
+    return Run(path, recipe, tuple(records), results, environment, said, tuple(notes), data)
+
+
+def _mapping(directory: RunDir, name: str) -> Mapping[str, Any]:
+    found = directory.read_json(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _records(file: Path) -> tuple[list[Record], list[str]]:

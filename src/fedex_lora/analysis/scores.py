@@ -160,6 +160,30 @@ def paired(study: Study, ours: str, reference: str, task: str | None = None) -> 
     return _paired(study, ours, reference, found, task)
 
 
+def bytes_ratio(study: Study, ours: str) -> float | None:
+    """Bytes of what `comparisons` calls `ours` over the reference's: the geometric mean over pairs
+    of runs with equal task, seed and condition; None where either exchanges nothing."""
+    single = len(study.methods) == 1
+
+    def named(name: str) -> Chooses:
+        return lambda p: (p.arm if single else p.label) == name
+
+    alike = _anyway if single else _same_condition
+    found = _pairs(study, named(ours), named(study.first), alike, _log_of_bytes)
+    logs = [value for values in found.values() for value in values]
+    return math.exp(fmean(logs)) if logs else None
+
+
+def _log_of_bytes(run: Run) -> float | None:
+    sent = bytes_sent(run)
+    return math.log(sent) if sent else None
+
+
+def bytes_sent(run: Run) -> int:
+    """Up and down, of all clients and rounds, the final model's delivery included."""
+    return sum((run.results or {}).get(key, 0) for key in ("bytes_up", "bytes_down"))
+
+
 def _same_condition(a: Placed, b: Placed) -> bool:
     return a.condition == b.condition
 

@@ -207,8 +207,10 @@ def _show_results(path: Path, results: dict) -> None:
         for which in ("best", "last")
         for split, scores in results[which]["scores"].items()
     ]
+    score, own = results["best"].get("score"), "" if rows else f", {results['metric']}"
+    own += "" if rows else f" {number(score)} on the clients' own rows"
+    say(f"Best round {results['best_round']} of {results['rounds']}{own}.")
     if rows:
-        say(f"Best round {results['best_round']} of {results['rounds']}.")
         show_table(console, ["round", "split", *[""] * (len(rows[0]) - 2)], rows)
     _offer(path)
 

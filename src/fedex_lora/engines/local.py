@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fedex_lora.lowrank import LowRank, dense
 from fedex_lora.model import AdaptedModel
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
+from fedex_lora.tasks.outputs import VerdictFile
 from fedex_lora.training_log import TrainingLog
 
 OnTurn = Callable[[int, str, int, int], None]  # (round, client, steps done, steps in all)
@@ -38,6 +40,7 @@ class LocalEngine:
         rows: Each silo's own validation rows, encoded, if clients score models.
         batch_size: Of the scoring.
         log: Where the Trainers' own reports go, if the recipe asks for any.
+        outputs: A folder for the texts that are generated when models are scored; None for none.
     """
 
     def __init__(
@@ -52,12 +55,13 @@ class LocalEngine:
         rows: Mapping[str, Dataset] | None = None,
         batch_size: int = 64,
         log: TrainingLog | None = None,
+        outputs: Path | None = None,
     ) -> None:
         self.model, self.task, self.clients = model, task, clients
         self.settings, self.training = settings, training
         self.failure_rate, self.on_turn = failure_rate, on_turn
         self.rows, self.batch_size = rows or {}, batch_size
-        self.log = log
+        self.log, self.outputs = log, outputs
         self._placed: tuple[Ledger, str | None] | None = None
 
     @property
@@ -114,9 +118,20 @@ class LocalEngine:
         client = name if name in self.settings.clients else self.settings.clients[0]
         self.place(state, client)
         self.model.write(start_of(state, self.settings, client))
-        return self.task.evaluate(
-            self.model.module, self.rows[name], self.model.tokenizer, self.batch_size
-        )
+        return self.evaluate(self.rows[name], self.batch_size, state, "clients", name, "own-rows")
+
+    def evaluate(
+        self, rows: Dataset, batch_size: int, state: ServerState, *whose: str
+    ) -> dict[str, float]:
+        """The scores of what the model is now, of a state; generated texts are kept.
+
+        Args:
+            whose: Where below the round's folder of `outputs`, the last one being the file.
+        """
+        *folders, name = f"{state.version:04d}", *whose
+        kept = self.outputs and VerdictFile(self.outputs.joinpath(*folders, f"{name}.jsonl"))
+        model = self.model
+        return self.task.evaluate(model.module, rows, model.tokenizer, batch_size, kept)
 
     def write_global(self, state: ServerState, client: str | None = None) -> None:
         """Makes the model the global one; or `client`'s own, where nothing is exchanged."""

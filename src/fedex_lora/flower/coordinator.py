@@ -16,7 +16,7 @@ from fedex_lora.engines.wire import Identity, facts
 from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.recipe import Recipe
 from fedex_lora.run import Assemble
-from fedex_lora.rundir import RunDir, versions
+from fedex_lora.rundir import OUTPUTS, RunDir, versions
 from fedex_lora.setup import Federation, roster, set_up_server
 from fedex_lora.watch import Watcher
 
@@ -73,7 +73,14 @@ def _engine(federation: Federation, courier: Courier, out: Path, watcher: Watche
     return RemoteEngine(
         guests,
         federation.settings,
-        LocalEngine(federation.model, federation.task, {}, federation.settings, recipe.training),
+        LocalEngine(
+            federation.model,
+            federation.task,
+            {},
+            federation.settings,
+            recipe.training,
+            outputs=out / OUTPUTS,
+        ),
         recipe.evaluation.every if evaluates else 0,
         watcher.turn,
         lambda known: remember(out, known),

@@ -11,6 +11,7 @@ from fedex_lora import __version__
 from fedex_lora.analysis.drawn import Drawn
 from fedex_lora.analysis.figures import of_task
 from fedex_lora.analysis.study import Study
+from fedex_lora.analysis.unused import unused
 from fedex_lora.report import sections
 from fedex_lora.report.html import Child, Html, details, el, join
 from fedex_lora.report.scores import all_metrics, scores
@@ -95,6 +96,9 @@ def _run_notes(study: Study) -> Iterator[str]:
     for p in study.placed:
         for note in p.run.notes:
             yield f"{p.run.path}: {note}"
+    for task in study.tasks:
+        told = unused([p.run for p in study.of(task)])
+        yield from (f"{task}: {one}" for one in told)
 
 
 def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> Iterator[Child | None]:

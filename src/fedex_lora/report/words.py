@@ -8,8 +8,9 @@ from fedex_lora.analysis.scores import chose_itself, comparisons, final_score, j
 from fedex_lora.analysis.statistics import Estimate, Outcome, Paired, what_seeds_show
 from fedex_lora.analysis.statistics import number as signed
 from fedex_lora.analysis.study import Placed, Study, as_text
-from fedex_lora.compare import size
+from fedex_lora.compare import size, spread
 from fedex_lora.report.html import Child, Html, el
+from fedex_lora.report.setting import compared, cost
 from fedex_lora.rundir import number
 
 _GROUPS: tuple[tuple[Outcome, str], ...] = (
@@ -28,7 +29,9 @@ def verdict(study: Study) -> Html:
     if len(study.tasks) > 1:
         parts += _compared(study, None)
     for task in study.tasks:
-        parts += _compared(study, task)
+        parts += [*_compared(study, task), compared(study, task)]
+    if costs := list(cost(study)):
+        parts.append(el("dl", *costs))
     fewest = _fewest_seeds(study)
     if fewest:
         parts.append(el("p", what_seeds_show(fewest), class_="soft"))
@@ -61,7 +64,7 @@ def _compared(study: Study, task: str | None) -> Iterator[Html]:
             yield from _uncompared(study, task)
         return
     yield el("p", f"{_where(study, task)}: {_summary(pairs)}", class_="lead")
-    rows: list[Child] = []
+    rows: list[Child] = [*_own_score(study, task)]
     for outcome, told in _GROUPS:
         of_group = [p for p in pairs if p.outcome == outcome]
         if of_group:
@@ -72,6 +75,15 @@ def _compared(study: Study, task: str | None) -> Iterator[Html]:
     if len(study.methods) > 1 and len(conditions) > 1:
         text = f"At equal settings, of which there are {len(conditions)}; a seed counts once."
         yield el("p", text, class_="soft")
+
+
+def _own_score(study: Study, task: str | None) -> Iterator[Html]:
+    """The score that others are compared with, where it is of one arm."""
+    arms = {p.arm for p in study.of(task) if study.first in (p.arm, p.label)}
+    scores = [s for p in study.of(task) if p.arm in arms and (s := final_score(p.run)) is not None]
+    if task is not None and len(arms) == 1 and scores:
+        yield el("dt", study.first)
+        yield el("dd", spread(scores))
 
 
 def _summary(pairs: Sequence[Paired]) -> str:

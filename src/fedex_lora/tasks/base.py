@@ -164,6 +164,18 @@ def pad_inputs(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizer
     return {key: pad(rows, key, value) for key, value in fill.items() if key in rows[0]}
 
 
+def unasked(row: Mapping[str, Any]) -> bool:
+    """Whether an encoded row is a prompt that has no room for a response.
+
+    Example:
+        >>> unasked({"labels": [IGNORED, IGNORED]}), unasked({"labels": [IGNORED, 7]})
+        (True, False)
+        >>> unasked({"labels": 1})  # a class
+        False
+    """
+    return isinstance(row["labels"], list) and row["labels"][-1] == IGNORED
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradients; afterwards every module has the mode it had.

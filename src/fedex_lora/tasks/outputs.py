@@ -123,6 +123,41 @@ class OutputFile:
         raise UserError(f"{self.path}, line {number}: is no output. {_REMEDY}")
 
 
+class VerdictFile:
+    """`Outputs` that keep nothing but every row with its verdict, in one file, written at once.
+
+    For the evaluations within a run: one that is cut off is made again from its beginning, in the
+    same batches, so that a run that is resumed has the same bits.
+
+    Args:
+        path: The JSON Lines file; made, with its folder, once there are verdicts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(
+        self, decoding: Mapping[str, Any], prompts: Sequence[Sequence[int]]
+    ) -> dict[int, str]:
+        """Nothing is there."""
+        return {}
+
+    def add(self, texts: Mapping[int, str]) -> None:
+        """They come again with their verdicts."""
+
+    def verdicts(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes every row with its verdict.
+
+        Raises:
+            UserError: The file cannot be written; one that was there is intact.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        write_atomic(self.path, b"".join(_line(row) for row in rows))
+
+
 _REMEDY = "Nothing was changed; name another file, or move this one away."
 _MEANING = {
     "key": "another model or other data",

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import TaskSpec
-from fedex_lora.tasks.base import IGNORED
+from fedex_lora.tasks.base import unasked
 from fedex_lora.tasks.generation import Decoding, check_positions, generate, verdicts
 from fedex_lora.tasks.language import as_dataset, encode_pairs, evaluate_loss, labelled, prompt_of
 from fedex_lora.tasks.outputs import Outputs
@@ -82,7 +82,7 @@ def evaluation_rows(
 
 def asked(row: Mapping[str, Any]) -> bool:
     """Whether an encoded row has room for a response."""
-    return row["labels"][-1] != IGNORED
+    return not unasked(row)
 
 
 def check_room(model: nn.Module, parts: Sequence[Dataset], spec: TaskSpec) -> None:
