@@ -103,6 +103,10 @@ BAD = {
         "dataloader_drop_last",
     ),
     "longer than the model": (["task.max_length=4096"], "at most 158 tokens"),
+    "longer questions than the model takes": (
+        ["task.evaluation_max_length=4096"],
+        "task.evaluation_max_length: 4096, but",
+    ),
     "modules as a bad pattern": (["lora.target_modules='*('"], "lora"),
     "threads": (["engine.threads=100000"], "engine.threads"),
     "missing data": (["data={path: nowhere}"], "nowhere"),

@@ -10,6 +10,7 @@ import pytest
 from small_runs import SIZES, StopAfter, recipe
 
 from fedex_lora.errors import UserError
+from fedex_lora.recipe import Recipe
 from fedex_lora.run import resume_run, start_run
 from fedex_lora.tasks.outputs import VerdictFile
 
@@ -92,32 +93,38 @@ def test_texts_that_cannot_be_written_are_an_error_and_leave_the_old(tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.parametrize("method", ["fedex", "centralized"])
-def test_rows_that_could_not_be_used_are_counted(tmp_path, method):
+def places(folder: Path, method: str, **task: Any) -> Recipe:
+    """E2E with five training rows, one of which is long, and four others, one of which is long."""
+
     def row(i: int, words: int) -> dict[str, str]:
         about = f"name[Place {i}], food[{' '.join(['Thai'] * words)}]"
         return {"meaning_representation": about, "human_reference": f"Eat at {i}."}
 
     def write(name: str, lengths: list[int]) -> Path:
-        file = tmp_path / "rows" / f"{name}.jsonl"
+        file = folder / "rows" / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row(i, n)) + "\n" for i, n in enumerate(lengths)))
         return file
 
-    (tmp_path / "rows").mkdir()
+    (folder / "rows").mkdir()
     clients = [write("ann", [1, 90, 1]), write("bob", [1, 1])]
     write("validation", [1, 1, 90, 1])
-    asked = recipe(
-        tmp_path,
+    return recipe(
+        folder,
         "llama",
         method={"name": method},
         federation={"clients": 2, "rounds": 1},
-        task={"kind": "e2e", "max_length": 96},
-        data={"clients": clients, "path": tmp_path / "rows"},
+        task={"kind": "e2e", **task},
+        data={"clients": clients, "path": folder / "rows"},
     )
-    start_run(asked, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["fedex", "centralized"])
+@pytest.mark.parametrize("more, not_asked", [({}, 1), ({"evaluation_max_length": 600}, 0)])
+def test_rows_that_could_not_be_used_are_counted(tmp_path, method, more, not_asked):
+    start_run(places(tmp_path, method, max_length=96, **more), tmp_path / "run")
     told = json.loads((tmp_path / "run" / "data.json").read_text())
     assert told["training"] == {
         "ann": {"rows": 3, "left_out": 1},
         "bob": {"rows": 2, "left_out": 0},
     }
-    assert told["evaluation"] == {"validation": {"rows": 4, "left_out": 0, "not_asked": 1}}
+    assert told["evaluation"] == {"validation": {"rows": 4, "left_out": 0, "not_asked": not_asked}}

@@ -205,7 +205,7 @@ def evaluate(
     torch.set_num_threads(recipe.engine.threads)
     task = recipe_task(recipe)
     rows = load_evaluation(recipe.data, task, recipe.seed, split)
-    encode, length = task.encode_evaluation or task.encode, recipe.task.max_length
+    encode, length = task.encode_evaluation or task.encode, recipe.task.evaluated_length
     with quiet():
         encoded = {n: encode(r, subject.model.tokenizer, length) for n, r in rows.items()}
     check_image(task, subject.model, next(iter(encoded.values())))

@@ -159,15 +159,17 @@ def _bring_to_life(
     initial = model.initial(recipe.seed)
     if settings.ranks:
         initial = replace(initial, sites=fresh(settings.sites, recipe.seed))
-    length = recipe.task.max_length
 
-    def encode(part: Mapping[str, Dataset], encoder: Encode) -> dict[str, Dataset]:
+    def encode(part: Mapping[str, Dataset], encoder: Encode, length: int) -> dict[str, Dataset]:
         with quiet():
             return {n: encoder(r, model.tokenizer, length) for n, r in part.items()}
 
-    clients = encode(rows.train, task.encode)
+    spec = recipe.task
+    clients = encode(rows.train, task.encode, spec.max_length)
     evaluating = task.encode_evaluation or task.encode
-    validation, evaluation = (encode(r, evaluating) for r in (rows.validation, rows.evaluation))
+    validation, evaluation = (
+        encode(r, evaluating, spec.evaluated_length) for r in (rows.validation, rows.evaluation)
+    )
     if recipe.task.generate:
         check_room(model.module, [*validation.values(), *evaluation.values()], recipe.task)
     counts = {
@@ -202,11 +204,13 @@ def check_length(recipe: Recipe, task: Task, model: AdaptedModel) -> None:
         UserError: `task.max_length` is more than the model takes.
     """
     limit = None if task.image else model.longest_input
-    if limit is not None and recipe.task.max_length > limit:
-        raise UserError(
-            f"task.max_length: {recipe.task.max_length}, but {recipe.model.name} takes at most "
-            f"{limit} tokens; set it to {limit} or less"
-        )
+    for key in ("max_length", "evaluation_max_length"):
+        asked = getattr(recipe.task, key)
+        if limit is not None and asked is not None and asked > limit:
+            raise UserError(
+                f"task.{key}: {asked}, but {recipe.model.name} takes at most {limit} tokens; set "
+                f"it to {limit} or less"
+            )
 
 
 def check_image(task: Task, model: AdaptedModel, rows: Dataset) -> None:

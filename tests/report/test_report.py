@@ -78,6 +78,38 @@ def test_a_comparison_says_its_verdict_first(quick, tmp_path):
     assert "fedex-lora compare" in text and "--methods fedit,ffa,fedex --seeds 0,1,2" in text
 
 
+def test_the_verdict_says_what_was_compared_and_at_what_cost(quick, tmp_path):
+    grid(tmp_path / "g", {m: [0.8, 0.81] for m in ("fedex", "fedit", "local", "centralized")})
+    write_report([tmp_path / "g"], tmp_path / "report.html")
+    text = said(tmp_path / "report.html")
+    first = text[: text.index("Scores")]
+    assert "Data: rows, train: 100 rows, validation: 10 rows, test: 20 rows." in first
+    assert "model; 3 clients; 3 rounds; 3 local epochs; 2 seeds." in first
+    # 900 up and 150 or 100 bytes down to three clients in three rounds and at the end
+    assert "bytes of a run fedex 2.7 kB fedit × 0.78 local × 0.78" in first
+    assert "fedex 0.805 ± 0.007" in first
+
+
+def test_rows_that_were_not_used_are_told(quick, tmp_path):
+    run = made_up(tmp_path / "run", spec())
+    counts = {"ann": {"rows": 60, "left_out": 0}, "bob": {"rows": 30, "left_out": 4}}
+    tested = {"rows": 20, "left_out": 0, "not_asked": 3}
+    told = {"training": counts, "evaluation": {"test": tested}}
+    (run / "data.json").write_text(json.dumps(told))
+    write_report([run], tmp_path / "report.html")
+    text = said(tmp_path / "report.html")
+    assert "sst2: 4 of 90 training rows were left out" in text
+    assert "3 of 20 test rows count as wrong" in text and "validation rows" not in text
+
+
+@pytest.mark.parametrize("text", ["[]", '{"training": 3, "evaluation": {"test": 4}}', "{"])
+def test_counts_that_are_damaged_are_not_told(quick, tmp_path, text):
+    run = made_up(tmp_path / "run", spec())
+    (run / "data.json").write_text(text)
+    write_report([run], tmp_path / "report.html")
+    assert "left out" not in said(tmp_path / "report.html").replace("are left out", "")
+
+
 def test_one_page_holds_everything_and_stays_small(tmp_path):
     whole_grid(tmp_path / "g")
     write_report([tmp_path / "g"], tmp_path / "report.html")

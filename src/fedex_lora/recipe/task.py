@@ -53,6 +53,7 @@ class TaskSpec(Part):
     ]
     name: str | None = None  # which of a kind's data sets: see TASK_NAMES
     max_length: int = Field(default=128, ge=4)
+    evaluation_max_length: int | None = Field(default=None, ge=4)  # max_length if not given
     labels: list[str] | None = None  # classification: the agreed label set, in order
     text_column: str | None = None  # text-classification, causal-lm
     text_pair_column: str | None = None
@@ -66,6 +67,11 @@ class TaskSpec(Part):
     score: Literal["generation", "likelihood"] = "generation"  # commonsense: how it answers
     image_column: str | None = None  # image-classification
 
+    @property
+    def evaluated_length(self) -> int:
+        """The `max_length` of rows that models are scored on."""
+        return self.evaluation_max_length or self.max_length
+
     def problems(self) -> Iterator[Problem]:
         needed, optional = _TASK_FIELDS[self.kind]
         for name in needed:
@@ -73,7 +79,7 @@ class TaskSpec(Part):
                 yield name, f"missing; a task of kind {self.kind} needs it"
         for name, field in type(self).model_fields.items():
             fits = name in ("kind", *needed, *optional)
-            fits |= name == "max_length" and self.kind != "image-classification"
+            fits |= name.endswith("max_length") and self.kind != "image-classification"
             if not fits and getattr(self, name) != field.default:
                 yield name, f"a task of kind {self.kind} does not use it"
         names = TASK_NAMES.get(self.kind)

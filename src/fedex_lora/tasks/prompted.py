@@ -73,7 +73,7 @@ def evaluation_rows(
     if long == len(rows):
         raise UserError(
             f"none of the {len(rows)} rows can be evaluated: in each the {reason}. Raise "
-            "task.max_length."
+            "task.max_length, or task.evaluation_max_length."
         )
     if long:
         _log.warning("%d of %d rows count as wrong: their %s", long, len(rows), reason)
