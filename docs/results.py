@@ -5,17 +5,30 @@ Each DIR holds runs that are compared with each other, as `compare` and `grid` l
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from fedex_lora.analysis.claims import CLAIMS, findings
 from fedex_lora.analysis.runs import Run, read_runs
-from fedex_lora.analysis.scores import ArmScores, arm_scores, paired
-from fedex_lora.analysis.statistics import what_seeds_show
+from fedex_lora.analysis.scores import (
+    ArmScores,
+    arm_scores,
+    chose_itself,
+    differences,
+    judged_split,
+    paired,
+)
+from fedex_lora.analysis.statistics import Paired, estimate, what_seeds_show
 from fedex_lora.analysis.study import Study, metric_of, study
+from fedex_lora.analysis.unused import unused
 from fedex_lora.compare import markdown_table, size, spread
 from fedex_lora.errors import UserError
+from fedex_lora.recipe_yaml import differences as differing
+from fedex_lora.report.scores import significant
 from fedex_lora.report.setting import without_folder
+from fedex_lora.report.words import change
 
 REFERENCE = "fedit"  # what is compared with
 
@@ -31,7 +44,12 @@ and writes the file again:
 EXACT = "fedex"
 SHARE = f"""\
 The share of the ideal product that averaging the factors misses, ‖ideal − averaged‖ / ‖ideal‖ over
-all adapted layers, in runs of {REFERENCE}; and the difference of the scores, as in the tables.
+all adapted layers, in runs of {REFERENCE}; and the difference of the scores, as in the tables. Rows
+are in the order of the share missed in the last round.
+"""
+WHY = f"""\
+What {REFERENCE} drops in a round is not lost for good: clients train on from the averaged model.
+What is dropped in the last round, nothing makes up for.
 """
 READING = """\
 Scores are those of the best round, which the first split chooses: mean ± standard deviation over
@@ -45,18 +63,24 @@ machine below, which may have had other work to do.
 def results(folders: Sequence[Path]) -> Iterator[str]:
     """The parts of the page."""
     runs, problems = read_runs(folders)
-    whole = study(runs)
+    parts = {folder: study(read_runs([folder])[0]) for folder in folders}
     yield ABOUT
     yield from unfinished(runs, problems)
     yield READING
-    for folder in folders:
-        part = study(read_runs([folder])[0])
+    compared_in = {f: part for f, part in parts.items() if REFERENCE in methods_of(part)}
+    for folder, part in compared_in.items():
         for task in part.tasks:
             yield from compared(folder.name, part, task)
-    yield from missed(folders)
-    yield from claims(whole)
-    yield what_seeds_show(fewest_seeds(whole)) + "\n"
+    others = {f: part for f, part in parts.items() if f not in compared_in}
+    yield from varied(compared_in, others)
+    yield from against_reference(compared_in)
+    yield from claims(runs)
+    yield what_seeds_show(fewest_seeds(study(runs))) + "\n"
     yield from environments(runs)
+
+
+def methods_of(part: Study) -> set[str]:
+    return {p.run.recipe.method.name for p in part.placed}
 
 
 def unfinished(runs: Sequence[Run], problems: Sequence[str]) -> Iterator[str]:
@@ -80,13 +104,59 @@ def compared(name: str, part: Study, task: str) -> Iterator[str]:
         yield "No run is finished.\n"
         return
     yield setting(done[0]) + "\n"
+    if chose_itself(done[0]) and sum("score" in r for r in done[0].records) > 1:
+        yield "These rows also chose the best round, so that scores flatter.\n"
+    for told in unused(done):
+        yield f"{told}.\n"
+    reference = reference_arm(part, task)
+    yield scores_table(part, task, reference)
+    yield from further_metrics(part, task)
+    yield from sentences(part, task, reference)
+
+
+def scores_table(part: Study, task: str, reference: str | None) -> str:
     rows = [row for row in arm_scores(part, task) if len(row.seeds) > len(row.unfinished)]
     splits = list(dict.fromkeys(split for row in rows for split in row.by_split))
-    metric = metric_of(done[0])[0]
+    metric = metric_of(part.of(task)[0].run)[0]
     header = ["method", "seeds", *(f"{split} {metric}" for split in splits)]
-    header += [f"less {REFERENCE}", "deviation", "up", "down", "seconds"]
-    yield markdown_table(header, [line(row, splits, part, task) for row in rows])
-    yield from sentences(part, task, [row.arm for row in rows])
+    header += [f"less {reference or REFERENCE}", "deviation", "up", "down", "seconds"]
+    return markdown_table(header, [line(row, splits, part, task, reference) for row in rows])
+
+
+def further_metrics(part: Study, task: str) -> Iterator[str]:
+    """All metrics of the judged split beside the loss, where there is more than the one."""
+    done = [p for p in part.of(task) if p.run.finished]
+    names = [n for n in dict.fromkeys(n for p in done for n in judged(p.run)) if n != "loss"]
+    if len(names) < 2:
+        return
+    rows = []
+    for arm in part.of_arms(task):
+        found = [judged(p.run) for p in done if p.arm == arm]
+        if found:
+            rows.append([arm, *(spread([m.get(name) for m in found]) for name in names)])
+    split = judged_split(done[0].run).partition(" ")[0]
+    yield f"All metrics, {split}:\n"
+    yield markdown_table(["method", *names], rows)
+    yield "".join(f"- {told}\n" for name in names if (told := metric_told(part, task, name)))
+
+
+def judged(run: Run) -> Mapping[str, float]:
+    """The metrics of the split that is judged, of the best round."""
+    splits = list(run.results["best"]["scores"].values()) if run.results else []
+    return splits[-1] if splits else {}
+
+
+def metric_told(part: Study, task: str, name: str) -> str:
+    """The exact method against the reference by one metric, in a sentence."""
+    found = differences(
+        part,
+        lambda p: p.run.recipe.method.name == EXACT and p.task == task,
+        lambda p: p.run.recipe.method.name == REFERENCE,
+        lambda run: judged(run).get(name),
+    )
+    if not found:
+        return ""
+    return f"{name}: {Paired(EXACT, REFERENCE, estimate(found), name != 'perplexity').verdict()}"
 
 
 def setting(run: Run) -> str:
@@ -107,14 +177,17 @@ def setting(run: Run) -> str:
     )
 
 
-def line(row: ArmScores, splits: Sequence[str], part: Study, task: str) -> list[str]:
+def line(
+    row: ArmScores, splits: Sequence[str], part: Study, task: str, reference: str | None
+) -> list[str]:
     finished = [seed for seed in row.seeds if seed not in row.unfinished]
     scores = [spread(row.by_split[s]) if row.by_split.get(s) else "-" for s in splits]
     sent = [size(sum(v) / len(v)) if v else "-" for v in (row.bytes_up, row.bytes_down)]
     seconds = f"{sum(row.seconds) / len(row.seconds):.0f}" if row.seconds else "-"
-    seeds = ", ".join(map(str, finished))
-    deviation = spread(row.deviation) if row.deviation else "-"
-    return [row.arm, seeds, *scores, difference(part, row.arm, task), deviation, *sent, seconds]
+    pooled = part.of(task, row.arm)[0].method.pooled
+    deviation = "-" if pooled else significant(row.deviation)
+    less = difference(part, row.arm, task, reference)
+    return [row.arm, ", ".join(map(str, finished)), *scores, less, deviation, *sent, seconds]
 
 
 def reference_arm(part: Study, task: str) -> str | None:
@@ -122,42 +195,93 @@ def reference_arm(part: Study, task: str) -> str | None:
     return arms[0] if arms else None
 
 
-def difference(part: Study, arm: str, task: str) -> str:
+def difference(part: Study, arm: str, task: str, reference: str | None) -> str:
     """Less the reference, with its interval."""
-    reference = reference_arm(part, task)
     if reference in (None, arm) or (found := paired(part, arm, reference, task)) is None:
         return "-"
-    d = found.difference
-    if d.interval is None:
-        return f"{d.mean:+.3f}"
-    return f"{d.mean:+.3f} ({d.interval[0]:+.3f} to {d.interval[1]:+.3f})"
+    return change(found.difference)
 
 
-def sentences(part: Study, task: str, arms: Sequence[str]) -> Iterator[str]:
+def sentences(part: Study, task: str, reference: str | None) -> Iterator[str]:
     """What may be said of each arm against the reference."""
-    reference = reference_arm(part, task)
     if reference is None:
         yield f"No run of {REFERENCE} to compare with.\n"
         return
-    pairs = (paired(part, arm, reference, task) for arm in arms if arm != reference)
+    arms = [arm for arm in part.of_arms(task) if arm != reference]
+    pairs = (paired(part, arm, reference, task) for arm in arms)
     yield "".join(f"- {pair.verdict()}\n" for pair in pairs if pair is not None)
 
 
-def missed(folders: Sequence[Path]) -> Iterator[str]:
-    """How much of the ideal update averaging misses, beside what exact aggregation gains."""
-    header = ["runs", "first round", "last round", f"{EXACT} less {REFERENCE}"]
-    rows = []
-    for folder in folders:
-        part = study(read_runs([folder])[0])
+def varied(compared_in: Mapping[Path, Study], others: Mapping[Path, Study]) -> Iterator[str]:
+    """Runs of one method alone, beside those of that method that differ from them the least."""
+    groups: dict[Path | None, list[Path]] = {}
+    for folder, part in others.items():
+        groups.setdefault(nearest(part, compared_in), []).append(folder)
+    for base, folders in groups.items():
+        names = set().union(*(methods_of(others[folder]) for folder in folders))
+        runs = [p.run for f in folders for p in others[f].placed]
+        beside = compared_in[base].placed if base else ()
+        own = [p.run for p in beside if p.run.recipe.method.name in names]
+        part = study([*own, *runs])
+        told = ", ".join(folder.name for folder in folders)
+        yield f"## {told}\n"
+        if base:
+            yield f"Beside the same method's runs of {base.name}.\n"
         for task in part.tasks:
-            shares = [found for p in part.of(task) if (found := share_missed(p.run))]
-            if shares and (gain := gained(part, task)):
-                ends = [spread([s[i] for s in shares]) for i in (0, -1)]
-                rows.append([folder.name, *ends, gain])
-    if rows:
-        yield f"## What averaging misses, and what {EXACT} gains by it\n"
-        yield SHARE
-        yield markdown_table(header, rows)
+            if any(p.run.finished for p in part.of(task)):
+                first = {p.run.path for p in beside}
+                arms = [p.arm for p in part.of(task) if p.run.path in first]
+                yield scores_table(part, task, arms[0] if arms else None)
+
+
+def nearest(part: Study, compared_in: Mapping[Path, Study]) -> Path | None:
+    """The directory whose runs of the same method and task differ in the fewest settings."""
+    one = part.placed[0].run.recipe
+    distances = {
+        folder: len(differing(one, p.run.recipe))
+        for folder, known in compared_in.items()
+        for p in known.placed
+        if (p.run.recipe.method, p.run.recipe.task) == (one.method, one.task) and p.seed == one.seed
+    }
+    return min(distances, key=lambda folder: distances[folder], default=None)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What averaging misses in one directory, by run, and what exact aggregation gains there."""
+
+    name: str
+    setting: str
+    first: list[float]
+    last: list[float]
+    pair: Paired
+
+
+def gains(parts: Mapping[Path, Study]) -> list[Gain]:
+    """In the order of what is missed in the last round."""
+    every = [(folder, part, task) for folder, part in parts.items() for task in part.tasks]
+    found = [g for where in every if (g := gain(*where)) is not None]
+    return sorted(found, key=lambda g: sum(g.last) / len(g.last))
+
+
+def gain(folder: Path, part: Study, task: str) -> Gain | None:
+    """None where one of the two has no finished run."""
+    arms = {p.run.recipe.method.name: p.arm for p in part.of(task)}
+    if not {EXACT, REFERENCE} <= arms.keys():
+        return None
+    shares = [s for p in part.of(task) if (s := share_missed(p.run))]
+    pair = paired(part, arms[EXACT], arms[REFERENCE], task)
+    if not shares or pair is None:
+        return None
+    first, last = ([s[i] for s in shares] for i in (0, -1))
+    return Gain(folder.name, in_short(part.of(task, arms[REFERENCE])[0].run), first, last, pair)
+
+
+def in_short(run: Run) -> str:
+    """What the deviation depends on: "5 × 3, 0.001"."""
+    training = run.recipe.training
+    epochs, rate = (training.get(key, "-") for key in ("num_train_epochs", "learning_rate"))
+    return f"{run.recipe.federation.rounds} × {epochs}, {rate}"
 
 
 def share_missed(run: Run) -> list[float]:
@@ -167,20 +291,66 @@ def share_missed(run: Run) -> list[float]:
     return [r["deviation"] / r["ideal"] for r in run.records if r.get("ideal")]
 
 
-def gained(part: Study, task: str) -> str:
-    arms = {p.run.recipe.method.name: p.arm for p in part.of(task)}
-    return difference(part, arms[EXACT], task) if EXACT in arms else ""
+def against_reference(parts: Mapping[Path, Study]) -> Iterator[str]:
+    """Where exact aggregation is seen to beat averaging, where not, and what goes with it."""
+    found = gains(parts)
+    if not found:
+        return
+    yield f"## {EXACT} against {REFERENCE}, and why\n"
+    yield f"{outcomes(found)}\n"
+    yield SHARE
+    header = ["runs", "rounds × epochs, learning rate", "first round", "last round"]
+    header += [f"{EXACT} less {REFERENCE}"]
+    rows = [
+        [g.name, g.setting, spread(g.first), spread(g.last), change(g.pair.difference)]
+        for g in found
+    ]
+    yield markdown_table(header, rows)
+    yield f"{going_with(found)} {WHY}".lstrip()
 
 
-def claims(whole: Study) -> Iterator[str]:
-    """The paper's claims, held against all these runs."""
-    texts = {claim.number: f"{claim.text} ({claim.where})" for claim in CLAIMS}
+def outcomes(found: Sequence[Gain]) -> str:
+    """In how many of the settings there is which outcome."""
+    words = {
+        "better": f"{EXACT} beats {REFERENCE}",
+        "worse": f"{REFERENCE} beats {EXACT}",
+        "none": "no difference is seen",
+        "unknown": "there are too few seeds to tell",
+    }
+    told = []
+    for outcome, text in words.items():
+        names = [g.name for g in found if g.pair.outcome == outcome]
+        if names:
+            told.append(f"in {len(names)} {text} ({', '.join(names)})")
+    return f"Of {len(found)} settings, {'; '.join(told)}."
+
+
+def going_with(found: Sequence[Gain]) -> str:
+    """How often more is gained where more is missed."""
+    pairs = list(combinations(found, 2))
+    both = sum(a.pair.difference.mean < b.pair.difference.mean for a, b in pairs)
+    if not pairs:
+        return ""
+    return (
+        f"Of the {len(pairs)} pairs of settings, in {both} {EXACT} gains more where averaging "
+        "misses more in the last round."
+    )
+
+
+def claims(runs: Sequence[Run]) -> Iterator[str]:
+    """The paper's claims, held against these runs; tasks of one kind are taken together."""
     yield "## The paper's claims, held against these runs\n"
-    found = findings(whole)
-    for number, text in texts.items():
-        parts = [f for f in found if f.claim == number]
-        told = "".join(f"   - {f.part}: **{f.outcome}**. {f.evidence}\n" for f in parts)
-        yield f"{number}. {text}\n{told}"
+    texts = {claim.number: f"{claim.text} ({claim.where})" for claim in CLAIMS}
+    kinds = list(dict.fromkeys(run.recipe.task.kind for run in runs))
+    for kind in kinds:
+        whole = study([run for run in runs if run.recipe.task.kind == kind])
+        if len(kinds) > 1:
+            yield f"### {kind}: {', '.join(whole.tasks)}\n"
+        found = [f for f in findings(whole) if len(kinds) == 1 or f.outcome != "not tested"]
+        for number, text in texts.items():
+            parts = [f for f in found if f.claim == number]
+            told = "".join(f"   - {f.part}: **{f.outcome}**. {f.evidence}\n" for f in parts)
+            yield f"{number}. {text}\n{told}" if parts else ""
 
 
 def fewest_seeds(whole: Study) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from small_runs import recipe
 
+from fedex_lora.analysis.statistics import Paired, estimate
 from fedex_lora.errors import UserError
 from fedex_lora.rundir import RunDir
 
@@ -17,14 +18,15 @@ def page():
     return lambda *folders: "\n".join(runpy.run_path(str(SCRIPT))["results"](folders))
 
 
-def make_run(folder, given, method, seed, score=None):
+def make_run(folder, given, method, seed, score=None, more=None, **blocks):
     raw = given.model_dump(exclude_unset=True) | {"seed": seed, "method": {"name": method}}
+    raw |= {name: {**raw[name], **block} for name, block in blocks.items()}
     directory = RunDir(folder / f"{method}-seed{seed}")
     directory.create(type(given).model_validate(raw))
     directory.write_json("environment.json", {"python": "3.0", "packages": {"torch": "1.5"}})
     if score is None:
         return
-    scores = {"validation": {"accuracy": 0.9}, "test": {"accuracy": score}}
+    scores = {"validation": {"accuracy": 0.9}, "test": {"accuracy": score, **(more or {})}}
     best = {"scores": scores, "score": 0.9}
     told = {"deviation": 0.25, "bytes_up": 2000, "bytes_down": 3_000_000, "seconds": 7.0}
     rounds = {"rounds": 2, "best_round": 1, "metric": "accuracy", "seed": seed, "method": method}
@@ -48,11 +50,66 @@ def test_the_page_has_means_differences_with_intervals_and_what_is_unfinished(tm
     assert "## news-2rounds" in text and "somewhere" not in text and "Data: news," in text
     row = next(line for line in text.splitlines() if line.startswith("| fedex |"))
     # differences 0.10, 0.11, 0.12: mean 0.11, half-width 4.303 * 0.01 / sqrt(3)
-    assert "| 0.710 ± 0.110 | +0.110 (+0.085 to +0.135) | 0.250 ± 0.000 | 2.0 kB | 3.0 MB |" in row
+    assert "| 0.710 ± 0.110 | +0.110 (+0.085 to +0.135) | 0.25 ± 0 | 2.0 kB | 3.0 MB |" in row
     assert "- fedex beats fedit by 0.110" in text
-    assert "| news-2rounds | 0.250 ± 0.000 | 0.100 ± 0.000 | +0.110 (+0.085 to +0.135) |" in text
+    told = "| news-2rounds | 2 × 1, 0.02 | 0.250 ± 0.000 | 0.100 ± 0.000 | +0.110 (+0.085"
+    assert told in text
+    assert "Of 1 settings, in 1 fedex beats fedit (news-2rounds)." in text
     assert "fedex scores higher than fedit: **holds**" in text
     assert "Python 3.0, torch 1.5" in text
+
+
+def test_one_method_s_directories_stand_beside_the_nearest_runs_of_that_method(tmp_path, page):
+    given = recipe(tmp_path)
+    for seed in range(3):
+        for method in ("fedit", "fedex"):
+            make_run(tmp_path / "a-base", given, method, seed, 0.5 + seed / 10)
+            far = {"training": {"learning_rate": 0.5}}
+            make_run(tmp_path / "b-rate", given, method, seed, 0.9, **far)
+        # alone, 0.05, 0.061 and 0.072 above the base's; ranks 1, 3 and 16 together are claim 5
+        for r in (1, 16):
+            score = 0.55 + seed / 9
+            make_run(tmp_path / f"r={r}", given, "fedex", seed, score, lora={"r": r})
+    text = page(*sorted(p for p in tmp_path.iterdir() if (p / "fedex-seed0").exists()))
+    part = text[text.index("## r=1, r=16") : text.index("## fedex against fedit")]
+    assert "Beside the same method's runs of a-base." in part
+    rows = [line for line in part.splitlines() if line.startswith("| fedex, r")]
+    assert [row.split(" | ")[0] for row in rows] == [f"| fedex, r {r}" for r in (1, 3, 16)]
+    assert "less fedex, r 3" in part and "+0.061 (+0.034 to +0.089)" in rows[0]
+    assert "of ranks 1, 3, 16" in text and "No run of fedit" not in text
+
+
+def test_every_metric_is_shown_and_exact_aggregation_judged_by_each(tmp_path, page):
+    given = recipe(tmp_path)
+    for seed in range(3):
+        for method, f1, step in (("fedit", 0.3, 0.01), ("fedex", 0.4, 0.02)):
+            more = {"f1": f1 + step * seed, "loss": 0.1}
+            make_run(tmp_path / "news", given, method, seed, 0.5 + 7 * step * seed, more)
+    text = page(tmp_path / "news")
+    assert "| method | accuracy | f1 |" in text
+    assert "| fedit | 0.570 ± 0.070 | 0.310 ± 0.010 |" in text
+    assert "- f1: fedex beats fedit by 0.110" in text
+    assert "- accuracy: No difference seen between fedex and fedit" in text
+
+
+def test_where_more_is_missed_and_gained_is_counted():
+    page = runpy.run_path(str(SCRIPT))
+    pairs = [Paired("fedex", "fedit", estimate({"t": [d, d]})) for d in (0.1, 0.3, 0.2)]
+    found = [page["Gain"](str(d), "", [1.0], [0.1 * i], d) for i, d in enumerate(pairs)]
+    # by what is missed: 0.1, 0.3, 0.2; two of the three pairs rise
+    assert "Of the 3 pairs of settings, in 2 fedex gains more" in page["going_with"](found)
+
+
+def test_tasks_of_other_kinds_are_claimed_apart(tmp_path, page):
+    news, talk = recipe(tmp_path), recipe(tmp_path, "llama", task={"kind": "causal-lm"})
+    for seed in range(2):
+        for method, score in (("fedit", 0.5), ("fedex", 0.6 + seed / 100)):
+            make_run(tmp_path / "news", news, method, seed, score)
+            make_run(tmp_path / "talk", talk, method, seed, score)
+    text = page(tmp_path / "news", tmp_path / "talk")
+    assert "### text-classification: tiny (text-classification)" in text
+    assert "### causal-lm: tiny (causal-lm)" in text
+    assert text.count("fedex scores higher than fedit") == 2
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path, page):

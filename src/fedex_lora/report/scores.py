@@ -31,7 +31,7 @@ def scores(study: Study, task: str) -> Html:
             one = compared[a.arm]
             row.append(change(one.difference) if one else "")
         row += [", ".join(map(str, a.best_rounds)) or "-"]
-        row += [_significant(a.deviation) if a.arm in able else "-"]
+        row += [significant(a.deviation) if a.arm in able else "-"]
         row += [_mean_size(a.bytes_up), _mean_size(a.bytes_down)]
         row += [f"{statistics.fmean(a.seconds):.0f}" if a.seconds else "-"]
         rows.append(row)
@@ -56,11 +56,11 @@ def _mean_size(values: Sequence[float]) -> str:
     return size(statistics.fmean(values)) if values else "-"
 
 
-def _significant(values: Sequence[float]) -> str:
+def significant(values: Sequence[float]) -> str:
     """Mean and standard deviation of what may be of any size, to three digits.
 
     Example:
-        >>> _significant([0.00022, 0.00024]), _significant([1.5]), _significant([])
+        >>> significant([0.00022, 0.00024]), significant([1.5]), significant([])
         ('0.00023 ± 1.4e-05', '1.5', '-')
     """
     if not values:
