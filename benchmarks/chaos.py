@@ -1,5 +1,6 @@
 """What failures cost, in a real deployment on this machine: SuperLink with TLS and node keys, three
-SuperNodes, a tiny model, two rounds a scenario, the failure in the first.
+SuperNodes, a tiny model, two rounds a scenario, the failure in the first (the coordinator's in the
+second).
 
     make chaos                                       # all scenarios
     python -m benchmarks.chaos "client hangs" ...    # some
@@ -12,7 +13,6 @@ of all that stand there to docs/chaos.md.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -43,9 +43,10 @@ TEXT = f"""# What failures cost
 
 Written by `make chaos` (benchmarks/chaos.py), from benchmarks/chaos.json. A real deployment on one
 machine: SuperLink with TLS and node keys, three SuperNodes, a tiny model, two rounds; the failure
-happens in the first round, to the client *bob* or to the coordinator. `round_timeout` is
-{ROUND_TIMEOUT:g} s. *Lost* is whose update in which round; *error* the relative distance of the
-final state from that of the local engine with the same participation (0: the same bits).
+happens in the first round to the client *bob*, or to the coordinator in the second, while *bob* is
+at work. `round_timeout` is {ROUND_TIMEOUT:g} s. *Lost* is whose update in which round; *error* the
+relative distance of the final state from that of the local engine with the same participation
+(0: the same bits).
 """
 SABOTAGE = {  # what the client does: what chaos_client calls it
     "client raises": "raises",
@@ -56,9 +57,8 @@ SABOTAGE = {  # what the client does: what chaos_client calls it
     "client sends 10 times the size": "10 times the size",
     "client sends another run's round": "another run's round",
 }
-
-
-KILLED = ("SuperNode killed", "SuperLink killed", "coordinator killed and resumed")
+# what is killed, and in which round: while the victim, who waits for it, is at work
+KILLED = {"SuperNode killed": 1, "SuperLink killed": 1, "coordinator killed and resumed": 2}
 
 
 class Stopped(Exception):
@@ -67,24 +67,20 @@ class Stopped(Exception):
 
 @dataclass
 class Act(Silent):
-    """Does `act` once, when the first round's messages are out or when it is done."""
+    """Does `act` once, while the victim, who waits, is at work in the round of the scenario."""
 
-    act: Callable[[], object] | None = None
-    when: str = "turn"
+    deployment: Deployed
+    round: int
+    act: Callable[[], object] | None
     stop: bool = False
 
     def turn(self, round: int, client: str, done: int, total: int) -> None:
-        if self.when == "turn":
-            self._do()
-
-    def round_done(self, record: dict[str, Any]) -> None:
-        if self.when == "round_done":
-            self._do()
-
-    def _do(self) -> None:
-        act, self.act = self.act, None
-        if act is not None:
+        act = self.act
+        if act is not None and round == self.round:
+            self.act = None
+            self.deployment.await_at_work()
             act()
+            self.deployment.let_go()
             if self.stop:
                 raise Stopped
 
@@ -99,19 +95,13 @@ def main(chosen: list[str]) -> None:
         folder = Path(temporary)
         spec = tiny_recipe(folder, federation={"clients": 3, "rounds": 2})
         coordinator = _across(spec, folder)
-        plan = folder / "plan.json"
-        os.environ["FEDEX_LORA_CHAOS"] = str(plan)
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        _plan(plan, "")
         with deployed(folder / "deployment", coordinator, spec.data.clients or []) as deployment:
-            app = deployment.folder / "app" / "pyproject.toml"
-            ours, theirs = "fedex_lora.flower.client_app:app", "benchmarks.chaos_client:app"
-            app.write_text(app.read_text().replace(ours, theirs))
             for name in chosen or scenarios:
                 out = folder / name.replace(" ", "-").replace("'", "")
-                _plan(plan, SABOTAGE.get(name, ""))
+                what, round = ("waits", KILLED[name]) if name in KILLED else (SABOTAGE.get(name), 1)
                 try:
-                    _play(name, coordinator, out, deployment)
+                    with deployment.sabotage(VICTIM, round, what or ""):
+                        _play(name, coordinator, out, deployment)
                 except UserError as error:
                     print(f"{name}: {error}\n{deployment.log(VICTIM)[-3000:]}", flush=True)
                     continue
@@ -121,21 +111,17 @@ def main(chosen: list[str]) -> None:
 
 def _play(name: str, coordinator: Recipe, out: Path, deployment: Deployed) -> None:
     folder = deployment.folder
-    if name == "SuperNode killed":  # deploy client starts it again
-        launch(coordinator, out, folder, False, Act(lambda: deployment.kill("", VICTIM)))
-        return
-    if name == "SuperLink killed":  # deploy server starts it again
-        act = Act(lambda: deployment.kill("fedex_lora.flower.superlink", "server"))
-        launch(coordinator, out, folder, False, act)
-        return
-    if name == "coordinator killed and resumed":
-        act = Act(lambda: deployment.kill_app("server"), "round_done", True)
-        try:
-            launch(coordinator, out, folder, False, act)
-        except Stopped:
-            launch(coordinator, out, folder, True, Silent())
-        return
-    launch(coordinator, out, folder, False, Silent())
+    acts: dict[str, Callable[[], object]] = {  # deploy client and server start them again
+        "SuperNode killed": lambda: deployment.kill("", VICTIM),
+        "SuperLink killed": lambda: deployment.kill("fedex_lora.flower.superlink", "server"),
+        "coordinator killed and resumed": lambda: deployment.kill_app("server"),
+    }
+    resumed = name == "coordinator killed and resumed"
+    watcher = Act(deployment, KILLED[name], acts[name], resumed) if name in acts else Silent()
+    try:
+        launch(coordinator, out, folder, False, watcher)
+    except Stopped:
+        launch(coordinator, out, folder, True, Silent())
 
 
 def _across(spec: Recipe, folder: Path) -> Recipe:
@@ -145,10 +131,6 @@ def _across(spec: Recipe, folder: Path) -> Recipe:
     waits = {"round_timeout": ROUND_TIMEOUT, "wait_for_clients": 300.0, "min_clients": 1}
     raw["federation"] |= waits
     return Recipe.model_validate(raw)
-
-
-def _plan(file: Path, what: str) -> None:
-    file.write_text(json.dumps({"client": VICTIM, "round": 1, "what": what}))
 
 
 def _outcome(spec: Recipe, out: Path, oracle: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Flower's client app of `make chaos`: the real one, sabotaged in one round at one client.
 
-The file that $FEDEX_LORA_CHAOS names says which: {"client", "round", "what"}.
+The file that $FEDEX_LORA_CHAOS names says which: {"client", "round", "what"}. One that "waits"
+makes the file at-work beside it, and goes on when that is gone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def answer(message: Message, context: Context) -> Message:
     """The client's reply, or what the plan makes of it."""
     blob = unpack(message.content)
     said = read_about(blob)
-    plan = json.loads(Path(os.environ["FEDEX_LORA_CHAOS"]).read_text())
+    file = Path(os.environ["FEDEX_LORA_CHAOS"])
+    plan = json.loads(file.read_text())
     now = said.get("client") == plan["client"] and said.get("version", -1) + 1 == plan["round"]
     what = plan["what"] if now and said["kind"] == "round" else ""
     with in_time(message, context):
@@ -39,8 +41,17 @@ def answer(message: Message, context: Context) -> Message:
             raise RuntimeError("sabotage")
         if what == "hangs":
             time.sleep(3600)
+        if what == "waits":
+            wait(file.with_name("at-work"))
         reply = reply_to(blob, context.node_config, context.run_config)
         return Message(pack(damaged(reply, what) if what else reply), reply_to=message)
+
+
+def wait(mark: Path) -> None:
+    """Says that it is at work, and waits until somebody takes that away."""
+    mark.touch()
+    while mark.exists():
+        time.sleep(0.1)
 
 
 def damaged(reply: bytes, what: str) -> bytes:

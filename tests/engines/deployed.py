@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest.mock import patch
 
 from fedex_lora import cli
 from fedex_lora.deploy.init import Deployment, init
@@ -21,6 +23,8 @@ from fedex_lora.deploy.processes import free_port, interrupted_by_signals
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
+APP, SABOTAGED = "fedex_lora.flower.client_app:app", "benchmarks.chaos_client:app"
 FORKS = "multiprocessing.forkserver"
 forkserver.set_forkserver_preload(["fedex_lora.cli"])  # so that it is imported once for all
 
@@ -33,6 +37,13 @@ class Deployed:
         self.processes: dict[str, ForkServerProcess] = {}
         self.host = own_address()
         init(folder, Deployment(self.host, free_port(), tuple(names)))
+        self.plan = folder / "plan.json"
+        self.at_work = self.plan.with_name("at-work")  # made by a client that waits, see sabotage
+        self.environment = {
+            "OMP_NUM_THREADS": "1",
+            "FEDEX_LORA_CHAOS": str(self.plan),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
 
     def start_server(self) -> None:
         self._start("server", ["deploy", "server", str(self.folder)])
@@ -41,6 +52,35 @@ class Deployed:
     def start_client(self, name: str, recipe: Path, data: Path) -> None:
         common = ["deploy", "client", str(self.folder), "--name", name, "--no-check"]
         self._start(name, [*common, "--recipe", str(recipe), "--data", str(data)])
+
+    @contextmanager
+    def sabotage(self, client: str, round: int, what: str) -> Iterator[None]:
+        """In runs begun within, `client` does `what` (see benchmarks/chaos_client.py) in a round.
+
+        A client that "waits" is at work on the round's message until it is let go or killed.
+        """
+        self.at_work.unlink(missing_ok=True)
+        self.plan.write_text(json.dumps({"client": client, "round": round, "what": what}))
+        app = self.folder / "app" / "pyproject.toml"
+        before = app.read_text()
+        app.write_text(before.replace(APP, SABOTAGED))
+        try:
+            with patch.dict(os.environ, self.environment):  # Flower looks for the app's code here
+                yield
+        finally:
+            app.write_text(before)
+            self.let_go()
+
+    def await_at_work(self, seconds: float = 300) -> None:
+        """Until the client that is to wait has the round's message and is at work on it."""
+        until = time.monotonic() + seconds
+        while not self.at_work.exists():
+            assert time.monotonic() < until, self.log("server")[-3000:]
+            time.sleep(0.1)
+
+    def let_go(self) -> None:
+        """The client that waits goes on."""
+        self.at_work.unlink(missing_ok=True)
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
@@ -56,12 +96,20 @@ class Deployed:
         log = self.folder / f"{name}.log"
         log.touch()
         context = multiprocessing.get_context("forkserver")
-        self.processes[name] = context.Process(target=program, args=(arguments, log))
+        self.processes[name] = context.Process(
+            target=program, args=(arguments, log, self.environment)
+        )
         self.processes[name].start()
 
     def kill(self, pattern: str, within: str) -> int:
         """kill -9 of the processes below `within` whose command line has `pattern`; how many."""
         return _kill(p for p in self._below(within) if pattern in command(p))
+
+    def freeze(self, name: str, frozen: bool) -> None:
+        """Stops `deploy client` itself, so that it starts nothing again; or lets it go on."""
+        number = self.processes[name].pid
+        assert number is not None
+        os.kill(number, signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def kill_app(self, within: str) -> int:
         """kill -9 of the apps below `within`: forks of the process that has imported everything."""
@@ -76,18 +124,20 @@ class Deployed:
         below = [number for name in self.processes for number in self._below(name)]
         for process in self.processes.values():
             process.terminate()
+            if process.pid and process.is_alive():
+                os.kill(process.pid, signal.SIGCONT)  # one that is frozen would not hear of it
         for process in self.processes.values():
             process.join(30)
         _kill(number for number in below if command(number))
 
 
-def program(arguments: list[str], log: Path) -> None:
+def program(arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
     """`fedex-lora ARGUMENTS` in a session of its own, with its output in a file."""
     os.setsid()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(environment)
     sys.argv = ["fedex-lora", *arguments]
     cli.main()
 

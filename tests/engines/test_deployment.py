@@ -100,17 +100,21 @@ def federation(tmp_path_factory):
 
 
 def test_it_is_the_local_run_bit_for_bit_though_the_coordinator_is_killed(federation, tmp_path):
-    """Three rounds; the coordinator's process is killed -9 in the second, and resumed."""
+    """Three rounds; the coordinator's process is killed -9 in the second, and resumed.
+
+    One client holds its update of that round back until then, so that the round is surely not over.
+    """
     deployment, spec = federation
 
     class Kills(Silent):
         def turn(self, round, client, done, total):
             if round == 2 and done:
+                deployment.await_at_work()
                 assert deployment.kill_app("server") > 0
                 raise Stopped
 
     run = tmp_path / "run"
-    with pytest.raises(Stopped):
+    with deployment.sabotage(NAMES[2], 2, "waits"), pytest.raises(Stopped):
         launch(across(spec), run, deployment.folder, False, Kills())
     assert (run / "checkpoints" / "round-0001.safetensors").exists()
     assert not (run / "results.json").exists()
@@ -124,7 +128,11 @@ def test_it_is_the_local_run_bit_for_bit_though_the_coordinator_is_killed(federa
 
 
 def test_a_node_that_is_killed_in_a_round_costs_its_update_of_that_round(federation, tmp_path):
-    """Its SuperNode and all of its processes, kill -9; `deploy client` starts them again."""
+    """Its SuperNode and all of its processes, kill -9; `deploy client` starts them again.
+
+    It is killed while it surely is at work, and is back only when the round is surely over: a node
+    that is back within half a second of counting as offline would not be seen to have been away.
+    """
     deployment, spec = federation
 
     class Kills(Silent):
@@ -132,11 +140,17 @@ def test_a_node_that_is_killed_in_a_round_costs_its_update_of_that_round(federat
 
         def turn(self, round, client, done, total):
             if not self.killed:
+                deployment.await_at_work()
+                deployment.freeze(NAMES[1], True)
                 self.killed = deployment.kill("", NAMES[1])
+
+        def round_done(self, record):
+            deployment.freeze(NAMES[1], False)
 
     watcher, run = Kills(), tmp_path / "run"
     waits = {"min_clients": 2, "round_timeout": 240.0}
-    launch(across(spec, rounds=2, **waits), run, deployment.folder, False, watcher)
+    with deployment.sabotage(NAMES[1], 1, "waits"):
+        launch(across(spec, rounds=2, **waits), run, deployment.folder, False, watcher)
     assert watcher.killed > 0
     records = timeless(run)
     assert sorted(records[0]["clients"]) == [NAMES[0], NAMES[2]]
