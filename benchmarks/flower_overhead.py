@@ -4,8 +4,12 @@
     python -m benchmarks.flower_overhead large    # 200 MB of adapter and ledger for every client
 
 On this machine, over TLS and with node keys, three SuperNodes. The floor is a Flower app on the
-same SuperLink that sends and returns as many bytes and does nothing. Results go to
-benchmarks/flower.json.
+same SuperLink that sends and returns as many bytes and does nothing; the two take turns, so that
+what else the machine does hits both. Results go to benchmarks/flower.json.
+
+Flower cuts messages into pieces of 5 MiB and carries equal ones once. So that its count can be
+compared with ours no piece here is equal to another: clients take two steps, for in the first one
+B = 0 and A does not move.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +45,9 @@ from fedex_lora.watch import Silent
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "flower.json"
 NODES = 3
-WIDTH, LAYERS, RANK, ROUNDS = 1024, 4, 1024, 2
+WIDTH, LAYERS, RANK, ROUNDS = 1024, 4, 1024, 3
+TURNS = 2  # of ours and Flower's
 SITES = ["query", "key", "value", "attention.output.dense"]
-UP = 4 * LAYERS * len(SITES) * RANK * 2 * WIDTH  # bytes of the factors
-DOWN = UP + 4 * LAYERS * len(SITES) * WIDTH**2  # and of a ledger entry, which is dense then
 
 ECHO = """
 [tool.flwr.app]
@@ -69,33 +73,45 @@ def main(part: str) -> None:
     with tempfile.TemporaryDirectory(prefix="overhead-") as temporary:
         for name, found in {"floor": floor, "large": large}[part](Path(temporary)):
             known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            known[part] = {**known.get(part, {}), name: found}
+            known[part] = {**known.get(part, {}), name: found, "date": f"{date.today()}"}
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")
             print(name, json.dumps(found, indent=1), flush=True)
 
 
-def floor(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def floor(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Rounds of a tiny model, whose training takes no time, and rounds of nothing."""
     spec = across(small_recipe(folder, federation={"clients": NODES, "rounds": 6}), folder)
     with deployed(folder / "deployment", spec, files(folder)) as deployment:
-        yield "ours", run(deployment, spec, folder / "run")
-        yield "flower", {"seconds": echo(deployment, 0, 0, 6)}
+        yield from in_turn(deployment, spec, folder)
 
 
-def large(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rounds with large adapters, and rounds of blobs as large as in the second of them."""
+def large(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Rounds with large adapters, and rounds of blobs as large as in the last of them."""
     wide = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
     tiny("roberta", folder / "roberta", **wide)
     base = small_recipe(
         folder,
         lora={"target_modules": SITES, "r": RANK, "lora_alpha": RANK},
         federation={"clients": NODES, "rounds": ROUNDS},
-        training={"max_steps": 1, "per_device_train_batch_size": 1},
+        training={"max_steps": 2, "per_device_train_batch_size": 1},
     )
     spec = across(base, folder)
     with deployed(folder / "deployment", spec, files(folder)) as deployment:
-        yield "ours", run(deployment, spec, folder / "run")
-        yield "flower", {"down": DOWN, "up": UP, "seconds": echo(deployment, DOWN, UP, ROUNDS)}
+        yield from in_turn(deployment, spec, folder)
+
+
+def in_turn(
+    deployment: Deployed, spec: Recipe, folder: Path
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Our runs and Flower's, whose messages are as large as those of our last round."""
+    ours, flowers = [], []
+    for turn in range(TURNS):
+        ours.append(run(deployment, spec, folder / f"run-{turn}"))
+        down, up = (ours[-1][key][-1] // NODES for key in ("bytes_down", "bytes_up"))
+        seconds = echo(deployment, down, up, spec.federation.rounds, folder / f"echo-{turn}")
+        flowers.append({"down": down, "up": up, "seconds": seconds})
+        yield "ours", ours
+        yield "flower", flowers
 
 
 class Shown(Silent):
@@ -139,9 +155,8 @@ def traffic(deployment: Deployed) -> int:
     return newest["network-traffic"]["total-bytes"]
 
 
-def echo(deployment: Deployed, down: int, up: int, rounds: int) -> list[float]:
-    """Seconds of rounds of the app that does nothing."""
-    folder = deployment.folder / f"echo-{down}-{up}"
+def echo(deployment: Deployed, down: int, up: int, rounds: int, folder: Path) -> list[float]:
+    """Seconds of rounds of the app that does nothing; its files go to `folder`."""
     (folder / "app").mkdir(parents=True)
     project = (deployment.folder / "app" / "pyproject.toml").read_text()
     (folder / "app" / "pyproject.toml").write_text(

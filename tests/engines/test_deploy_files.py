@@ -2,11 +2,16 @@
 
 import asyncio
 import json
+import re
 import socket
 import ssl
 import stat
 import threading
+import time
+from base64 import b64encode
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
 
 import pytest
 from commands import command
@@ -21,6 +26,7 @@ from fedex_lora.deploy.keys import check_certificate
 from fedex_lora.deploy.processes import check_server, free_port
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.flower.progress import Recorder, follow
+from fedex_lora.flower.refusals import known_keys, telling
 from fedex_lora.flower.superlink import guarded
 from fedex_lora.recipe_yaml import dump_recipe
 from fedex_lora.watch import Silent, Start
@@ -191,15 +197,16 @@ def test_a_port_in_use_and_an_expired_certificate_are_named_before_anything_star
 
 
 @contextmanager
-def tls_server(folder):
+def tls_server(folder, date="", host="127.0.0.1"):
     """Somebody who answers with the certificate in that deployment; its port."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(folder / "server" / "server.pem", folder / "server" / "server.key")
-    with socket.create_server(("127.0.0.1", 0)) as plain:
+    with socket.create_server((host, 0)) as plain:
 
         def answer():
-            with suppress(OSError), context.wrap_socket(plain.accept()[0], server_side=True):
-                pass
+            with suppress(OSError), context.wrap_socket(plain.accept()[0], server_side=True) as to:
+                to.recv(1000)
+                to.sendall(f"HTTP/1.1 200 OK\r\nDate: {date}\r\n\r\n".encode())
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -207,29 +214,105 @@ def tls_server(folder):
         thread.join(10)
 
 
+def answer_to_client(command, folder, tmp_path, host="127.0.0.1", date=None):
+    """What `deploy client` of the institution in `folder` says, to a server of deployment d."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(remote(without_files(tiny_recipe(tmp_path)))))
+    rows, date = tmp_path / "data" / "ann.jsonl", date or formatdate(usegmt=True)
+    with tls_server(tmp_path / "d", date, host) as port:
+        own = folder / "clients" / "ann" / "deployment.json"
+        own.write_text(json.dumps({**json.loads(own.read_text()), "host": host, "port": port}))
+        arguments = ("--name", "ann", "--recipe", recipe, "--data", rows, "--no-check")
+        return command("deploy", "client", folder, *arguments)
+
+
 @pytest.mark.parametrize(
-    ("days", "authority", "reason"),
+    ("days", "folder", "host", "reason"),
     [
-        (730, "d", None),
-        (-1 / 48, "d", "certificate has expired"),
-        (730, "other", "unable to get local issuer"),
+        (-1 / 48, "d", "127.0.0.1", "certificate has expired"),
+        (730, "other", "127.0.0.1", "unable to get local issuer"),
+        (730, "d", "127.0.0.2", "IP address mismatch, certificate is not valid for '127.0.0.2'"),
     ],
 )
+@pytest.mark.usefixtures("nothing_starts")
 def test_a_client_refuses_a_certificate_that_does_not_fit(
-    days, authority, reason, monkeypatch, tmp_path
+    days, folder, host, reason, command, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(keys, "_SERVER_DAYS", days)
-    for name in ("d", "other"):
+    for name in {"d", folder}:
         init(tmp_path / name, Deployment("127.0.0.1", 9443, ("ann",)))
-    with tls_server(tmp_path / "d") as port:
-        told = Deployment("127.0.0.1", port, ("ann",))
-        certificates, said = tmp_path / authority / "server" / "ca.crt", []
-        if reason is None:
-            check_server(told, certificates, said.append)
-        else:
-            with pytest.raises(UserError, match=f"is not accepted: .*{reason}"):
-                check_server(told, certificates, said.append)
-    assert said == []
+    code, _, errors = answer_to_client(command, tmp_path / folder, tmp_path, host)
+    errors = " ".join(errors.split())
+    assert code == 2 and f"its certificate is not accepted: {reason}" in errors
+
+
+@pytest.mark.parametrize(("seconds", "way"), [(-3600, "ahead of"), (3600, "behind"), (0, None)])
+def test_a_client_whose_clock_is_off_is_told_before_it_connects(
+    seconds, way, command, monkeypatch, tmp_path
+):
+    attended = []
+    monkeypatch.setattr(processes, "attend", lambda *_: attended.append(True))
+    init(tmp_path / "d", Deployment("127.0.0.1", 9443, ("ann",)))
+    date = formatdate(time.time() + seconds, usegmt=True)
+    code, _, errors = answer_to_client(command, tmp_path / "d", tmp_path, date=date)
+    assert (code, bool(attended)) == ((2, False) if way else (0, True)), errors
+    told = rf"clock is (3599|3600|3601) s {way} the coordinator's"  # a date has whole seconds
+    assert way is None or re.search(told, " ".join(errors.split()))
+
+
+def test_a_certificate_from_the_future_is_a_clock_that_is_off(monkeypatch, tmp_path):
+    monkeypatch.setattr(keys, "_EARLIER", -timedelta(hours=1))
+    init(tmp_path / "d", Deployment("127.0.0.1", 9443, ("ann",)))
+    with pytest.raises(UserError, match=r"valid from .* but this machine's clock says .*set the"):
+        check_certificate(tmp_path / "d" / "server" / "server.pem", "127.0.0.1")
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_client_s_port_in_use_is_named(command, tmp_path):
+    init(tmp_path / "d", Deployment("127.0.0.1", free_port(), ("ann",)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(remote(without_files(tiny_recipe(tmp_path)))))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        client = ("--name", "ann", "--recipe", recipe, "--no-check", "--port", port)
+        code, _, errors = command("deploy", "client", tmp_path / "d", *client)
+    assert code == 2 and f"port {port} is in use" in errors
+
+
+@pytest.mark.parametrize(
+    ("whose", "seconds", "reason"),
+    [
+        ("ann", 3600, "refused ann at 10.0.0.9: its clock is some 3600 s ahead of"),
+        ("ann", -3600, "refused ann at 10.0.0.9: its clock is some 3600 s behind"),
+        ("ann", 0, "refused ann at 10.0.0.9: status 401"),
+        ("none", 0, "refused a client at 10.0.0.9: its key is none of those"),
+        (None, 0, "refused a client at 10.0.0.9: status 401"),
+    ],
+)
+def test_the_server_names_whom_it_refuses(whose, seconds, reason, tmp_path):
+    init(tmp_path / "d", Deployment("127.0.0.1", 9443, ("ann",)))
+    ours = known_keys(tmp_path / "d" / "clients")
+    assert list(ours.values()) == ["ann"]
+    key = next(iter(ours)) if whose == "ann" else b"another"
+    when = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+    headers = [(b"flwr-timestamp", when.encode()), (b"flwr-public-key", b64encode(key))]
+    said, status = [], [401]
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": status[0], "headers": []})
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "path": "/v1/fleet/activate-node", "client": ("10.0.0.9", 5)}
+    scope["headers"] = headers if whose else []
+    told = telling(app, ours, said.append)
+    for _ in range(3):  # it tries again, and is named once
+        asyncio.run(told(scope, None, send))
+    assert len(said) == 1 and said[0].startswith(reason)
+    status[0] = 200
+    asyncio.run(telling(app, ours, said.append)(scope, None, send))
+    assert len(said) == 1
 
 
 def test_a_server_that_is_down_is_waited_for(tmp_path):

@@ -193,3 +193,4 @@ def test_a_node_whose_key_is_not_registered_is_refused(federation, tmp_path):
         node.argv, env=node.environment(), capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode != 0 and "305" in done.stdout + done.stderr
+    assert "its key is none of those that `deploy init` made" in deployment.log("server")

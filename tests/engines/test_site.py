@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import time
 from pathlib import Path
 
@@ -275,7 +276,7 @@ def test_a_client_that_sends_nonsense_costs_its_update_and_nothing_else(kind, re
     assert reason in {**record["refused"], **record["lost"]}["bob"]
 
 
-def test_too_few_clients_stop_the_run_with_reasons(tmp_path):
+def test_too_few_clients_stop_the_run_with_reasons(tmp_path, caplog):
     spec = recipe(tmp_path, federation={"clients": 3, "rounds": 2, "min_clients": 3})
     other = recipe(tmp_path, training={"learning_rate": 0.5}, federation={"clients": 3})
     nodes = institutions(spec, tmp_path / "cache")
@@ -286,6 +287,8 @@ def test_too_few_clients_stop_the_run_with_reasons(tmp_path):
     twins = {"ann": nodes["ann"], "again": nodes["ann"]}
     with pytest.raises(QuorumLost, match="two clients are called ann"):
         start_run(few, tmp_path / "run", None, across_machines(InProcess(twins)))
+    refused = r"the coordinator refuses this client: .two clients are called ann; give each"
+    assert re.search(refused, caplog.text)  # in the log of the client
 
 
 def rewritten(**changes):
@@ -316,7 +319,7 @@ def test_a_clock_that_is_off_and_other_versions_are_noted(tmp_path):
     assert any("client bob has" in text and "torch 0.1" in text for text in notes.texts)
 
 
-def test_a_full_disk_at_a_client_costs_its_update_and_is_named(tmp_path, monkeypatch):
+def test_a_full_disk_at_a_client_costs_its_update_and_is_named(tmp_path, monkeypatch, caplog):
     spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1})
     courier, write = InProcess(institutions(spec, tmp_path / "cache")), Path.write_bytes
 
@@ -330,6 +333,7 @@ def test_a_full_disk_at_a_client_costs_its_update_and_is_named(tmp_path, monkeyp
     (record,) = timeless(tmp_path / "run")
     assert sorted(record["clients"]) == ["ann", "cleo"]
     assert "No space left on device" in record["lost"]["bob"]
+    assert "No space left on device" in caplog.text  # and in the client's own log
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def client_command(
     if check:
         client_rows(spec, recipe_task(spec), name, data)
         say("the rows can be used")
+    if port:
+        processes.check_port(port)
     if not deployment.insecure:
         processes.check_server(deployment, own / "ca.crt", say)
     rows, port = None if data is None else data.resolve(), port or processes.free_port()

@@ -50,7 +50,8 @@ def superlink(path: Path, deployment: Deployment) -> Command:
         argv += ["--ssl-ca-certfile", str(server / "ca.crt"), "--enable-supernode-auth"]
         argv += ["--ssl-certfile", str(server / "server.pem")]
         argv += ["--ssl-keyfile", str(server / "server.key")]
-    return Command("SuperLink", tuple(argv), environment(path / "flower"))
+    keys = {"FEDEX_LORA_CLIENTS": str(path / "clients")}  # to name whom it refuses
+    return Command("SuperLink", tuple(argv), {**environment(path / "flower"), **keys})
 
 
 def superexec(path: Path, deployment: Deployment) -> Command:

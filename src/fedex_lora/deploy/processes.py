@@ -12,6 +12,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
 from fedex_lora.deploy import commands
@@ -24,6 +26,7 @@ Say = Callable[[str], None]
 _OFTEN = 0.5  # seconds
 _PAUSE = 5.0  # seconds before a process that ended is started again
 _QUICK = 30.0  # an end within so many seconds of the start counts as a failure to start
+_AHEAD, _BEHIND = 4.0, 14.0  # seconds; a second less than what Flower allows a signature
 _FAILURES = 15  # in a row; a node that was killed is refused for up to a minute
 
 
@@ -182,8 +185,8 @@ def check_port(port: int) -> None:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(
-                f"port {port} is in use; end the program that listens there, or init another "
-                "directory with --port"
+                f"port {port} is in use; end the program that listens there, or choose another "
+                "with --port (of deploy init for a server)"
             )
 
 
@@ -195,26 +198,42 @@ def free_port() -> int:
 
 
 def check_server(deployment: Deployment, certificates: Path, say: Say) -> None:
-    """That the server's certificate is good from here; a server that is down is only said so.
+    """That the server's certificate is good from here, and the clocks agree; a server that is down
+    is only said so.
 
     Raises:
-        UserError: It is expired, for another name, or by another authority.
+        UserError: It is expired, for another name, or by another authority; or a clock is off by
+            more than Flower's signatures allow.
     """
     context = ssl.create_default_context(cafile=str(certificates))
+    server = HTTPSConnection(deployment.host, deployment.port, timeout=5, context=context)
     try:
-        with (
-            socket.create_connection((deployment.host, deployment.port), 5) as plain,
-            context.wrap_socket(plain, server_hostname=deployment.host),
-        ):
-            return
+        server.request("HEAD", "/health")
+        date = server.getresponse().getheader("Date")
     except ssl.SSLCertVerificationError as error:
         raise UserError(
             f"{deployment.address}: its certificate is not accepted: {error.verify_message}. "
             "Is this machine's clock right, is ca.crt the coordinator's, and is that the address "
             "the certificate was made for?"
         ) from None
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         say(f"{deployment.address} does not answer yet ({error}); waiting for it")
+        return
+    finally:
+        server.close()
+    if date is not None:
+        _check_clock(time.time() - parsedate_to_datetime(date).timestamp())
+
+
+def _check_clock(ahead: float) -> None:
+    """`ahead` of the server's, which was given in whole seconds."""
+    if not -_BEHIND < ahead < _AHEAD + 1:
+        way = "ahead of" if ahead > 0 else "behind"
+        raise UserError(
+            f"this machine's clock is {abs(ahead):.0f} s {way} the coordinator's, which refuses "
+            f"messages that are dated so; set the clock that is wrong (here it is "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC) by a time server"
+        )
 
 
 def await_port(port: int, look: Callable[[], list[str]], seconds: float = 120.0) -> None:

@@ -74,7 +74,8 @@ class Cache:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be made: {error.strerror}; name another folder with --cache"
+                f"{self.path}: cannot be made: {error.strerror}; make room, or let this account "
+                "write there"
             ) from None
         there = self._files()
         files = {part: self._write(part, t, there) for part, t in _parts(held).items()}

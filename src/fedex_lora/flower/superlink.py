@@ -5,6 +5,8 @@ asks for no credentials for the last two: whoever reaches the port could start a
 programs at the coordinator and at every client. Here only what clients need answers to others than
 this machine.
 
+Clients that are refused are named here too, see `refusals`.
+
 Flower gives up on its database after five seconds. Large messages keep it busy for longer on a slow
 disk, and what then fails is a message, or the whole run; here it is given the time that it takes.
 Takes the arguments of flower-superlink.
@@ -13,7 +15,9 @@ Takes the arguments of flower-superlink.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable, MutableMapping
+import os
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -21,12 +25,11 @@ from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.cli import flower_superlink
 
+from fedex_lora.flower.refusals import Asgi, Scope, Send, known_keys, telling
+
 PUBLIC = ("/v1/fleet/", "/health")  # what SuperNodes need
 PATIENCE = ("busy_timeout", "300000")  # of SQLite, in milliseconds
-
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Asgi = Callable[[Scope, Any, Send], Awaitable[None]]
+CLIENTS = "FEDEX_LORA_CLIENTS"  # environment: the folder with the institutions' public keys
 
 
 def guarded(app: Asgi) -> Asgi:
@@ -62,11 +65,13 @@ def _allowed(path: str, client: str) -> bool:
 
 def main() -> None:
     """Starts the SuperLink behind the guard, with a patient database."""
-    run = uvicorn.run
+    run, clients = uvicorn.run, os.environ.get(CLIENTS)
+    keys = known_keys(Path(clients)) if clients else {}
 
     def run_guarded(app: Any, **options: Any) -> None:
         # forwarded headers would let anybody claim to be this machine
-        run(guarded(app), proxy_headers=False, **options)
+        told = telling(app, keys, partial(print, flush=True))
+        run(guarded(told), proxy_headers=False, **options)
 
     uvicorn.run = run_guarded  # type: ignore[assignment]
     sql_mixin.SQLITE_PRAGMAS = (*SQLITE_PRAGMAS, PATIENCE)  # pyright: ignore[reportPrivateImportUsage]
