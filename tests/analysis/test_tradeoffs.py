@@ -5,8 +5,9 @@ from made_up import grid, made_up, spec
 from safetensors.torch import load_file
 
 from fedex_lora.analysis.drawn import fewer_runs
+from fedex_lora.analysis.figures import score_by_bytes
 from fedex_lora.analysis.figures_deviation import deviation_by_round
-from fedex_lora.analysis.figures_tradeoff import ranks
+from fedex_lora.analysis.figures_tradeoff import bytes_by_round, ranks
 from fedex_lora.analysis.runs import read_run, read_runs
 from fedex_lora.analysis.scores import (
     against_reference,
@@ -28,6 +29,26 @@ def cut(folder):
             made_up(folder / f"{rank}-{carry}-{seed}", one, 0.5 + 0.1 * rank, down=100 + 10 * rank)
     grid(folder, {"fedit": [0.5, 0.5], "fedex": [0.9, 0.8]})
     return study(read_runs([folder])[0])
+
+
+def drawn(made):
+    return [text.get_text() for legend in made.figure.legends for text in legend.get_texts()]
+
+
+def test_pooled_data_are_no_federation_whose_bytes_are_drawn(tmp_path):
+    grid(tmp_path, {m: [0.5, 0.6] for m in ("fedit", "fedex", "centralized")})
+    found = study(read_runs([tmp_path])[0])
+    assert drawn(score_by_bytes(found, "sst2")) == ["fedit", "fedex"]
+    assert drawn(bytes_by_round(found, "sst2"))[:2] == ["fedit", "fedex"]
+
+
+@pytest.mark.parametrize("seeds, banded", [(2, False), (3, True)])
+def test_intervals_of_two_seeds_do_not_hide_the_scores_by_rank(tmp_path, seeds, banded):
+    for r in (1, 4):
+        scores = [0.5 + 0.01 * seed for seed in range(seeds)]
+        grid(tmp_path / str(r), {"fedex": scores}, lora={"r": r})
+    made = ranks(study(read_runs([tmp_path])[0]), "sst2")
+    assert bool(made.figure.axes[0].collections) == banded == ("Bands" in made.caption)
 
 
 def test_the_curve_goes_from_averaging_to_the_whole_residual(tmp_path):

@@ -83,8 +83,9 @@ def test_the_verdict_says_what_was_compared_and_at_what_cost(quick, tmp_path):
     write_report([tmp_path / "g"], tmp_path / "report.html")
     text = said(tmp_path / "report.html")
     first = text[: text.index("Scores")]
-    assert "Data: rows, train: 100 rows, validation: 10 rows, test: 20 rows." in first
-    assert "model; 3 clients; 3 rounds; 3 local epochs; 2 seeds." in first
+    assert "sst2: fedit, fedex, centralized, local on rows, train: 100 rows, validation:" in first
+    assert "test: 20 rows; 3 clients, 3 rounds, 3 local epochs, 2 seeds." in first
+    assert "no difference seen between fedex and each of" in first
     # 900 up and 150 or 100 bytes down to three clients in three rounds and at the end
     assert "bytes of a run fedex 2.7 kB fedit × 0.78 local × 0.78" in first
     assert "fedex 0.805 ± 0.007" in first

@@ -47,6 +47,12 @@ def drawn_arms(study: Study, task: str) -> Iterator[tuple[int, str, list[Run]]]:
             yield style, arm, finished or runs
 
 
+def sending(study: Study, task: str) -> Iterator[tuple[int, str, list[Run]]]:
+    """`drawn_arms` of federations: with pooled data there is nobody to send anything to."""
+    pooled = {p.arm for p in study.of(task) if p.method.pooled}
+    return (drawn for drawn in drawn_arms(study, task) if drawn[1] not in pooled)
+
+
 def chosen_arms(study: Study, task: str) -> list[str]:
     """All arms, or as many as a figure can show: truncated residuals have a figure of their own."""
     every = study.of_arms(task)

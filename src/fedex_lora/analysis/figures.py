@@ -16,6 +16,7 @@ from fedex_lora.analysis.drawn import (
     drawn_arms,
     fewer_runs,
     heading,
+    sending,
 )
 from fedex_lora.analysis.figures_deviation import (
     deviation_by_layer,
@@ -102,7 +103,7 @@ def score_by_round(study: Study, task: str) -> Drawn | None:
 def score_by_bytes(study: Study, task: str) -> Drawn | None:
     """The same score by the bytes that crossed the wire until then."""
     series = []
-    for style, arm, runs in drawn_arms(study, task):
+    for style, arm, runs in sending(study, task):
         sent = [dict(zip((r["round"] for r in run.records), _running(run))) for run in runs]
         by_bytes = {
             statistics.fmean(s[round] for s in sent) / MB: values
@@ -120,7 +121,10 @@ def score_by_bytes(study: Study, task: str) -> Drawn | None:
         series,
         log_x=smallest > 0 and largest > 30 * smallest,
     )
-    caption = "Arms that exchange nothing are left out; so is the delivery of the final model."
+    caption = (
+        "Left out are arms that exchange nothing or pool the data, and the delivery of the final "
+        "model."
+    )
     caption = f"{caption} {fewer_runs(study, task)}".strip()
     return Drawn("score-by-bytes", figure, caption)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from fedex_lora.analysis.drawn import MB, Drawn, drawn_arms, heading
+from fedex_lora.analysis.drawn import MB, Drawn, heading, sending
 from fedex_lora.analysis.plots import Series, lines, panels
 from fedex_lora.analysis.scores import final_score, judged_split, scores_by
 from fedex_lora.analysis.stacking import stacked_like
 from fedex_lora.analysis.study import Study, deviates
 from fedex_lora.analysis.truncation import CutPoint, cut_points
+
+FEW = 3  # seeds, below which an interval hides everything else in a figure
 
 
 def truncation(study: Study, task: str) -> Drawn | None:
@@ -72,20 +74,22 @@ def ranks(study: Study, task: str) -> Drawn | None:
     for style, label in enumerate(dict.fromkeys(g.label for g in groups)):
         points = sorted((g for g in groups if g.label == label), key=lambda g: g.value)
         x, e = [p.value for p in points], [p.score for p in points]
-        known = all(one.interval for one in e)
+        known = all(one.interval and one.seeds >= FEW for one in e)
         low, high = (
             ([one.interval[i] for one in e if one.interval] if known else None) for i in (0, 1)
         )
         series.append(Series(label, x, [one.mean for one in e], style, low, high))
     label = next(judged_split(p.run) for p in study.of(task) if final_score(p.run) is not None)
     figure = lines(f"{heading(study, task)}: score by rank", "r of LoRA", label, series)
-    return Drawn("score-by-rank", figure, "Bands: 95 % intervals of the mean over seeds.")
+    banded = any(one.low for one in series)
+    told = "Bands: 95 % intervals of the mean over seeds." if banded else "Means over seeds."
+    return Drawn("score-by-rank", figure, told)
 
 
 def bytes_by_round(study: Study, task: str) -> Drawn | None:
     """Measured bytes of a round, and what stacking the factors would cost, computed."""
     series = []
-    for style, arm, runs in drawn_arms(study, task):
+    for style, arm, runs in sending(study, task):
         totals = {
             r["round"]: size / MB for r, size in zip(runs[0].records, runs[0].bytes_by_round())
         }

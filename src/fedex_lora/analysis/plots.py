@@ -34,6 +34,7 @@ BANDS = 4  # lines that still can have bands without hiding each other
 _ROW = 0.19  # inches of a row of the legend
 _TITLE = 46  # letters of a line of the title
 _LONGEST = 34  # letters of a label
+_SIDE = 24  # letters of a label at the side, beyond which it is written small
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -126,7 +127,7 @@ def _empty(title: str, x_label: str, y_label: str, rows: int) -> tuple[Figure, A
     _entitle(figure, title)
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_ylabel(y_label, size="small" if len(y_label) > _SIDE else None)
     axes.grid(axis="y", linewidth=0.8)
     return figure, axes
 
@@ -171,7 +172,7 @@ def _below(figure: Figure, axes: Axes, series: Sequence[Series]) -> None:
 
 def _columns(labels: Sequence[str]) -> int:
     longest = max(map(len, labels), default=0)
-    return 3 if longest <= 14 and len(labels) > 2 else 2 if longest <= 24 else 1
+    return 3 if longest <= 12 and len(labels) > 2 else 2 if longest <= 24 else 1
 
 
 def _scale(axes: Axes, whole: bool, log_x: bool, log_y: bool) -> None:

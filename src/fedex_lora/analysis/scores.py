@@ -160,9 +160,9 @@ def paired(study: Study, ours: str, reference: str, task: str | None = None) -> 
     return _paired(study, ours, reference, found, task)
 
 
-def bytes_ratio(study: Study, ours: str) -> float | None:
-    """Bytes of what `comparisons` calls `ours` over the reference's: the geometric mean over pairs
-    of runs with equal task, seed and condition; None where either exchanges nothing."""
+def bytes_ratio(study: Study, ours: str, task: str) -> float | None:
+    """Bytes of what `comparisons` calls `ours` over the reference's in a task: the geometric mean
+    over pairs of runs with equal seed and condition; None where either exchanges nothing."""
     single = len(study.methods) == 1
 
     def named(name: str) -> Chooses:
@@ -170,7 +170,7 @@ def bytes_ratio(study: Study, ours: str) -> float | None:
 
     alike = _anyway if single else _same_condition
     found = _pairs(study, named(ours), named(study.first), alike, _log_of_bytes)
-    logs = [value for values in found.values() for value in values]
+    logs = found.get(task)
     return math.exp(fmean(logs)) if logs else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,33 +13,32 @@ from fedex_lora.analysis.study import Study
 from fedex_lora.compare import size
 from fedex_lora.report.html import Html, el
 
+_MOST = 12  # arms that are named
+
 
 def compared(study: Study, task: str) -> Html:
-    """The model, the data, the federation and the seeds of a task's runs, in a sentence."""
+    """The methods, the data, the federation and the seeds of a task's runs, in a sentence."""
     placed = study.of(task)
     recipes = [p.run.recipe for p in placed]
     parts = [
-        _values((Path(r.model.name).name for r in recipes), "", join=", "),
         _values((r.federation.clients for r in recipes), "client"),
         _values((r.federation.rounds for r in recipes), "round"),
         _values((r.training.get("num_train_epochs") for r in recipes), "local epoch"),
         _values((p.seed for p in placed), "seed", count=True),
     ]
     rows = next((p.run.description for p in placed if p.run.description), None)
-    told = f"Data: {without_folder(rows)}. " if rows else ""
-    return el("p", f"{told}{'; '.join(filter(None, parts))}.", class_="soft")
+    every = study.of_arms(task)
+    arms = ", ".join(every) if len(every) <= _MOST else f"{len(every)} arms"
+    told = f" on {without_folder(rows)}" if rows else ""
+    text = f"{task}: {arms}{told}; {', '.join(filter(None, parts))}."
+    return el("p", text, class_="soft")
 
 
-def _values(values: Iterable[Any], what: str, join: str = " or ", count: bool = False) -> str:
+def _values(values: Iterable[Any], what: str, count: bool = False) -> str:
     """`3 or 6 clients`; nothing where it is not known. With `count`, how many there are."""
     there = list(dict.fromkeys(v for v in values if v is not None))
-    shown = str(len(there)) if count else join.join(f"{v:g}" if _is(v) else str(v) for v in there)
-    plural = "s" * (shown != "1")
-    return f"{shown} {what}{plural}" if there and what else shown
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, int | float)
+    shown = str(len(there)) if count else " or ".join(map(str, there))
+    return f"{shown} {what}{'s' * (shown != '1')}" if there else ""
 
 
 def without_folder(description: str) -> str:
@@ -54,30 +52,22 @@ def without_folder(description: str) -> str:
     return Path(first).name + comma + rest
 
 
-def cost(study: Study) -> Iterator[Html]:
+def cost(study: Study, task: str) -> Iterator[Html]:
     """Bytes of a run of the reference, and of the others as multiples: a term and its definition.
 
     Where the data are pooled nothing but the data would be sent, which is not counted.
     """
     first = study.first
-    runs = [p.run for p in study.placed if first in (p.arm, p.label) and p.run.finished]
+    runs = [p.run for p in study.of(task) if first in (p.arm, p.label) and p.run.finished]
     if not runs or not any(map(bytes_sent, runs)):
         return
-    told = [
-        f"{first} {size(fmean(map(bytes_sent, runs)))}",
-        *map(partial(_beside, study), _others(study)),
-    ]
+    pooled = {name for p in study.of(task) if p.method.pooled for name in (p.arm, p.label)}
+    others = [one.ours for one in comparisons(study, task) if one.ours not in pooled]
+    told = [f"{first} {size(fmean(map(bytes_sent, runs)))}"]
+    told += [_beside(name, bytes_ratio(study, name, task)) for name in others]
     yield el("dt", "bytes of a run")
     yield el("dd", el("ul", *(el("li", one) for one in told)))
 
 
-def _others(study: Study) -> list[str]:
-    """What is compared with the reference in any task, but for pooled data; in order."""
-    pooled = {name for p in study.placed if p.method.pooled for name in (p.arm, p.label)}
-    found = [one.ours for task in study.tasks for one in comparisons(study, task)]
-    return [name for name in dict.fromkeys(found) if name not in pooled]
-
-
-def _beside(study: Study, name: str) -> str:
-    ratio = bytes_ratio(study, name)
+def _beside(name: str, ratio: float | None) -> str:
     return f"{name} none" if ratio is None else f"{name} × {number(ratio, digits=2)}"

@@ -31,7 +31,7 @@ p, ul { margin: .4rem 0; } ul { padding-left: 1.2rem; }
 .verdict { margin: 1rem 0; padding: .7rem 1rem; background: var(--box); border-radius: 8px; }
 .verdict h2, .verdict h3 { margin: .3rem 0; padding: 0; border: 0; }
 .lead { font-size: 1.1rem; font-weight: 600; }
-.verdict dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem;
+.verdict dl { display: grid; grid-template-columns: 10.5rem 1fr; gap: .3rem 1rem;
   margin: .5rem 0; }
 .verdict dt { font-weight: 600; } .verdict dd { margin: 0; }
 .verdict dd ul { display: flex; flex-wrap: wrap; gap: 0 1.6rem; margin: 0; padding: 0;

@@ -29,9 +29,7 @@ def verdict(study: Study) -> Html:
     if len(study.tasks) > 1:
         parts += _compared(study, None)
     for task in study.tasks:
-        parts += [*_compared(study, task), compared(study, task)]
-    if costs := list(cost(study)):
-        parts.append(el("dl", *costs))
+        parts += [compared(study, task), *_compared(study, task)]
     fewest = _fewest_seeds(study)
     if fewest:
         parts.append(el("p", what_seeds_show(fewest), class_="soft"))
@@ -70,7 +68,7 @@ def _compared(study: Study, task: str | None) -> Iterator[Html]:
         if of_group:
             listed = (el("li", f"{p.ours} {change(p.difference)}") for p in of_group)
             rows += [el("dt", told), el("dd", el("ul", *listed))]
-    yield el("dl", *rows)
+    yield el("dl", *rows, *(cost(study, task) if task else ()))
     conditions = {as_text(p.condition) for p in study.placed}
     if len(study.methods) > 1 and len(conditions) > 1:
         text = f"At equal settings, of which there are {len(conditions)}; a seed counts once."
@@ -88,7 +86,7 @@ def _own_score(study: Study, task: str | None) -> Iterator[Html]:
 
 def _summary(pairs: Sequence[Paired]) -> str:
     """All outcomes in one sentence."""
-    by = {o: ", ".join(p.ours for p in pairs if p.outcome == o) for o, _ in _GROUPS}
+    by = {o: _each([p.ours for p in pairs if p.outcome == o]) for o, _ in _GROUPS}
     reference, parts = pairs[0].reference, []
     if by["worse"]:
         parts.append(f"{reference} beats {by['worse']}")
@@ -99,6 +97,12 @@ def _summary(pairs: Sequence[Paired]) -> str:
     if by["unknown"]:
         parts.append(f"too few seeds to tell {reference} from {by['unknown']}")
     return "; ".join(parts) + "."
+
+
+def _each(names: Sequence[str]) -> str:
+    """Names in a sentence: "each of a, b and c"."""
+    *first, last = names or [""]
+    return f"each of {', '.join(first)} and {last}" if first else last
 
 
 def _where(study: Study, task: str | None) -> str:
