@@ -2,6 +2,7 @@
 
     python -m benchmarks.flower_overhead floor    # small messages
     python -m benchmarks.flower_overhead large    # 200 MB of adapter and ledger for every client
+    python -m benchmarks.flower_page              # what was measured, into docs/deploy.md
 
 On this machine, over TLS and with node keys, three SuperNodes. The floor is a Flower app on the
 same SuperLink that sends and returns as many bytes and does nothing; the two take turns, so that
@@ -21,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from engines.deployed import Deployed, deployed
+from engines.deployed import Deployed, deployed, traffic
 from engines.in_process import remote, without_files
 from small_runs import recipe as small_recipe
 from tiny import tiny
 
-from fedex_lora.deploy import commands
 from fedex_lora.deploy.launch import launch, start
-from fedex_lora.deploy.processes import run_to_end
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe
 from fedex_lora.watch import Silent
@@ -73,7 +71,8 @@ def main(part: str) -> None:
     with tempfile.TemporaryDirectory(prefix="overhead-") as temporary:
         for name, found in {"floor": floor, "large": large}[part](Path(temporary)):
             known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            known[part] = {**known.get(part, {}), name: found, "date": f"{date.today()}"}
+            where = {"date": f"{date.today()}", "cores": os.cpu_count(), "nodes": NODES}
+            known[part] = {**known.get(part, {}), name: found, **where}
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")
             print(name, json.dumps(found, indent=1), flush=True)
 
@@ -141,18 +140,8 @@ def run(deployment: Deployed, spec: Recipe, out: Path) -> dict[str, Any]:
         "bytes_down": [sum(r["bytes_down"].values()) for r in records],
         "bytes_up": [sum(r["bytes_up"].values()) for r in records],
         "bytes": results["bytes_up"] + results["bytes_down"],
-        "bytes_by_flower": traffic(deployment),
+        "bytes_by_flower": traffic(deployment.folder),
     }
-
-
-def traffic(deployment: Deployed) -> int:
-    """What Flower counted for the newest run."""
-    status = commands.status(deployment.folder, 0)
-    argv = [part for part in status.argv if part not in ("--run-id", "0")]
-    told = run_to_end(replace(status, argv=tuple(argv))).stdout
-    runs = json.loads(told[told.index("{") :])["runs"]
-    newest = max(runs, key=lambda one: one["pending-at"])
-    return newest["network-traffic"]["total-bytes"]
 
 
 def echo(deployment: Deployed, down: int, up: int, rounds: int, folder: Path) -> list[float]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import merging, residual
+from benchmarks import flower_page, merging, residual
 from benchmarks.page import page
 from benchmarks.results import Figure, Row, goal, read, row_of, shown, store
 from benchmarks.shapes import end, sites, start
@@ -73,3 +73,34 @@ def test_alternatives_run_in_turn_and_ratios_are_of_medians():
     assert order == ["a", "b"] * 3 and len(times["a"].seconds) == 3
     assert ratio(Times((2.0, 4.0, 6.0)), Times((1.0, 2.0, 2.0))) == (2.0, 0.5)
     assert Times((1.0,)).spread is None
+
+
+def flowers(seconds, training, ours, theirs):
+    ran = {"seconds": seconds, "training": training, "bytes_down": [1, 9, 9]}
+    flower = [{"down": 2e8, "up": 1e8, "seconds": [10.0, 12.0]}]
+    return {
+        "ours": [{**ran, "bytes": ours, "bytes_by_flower": theirs}],
+        "flower": flower,
+        "cores": 2,
+        "nodes": 3,
+    }
+
+
+def test_the_section_on_rounds_is_made_of_rounds_with_full_messages():
+    results = {
+        "floor": flowers([9.0, 5.0, 6.0], [1.0, 1.0, 1.0], 24_000, 48_000),
+        "large": flowers([99.0, 20.0, 24.0], [1.0, 5.0, 5.0], 1_000, 1_010),
+    }
+    assert flower_page.besides(results["large"]["ours"]) == [15.0, 19.0]
+    page = f"# A\n\n{flower_page.HEADING}\nold\n\n## B\n\nkept\n"
+    made = flower_page.with_section(page, results)
+    assert made.startswith("# A\n") and made.endswith("\n\n## B\n\nkept\n") and "old" not in made
+    assert "| 200 MB to every client and 100 MB back | 17.0 (15.0 to 19.0) | 11.0 " in made
+    assert "| 1.55 |" in made and "101.00%" in made
+    assert "of 1 kB, it is 200.00%: its envelope is 1.0 kB a message" in made  # 3 × (2 × 3 + 2)
+    assert flower_page.with_section(made, results) == made
+
+
+def test_the_section_in_the_docs_is_that_of_the_results():
+    text = flower_page.PAGE.read_text()
+    assert flower_page.with_section(text, json.loads(flower_page.RESULTS.read_text())) == text

@@ -12,14 +12,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from unittest.mock import patch
 
 from fedex_lora import cli
+from fedex_lora.deploy import commands
 from fedex_lora.deploy.init import Deployment, init
-from fedex_lora.deploy.processes import free_port, interrupted_by_signals
+from fedex_lora.deploy.processes import free_port, interrupted_by_signals, run_to_end
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe
 
@@ -140,6 +142,15 @@ def program(arguments: list[str], log: Path, environment: Mapping[str, str]) -> 
     os.environ.update(environment)
     sys.argv = ["fedex-lora", *arguments]
     cli.main()
+
+
+def traffic(folder: Path) -> int:
+    """Bytes that Flower counted for the newest run."""
+    status = commands.status(folder, 0)
+    argv = tuple(part for part in status.argv if part not in ("--run-id", "0"))
+    told = run_to_end(replace(status, argv=argv)).stdout
+    runs = json.loads(told[told.index("{") :])["runs"]
+    return max(runs, key=lambda one: one["pending-at"])["network-traffic"]["total-bytes"]
 
 
 def own_address() -> str:

@@ -12,6 +12,7 @@ from base64 import b64encode
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 from commands import command
@@ -28,7 +29,7 @@ from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.flower.progress import Recorder, follow
 from fedex_lora.flower.refusals import known_keys, telling
 from fedex_lora.flower.superlink import guarded
-from fedex_lora.recipe_yaml import dump_recipe
+from fedex_lora.recipe_yaml import dump_recipe, load_recipe
 from fedex_lora.watch import Silent, Start
 
 __all__ = ["command"]
@@ -258,6 +259,15 @@ def test_a_client_whose_clock_is_off_is_told_before_it_connects(
     assert (code, bool(attended)) == ((2, False) if way else (0, True)), errors
     told = rf"clock is (3599|3600|3601) s {way} the coordinator's"  # a date has whole seconds
     assert way is None or re.search(told, " ".join(errors.split()))
+
+
+def test_the_recipe_on_the_page_is_one(tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "deploy.md"
+    found = re.search(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    assert found
+    (tmp_path / "recipe.yaml").write_text(found[1])
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.engine.kind == "flower" and len(recipe.federation.names or ()) == 3
 
 
 def test_a_certificate_from_the_future_is_a_clock_that_is_off(monkeypatch, tmp_path):

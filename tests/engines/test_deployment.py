@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from engines.deployed import deployed
+from engines.deployed import deployed, traffic
 from engines.in_process import without, without_files
 from engines.test_wire import same_bits, timeless
 from fedex_lora.data.stdlib_docs import LABELS, stdlib_docs
@@ -125,6 +125,9 @@ def test_it_is_the_local_run_bit_for_bit_though_the_coordinator_is_killed(federa
     for key in ("last", "best", "best_round", "bytes_up", "bytes_down"):
         assert found[key] == results[key], key
     assert (run / "final" / "adapter" / "adapter_model.safetensors").exists()
+    resumed = timeless(run)[1:]  # by a run of Flower's own
+    ours = sum(sum(r[key].values()) for r in resumed for key in ("bytes_up", "bytes_down"))
+    assert traffic(deployment.folder) == pytest.approx(ours + found["bytes_delivery"], rel=0.02)
 
 
 def test_a_node_that_is_killed_in_a_round_costs_its_update_of_that_round(federation, tmp_path):

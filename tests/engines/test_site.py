@@ -1,9 +1,9 @@
 """A client of its own: what it refuses, what it keeps on its disk, how it catches up."""
 
-import errno
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from small_runs import recipe
 
 from engines.in_process import InProcess, institution, institutions, remote, without_files
 from engines.test_wire import CLIENTS, quick, same_bits, timeless  # noqa: F401 (a fixture)
+from fedex_lora.adapter import AdapterState
 from fedex_lora.engines.cache import Cache, Held
 from fedex_lora.engines.courier import Failed
 from fedex_lora.engines.site import handle
@@ -21,6 +22,7 @@ from fedex_lora.federation.messages import (
     Broadcast,
     Update,
     decode_broadcast,
+    decode_update,
     encode_about,
     encode_broadcast,
     encode_update,
@@ -130,10 +132,18 @@ def test_what_is_held_survives_on_disk_and_damage_is_noticed(ann, tmp_path):
     assert torch.equal(found.ledger.total(SITE), torch.ones(16, 16))
     assert torch.equal(found.ends[1][SITE].A, start.sites[SITE].A)
     file = next((tmp_path / "cache").glob("ledger-1-*"))
-    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
-    assert Cache(tmp_path / "cache").load() is not None or file.read_bytes()[-1:] == b"\x00"
-    file.write_bytes(file.read_bytes()[:-5])
-    assert cache.load() is None
+    whole = file.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-5], b""):
+        file.write_bytes(damaged)
+        assert cache.load() is None
+    file.write_bytes(whole)
+    assert cache.load() is not None
+    index = tmp_path / "cache" / "held.json"
+    text = index.read_text()
+    for damaged in (text.replace('"version": 1', '"version": 2'), text[:-9], "[]", "{}"):
+        assert damaged != text
+        index.write_text(damaged)
+        assert cache.load() is None
 
 
 def test_versions_of_a_history_that_was_thrown_away_are_not_held():
@@ -234,13 +244,18 @@ def test_a_coordinator_that_dies_goes_on_with_the_same_clients_bit_for_bit(tmp_p
     assert len(json.loads((tmp_path / "run" / "federation.json").read_text())["lineage"]) == 2
 
 
+METRICS = {"loss": 1.0, "steps": 1.0, "seconds": 1.0}
+
+
 def bad(kind, reply):
     """What a broken or hostile client makes of its reply."""
     said = read_about(reply)
     if said["kind"] != "update":
         return reply
     tensors = {"a": torch.zeros(2)}
-    update = Update(1, "bob", tensors, tensors, {}, 3, {"loss": 1.0})
+    update = Update(1, "bob", tensors, tensors, {}, 3, METRICS)
+    start = AdapterState()
+    mine = decode_update(reply, start)
     return {
         "noise": b"\x07" * 100,
         "another run": encode_update(update, None, torch.float32, {**said, "federation": "f"}),  # type: ignore[arg-type]
@@ -248,6 +263,10 @@ def bad(kind, reply):
         "huge": reply + b"\x00" * 5_000_000,
         "raises": Failed("its program failed; its own log says why"),
         "another kind": encode_about({**said, "kind": "hello"}),
+        "endless": encode_about({**said, "kind": "lacks", "version": float("inf")}),
+        "other metrics": encode_update(replace(mine, metrics={"scores": 1.0}), start, about=said),
+        "strange scores": encode_update(replace(mine, scores={"x": 1.0}), start, about=said),
+        "infinite": encode_update(replace(mine, scores={"accuracy": 1e999}), start, about=said),
         "nested": b"\x10\x27\x00\x00\x00\x00\x00\x00" + b"[" * 10000,
     }[kind]
 
@@ -262,6 +281,10 @@ def bad(kind, reply):
         ("raises", "its program failed"),
         ("another kind", "was not asked for"),
         ("nested", "cannot be read"),
+        ("endless", "cannot convert float infinity"),
+        ("other metrics", "metrics scores; expected loss, seconds, steps"),
+        ("strange scores", "its scores lack accuracy"),
+        ("infinite", "its score accuracy is infinite"),
     ],
 )
 def test_a_client_that_sends_nonsense_costs_its_update_and_nothing_else(kind, reason, tmp_path):
@@ -291,6 +314,56 @@ def test_too_few_clients_stop_the_run_with_reasons(tmp_path, caplog):
     assert re.search(refused, caplog.text)  # in the log of the client
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"time": "noon", "versions": [1]},
+        {"time": float("inf"), "versions": None},
+        {"time": 10**400, "versions": {"torch": {"a": 1}}},
+    ],
+)
+def test_strange_remarks_in_a_first_message_cost_nothing(changes, tmp_path):
+    spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1})
+    courier = InProcess(institutions(spec, tmp_path / "cache"), change=rewritten(**changes))
+    start_run(remote(spec), tmp_path / "run", None, across_machines(courier))
+    assert sorted(timeless(tmp_path / "run")[0]["clients"]) == ["ann", "bob", "cleo"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"client": None}, "a client without a name"),
+        ({"client": 5}, "calls itself '5'"),
+        ({"rows": 10**400}, "expected a count"),
+        ({"rows": -1}, "expected a count"),
+        ({"held": 1.5}, "expected a count"),
+        ({"kind": "update"}, "is not ready"),
+    ],
+)
+def test_a_strange_first_message_is_refused(changes, reason, tmp_path):
+    spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1, "min_clients": 3})
+    courier = InProcess(institutions(spec, tmp_path / "cache"), change=rewritten(**changes))
+    few = remote(spec, wait_for_clients=0.1)
+    with pytest.raises(QuorumLost, match=reason):
+        start_run(few, tmp_path / "run", None, across_machines(courier))
+
+
+@pytest.mark.parametrize("said", [[1], {"x": 1.0}, {"accuracy": float("inf")}, None])
+def test_strange_scores_of_the_last_model_are_left_out(said, tmp_path):
+    spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1}, evaluation=CLIENTS)
+
+    def change(node, reply):
+        about = read_about(reply)
+        strange = node == "bob" and about["kind"] == "scores"
+        return encode_about({**about, "scores": said}) if strange else reply
+
+    courier, notes = InProcess(institutions(spec, tmp_path / "cache"), change=change), Notes()
+    start_run(remote(spec), tmp_path / "run", notes, across_machines(courier))
+    (record,) = timeless(tmp_path / "run")
+    assert sorted(record["client_scores"]) == ["ann", "cleo"]
+    assert any("the last model did not reach bob" in text for text in notes.texts)
+
+
 def rewritten(**changes):
     """bob's first message says something else."""
 
@@ -315,20 +388,19 @@ def test_a_clock_that_is_off_and_other_versions_are_noted(tmp_path):
     change = rewritten(time=time.time() - 3600, versions={"torch": "0.1"})
     courier, notes = InProcess(institutions(spec, tmp_path / "cache"), change=change), Notes()
     start_run(remote(spec), tmp_path / "run", notes, across_machines(courier))
-    assert any("client bob: its clock is 3600 s off" in text for text in notes.texts)
+    assert any(re.search(r"client bob: its clock is 36\d\d s off", text) for text in notes.texts)
     assert any("client bob has" in text and "torch 0.1" in text for text in notes.texts)
 
 
 def test_a_full_disk_at_a_client_costs_its_update_and_is_named(tmp_path, monkeypatch, caplog):
     spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1})
-    courier, write = InProcess(institutions(spec, tmp_path / "cache")), Path.write_bytes
+    courier, opened = InProcess(institutions(spec, tmp_path / "cache")), Path.open
 
-    def full(path, content):
-        if "bob" in path.parts:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, content)
+    def full(path, mode="r", *rest, **more):
+        bob = "bob" in path.parts and "w" in mode
+        return opened(Path("/dev/full") if bob else path, mode, *rest, **more)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", full)
     start_run(remote(spec), tmp_path / "run", None, across_machines(courier))
     (record,) = timeless(tmp_path / "run")
     assert sorted(record["clients"]) == ["ann", "cleo"]

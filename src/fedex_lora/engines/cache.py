@@ -1,25 +1,26 @@
 """A client's memory on its own disk: what it was sent, and factors that only it has.
 
 Files have new names; `held.json` names the ones that count, with their digests, and is replaced
-last. So a crash at any moment leaves what was there before, and what is damaged is not used.
+last. So a crash at any moment leaves what was there before, and what is damaged is not used; it is
+sent again, and therefore nothing waits for the disk.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import write_atomic
+from fedex_lora.federation.blobs import pieces
 from fedex_lora.federation.messages import ledger_from, ledger_meta, ledger_tensors
 from fedex_lora.ledger import Ledger
 
@@ -55,6 +56,8 @@ class Cache:
         """What is held; None if there is nothing, or it is not what was written."""
         try:
             index = json.loads((self.path / _INDEX).read_text())
+            if index.pop("digest") != _digest(index):
+                raise ValueError("what is held was changed")
             tensors = {part: self._read(part, index["files"][part]) for part in index["files"]}
             return _held(index["meta"], tensors)
         except (OSError, SafetensorError, ValueError, LookupError, TypeError):
@@ -80,7 +83,8 @@ class Cache:
         there = self._files()
         files = {part: self._write(part, t, there) for part, t in _parts(held).items()}
         index = {"files": files, "meta": _meta(held)}
-        write_atomic(self.path / _INDEX, json.dumps(index).encode())
+        index["digest"] = _digest(index)
+        _replace(self.path / _INDEX, [json.dumps(index).encode()])
         used = {_name(part, digest) for part, digest in files.items()}
         for file in self.path.glob("*.safetensors"):
             if file.name not in used:
@@ -96,16 +100,35 @@ class Cache:
         # an entry of the ledger never changes; a snapshot goes by its version
         if part.startswith("ledger-") and part in there:
             return there[part]
-        blob = save({name: value.clone().contiguous() for name, value in tensors.items()})
-        digest = hashlib.sha256(blob).hexdigest()
-        write_atomic(self.path / _name(part, digest), blob)
-        return digest
+        content, found = pieces(tensors, {}), hashlib.sha256()
+        for piece in content:
+            found.update(piece)
+        _replace(self.path / _name(part, found.hexdigest()), content)
+        return found.hexdigest()
 
     def _read(self, part: str, digest: str) -> dict[str, Tensor]:
         blob = (self.path / _name(part, digest)).read_bytes()
         if hashlib.sha256(blob).hexdigest() != digest:
             raise ValueError(f"{part} is not what was written")
         return load(blob)
+
+
+def _replace(path: Path, content: Sequence[bytes | memoryview]) -> None:
+    new = path.with_name(path.name + ".new")
+    try:
+        with new.open("wb") as file:
+            file.writelines(content)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; make room there. What was held before "
+            "is intact, and the rest is sent again"
+        ) from None
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _name(part: str, digest: str) -> str:

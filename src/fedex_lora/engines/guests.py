@@ -127,6 +127,8 @@ class Guests:
         try:
             about = about_reply(reply, self.identity)
             name = about["client"]
+            if not isinstance(name, str):
+                raise UserError("a client without a name")
             if about["kind"] != "hello":
                 raise UserError(f"client {name} is not ready: {text(about.get('reason'))}")
             self._check_name(name, node)
@@ -162,10 +164,11 @@ class Guests:
 
     def _compare(self, name: str, about: Mapping[str, Any]) -> None:
         """What may differ, but is worth knowing."""
-        apart = abs(time.time() - float(about.get("time") or time.time()))
+        said, theirs = about.get("time"), about.get("versions")
+        apart = abs(time.time() - said) if isinstance(said, float) else 0.0
         if apart > _CLOCKS:
             self.note(f"client {name}: its clock is {apart:.0f} s off; set it by a time server")
-        mine, theirs = self.versions, about.get("versions") or {}
+        mine, theirs = self.versions, theirs if isinstance(theirs, dict) else {}
         other = [f"{p} {text(theirs.get(p))}" for p in mine if mine[p] != theirs.get(p)]
         if other:
             self.note(f"client {name} has {', '.join(other)}; results may differ in the last bits")

@@ -12,15 +12,22 @@ from dataclasses import dataclass, field, replace
 from fedex_lora.engines.courier import Failed
 from fedex_lora.engines.guests import Guests
 from fedex_lora.engines.local import LocalEngine
-from fedex_lora.engines.replies import about_reply, scores, text
+from fedex_lora.engines.replies import about_reply, check_metrics, scores, text
 from fedex_lora.engines.wire import Identity, agreement, most_up, own_round
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Lost
-from fedex_lora.federation.messages import Broadcast, Update, decode_update, encode_broadcast
+from fedex_lora.federation.messages import (
+    Broadcast,
+    Update,
+    broadcast_nbytes,
+    decode_update,
+    encode_broadcast,
+)
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, broadcast_to, start_of
 
 OFTEN = 0.5  # seconds between two looks for replies
+_UNUSABLE = (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 @dataclass
@@ -219,8 +226,8 @@ class RemoteEngine:
     def _resent(self, run: _Exchange, client: str) -> int:
         """Bytes beyond the broadcast that the round loop counts; negative if nothing was sent."""
         if client not in run.counted:
-            plain = encode_broadcast(run.broadcasts[client], self.settings.wire_dtype)
-            run.counted[client] = len(plain)
+            message = run.broadcasts[client]
+            run.counted[client] = broadcast_nbytes(message, self.settings.wire_dtype)
         return run.spent.get(client, 0) - run.counted[client]
 
     def _collect(self, run: _Exchange) -> Iterator[Update | Lost]:
@@ -258,7 +265,7 @@ class RemoteEngine:
             return self._lost(run, client, reply.reason)
         try:
             return self._read(run, sent, reply)
-        except (UserError, LookupError, TypeError, ValueError) as error:
+        except _UNUSABLE as error:
             return self._lost(run, client, f"sent what cannot be used: {error}"[:500], True)
 
     def _read(self, run: _Exchange, sent: _Sent, reply: bytes) -> Update | Lost | None:
@@ -280,7 +287,7 @@ class RemoteEngine:
             known = self.guests.known
             known[client] = replace(known[client], held=None)
         if kind == "scores" and run.final:
-            return Update(0, client, {}, {}, {}, 1, {}, scores(about["scores"]))
+            return Update(0, client, {}, {}, {}, 1, {}, self._scores(run, client, about["scores"]))
         if kind == "update" and not run.final:
             return replace(self._update(run, client, reply), resent=self._resent(run, client))
         raise UserError(f"a reply of kind {text(kind)}, which was not asked for")
@@ -294,4 +301,10 @@ class RemoteEngine:
         declared = self.guests.known[client].rows
         if update.examples > declared:
             raise UserError(f"trained on {update.examples} examples; it declared {declared}")
-        return update
+        check_metrics(update.metrics)
+        return replace(update, scores=self._scores(run, client, update.scores))
+
+    def _scores(self, run: _Exchange, client: str, found: object) -> dict[str, float]:
+        """Those that count: asked for, and of rows that were declared."""
+        checked = scores(found, self.server.task.primary)
+        return checked if run.evaluate and self.guests.known[client].validation else {}

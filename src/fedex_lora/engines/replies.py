@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from fedex_lora.federation.messages import read_about
 from fedex_lora.recipe import CLIENT_NAME, CLIENT_NAME_RULE
 
 _MOST_SCORES = 50
+_MOST_ROWS = 10**12
+_METRICS = frozenset({"loss", "steps", "seconds"})  # of `client.train`
 
 
 def about_reply(reply: bytes, identity: Identity) -> dict[str, Any]:
@@ -49,17 +52,32 @@ def count(value: object) -> int:
     Raises:
         UserError: It is none.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UserError(f"expected a count, got {text(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST_ROWS:
+        raise UserError(f"expected a count, got {text(value)[:40]}")
     return value
 
 
-def scores(found: Mapping[str, Any]) -> dict[str, float]:
-    """Scores by name.
+def check_metrics(found: Mapping[str, float]) -> None:
+    """Raises a `UserError` if they are not those of a training."""
+    if found.keys() != _METRICS:
+        got, wanted = (", ".join(sorted(names)) for names in (found, _METRICS))
+        raise UserError(f"metrics {got}; expected {wanted}")
+
+
+def scores(found: object, primary: str) -> dict[str, float]:
+    """Scores by name; empty if none were sent. NaN may be one: of too few rows, say.
+
+    Args:
+        primary: The one that must be among them.
 
     Raises:
-        UserError: They are too many.
+        UserError: They are too many, lack the primary one, or are no scores.
     """
-    if len(found) > _MOST_SCORES:
-        raise UserError(f"{len(found)} scores; at most {_MOST_SCORES} are expected")
-    return {text(name)[:60]: float(value) for name, value in found.items()}
+    if not isinstance(found, Mapping) or len(found) > _MOST_SCORES:
+        raise UserError(f"expected at most {_MOST_SCORES} scores by name, got {text(found)[:80]}")
+    values = {text(name)[:60]: float(value) for name, value in found.items()}
+    if values and primary not in values:
+        raise UserError(f"its scores lack {primary}")
+    if infinite := [name for name, value in values.items() if math.isinf(value)]:
+        raise UserError(f"its score {infinite[0]} is infinite")
+    return values

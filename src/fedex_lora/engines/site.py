@@ -228,7 +228,7 @@ def _identity(about: Mapping[str, Any]) -> Identity:
         raise UserError("a message without a federation's number")
     try:
         lineage = tuple((int(v), str(mark)[:64]) for v, mark in _field(about, "lineage", list))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UserError("a message whose lineage cannot be read") from None
     return Identity(federation, lineage or ((0, ""),))
 
@@ -327,7 +327,13 @@ def _check_shapes(
 
 def _check_ledger(ledger: Ledger, version: int, sites: Mapping[str, Site]) -> None:
     versions = [v for v, _ in ledger.entries]
-    if versions != sorted(set(versions)) or any(not 0 < v <= version for v in versions):
+    if not all(type(v) is int for v in (*versions, ledger.snapshot_version)):
+        raise UserError("the coordinator's ledger has versions that are no numbers")
+    if (
+        versions != sorted(set(versions))
+        or any(not 0 < v <= version for v in versions)
+        or not (0 <= ledger.snapshot_version <= version)
+    ):
         raise UserError("the coordinator's ledger has entries in disorder")
     for increment in (ledger.snapshot, *(inc for _, inc in ledger.entries)):
         shapes = {n: (s.out, s.inp) for n, s in sites.items()}

@@ -16,9 +16,9 @@ from fedex_lora.errors import QuorumLost, UpdateRefused
 from fedex_lora.federation.messages import (
     Broadcast,
     Update,
+    broadcast_nbytes,
     check,
     decode_update,
-    encode_broadcast,
     encode_update,
     ledger_tensors,
 )
@@ -184,7 +184,7 @@ def _check_quorum(tally: _Tally, settings: Settings, round: int) -> None:
 
 
 def count_down(settings: Settings, broadcasts: Mapping[str, Broadcast]) -> dict[str, int]:
-    """Bytes of each client's message, by encoding it; those of the same tensors once."""
+    """Bytes of each client's message; those of the same tensors are counted once."""
     if not settings.method.exchanges:
         return dict.fromkeys(broadcasts, 0)
     sizes: dict[object, int] = {}
@@ -192,7 +192,7 @@ def count_down(settings: Settings, broadcasts: Mapping[str, Broadcast]) -> dict[
     for client, message in broadcasts.items():
         key = _identity(message)
         if key not in sizes:
-            sizes[key] = len(encode_broadcast(message, settings.wire_dtype))
+            sizes[key] = broadcast_nbytes(message, settings.wire_dtype)
         down[client] = sizes[key]
     return down
 

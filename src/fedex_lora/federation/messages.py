@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors, Site, fresh
 from fedex_lora.errors import UpdateRefused, UserError
+from fedex_lora.federation.blobs import pieces
 from fedex_lora.ledger import Ledger
 from fedex_lora.lowrank import LowRank
 
@@ -176,9 +177,23 @@ def encode_broadcast(
     Args:
         about: JSON that travels in the header; see `read_about`.
     """
+    return b"".join(_broadcast_pieces(message, dtype, about))
+
+
+def broadcast_nbytes(message: Broadcast, dtype: torch.dtype = torch.float32) -> int:
+    """Length of `encode_broadcast`, which is not made."""
+    return sum(len(piece) for piece in _broadcast_pieces(message, dtype))
+
+
+def _broadcast_pieces(
+    message: Broadcast, dtype: torch.dtype, about: Mapping[str, Any] | None = None
+) -> list[bytes | memoryview]:
     tensors, meta = broadcast_parts(message)
-    exact = {n: t.to(dtype) for n, t in tensors.items() if torch.equal(t.to(dtype).float(), t)}
-    return _save({**tensors, **exact}, {**meta, "about": about or {}})
+    if dtype != torch.float32:
+        lower = {name: value.to(dtype) for name, value in tensors.items()}
+        exact = {n: t for n, t in lower.items() if torch.equal(t.float(), tensors[n])}
+        tensors = {**tensors, **exact}
+    return pieces(tensors, metadata({**meta, "about": about or {}}))
 
 
 def broadcast_parts(message: Broadcast) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -348,9 +363,7 @@ def metadata(meta: Mapping[str, object]) -> dict[str, str]:
 
 
 def _save(tensors: Tensors, meta: Mapping[str, object]) -> bytes:
-    # clone: slices of one stack share storage, which safetensors refuses
-    ready = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    return save(ready, metadata(meta))
+    return b"".join(pieces(tensors, metadata(meta)))
 
 
 def _load(blob: bytes) -> tuple[dict[str, Tensor], dict]:
