@@ -38,7 +38,7 @@ def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
         "precision": _with(data, rounds.precision),
         "round": _with(data, rounds.parts),
         "memory": memory.row,
-        "fused": fusing.row,
+        "fused": _with(data, fusing.row),
         "gpu": gpu.row,
     }
 

@@ -130,7 +130,7 @@ def precision(data: Path) -> Row:
     full, half = as_named(federation, "float32"), as_named(federation, "bfloat16")
 
     def fused() -> float:
-        with mock.patch("fedex_lora.client._attention", lambda _: nullcontext()):
+        with mock.patch("fedex_lora.client.attention", lambda _: nullcontext()):
             return few_steps(half)
 
     ways = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -117,23 +118,36 @@ def train_client(
     model.freeze(trained)
     with tempfile.TemporaryDirectory() as directory:
         local = derive(seed, "train", round, client)
-        trainer = _trainer(model, task, rows, named(training, log), local, directory, on_step)
-        with reported(trainer, log), _attention(trainer.args):
+        trainer = make_trainer(model, task, rows, named(training, log), local, directory, on_step)
+        with reported(trainer, log), attention(trainer.args):
             output = trainer.train()
         _release(trainer, model)
     end = model.read()
+    metrics = {
+        "loss": output.training_loss,
+        "steps": float(output.global_step),
+        "seconds": perf_counter() - began,
+    }
+    return made_update(round, client, end, trained, len(rows), metrics)
+
+
+def made_update(
+    round: int,
+    client: str,
+    end: AdapterState,
+    trained: frozenset[str],
+    examples: int,
+    metrics: Mapping[str, float],
+) -> Update:
+    """The update of a client that ended at `end`: its head, and the factors that were trained."""
     return Update(
         round,
         client,
         {n: f.A for n, f in end.sites.items()} if "A" in trained else {},
         {n: f.B for n, f in end.sites.items()} if "B" in trained else {},
         end.head,
-        len(rows),
-        {
-            "loss": output.training_loss,
-            "steps": float(output.global_step),
-            "seconds": perf_counter() - began,
-        },
+        examples,
+        metrics,
     )
 
 
@@ -154,7 +168,7 @@ def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[s
     """
     with tempfile.TemporaryDirectory() as directory:
         try:
-            trainer = _trainer(model, task, rows, training, 0, directory)
+            trainer = make_trainer(model, task, rows, training, 0, directory)
             steps = len(trainer.get_train_dataloader())
             trainer.create_optimizer_and_scheduler(max(1, steps))
         except _REFUSED as error:
@@ -169,7 +183,7 @@ def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[s
         )
 
 
-def _trainer(
+def make_trainer(
     model: AdaptedModel,
     task: Task,
     rows: Dataset,
@@ -177,12 +191,13 @@ def _trainer(
     seed: int,
     directory: str,
     on_step: OnStep | None = None,
+    collate: Callable[[list[dict[str, Any]]], Any] | None = None,
 ) -> Trainer:
     trainer = Trainer(
         model=model.module,
         args=training_arguments(_ordered(training, task), seed, model.device, directory),
         train_dataset=rows,
-        data_collator=task.collator(model.tokenizer),
+        data_collator=collate or task.collator(model.tokenizer),
         callbacks=[_Steps(on_step)] if on_step else None,
     )
     trainer.remove_callback(PrinterCallback)
@@ -194,10 +209,20 @@ def _ordered(training: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
     return {"train_sampling_strategy": "random", **training} if task.image else training
 
 
-def _attention(args: TrainingArguments) -> AbstractContextManager[object]:
+def attention(args: TrainingArguments) -> AbstractContextManager[object]:
     """On a CPU, plain products in place of torch's fused attention, which in bfloat16 is slow there
     (`python -m benchmarks precision`); with attention dropout torch takes them by itself."""
     return sdpa_kernel(SDPBackend.MATH) if args.use_cpu and args.bf16 else nullcontext()
+
+
+def steps_of(rows: int, args: TrainingArguments) -> int:
+    """Optimizer steps of a client's turn, as transformers.Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    count = math.floor if args.dataloader_drop_last else math.ceil
+    batches = count(rows / args.train_batch_size)
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * per_epoch)
 
 
 class _Steps(TrainerCallback):

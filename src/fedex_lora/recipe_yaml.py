@@ -158,17 +158,20 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+_SETTLED = ("engine.precision", "engine.fuse")
+
+
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """The settings in which two recipes differ, e.g. `lora.r: 4 != 8`.
 
-    A precision that a run settles for itself differs from none.
+    What a run settles for itself ("auto") differs from no choice.
     """
     ours, theirs = (dict(leaves(r.model_dump(mode="json"))) for r in (a, b))
     return [
         f"{key}: {ours.get(key, 'not set')} != {theirs.get(key, 'not set')}"
         for key in ours | theirs
         if key not in ours or key not in theirs or ours[key] != theirs[key]
-        if key != "engine.precision" or "auto" not in (ours[key], theirs[key])
+        if key not in _SETTLED or "auto" not in (ours[key], theirs[key])
     ]
 
 

@@ -20,6 +20,7 @@ from fedex_lora.federation.checkpoint import shelve
 from fedex_lora.federation.loop import KeepUpdate, Record, run_round
 from fedex_lora.federation.messages import Update
 from fedex_lora.federation.state import ServerState, admit, begin
+from fedex_lora.fusing import settle_fuse
 from fedex_lora.plan import foreseen
 from fedex_lora.precision import settle
 from fedex_lora.progress import Progress, complete, scores_in
@@ -54,6 +55,7 @@ def local_engine(
         recipe.evaluation.batch_size,
         TrainingLog(out / "logs", name) if out else None,
         out and out / OUTPUTS,
+        recipe.fused,
     )
 
 
@@ -67,8 +69,9 @@ def in_this_process(
             "engine.kind=local"
         )
     federation, told = settle(set_up(recipe))
-    if told:
-        watcher.note(told)
+    federation, more = settle_fuse(federation)
+    for text in filter(None, (told, more)):
+        watcher.note(text)
     return federation, local_engine(federation, watcher, out)
 
 

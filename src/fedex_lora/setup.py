@@ -154,6 +154,8 @@ def _bring_to_life(
 ) -> Federation:
     model = recipe_model(recipe, task, workdir)
     check_length(recipe, task, model)
+    if recipe.fused > 1:
+        model.trained_layers()
     pooled = METHODS[recipe.method.name].pooled
     settings = federation_settings(recipe, model, names)
     initial = model.initial(recipe.seed)

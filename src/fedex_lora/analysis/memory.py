@@ -41,14 +41,15 @@ def total(parts: Iterable[Part], certain: bool = False) -> int:
 def client_memory(
     recipe: Recipe, settings: Settings, model: Architecture, ledger: int
 ) -> list[Part]:
-    """What a process that trains one client after the other holds.
+    """What a process holds that trains one client after the other, or `recipe.fused` at once.
 
     Args:
         ledger: Bytes of all increments, which lie beside the layers with `placement: side`.
     """
     exchanged = _exchanged(settings, model)
     lora = bool(model.sites)
-    held = exchanged if lora else model.size * _itemsize(recipe)  # LoRA trains in float32
+    k = recipe.fused
+    held = k * exchanged if lora else model.size * _itemsize(recipe)  # LoRA trains in float32
     largest = max((s.out * s.inp for s in model.sites.values()), default=0)
     moments, sure = _moments(str(recipe.training.get("optim", "adamw_torch")))
     parts = [
@@ -56,10 +57,10 @@ def client_memory(
         Part("adapter and head", held if lora else 0),
         Part("gradients", held),
         Part("optimizer", int(held * moments), not sure),
-        Part("start and end of a turn", 2 * exchanged),
+        Part("start and end of a turn", (1 + k) * exchanged),
         Part("a layer's pretrained weights, twice", 2 * largest * _FLOAT32),
         Part("increments beside the layers", ledger if recipe.model.placement == "side" else 0),
-        Part("activations", activations(recipe, model.config), True),
+        Part("activations", k * activations(recipe, model.config), True),
     ]
     return [part for part in parts if part.bytes]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from fedex_lora.analysis.cost_plot import machine, server_seconds
-from fedex_lora.client import train_client, training_arguments
+from fedex_lora.client import steps_of, train_client, training_arguments
+from fedex_lora.fused import Turn, train_fused
 from fedex_lora.recipe import EvaluationSpec
 from fedex_lora.setup import Federation
 
@@ -83,16 +83,6 @@ def _steps(federation: Federation) -> tuple[float, float]:
     return step, max(0.0, one - step)
 
 
-def steps_of(rows: int, args: TrainingArguments) -> int:
-    """Optimizer steps of a client's turn, as transformers.Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    count = math.floor if args.dataloader_drop_last else math.ceil
-    batches = count(rows / args.train_batch_size)
-    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * per_epoch)
-
-
 def evaluations(spec: EvaluationSpec, rounds: int) -> int:
     """How many rounds of a run are evaluated.
 
@@ -104,19 +94,17 @@ def evaluations(spec: EvaluationSpec, rounds: int) -> int:
 
 
 def _turn(federation: Federation, client: str, rows: Dataset, steps: int) -> float:
+    """Seconds of a turn; of clients that train in one pass, a client's share of them."""
     recipe = federation.recipe
-    update = train_client(
-        federation.model,
-        federation.task,
-        rows,
-        federation.initial,
-        trained=federation.settings.method.trained(1),
-        training={**recipe.trainer_arguments, "max_steps": steps},
-        seed=recipe.seed,
-        round=1,
-        client=client,
-    )
-    return update.metrics["seconds"]
+    training = {**recipe.trainer_arguments, "max_steps": steps}
+    trained = federation.settings.method.trained(1)
+    given: dict[str, Any] = {"trained": trained, "training": training, "seed": recipe.seed}
+    model, task, start = federation.model, federation.task, federation.initial
+    if recipe.fused == 1:
+        one = train_client(model, task, rows, start, round=1, client=client, **given)
+        return one.metrics["seconds"]
+    turns = [Turn(f"{client}-{i}", rows, start) for i in range(recipe.fused)]
+    return train_fused(model, task, turns, round=1, **given)[0].metrics["seconds"]
 
 
 def _arguments(training: Mapping[str, Any], federation: Federation) -> TrainingArguments:

@@ -1,4 +1,7 @@
-"""All clients in this process: they take turns in one model, so one base is in memory."""
+"""All clients in this process: they take turns in one model, so one base is in memory.
+
+With `engine.fuse` several of them take one turn together.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from fedex_lora.federation.loop import Lost
 from fedex_lora.federation.messages import Broadcast, Update
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, global_factors, own_increment, start_of
+from fedex_lora.fused import Turn, train_fused
 from fedex_lora.ledger import Ledger
 from fedex_lora.lowrank import LowRank, dense
 from fedex_lora.model import AdaptedModel
@@ -41,6 +45,7 @@ class LocalEngine:
         batch_size: Of the scoring.
         log: Where the Trainers' own reports go, if the recipe asks for any.
         outputs: A folder for the texts that are generated when models are scored; None for none.
+        fuse: How many clients train in one pass, if they have one base and equal ranks.
     """
 
     def __init__(
@@ -56,12 +61,13 @@ class LocalEngine:
         batch_size: int = 64,
         log: TrainingLog | None = None,
         outputs: Path | None = None,
+        fuse: int = 1,
     ) -> None:
         self.model, self.task, self.clients = model, task, clients
         self.settings, self.training = settings, training
         self.failure_rate, self.on_turn = failure_rate, on_turn
         self.rows, self.batch_size = rows or {}, batch_size
-        self.log, self.outputs = log, outputs
+        self.log, self.outputs, self.fuse = log, outputs, fuse
         self._placed: tuple[Ledger, str | None] | None = None
 
     @property
@@ -87,25 +93,45 @@ class LocalEngine:
     ) -> Iterator[Update | Lost]:
         """Every client's turn, in sorted order. What `broadcasts` says equals `start_of`."""
         vanished = self._vanished(state.version + 1, list(broadcasts))
-        for client in sorted(broadcasts):
-            round = broadcasts[client].round
-            if client in vanished:
-                yield Lost(client, "rehearsed failure (federation.failure_rate)")
-                continue
-            self.place(state, client)
-            yield train_client(
-                self.model,
-                self.task,
-                self.clients[client],
-                start_of(state, self.settings, client),
-                trained=self.settings.method.trained(round),
-                training=self.training,
-                seed=self.settings.seed,
-                round=round,
-                client=client,
-                on_step=self._on_step(round, client),
-                log=self.log.turn(client, round) if self.log else None,
-            )
+        for client in sorted(vanished):
+            yield Lost(client, "rehearsed failure (federation.failure_rate)")
+        names = sorted(broadcasts.keys() - vanished)
+        for first in range(0, len(names), self.fuse):
+            group = names[first : first + self.fuse]
+            if len(group) == 1:
+                yield self._train(state, broadcasts[group[0]].round, group[0])
+            else:
+                yield from self._train_fused(state, broadcasts[group[0]].round, group)
+
+    def _train(self, state: ServerState, round: int, client: str) -> Update:
+        self.place(state, client)
+        return train_client(
+            self.model,
+            self.task,
+            self.clients[client],
+            start_of(state, self.settings, client),
+            trained=self.settings.method.trained(round),
+            training=self.training,
+            seed=self.settings.seed,
+            round=round,
+            client=client,
+            on_step=self._on_step(round, client),
+            log=self.log.turn(client, round) if self.log else None,
+        )
+
+    def _train_fused(self, state: ServerState, round: int, clients: Sequence[str]) -> list[Update]:
+        self.place(state, None)
+        starts = {name: start_of(state, self.settings, name) for name in clients}
+        return train_fused(
+            self.model,
+            self.task,
+            [Turn(name, self.clients[name], starts[name]) for name in clients],
+            trained=self.settings.method.trained(round),
+            training=self.training,
+            seed=self.settings.seed,
+            round=round,
+            on_step=self._on_step(round, ", ".join(clients)),
+        )
 
     def client_scores(
         self, state: ServerState, clients: Sequence[str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,27 @@ class AdaptedModel:
             b.requires_grad_("B" in trained)
         for parameter in self._head.values():
             parameter.requires_grad_(True)
+
+    def trained_layers(self) -> list[nn.Linear]:
+        """The linear maps that hold the factors and the head, of a model with LoRA.
+
+        Raises:
+            UserError: There are others: an adapted embedding, a normalisation in the head.
+        """
+        maps = [m for layer in self._layers.values() for m in layer.maps()]
+        found = [*maps, *self._head_maps()]
+        odd = next((m for m in found if type(m) is not nn.Linear), None)
+        if odd is not None:
+            raise UserError(
+                f"engine.fuse: only linear factors and heads can be fused, but a "
+                f"{type(odd).__name__} is trained; set engine.fuse: 1 or leave it out of lora"
+            )
+        return found
+
+    def _head_maps(self) -> Iterator[Any]:
+        """The modules of the head that own parameters."""
+        for _, module in heads(self._base.model):
+            yield from (m for m in module.modules() if list(m.parameters(recurse=False)))
 
     @property
     def longest_input(self) -> int | None:

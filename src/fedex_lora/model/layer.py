@@ -60,6 +60,12 @@ class Layer:
             return self.module.lora_embedding_A[ADAPTER], self.module.lora_embedding_B[ADAPTER]
         return self.module.lora_A[ADAPTER].weight, self.module.lora_B[ADAPTER].weight
 
+    def maps(self) -> list[Any]:
+        """The modules that multiply by A and B; the layer itself where it does that."""
+        if self.embedding:
+            return [self.module]
+        return [self.module.lora_A[ADAPTER], self.module.lora_B[ADAPTER]]
+
     def read(self) -> Factors:
         """Copies of the factors, float32 on the CPU, with the scale that PEFT applies."""
         a, b = (copy_of(p) for p in self.factors())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from fedex_lora.methods import METHODS
 from fedex_lora.recipe.federation import FederationSpec
+from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, check, listed
 from fedex_lora.recipe.task import LABELLED, DataSpec, TaskSpec
@@ -37,6 +38,7 @@ class EngineSpec(Part):
     kind: Literal["local", "flower", "flower-simulation"] = "local"
     threads: int = Field(default=1, ge=1, le=1024)
     precision: Literal["float32", "bfloat16", "auto"] = "float32"  # bfloat16: training's autocast
+    fuse: Annotated[int, Field(ge=1)] | Literal["auto"] = 1  # local: clients trained in one pass
     client_cpus: int = Field(default=1, ge=1)  # flower-simulation: of each client that trains
     client_gpus: float = Field(default=0.0, ge=0)
 
@@ -69,10 +71,19 @@ class Recipe(Part):
         half = {"bf16": True} if self.engine.precision == "bfloat16" else {}
         return {**self.training, **half}
 
+    @property
+    def fused(self) -> int:
+        """How many clients train in one pass, at most."""
+        if METHODS[self.method.name].pooled:
+            return 1
+        wanted = MOST_FUSED if self.engine.fuse == "auto" else self.engine.fuse
+        return min(wanted, self.federation.sampled)
+
     def problems(self) -> Iterator[Problem]:
         yield from self._clients()
         yield from self._ranks()
         yield from self._engine()
+        yield from self._fused()
         labels_known = self.task.labels is not None or self.data.source is not None
         if self.task.kind in LABELLED and not labels_known:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
@@ -112,6 +123,21 @@ class Recipe(Part):
         known = fed.names is not None or self.data.clients is not None
         if self.lora.ranks is not None and not known and self.engine.kind == "flower":
             yield "federation.names", "missing; lora.ranks belong to clients in the order of names"
+
+    def _fused(self) -> Iterator[Problem]:
+        if self.fused == 1:
+            return
+        if self.engine.kind != "local":
+            yield "engine.fuse", "clients are in processes of their own; it is for engine: local"
+        if METHODS[self.method.name].trains == "all":
+            yield "engine.fuse", f"{self.method.name} trains the base, which fused clients share"
+        if not METHODS[self.method.name].shared_base:
+            yield "engine.fuse", f"{self.method.name} has a base for each client; leave it out"
+        if self.lora.ranks is not None:
+            yield "engine.fuse", "needs equal ranks; leave it or lora.ranks out"
+        for name, value in self.training.items():
+            if not fusable(name, value):
+                yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
 
     def _ranks(self) -> Iterator[Problem]:
         if self.lora.ranks is None:
