@@ -103,7 +103,9 @@ def _turn(federation: Federation, client: str, rows: Dataset, steps: int) -> flo
     if recipe.fused == 1:
         one = train_client(model, task, rows, start, round=1, client=client, **given)
         return one.metrics["seconds"]
-    turns = [Turn(f"{client}-{i}", rows, start) for i in range(recipe.fused)]
+    # each its own rows: they are padded to the longest of all
+    own = sorted(federation.clients.items(), key=lambda item: -len(item[1]))[: recipe.fused]
+    turns = [Turn(name, _sample(part, len(rows)), start) for name, part in own]
     return train_fused(model, task, turns, round=1, **given)[0].metrics["seconds"]
 
 
