@@ -14,8 +14,8 @@ from fedex_lora.analysis.scores import judged
 from fedex_lora.analysis.statistics import estimate
 from fedex_lora.analysis.statistics import number as signed
 from fedex_lora.analysis.study import is_exact_average
+from fedex_lora.disk import write_atomic
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.methods import METHODS, get_method
 from fedex_lora.recipe import MethodSpec, Recipe
 from fedex_lora.run import resume_run, start_run

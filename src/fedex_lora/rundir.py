@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fedex_lora.adapter import AdapterState
-from fedex_lora.disk import reason
+from fedex_lora.disk import reason, write_atomic
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import latest, write_atomic
+from fedex_lora.federation.checkpoint import latest
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.federation.state import ServerState

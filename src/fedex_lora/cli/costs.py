@@ -32,9 +32,9 @@ from fedex_lora.cli.common import (
     whole_number,
 )
 from fedex_lora.compare import markdown_table, size
+from fedex_lora.disk import write_atomic
 from fedex_lora.display import show_table
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.methods import METHODS, get_method
 from fedex_lora.presets import PRESETS
 from fedex_lora.recipe import LoraSpec

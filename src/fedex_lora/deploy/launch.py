@@ -14,8 +14,8 @@ from typing import Any
 from fedex_lora.deploy import commands
 from fedex_lora.deploy.init import read_deployment, write_app
 from fedex_lora.deploy.processes import await_port, free_port, run_to_end, running
+from fedex_lora.disk import write_atomic
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.flower.progress import follow
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe

@@ -7,13 +7,13 @@ import secrets
 from dataclasses import replace
 from pathlib import Path
 
+from fedex_lora.disk import write_atomic
 from fedex_lora.engines.courier import Courier, Waits
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.guests import Guests
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.remote import RemoteEngine
 from fedex_lora.engines.wire import Identity, facts
-from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.recipe import Recipe
 from fedex_lora.run import Assemble
 from fedex_lora.rundir import OUTPUTS, RunDir, versions

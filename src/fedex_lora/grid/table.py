@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.compare import Results, markdown_table, save_results, spread
-from fedex_lora.federation.checkpoint import write_atomic
+from fedex_lora.disk import write_atomic
 from fedex_lora.grid.plan import Plan, Run
 from fedex_lora.grid.spec import RECIPES
 from fedex_lora.rundir import RunDir

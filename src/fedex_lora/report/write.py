@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fedex_lora.analysis.runs import read_runs
 from fedex_lora.analysis.study import Study, study
+from fedex_lora.disk import write_atomic
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import write_atomic
 from fedex_lora.report.page import build
 from fedex_lora.report.svg import MARKER
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedex_lora.disk import write_atomic
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import write_atomic
 
 OnProgress = Callable[[int, int], None]  # (prompts done, prompts in all)
 
