@@ -68,6 +68,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """As `write_atomic`, of a file that `write` makes at the path it is given."""
     new = path.with_name(path.name + ".new")
     try:
         write(new)
@@ -76,9 +77,8 @@ def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         new.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(
-            f"{path}: cannot be written: {reason}. Free some space or choose "
+            f"{path}: cannot be written: {reason(error)}. Free some space or choose "
             "another directory, then `fedex-lora resume`; what was saved before is intact"
         ) from None
 
