@@ -137,7 +137,8 @@ def further_metrics(part: Study, task: str) -> Iterator[str]:
     split = judged_split(done[0].run).partition(" ")[0]
     yield f"All metrics, {split}:\n"
     yield markdown_table(["method", *names], rows)
-    yield "".join(f"- {told}\n" for name in names if (told := metric_told(part, task, name)))
+    others = [name for name in names if name != metric_of(done[0].run)[0]]
+    yield "".join(f"- {told}\n" for name in others if (told := metric_told(part, task, name)))
 
 
 def judged(run: Run) -> Mapping[str, float]:
@@ -171,10 +172,15 @@ def setting(run: Run) -> str:
     training = ", ".join(f"{k} {v}" for k, v in r.training.items())
     head = f", and {', '.join(r.lora.modules_to_save)}" if r.lora.modules_to_save else ""
     return (
-        f"{r.model.name}; LoRA of rank {r.lora.r}, α {r.lora.lora_alpha:g}, on {where}{head}; "
+        f"{model_name(r.model.name)}; LoRA of rank {r.lora.r}, α {r.lora.lora_alpha:g}, on {where}{head}; "
         f"{r.federation.clients} clients, {rounds}, {', '.join(parts)}; "
         f"{training}. Data: {without_folder(run.description or '')}."
     )
+
+
+def model_name(name: str) -> str:
+    """A hub id or package as it is; of a directory here only its own name."""
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
 
 
 def line(

@@ -89,7 +89,8 @@ def test_every_metric_is_shown_and_exact_aggregation_judged_by_each(tmp_path, pa
     assert "| method | accuracy | f1 |" in text
     assert "| fedit | 0.570 ± 0.070 | 0.310 ± 0.010 |" in text
     assert "- f1: fedex beats fedit by 0.110" in text
-    assert "- accuracy: No difference seen between fedex and fedit" in text
+    assert "- No difference seen between fedex and fedit" in text and "- accuracy:" not in text
+    assert str(tmp_path) not in text and "\nroberta; LoRA of rank 3" in text
 
 
 def test_where_more_is_missed_and_gained_is_counted():
