@@ -71,7 +71,13 @@ def main(part: str) -> None:
     with tempfile.TemporaryDirectory(prefix="overhead-") as temporary:
         for name, found in {"floor": floor, "large": large}[part](Path(temporary)):
             known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            where = {"date": f"{date.today()}", "cores": os.cpu_count(), "nodes": NODES}
+            load = round(os.getloadavg()[1], 1)  # what else the machine does is in it
+            where = {
+                "date": f"{date.today()}",
+                "cores": os.cpu_count(),
+                "nodes": NODES,
+                "load": load,
+            }
             known[part] = {**known.get(part, {}), name: found, **where}
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")
             print(name, json.dumps(found, indent=1), flush=True)

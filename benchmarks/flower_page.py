@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "flower.json", ROOT / "docs" / "deploy.md"
 HEADING = "## What a round costs besides training\n"
 TEXT = """\
-One machine ({cores} cores), {nodes} nodes, TLS and keys. *Flower* is an app on the same SuperLink
-that sends and returns as many bytes and does nothing; the two take turns. Seconds of a round, the
-median and the range:
+One machine ({cores} cores; load average {load:.0f} with large messages, other programs included),
+{nodes} nodes, TLS and keys. *Flower* is an app on the same SuperLink that sends and returns as many
+bytes and does nothing; the two take turns. Seconds of a round, the median and the range:
 
 | a round with | ours, besides training | Flower | ratio of medians |
 |---|---|---|---|
@@ -52,6 +52,7 @@ def section(results: Mapping[str, Any]) -> str:
     messages = small["nodes"] * sum(2 * len(turn["seconds"]) + 2 for turn in small["ours"])
     return TEXT.format(
         cores=large["cores"],
+        load=large["load"],
         nodes=large["nodes"],
         small=_row("a tiny model", small),
         large=_row(f"{down:.0f} MB to every client and {up:.0f} MB back", large),

@@ -83,6 +83,7 @@ def flowers(seconds, training, ours, theirs):
         "flower": flower,
         "cores": 2,
         "nodes": 3,
+        "load": 1.0,
     }
 
 
