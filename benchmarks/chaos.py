@@ -101,7 +101,9 @@ def main(chosen: list[str]) -> None:
                 what, round = ("waits", KILLED[name]) if name in KILLED else (SABOTAGE.get(name), 1)
                 try:
                     with deployment.sabotage(VICTIM, round, what or ""):
-                        _play(name, coordinator, out, deployment)
+                        stopped = _play(name, coordinator, out, deployment)
+                    if stopped:
+                        launch(coordinator, out, deployment.folder, True, Silent())
                 except UserError as error:
                     print(f"{name}: {error}\n{deployment.log(VICTIM)[-3000:]}", flush=True)
                     continue
@@ -109,7 +111,8 @@ def main(chosen: list[str]) -> None:
     (ROOT / "docs" / "chaos.md").write_text(page(json.loads(RESULTS.read_text())))
 
 
-def _play(name: str, coordinator: Recipe, out: Path, deployment: Deployed) -> None:
+def _play(name: str, coordinator: Recipe, out: Path, deployment: Deployed) -> bool:
+    """Runs it to the end, or until the coordinator is killed; whether it was."""
     folder = deployment.folder
     acts: dict[str, Callable[[], object]] = {  # deploy client and server start them again
         "SuperNode killed": lambda: deployment.kill("", VICTIM),
@@ -121,7 +124,8 @@ def _play(name: str, coordinator: Recipe, out: Path, deployment: Deployed) -> No
     try:
         launch(coordinator, out, folder, False, watcher)
     except Stopped:
-        launch(coordinator, out, folder, True, Silent())
+        return True
+    return False
 
 
 def _across(spec: Recipe, folder: Path) -> Recipe:
