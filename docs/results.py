@@ -172,7 +172,8 @@ def setting(run: Run) -> str:
     training = ", ".join(f"{k} {v}" for k, v in r.training.items())
     head = f", and {', '.join(r.lora.modules_to_save)}" if r.lora.modules_to_save else ""
     return (
-        f"{model_name(r.model.name)}; LoRA of rank {r.lora.r}, α {r.lora.lora_alpha:g}, on {where}{head}; "
+        f"{model_name(r.model.name)}; LoRA of rank {r.lora.r}, α {r.lora.lora_alpha:g}, "
+        f"on {where}{head}; "
         f"{r.federation.clients} clients, {rounds}, {', '.join(parts)}; "
         f"{training}. Data: {without_folder(run.description or '')}."
     )
