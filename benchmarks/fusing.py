@@ -15,8 +15,8 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.run import local_engine
 from fedex_lora.setup import Federation, set_up
 
-STEPS = 8
-BATCHES = {3: (1, 2, 4, 16), 8: (1, 2, 4)}  # by the number of clients
+STEPS = 6
+BATCHES = {3: (1, 4), 8: (1, 4)}  # by the number of clients
 
 
 def small_batches(task: str, data: Path, clients: int, batch: int) -> Recipe:
