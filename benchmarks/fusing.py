@@ -55,8 +55,7 @@ def row(data: Path, repeats: int = 3) -> Row:
             for precision in ("float32", "bfloat16"):
                 value, spread = gain(as_named(federation, precision), repeats)
                 what = f"{clients} clients, batches of {batch}, {precision}"
-                least = 1.3 if batch == 1 else None
-                figures.append(Figure(what, value, "×", spread, least))
+                figures.append(Figure(what, value, "×", spread, at_least=1.3))
     return Row(
         "Fused clients: the training of a round in one pass against one client after the other",
         figures,
