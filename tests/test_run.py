@@ -16,7 +16,6 @@ import transformers
 from safetensors.torch import load_file
 from small_runs import SIZES, StopAfter, oracle, products, recipe
 
-from fedex_lora import scoring
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.export import export_adapter, export_model
@@ -177,10 +176,10 @@ def _hooks(module):
 
 
 def test_scores_that_are_no_numbers_count_as_no_better_and_survive_a_resume(tmp_path, monkeypatch):
-    def infinite(federation, rows):
+    def infinite(*asked):
         return {"perplexity": float("inf"), "loss": float("nan")}
 
-    monkeypatch.setattr("fedex_lora.scoring._score", infinite)
+    monkeypatch.setattr(LocalEngine, "evaluate", infinite)
     spec = recipe(tmp_path, "llama", evaluation={"patience": 2}, federation={"rounds": 9})
     results = start_run(spec, tmp_path / "run")
     assert results["rounds"] == 9 and results["best"]["score"] is None
@@ -366,8 +365,13 @@ def test_collections_of_garbage_are_as_before_once_a_run_ends(tmp_path):
 @pytest.mark.parametrize("name", ["fedex", "local"])
 def test_no_row_is_scored_twice_by_one_model(tmp_path, monkeypatch, name):
     scored = []
-    given = scoring._score
-    monkeypatch.setattr(scoring, "_score", lambda f, rows: scored.append(rows) or given(f, rows))
+    given = LocalEngine.evaluate
+
+    def evaluate(engine, rows, *more):
+        scored.append(rows)
+        return given(engine, rows, *more)
+
+    monkeypatch.setattr(LocalEngine, "evaluate", evaluate)
     results = start_run(
         recipe(tmp_path, method={"name": name}, federation={"rounds": 1}), tmp_path / "run"
     )
