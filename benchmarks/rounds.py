@@ -19,13 +19,13 @@ from benchmarks.results import Figure, Row, seconds
 from benchmarks.timing import in_turn, ratio
 from fedex_lora.analysis.timing import few_steps
 from fedex_lora.client import quick_collections
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
+from fedex_lora.fusing import settle_fuse
 from fedex_lora.model.load import locate
 from fedex_lora.precision import as_named, settle
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import start_run
+from fedex_lora.run import local_engine, start_run
 from fedex_lora.scoring import evaluate
 from fedex_lora.setup import Federation, set_up
 
@@ -47,20 +47,14 @@ def recipe(task: str, data: Path, examples: int = 300) -> Recipe:
                 "per_device_train_batch_size": 16,
                 "num_train_epochs": 1,
             },
-            "engine": {"threads": torch.get_num_threads(), "precision": "auto"},
+            "engine": {"threads": torch.get_num_threads(), "precision": "auto", "fuse": "auto"},
         }
     )
 
 
 def our_round(federation: Federation) -> None:
     """One round from the start: train, aggregate, fold, evaluate."""
-    engine = LocalEngine(
-        federation.model,
-        federation.task,
-        federation.clients,
-        federation.settings,
-        federation.recipe.trainer_arguments,
-    )
+    engine = local_engine(federation)
     state, _ = run_round(
         begin(federation.settings, federation.initial), federation.settings, engine
     )
@@ -83,7 +77,8 @@ def our_round_padded(federation: Federation) -> None:
 
 def against_published(task: str, data: Path, least: float, repeats: int = 2) -> Row:
     """A round, ours (also with the published padding) and the published way, in turn."""
-    federation, told = settle(set_up(recipe(task, data)))
+    federation, precise = settle(set_up(recipe(task, data)))
+    federation, fused = settle_fuse(federation)
     auto = transformers.AutoModelForSequenceClassification
     theirs = PublishedRound(federation, auto, locate(MINILM))
     our_round(federation)  # libraries set themselves up
@@ -116,7 +111,8 @@ def against_published(task: str, data: Path, least: float, repeats: int = 2) -> 
             "Training for one epoch in batches of 16, aggregation, folding, 100 rows evaluated. "
             "The published way: k + 1 copies of the model, every example padded to 128, every "
             "copy's state loaded anew, the residual by dense products (benchmarks/published.py).",
-            f"`engine.precision: auto` takes what is faster on this machine: {told}.",
+            "`engine.precision` and `engine.fuse: auto` take what is faster on this machine: "
+            f"{precise}; {fused}.",
         ],
     )
 
