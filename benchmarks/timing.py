@@ -39,15 +39,26 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def in_turn(
-    works: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True
+    works: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: bool = True,
+    follows_itself: bool = False,
 ) -> dict[str, Times]:
-    """Runs every piece of work `repeats` times, one after the other in each repeat."""
+    """Runs every piece of work `repeats` times, one after the other in each repeat.
+
+    Args:
+        warm_up: Whether each runs once before anything is measured.
+        follows_itself: Whether each runs once more right before it is measured, as a round follows
+            a round of the same run.
+    """
     if warm_up:
         for work in works.values():
             work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
+            if follows_itself:
+                work()
             seconds[name].append(timed(work))
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 

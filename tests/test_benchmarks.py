@@ -71,6 +71,9 @@ def test_alternatives_run_in_turn_and_ratios_are_of_medians():
     order = []
     times = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, False)
     assert order == ["a", "b"] * 3 and len(times["a"].seconds) == 3
+    order.clear()
+    in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, False, True)
+    assert order == ["a", "a", "b", "b"] * 2
     assert ratio(Times((2.0, 4.0, 6.0)), Times((1.0, 2.0, 2.0))) == (2.0, 0.5)
     assert Times((1.0,)).spread is None
 
