@@ -164,6 +164,7 @@ def parts(data: Path, rounds: int = 4, examples: int = 300) -> Row:
 
     whole = recipe("cola", data, examples).model_dump(mode="json", exclude_unset=True)
     whole["federation"]["rounds"] = rounds
+    whole["engine"]["fuse"] = 1  # only what transformers.Trainer takes counts as training here
     with (
         TemporaryDirectory() as folder,
         mock.patch.object(transformers.Trainer, "train", timed_train),

@@ -210,7 +210,7 @@ def _ordered(training: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
 
 
 def attention(args: TrainingArguments) -> AbstractContextManager[object]:
-    """On a CPU, plain products in place of torch's fused attention, which in bfloat16 is slow there
+    """On a CPU, plain products in place of torch's fused attention, which in bfloat16 is slow on some
     (`python -m benchmarks precision`); with attention dropout torch takes them by itself."""
     return sdpa_kernel(SDPBackend.MATH) if args.use_cpu and args.bf16 else nullcontext()
 

@@ -26,7 +26,7 @@ Term = tuple[Tensor, Tensor, float]  # A (r × in), B (out × r), scale
 EPS = torch.finfo(torch.float32).eps
 # eigenvalues of a Gram matrix up to this part of the largest are rounding
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
-_ROWS = 1024  # converted to float64 at a time, which fits in a cache
+_ROWS = 1024  # or columns; converted to float64 at a time, which fits in a cache
 
 
 @dataclass(frozen=True)
@@ -209,11 +209,12 @@ class _Roots:
         return self.left[:, None] * (self.v.mT @ self.q) * self.right
 
     def applied(self, w: LowRank, u: Tensor, zh: Tensor) -> LowRank:
-        """L V Λ^-½ u and zh Θ^-½ Qᵀ R, float32."""
+        """L V Λ^-½ u and zh Θ^-½ Qᵀ R, computed in float64, rounded to float32."""
         to_left = (self.v / self.left / self.size[:, None]) @ u
         to_right = (zh / self.right) @ self.q.mT * self.size
-        right = _times(w.right.mT, to_right.mT)
-        return LowRank(_times(w.left, to_left), right.mT.contiguous())
+        left = [(rows.double() @ to_left).float() for rows in w.left.split(_ROWS)]
+        right = [(to_right @ columns.double()).float() for columns in w.right.split(_ROWS, 1)]
+        return LowRank(torch.cat(left), torch.cat(right, 1))
 
 
 def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,11 +230,6 @@ def _gram(w: Tensor) -> Tensor:
         wide = rows.double()
         total += wide.mT @ wide
     return total
-
-
-def _times(w: Tensor, m: Tensor) -> Tensor:
-    """W·m, computed in float64, rounded to float32."""
-    return torch.cat([(rows.double() @ m).float() for rows in w.split(_ROWS)])
 
 
 def rounded(w: LowRank, dtype: torch.dtype) -> tuple[LowRank, float]:
