@@ -11,42 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
-from functools import partial
+import sys
+from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from benchmarks import fusing, gpu, memory, merging, residual, rounds, scaling
-from benchmarks.results import RESULTS, Row, goal, read, row_of, shown, store
+from benchmarks.results import RESULTS, goal, read, row_of, shown
+from benchmarks.rows import measure, rows
 from fedex_lora.display import show_table
-
-NEEDS_DATA = "--data: name the directory with local copies of GLUE's cola and mrpc"
-
-
-def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
-    """What measures each row, by name."""
-    return {
-        "residual": residual.row,
-        "accuracy": residual.accuracy,
-        "truncation": residual.truncation,
-        "merge": merging.row,
-        "clients": scaling.row,
-        "cola": _with(data, lambda path: rounds.against_published("cola", path, 8)),
-        "mrpc": _with(data, lambda path: rounds.against_published("mrpc", path, 2.5)),
-        "precision": _with(data, rounds.precision),
-        "round": _with(data, rounds.parts),
-        "memory": memory.row,
-        "fused": _with(data, fusing.row),
-        "gpu": gpu.row,
-    }
-
-
-def _with(data: Path | None, measure: Callable[[Path], Row]) -> Callable[[], Row]:
-    if data is None:
-        return lambda: Row("", skipped=NEEDS_DATA)
-    return partial(measure, data)
 
 
 def main() -> None:
@@ -60,15 +33,17 @@ def main() -> None:
     unknown = sorted(set(asked.rows) - set(known))
     if unknown:
         parser.error(f"there is no row {unknown[0]!r}; known: {', '.join(known)}")
-    torch.set_num_threads(asked.threads)
-    console = Console()
+    failed = []
     for name in asked.rows or known:
-        console.print(f"{name} ...", style="dim")
-        row = rows(asked.data)[name]()
-        if row.skipped:
-            console.print(f"{name}: skipped: {row.skipped}")
-        store(name, row, asked.results, known)
-    show(console, asked.results)
+        process = get_context("spawn").Process(
+            target=measure, args=(name, asked.data, asked.threads, asked.results)
+        )
+        process.start()
+        process.join()
+        failed += [name] * (process.exitcode != 0)
+    show(Console(), asked.results)
+    if failed:
+        sys.exit(f"not measured, see above: {', '.join(failed)}")
 
 
 def show(console: Console, path: Path) -> None:

@@ -14,4 +14,4 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["fedex", "fedit", "fedex-keep"])
 def test_memory_grows_per_client_by_at_most_its_adapter_and_head(folder, method):
-    assert growth(folder, method) <= 1.2 * ADAPTER
+    assert 0.1 * ADAPTER < growth(folder, method) <= 1.2 * ADAPTER  # it is seen at all

@@ -210,8 +210,8 @@ def _ordered(training: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
 
 
 def attention(args: TrainingArguments) -> AbstractContextManager[object]:
-    """On a CPU, plain products in place of torch's fused attention, which in bfloat16 is slow on some
-    (`python -m benchmarks precision`); with attention dropout torch takes them by itself."""
+    """On a CPU, plain products in place of torch's fused attention, which on some is slow in
+    bfloat16 (`python -m benchmarks precision`); with dropout torch takes them by itself."""
     return sdpa_kernel(SDPBackend.MATH) if args.use_cpu and args.bf16 else nullcontext()
 
 

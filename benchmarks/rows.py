@@ -1,0 +1,50 @@
+"""The rows of the table: what measures each, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import fusing, gpu, memory, merging, residual, rounds, scaling
+from benchmarks.results import Row, store
+
+NEEDS_DATA = "--data: name the directory with local copies of GLUE's cola and mrpc"
+
+
+def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
+    """What measures each row, by name."""
+    return {
+        "residual": residual.row,
+        "accuracy": residual.accuracy,
+        "truncation": residual.truncation,
+        "merge": merging.row,
+        "clients": scaling.row,
+        "cola": _with(data, lambda path: rounds.against_published("cola", path, 8)),
+        "mrpc": _with(data, lambda path: rounds.against_published("mrpc", path, 2.5)),
+        "precision": _with(data, rounds.precision),
+        "round": _with(data, rounds.parts),
+        "memory": memory.row,
+        "fused": _with(data, fusing.row),
+        "gpu": gpu.row,
+    }
+
+
+def _with(data: Path | None, measure: Callable[[Path], Row]) -> Callable[[], Row]:
+    if data is None:
+        return lambda: Row("", skipped=NEEDS_DATA)
+    return partial(measure, data)
+
+
+def measure(name: str, data: Path | None, threads: int, results: Path) -> None:
+    """One row, in a process of its own: what ran before leaves memory and caches behind."""
+    torch.set_num_threads(threads)
+    console = Console()
+    console.print(f"{name} ...", style="dim")
+    row = rows(data)[name]()
+    if row.skipped:
+        console.print(f"{name}: skipped: {row.skipped}")
+    store(name, row, results, rows(None))
