@@ -1,5 +1,6 @@
 """Writes docs/results.md from runs: `python docs/results.py DIR... > docs/results.md`.
 
+With --more before them it writes docs/results-more.md, of parts measured elsewhere.
 Each DIR holds runs that are compared with each other, as `compare` and `grid` leave them.
 `make results DATA=DIR` runs what is missing first.
 """
@@ -41,6 +42,13 @@ and writes the file again:
 
     make results DATA=DIR SMALL_LM=DIR/stories260k
 """
+MORE = """\
+# More results
+
+Beside [results.md](results.md), on another machine: more parts of the grids that `make results`
+runs, recipes/small/results-*.yaml. Written by `docs/results.py --more DIR...` from the files of
+runs, not by hand. The claims are held against these runs alone.
+"""
 EXACT = "fedex"
 SHARE = f"""\
 The share of the ideal product that averaging the factors misses, ‖ideal − averaged‖ / ‖ideal‖ over
@@ -60,11 +68,11 @@ machine below, which may have had other work to do.
 """
 
 
-def results(folders: Sequence[Path]) -> Iterator[str]:
+def results(folders: Sequence[Path], about: str = ABOUT) -> Iterator[str]:
     """The parts of the page."""
     runs, problems = read_runs(folders)
     parts = {folder: study(read_runs([folder])[0]) for folder in folders}
-    yield ABOUT
+    yield about
     yield from unfinished(runs, problems)
     yield READING
     compared_in = {f: part for f, part in parts.items() if REFERENCE in methods_of(part)}
@@ -172,10 +180,9 @@ def setting(run: Run) -> str:
     training = ", ".join(f"{k} {v}" for k, v in r.training.items())
     head = f", and {', '.join(r.lora.modules_to_save)}" if r.lora.modules_to_save else ""
     return (
-        f"{model_name(r.model.name)}; LoRA of rank {r.lora.r}, α {r.lora.lora_alpha:g}, "
-        f"on {where}{head}; "
-        f"{r.federation.clients} clients, {rounds}, {', '.join(parts)}; "
-        f"{training}. Data: {without_folder(run.description or '')}."
+        f"{model_name(r.model.name)}; LoRA of rank {r.lora.r}, α {r.lora.lora_alpha:g}, on {where}"
+        f"{head}; {r.federation.clients} clients, {rounds}, {', '.join(parts)}; {training}. "
+        f"Data: {without_folder(run.description or '')}."
     )
 
 
@@ -300,8 +307,7 @@ def share_missed(run: Run) -> list[float]:
 
 def against_reference(parts: Mapping[Path, Study]) -> Iterator[str]:
     """Where exact aggregation is seen to beat averaging, where not, and what goes with it."""
-    found = gains(parts)
-    if not found:
+    if not (found := gains(parts)):
         return
     yield f"## {EXACT} against {REFERENCE}, and why\n"
     yield f"{outcomes(found)}\n"
@@ -383,9 +389,12 @@ def environments(runs: Sequence[Run]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    more = sys.argv[1:2] == ["--more"]
+    folders = [*map(Path, sys.argv[1 + more :])]
+    if not folders:
         sys.exit(__doc__)
     try:
-        print("\n".join(part.rstrip("\n") + "\n" for part in results([*map(Path, sys.argv[1:])])))
+        parts = results(folders, MORE if more else ABOUT)
+        print("\n".join(part.rstrip("\n") + "\n" for part in parts))
     except UserError as error:
         sys.exit(f"error: {error}")
