@@ -363,7 +363,7 @@ def claims(runs: Sequence[Run]) -> Iterator[str]:
         for number, text in texts.items():
             parts = [f for f in found if f.claim == number]
             told = "".join(f"   - {f.part}: **{f.outcome}**. {f.evidence}\n" for f in parts)
-            yield f"{number}. {text}\n{told}" if parts else ""
+            yield from [f"{number}. {text}\n{told}"] * bool(parts)
 
 
 def fewest_seeds(whole: Study) -> int:
