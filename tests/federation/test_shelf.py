@@ -41,6 +41,11 @@ def test_equal_adapters_of_a_version_are_one_file(tmp_path):
     assert shelf.place(adapter()) is None
 
 
+def test_a_shelf_that_cannot_be_made_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        shelf.put(tmp_path / "missing" / "own", 1, adapter())
+
+
 @pytest.mark.parametrize("damage", ["gone", "changed"])
 def test_a_checkpoint_whose_clients_factors_are_damaged_is_not_used(tmp_path, damage):
     states, _, _ = simulate(settings("fedex-keep"), 2)

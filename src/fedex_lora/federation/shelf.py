@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors
-from fedex_lora.disk import reason, write_atomic
+from fedex_lora.disk import reason, replace_atomic
 from fedex_lora.errors import UserError
 
 T = TypeVar("T")
@@ -60,9 +60,13 @@ def put(directory: Path, version: int, adapter: AdapterState) -> AdapterState:
     blob = save(flat, {"scales": json.dumps(scales)})
     path = directory / _NAME.format(version, hashlib.sha256(blob).hexdigest())
     if not path.exists():
-        directory.mkdir(exist_ok=True)
-        write_atomic(path, blob)
+        replace_atomic(path, lambda new: _write(new, blob))
     return get(path)
+
+
+def _write(new: Path, blob: bytes) -> None:
+    new.parent.mkdir(exist_ok=True)
+    new.write_bytes(blob)
 
 
 def get(path: Path) -> AdapterState:
