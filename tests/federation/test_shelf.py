@@ -78,3 +78,13 @@ def test_rounds_from_the_shelf_are_those_from_memory_and_old_files_go(tmp_path, 
     assert [k.version for k in kept] == [5, 4, 1]
     used = {shelf.place(own) for k in kept for own in k.own.values()}
     assert used == set((tmp_path / OWN).iterdir())
+
+
+def test_a_damaged_checkpoint_does_not_keep_others_from_being_pruned(tmp_path):
+    states, _, _ = simulate(settings("fedex-keep"), 3)
+    for state in states[1:]:
+        save_checkpoint(tmp_path, state, {})
+    (tmp_path / "round-0002.safetensors").write_bytes(b"damaged")
+    prune(tmp_path, set())
+    assert load_checkpoint(tmp_path / "round-0003.safetensors")[0].version == 3
+    assert {f.name[:4] for f in (tmp_path / OWN).iterdir()} == {"0003"}

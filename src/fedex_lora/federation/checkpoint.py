@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,9 +98,16 @@ def prune(directory: Path, keep: set[int]) -> None:
             path.unlink()
             _digest_path(path).unlink()
     if (directory / OWN).is_dir() and there:
-        left = [_meta_in(path) for path in checkpoints(directory)]
-        used = {directory / OWN / name for meta in left for name in meta["own"].values()}
-        shelf.sweep(directory / OWN, int(there[0].stem[-4:]), used)
+        used = {directory / OWN / name for path in checkpoints(directory) for name in _own_in(path)}
+        shelf.sweep(directory / OWN, int(there[0].stem.rpartition("-")[2]), used)
+
+
+def _own_in(path: Path) -> list[str]:
+    """Names of the files that a checkpoint needs beside it; none if it is damaged."""
+    try:
+        return list(_meta_in(path)["own"].values())
+    except (OSError, SafetensorError):
+        return []
 
 
 def latest(directory: Path) -> Iterator[tuple[Path, ServerState | None, dict[str, Any] | str]]:
