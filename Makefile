@@ -9,7 +9,7 @@ STAMP := $(VENV)/.set-up
 BENCH ?=
 # For `make results`: local copies of the data, where the runs go, and how many run at once
 DATA ?=
-# The directory of a small language model for E2E; without it that part is left out
+# The directory of a small language model for E2E, GSM8K and OpenBookQA; without it they are left out
 SMALL_LM ?=
 RESULTS ?= runs/results
 JOBS ?= 1
@@ -54,8 +54,9 @@ results: setup
 	for part in results results-one-round results-ranks results-clients results-learning-rate; do \
 	  $(BIN)/fedex-lora grid recipes/small/$$part.yaml \
 	    --data "$(DATA)" --out "$(RESULTS)" --jobs $(JOBS) || exit 1; done
-	test -z "$(SMALL_LM)" || $(BIN)/fedex-lora grid recipes/small/results-e2e.yaml \
-	  --set model.name="$(SMALL_LM)" --data "$(DATA)" --out "$(RESULTS)" --jobs $(JOBS)
+	for part in $(if $(SMALL_LM),results-e2e results-formats); do \
+	  $(BIN)/fedex-lora grid recipes/small/$$part.yaml --set model.name="$(SMALL_LM)" \
+	    --data "$(DATA)" --out "$(RESULTS)" --jobs $(JOBS) || exit 1; done
 	$(BIN)/python docs/results.py "$(RESULTS)"/*/ > docs/results.md.new
 	mv docs/results.md.new docs/results.md
 

@@ -1,15 +1,15 @@
 """Writes docs/results.md from runs: `python docs/results.py DIR... > docs/results.md`.
 
-With --more before them it writes docs/results-more.md, of parts measured elsewhere.
 Each DIR holds runs that are compared with each other, as `compare` and `grid` leave them.
 `make results DATA=DIR` runs what is missing first.
 """
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
+from statistics import mean
+
+from results_why import EXACT, REFERENCE, against_reference
 
 from fedex_lora.analysis.claims import CLAIMS, findings
 from fedex_lora.analysis.runs import Run, read_runs
@@ -20,6 +20,7 @@ from fedex_lora.analysis.scores import (
     differences,
     judged_split,
     paired,
+    scores_by_split,
 )
 from fedex_lora.analysis.statistics import Paired, estimate, what_seeds_show
 from fedex_lora.analysis.study import Study, metric_of, study
@@ -31,8 +32,6 @@ from fedex_lora.report.scores import significant
 from fedex_lora.report.setting import without_folder
 from fedex_lora.report.words import change
 
-REFERENCE = "fedit"  # what is compared with
-
 ABOUT = """\
 # Results
 
@@ -42,22 +41,11 @@ and writes the file again:
 
     make results DATA=DIR SMALL_LM=DIR/stories260k
 """
-MORE = """\
-# More results
-
-Beside [results.md](results.md), on another machine: more parts of the grids that `make results`
-runs, recipes/small/results-*.yaml. Written by `docs/results.py --more DIR...` from the files of
-runs, not by hand. The claims are held against these runs alone.
-"""
-EXACT = "fedex"
-SHARE = f"""\
-The share of the ideal product that averaging the factors misses, ‖ideal − averaged‖ / ‖ideal‖ over
-all adapted layers, in runs of {REFERENCE}; and the difference of the scores, as in the tables. Rows
-are in the order of the share missed in the last round.
-"""
-WHY = f"""\
-What {REFERENCE} drops in a round is not lost for good: clients train on from the averaged model.
-What is dropped in the last round, nothing makes up for.
+# Mean scores up to which a model knows nothing of a kind of task (the questions have four options)
+GUESSED = {"math": 0.02, "commonsense": 0.3}
+PATH = """\
+With scores this low the model knows nothing of the task: these runs show that the path works from
+end to end, and compare nothing. They are left out below.
 """
 READING = """\
 Scores are those of the best round, which the first split chooses: mean ± standard deviation over
@@ -68,27 +56,41 @@ machine below, which may have had other work to do.
 """
 
 
-def results(folders: Sequence[Path], about: str = ABOUT) -> Iterator[str]:
+def results(folders: Sequence[Path]) -> Iterator[str]:
     """The parts of the page."""
     runs, problems = read_runs(folders)
     parts = {folder: study(read_runs([folder])[0]) for folder in folders}
-    yield about
+    known = {f: part for f, part in parts.items() if not guessed(part)}
+    yield ABOUT
     yield from unfinished(runs, problems)
     yield READING
-    compared_in = {f: part for f, part in parts.items() if REFERENCE in methods_of(part)}
+    compared_in = {f: part for f, part in known.items() if REFERENCE in methods_of(part)}
     for folder, part in compared_in.items():
         for task in part.tasks:
             yield from compared(folder.name, part, task)
-    others = {f: part for f, part in parts.items() if f not in compared_in}
-    yield from varied(compared_in, others)
+    yield from varied(compared_in, {f: p for f, p in known.items() if f not in compared_in})
+    for folder, part in parts.items():
+        if folder not in known:
+            yield from path_alone(folder.name, part)
     yield from against_reference(compared_in)
-    yield from claims(runs)
+    yield from claims([p.run for part in known.values() for p in part.placed])
     yield what_seeds_show(fewest_seeds(study(runs))) + "\n"
     yield from environments(runs)
 
 
 def methods_of(part: Study) -> set[str]:
     return {p.run.recipe.method.name for p in part.placed}
+
+
+def guessed(part: Study) -> bool:
+    """Whether no arm's mean score is above what a model has that knows nothing of the task."""
+    for task in part.tasks:
+        limit = GUESSED.get(part.of(task)[0].run.recipe.task.kind)
+        judged_by = [[*row.by_split.values()][-1:] for row in arm_scores(part, task)]
+        found = [mean(scores) for splits in judged_by for scores in splits if scores]
+        if limit is None or max(found, default=1.0) > limit:
+            return False
+    return True
 
 
 def unfinished(runs: Sequence[Run], problems: Sequence[str]) -> Iterator[str]:
@@ -122,12 +124,24 @@ def compared(name: str, part: Study, task: str) -> Iterator[str]:
     yield from sentences(part, task, reference)
 
 
+def path_alone(name: str, part: Study) -> Iterator[str]:
+    """Runs of a model that knows nothing of the task: their scores, and nothing made of them."""
+    yield f"## {name}\n"
+    for task in part.tasks:
+        done = [p.run for p in part.of(task) if p.run.finished]
+        yield setting(done[0]) + "\n"
+        yield from (f"{told}.\n" for told in unused(done))
+        yield PATH
+        yield scores_table(part, task, None)
+
+
 def scores_table(part: Study, task: str, reference: str | None) -> str:
     rows = [row for row in arm_scores(part, task) if len(row.seeds) > len(row.unfinished)]
     splits = list(dict.fromkeys(split for row in rows for split in row.by_split))
     metric = metric_of(part.of(task)[0].run)[0]
     header = ["method", "seeds", *(f"{split} {metric}" for split in splits)]
-    header += [f"less {reference or REFERENCE}", "deviation", "up", "down", "seconds"]
+    header += [f"less {reference}"] * (reference is not None)
+    header += ["deviation", "up", "down", "seconds"]
     return markdown_table(header, [line(row, splits, part, task, reference) for row in rows])
 
 
@@ -151,8 +165,7 @@ def further_metrics(part: Study, task: str) -> Iterator[str]:
 
 def judged(run: Run) -> Mapping[str, float]:
     """The metrics of the split that is judged, of the best round."""
-    splits = list(run.results["best"]["scores"].values()) if run.results else []
-    return splits[-1] if splits else {}
+    return [*scores_by_split(run.results).values()][-1] if run.results else {}
 
 
 def metric_told(part: Study, task: str, name: str) -> str:
@@ -200,8 +213,8 @@ def line(
     seconds = f"{sum(row.seconds) / len(row.seconds):.0f}" if row.seconds else "-"
     pooled = part.of(task, row.arm)[0].method.pooled
     deviation = "-" if pooled else significant(row.deviation)
-    less = difference(part, row.arm, task, reference)
-    return [row.arm, ", ".join(map(str, finished)), *scores, less, deviation, *sent, seconds]
+    less = [difference(part, row.arm, task, reference)] * (reference is not None)
+    return [row.arm, ", ".join(map(str, finished)), *scores, *less, deviation, *sent, seconds]
 
 
 def reference_arm(part: Study, task: str) -> str | None:
@@ -260,96 +273,6 @@ def nearest(part: Study, compared_in: Mapping[Path, Study]) -> Path | None:
     return min(distances, key=lambda folder: distances[folder], default=None)
 
 
-@dataclass(frozen=True)
-class Gain:
-    """What averaging misses in one directory, by run, and what exact aggregation gains there."""
-
-    name: str
-    setting: str
-    first: list[float]
-    last: list[float]
-    pair: Paired
-
-
-def gains(parts: Mapping[Path, Study]) -> list[Gain]:
-    """In the order of what is missed in the last round."""
-    every = [(folder, part, task) for folder, part in parts.items() for task in part.tasks]
-    found = [g for where in every if (g := gain(*where)) is not None]
-    return sorted(found, key=lambda g: sum(g.last) / len(g.last))
-
-
-def gain(folder: Path, part: Study, task: str) -> Gain | None:
-    """None where one of the two has no finished run."""
-    arms = {p.run.recipe.method.name: p.arm for p in part.of(task)}
-    if not {EXACT, REFERENCE} <= arms.keys():
-        return None
-    shares = [s for p in part.of(task) if (s := share_missed(p.run))]
-    pair = paired(part, arms[EXACT], arms[REFERENCE], task)
-    if not shares or pair is None:
-        return None
-    first, last = ([s[i] for s in shares] for i in (0, -1))
-    return Gain(folder.name, in_short(part.of(task, arms[REFERENCE])[0].run), first, last, pair)
-
-
-def in_short(run: Run) -> str:
-    """What the deviation depends on: "5 × 3, 0.001"."""
-    training = run.recipe.training
-    epochs, rate = (training.get(key, "-") for key in ("num_train_epochs", "learning_rate"))
-    return f"{run.recipe.federation.rounds} × {epochs}, {rate}"
-
-
-def share_missed(run: Run) -> list[float]:
-    """‖ideal − averaged‖_F / ‖ideal‖_F of every round, where the averaged model was trained on."""
-    if run.recipe.method.name != REFERENCE or not run.finished:
-        return []
-    return [r["deviation"] / r["ideal"] for r in run.records if r.get("ideal")]
-
-
-def against_reference(parts: Mapping[Path, Study]) -> Iterator[str]:
-    """Where exact aggregation is seen to beat averaging, where not, and what goes with it."""
-    if not (found := gains(parts)):
-        return
-    yield f"## {EXACT} against {REFERENCE}, and why\n"
-    yield f"{outcomes(found)}\n"
-    yield SHARE
-    header = ["runs", "rounds × epochs, learning rate", "first round", "last round"]
-    header += [f"{EXACT} less {REFERENCE}"]
-    rows = [
-        [g.name, g.setting, spread(g.first), spread(g.last), change(g.pair.difference)]
-        for g in found
-    ]
-    yield markdown_table(header, rows)
-    yield f"{going_with(found)} {WHY}".lstrip()
-
-
-def outcomes(found: Sequence[Gain]) -> str:
-    """In how many of the settings there is which outcome."""
-    words = {
-        "better": f"{EXACT} beats {REFERENCE}",
-        "worse": f"{REFERENCE} beats {EXACT}",
-        "none": "no difference is seen",
-        "unknown": "there are too few seeds to tell",
-    }
-    told = []
-    for outcome, text in words.items():
-        names = [g.name for g in found if g.pair.outcome == outcome]
-        if names:
-            told.append(f"in {len(names)} {text} ({', '.join(names)})")
-    return f"Of {len(found)} settings, {'; '.join(told)}."
-
-
-def going_with(found: Sequence[Gain]) -> str:
-    """How often more is gained where more is missed."""
-    pairs = list(combinations(found, 2))
-    both = sum(a.pair.difference.mean < b.pair.difference.mean for a, b in pairs)
-    if not pairs:
-        return ""
-    return (
-        f"Of the {len(pairs)} pairs of settings, in {both} {EXACT} gains more where averaging "
-        "misses more in the last round."
-    )
-
-
 def claims(runs: Sequence[Run]) -> Iterator[str]:
     """The paper's claims, held against these runs; tasks of one kind are taken together."""
     yield "## The paper's claims, held against these runs\n"
@@ -389,12 +312,10 @@ def environments(runs: Sequence[Run]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    more = sys.argv[1:2] == ["--more"]
-    folders = [*map(Path, sys.argv[1 + more :])]
+    folders = [*map(Path, sys.argv[1:])]
     if not folders:
         sys.exit(__doc__)
     try:
-        parts = results(folders, MORE if more else ABOUT)
-        print("\n".join(part.rstrip("\n") + "\n" for part in parts))
+        print("\n".join(part.rstrip("\n") + "\n" for part in results(folders)))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -133,14 +133,16 @@ def small(folder, methods="fedit, ffa, fedex", more=""):
     return plan(written(folder, text))
 
 
-def make_run(run, out, score=None, rounds=0):
-    """A run's directory, as it is after so many rounds, or finished with a score."""
+def make_run(run, out, score=None, rounds=0, splits=True):
+    """A run's directory, as it is after so many rounds, or finished with a score: of two splits, or
+    of the clients' own rows."""
     directory = RunDir(out / run.name)
     directory.create(run.recipe)
     directory.write_records([{"round": n + 1} for n in range(rounds)])
     if score is None:
         return
-    best = {"scores": {"validation": {"accuracy": score}, "test": {"accuracy": score / 2}}}
+    scores = {"validation": {"accuracy": score}, "test": {"accuracy": score / 2}}
+    best = {"scores": scores if splits else {}, "score": score}
     sums = {"deviation": 0.1, "bytes_up": 3, "bytes_down": 4, "seconds": 5.0}
     about = {"method": run.recipe.method.name, "seed": run.seed, "metric": "accuracy"}
     directory.write_json("results.json", {**about, "best": best, **sums})
@@ -191,6 +193,18 @@ def test_named_choices_have_a_mean_and_metrics_go_across_without_columns(folder,
         ["a", "fedit", "0.300 ± 0.141"],
         ["b", "fedit", "0.700 ± 0.141"],
     ]
+
+
+def test_scores_of_the_clients_own_rows_are_shown_where_there_are_no_others(folder, tmp_path):
+    found = small(folder, "fedit, fedex")
+    for run, score in zip(found.runs, (0.2, 0.4, 0.6, 0.8)):
+        make_run(run, tmp_path, score, splits=False)
+    table = tables(found, tmp_path)[0]
+    assert table.header == ["method", "clients’ own rows accuracy"]
+    assert [row[1] for row in table.rows] == ["0.300 ± 0.141", "0.700 ± 0.141"]
+    write_comparison(found, "tiny", tmp_path)
+    text = (tmp_path / "tiny" / "comparison.md").read_text()
+    assert "| method | clients’ own rows accuracy |" in text and "| 0.700 ± 0.141 |" in text
 
 
 @pytest.fixture

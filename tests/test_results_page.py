@@ -13,6 +13,14 @@ from fedex_lora.rundir import RunDir
 SCRIPT = Path(__file__).parents[1] / "docs" / "results.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def beside_it():
+    """A script finds what lies beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield
+
+
 @pytest.fixture(scope="module")
 def page():
     return lambda *folders: "\n".join(runpy.run_path(str(SCRIPT))["results"](folders))
@@ -94,7 +102,7 @@ def test_every_metric_is_shown_and_exact_aggregation_judged_by_each(tmp_path, pa
 
 
 def test_where_more_is_missed_and_gained_is_counted():
-    page = runpy.run_path(str(SCRIPT))
+    page = runpy.run_path(str(SCRIPT.with_name("results_why.py")))
     pairs = [Paired("fedex", "fedit", estimate({"t": [d, d]})) for d in (0.1, 0.3, 0.2)]
     found = [page["Gain"](str(d), "", [1.0], [0.1 * i], d) for i, d in enumerate(pairs)]
     # by what is missed: 0.1, 0.3, 0.2; two of the three pairs rise
@@ -111,6 +119,18 @@ def test_tasks_of_other_kinds_are_claimed_apart(tmp_path, page):
     assert "### text-classification: tiny (text-classification)" in text
     assert "### causal-lm: tiny (causal-lm)" in text
     assert text.count("fedex scores higher than fedit") == 2
+
+
+def test_where_a_model_knows_nothing_nothing_is_compared(tmp_path, page):
+    asked = {"kind": "math", "name": "gsm8k", "generate": True}
+    for name, scores in {"lost": (0.0, 0.02), "found": (0.0, 0.03)}.items():
+        given = recipe(tmp_path / name, "llama", task=asked)
+        for method, score in zip(("fedit", "fedex"), scores):
+            make_run(tmp_path / name / "runs", given, method, 0, score)
+    lost, found = (page(tmp_path / name / "runs") for name in ("lost", "found"))
+    assert "show that the path works" in lost and "| fedex | 0 | 0.900 | 0.020 |" in lost
+    assert "fedex and fedit" not in lost and "scores higher" not in lost
+    assert "the path works" not in found and "- fedex and fedit: +0.030 apart" in found
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path, page):

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedex_lora.analysis.scores import judged
+from fedex_lora.analysis.scores import judged, scores_by_split
 from fedex_lora.analysis.statistics import estimate
 from fedex_lora.analysis.statistics import number as signed
 from fedex_lora.analysis.study import is_exact_average
@@ -88,14 +88,14 @@ def save_results(out: Path, results: Results) -> None:
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores at the best round by split, deviation, bytes, seconds."""
     done = {m: r for m, r in results.items() if r}
-    splits = list(dict.fromkeys(s for r in done.values() for s in r[0]["best"]["scores"]))
+    splits = list(dict.fromkeys(s for r in done.values() for s in scores_by_split(r[0])))
     metric = next(iter(done.values()))[0]["metric"]
     header = ["method", *(f"{s} {metric}" for s in splits)]
     header += ["deviation", "up", "down", "seconds"]
     rows = []
     for method, runs in done.items():
         row = [method]
-        row += [spread([r["best"]["scores"].get(s, {}).get(metric) for r in runs]) for s in splits]
+        row += [spread([scores_by_split(r).get(s, {}).get(metric) for r in runs]) for s in splits]
         deviations = [r["deviation"] for r in runs if r["deviation"] is not None]
         row.append(spread(deviations) if deviations else "-")
         row += [size(statistics.mean(r[k] for r in runs)) for k in ("bytes_up", "bytes_down")]
@@ -141,8 +141,8 @@ def difference_table(results: Results) -> tuple[list[str], list[list[str]]] | No
         edges = " to ".join(signed(edge) for edge in e.interval) if e.interval else "-"
         rows.append([method, str(len(differences)), signed(e.mean, sign=True), edges, told])
     best = next(r for runs in results.values() for r in runs)
-    split = list(best["best"]["scores"])[-1:]
-    what = " ".join([*split, best["metric"], "against", reference])
+    split = [*scores_by_split(best)][-1]
+    what = " ".join([split, best["metric"], "against", reference])
     return ([what, "seeds", "difference", "95 % interval", ""], rows) if rows else None
 
 

@@ -27,7 +27,7 @@ from fedex_lora.analysis.figures_deviation import (
 from fedex_lora.analysis.figures_tradeoff import bytes_by_round, ranks, truncation
 from fedex_lora.analysis.plots import BANDS, Bar, Series, intervals, lines
 from fedex_lora.analysis.runs import Run
-from fedex_lora.analysis.scores import against_reference, judged_split
+from fedex_lora.analysis.scores import OWN_ROWS, against_reference, judged_split
 from fedex_lora.analysis.study import Study, metric_of
 from fedex_lora.federation.loop import Record
 
@@ -75,7 +75,7 @@ def _score_label(study: Study, task: str) -> str:
     """What the score that selects the best round is of."""
     runs = [p.run for p in study.of(task)]
     splits = [s for run in runs for r in run.records for s in r.get("scores") or {}]
-    return f"{splits[0] if splits else 'clients’ own rows:'} {metric_of(runs[0])[0]}"
+    return f"{splits[0] if splits else OWN_ROWS} {metric_of(runs[0])[0]}"
 
 
 def _seeds_told(series: Sequence[Series]) -> str:

@@ -13,6 +13,8 @@ from fedex_lora.analysis.runs import Run
 from fedex_lora.analysis.statistics import Estimate, Paired, estimate
 from fedex_lora.analysis.study import Placed, Study, metric_of, shown
 
+OWN_ROWS = "clients’ own rows"  # in place of a split, where clients alone evaluate
+
 Chooses = Callable[[Placed], bool]
 Value = Callable[[Run], float | None]
 
@@ -28,17 +30,26 @@ def final_score(run: Run) -> float | None:
 
 def judged(results: Mapping[str, Any]) -> float | None:
     """`final_score` of what results.json says."""
-    best, metric = results["best"], results["metric"]
-    splits = list(best["scores"].values())
-    return _finite(splits[-1].get(metric) if splits else best.get("score"))
+    return _finite([*scores_by_split(results).values()][-1].get(results["metric"]))
+
+
+def scores_by_split(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """All metrics of the best round by split; without splits, the clients' mean on their own rows.
+
+    Example:
+        >>> best = {"scores": {}, "score": 0.5}
+        >>> scores_by_split({"metric": "accuracy", "best": best})
+        {'clients’ own rows': {'accuracy': 0.5}}
+    """
+    best = results["best"]
+    return best["scores"] or {OWN_ROWS: {results["metric"]: best.get("score")}}
 
 
 def judged_split(run: Run) -> str:
     """What `final_score` is of, for people: "test accuracy"."""
     if run.results is None:
         return metric_of(run)[0]
-    splits = list(run.results["best"]["scores"])
-    return f"{splits[-1] if splits else 'clients’ own rows:'} {run.results['metric']}"
+    return f"{[*scores_by_split(run.results)][-1]} {run.results['metric']}"
 
 
 def chose_itself(run: Run) -> bool:
@@ -231,7 +242,7 @@ def arm_scores(study: Study, task: str) -> list[ArmScores]:
 
 def _arm(arm: str, placed: Sequence[Placed]) -> ArmScores:
     done = [p.run.results for p in placed if p.run.results is not None]
-    splits = list(dict.fromkeys(s for r in done for s in r["best"]["scores"]))
+    splits = list(dict.fromkeys(s for r in done for s in scores_by_split(r)))
 
     def every(key: str) -> list[float]:
         return [v for r in done if (v := _finite(r.get(key))) is not None]
@@ -240,7 +251,7 @@ def _arm(arm: str, placed: Sequence[Placed]) -> ArmScores:
         arm,
         tuple(p.seed for p in placed),
         tuple(p.seed for p in placed if not p.run.finished),
-        {s: _scores(done, s) for s in splits} or {"clients’ own rows": _scores(done, None)},
+        {s: _scores(done, s) for s in splits},
         every("deviation"),
         every("bytes_up"),
         every("bytes_down"),
@@ -249,14 +260,9 @@ def _arm(arm: str, placed: Sequence[Placed]) -> ArmScores:
     )
 
 
-def _scores(done: Sequence[Mapping[str, Any]], split: str | None) -> list[float]:
-    values = []
-    for results in done:
-        best = results["best"]
-        scores = best["scores"].get(split, {}) if split is not None else {}
-        value = scores.get(results["metric"]) if split is not None else best.get("score")
-        values.append(_finite(value))
-    return [v for v in values if v is not None]
+def _scores(done: Sequence[Mapping[str, Any]], split: str) -> list[float]:
+    found = (_finite(scores_by_split(r).get(split, {}).get(r["metric"])) for r in done)
+    return [value for value in found if value is not None]
 
 
 @dataclass(frozen=True)

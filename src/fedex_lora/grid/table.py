@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedex_lora.analysis.scores import scores_by_split
 from fedex_lora.compare import Results, markdown_table, save_results, spread
 from fedex_lora.disk import write_atomic
 from fedex_lora.grid.plan import Plan, Run
@@ -62,7 +63,7 @@ def tables(plan: Plan, out: Path) -> list[Table]:
     across = plan.grid.columns
     if across is None:
         return [_metrics(plan, results)]
-    splits = list(dict.fromkeys(s for r in results.values() for s in r["best"]["scores"]))
+    splits = list(dict.fromkeys(s for r in results.values() for s in scores_by_split(r)))
     return [_across(plan, results, across, split) for split in splits]
 
 
@@ -83,7 +84,7 @@ def _metrics(plan: Plan, results: Mapping[str, Result]) -> Table:
         dict.fromkeys(
             (split, metric)
             for result in results.values()
-            for split, scores in result["best"]["scores"].items()
+            for split, scores in scores_by_split(result).items()
             for metric in scores
             if metric != "loss"
         )
@@ -129,7 +130,7 @@ def _named_axes(plan: Plan, across: str | None) -> list[str]:
 
 
 def _score(result: Result, split: str, metric: str) -> float | None:
-    return result["best"]["scores"].get(split, {}).get(metric)
+    return scores_by_split(result).get(split, {}).get(metric)
 
 
 def _cell(
