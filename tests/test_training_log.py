@@ -7,7 +7,7 @@ from small_runs import SIZES, recipe
 
 from fedex_lora import training_log
 from fedex_lora.errors import UserError
-from fedex_lora.run import start_run
+from fedex_lora.run import resume_run, start_run
 from fedex_lora.setup import set_up
 from fedex_lora.training_log import TrainingLog, reported
 
@@ -51,6 +51,26 @@ def test_a_report_nobody_can_make_is_told_before_training(tmp_path):
     with pytest.raises(UserError, match=r"training: .*nowhere"):
         start_run(recipe(tmp_path, training={"report_to": "nowhere"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_report_that_fails_in_training_is_told_and_the_run_can_be_resumed(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    logging = recipe(tmp_path, training=LOGGING)
+
+    def fail(*args, **kwargs):
+        raise OSError("nobody answers")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as told:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+        start_run(logging, tmp_path / "run")
+    assert str(told.value).startswith("training.report_to: OSError: nobody answers")
+    assert resume_run(tmp_path / "run")["rounds"] == 2
+
+
+def test_other_errors_in_training_are_not_taken_for_a_report_s(tmp_path):
+    trainer = types.SimpleNamespace(callback_handler=types.SimpleNamespace(callbacks=[]))
+    with pytest.raises(OSError), reported(trainer, TrainingLog(tmp_path, "run")):
+        raise OSError("the disk is full")
 
 
 @pytest.mark.parametrize("outer", [None, "begun by somebody else"])

@@ -8,6 +8,7 @@ environment variables.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
+from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import TensorBoardCallback
+
+from fedex_lora.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,9 @@ def reported(trainer: Trainer, log: TrainingLog | None) -> Iterator[None]:
 
     Weights & Biases writes to one run a process until that is finished, so a run that begins here
     is finished here.
+
+    Raises:
+        UserError: A report could not be made: nobody is logged in, a server does not answer.
     """
     for callback in trainer.callback_handler.callbacks if log else []:
         if isinstance(callback, TensorBoardCallback):
@@ -61,6 +68,19 @@ def reported(trainer: Trainer, log: TrainingLog | None) -> Iterator[None]:
     ours = wandb is not None and wandb.run is None
     try:
         yield
+    except Exception as error:
+        if not _of_a_report(error):
+            raise
+        raise UserError(
+            f"training.report_to: {type(error).__name__}: {error}; settings of reports are their "
+            "own environment variables; `none` trains without"
+        ) from error
     finally:
         if ours and wandb.run is not None:  # type: ignore[union-attr]
             wandb.finish()  # type: ignore[union-attr]
+
+
+def _of_a_report(error: Exception) -> bool:
+    """Whether it was raised on the way through the Trainer's reports."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(f.f_globals.get("__name__") == integration_utils.__name__ for f in frames)
