@@ -12,6 +12,7 @@ from fedex_lora.analysis.runs import read_run, read_runs
 from fedex_lora.analysis.scores import (
     against_reference,
     arm_scores,
+    bytes_ratio,
     comparisons,
     differences,
     scores_by,
@@ -175,6 +176,17 @@ def test_methods_are_compared_at_equal_settings_and_a_seed_counts_once(tmp_path)
     assert against_reference(placed, "fedex, r 8") is None
     facets = placed.facets("sst2")
     assert list(facets) == ["r 1", "r 8"] and len(facets["r 8"].placed) == 6
+
+
+def test_what_ran_at_further_settings_is_compared_with_the_reference_s_one_arm(tmp_path):
+    """ffa at twice the rank, among methods of one rank."""
+    grid(tmp_path / "a", {"fedex": [0.9, 0.8], "fedit": [0.8, 0.8], "ffa": [0.5, 0.6]})
+    grid(tmp_path / "b", {"ffa": [0.7, 0.7]}, lora={"r": 8})
+    placed = study(read_runs([tmp_path])[0])
+    found = {p.ours: p.difference.mean for p in comparisons(placed)}
+    assert found == pytest.approx({"fedit, r 4": -0.05, "ffa, r 4": -0.3, "ffa, r 8": -0.15})
+    assert placed.first == "fedex, r 4" and against_reference(placed, "fedex, r 4") is None
+    assert bytes_ratio(placed, "ffa, r 8", "sst2") is not None
 
 
 def test_what_is_tuned_for_each_method_does_not_keep_them_apart(tmp_path):

@@ -127,13 +127,13 @@ def poolable(study: Study, tasks: Sequence[str]) -> bool:
 
 
 def comparisons(study: Study, task: str | None = None) -> list[Paired]:
-    """Every method against the reference at equal conditions; with one method, every arm against
-    the first.
+    """Every method against the reference at equal conditions; where that is one arm, every arm
+    against it.
 
     Args:
         task: One of them; else over all tasks, for what ran in all of them.
     """
-    if len(study.methods) == 1:
+    if study.by_arm:
         found = [against_reference(study, arm, task) for arm in study.arms]
     else:
         found = [_method_against(study, method, task) for method in study.methods]
@@ -150,18 +150,14 @@ def _method_against(study: Study, method: str, task: str | None) -> Paired | Non
 
 
 def against_reference(study: Study, arm: str, task: str | None = None) -> Paired | None:
-    """One arm against the reference method's at the same condition, or with one method the first
-    arm; None for that itself, and without a common seed."""
-    single = len(study.methods) == 1
+    """One arm against the first, or the reference method's at the same condition; None for those
+    themselves, and without a common seed."""
     first = study.first
-    if arm == first or (not single and study.of(arm=arm)[0].label == first):
+    if first in (arm, study.of(arm=arm)[0].label):
         return None
-    found = _pairs(
-        study,
-        lambda p: p.arm == arm,
-        lambda p: (p.arm if single else p.label) == first,
-        _anyway if single else _same_condition,
-    )
+    if study.by_arm:
+        return paired(study, arm, first, task)
+    found = _pairs(study, lambda p: p.arm == arm, lambda p: p.label == first, _same_condition)
     return _paired(study, arm, first, found, task)
 
 
@@ -174,12 +170,11 @@ def paired(study: Study, ours: str, reference: str, task: str | None = None) -> 
 def bytes_ratio(study: Study, ours: str, task: str) -> float | None:
     """Bytes of what `comparisons` calls `ours` over the reference's in a task: the geometric mean
     over pairs of runs with equal seed and condition; None where either exchanges nothing."""
-    single = len(study.methods) == 1
 
     def named(name: str) -> Chooses:
-        return lambda p: (p.arm if single else p.label) == name
+        return lambda p: (p.arm if study.by_arm else p.label) == name
 
-    alike = _anyway if single else _same_condition
+    alike = _anyway if study.by_arm else _same_condition
     found = _pairs(study, named(ours), named(study.first), alike, _log_of_bytes)
     logs = found.get(task)
     return math.exp(fmean(logs)) if logs else None

@@ -112,9 +112,23 @@ class Study:
         return next((m for m in self.methods if m in exact), self.methods[0])
 
     @property
+    def by_arm(self) -> bool:
+        """Whether arms are compared with one arm, and not methods with a method at equal settings:
+        there is one method, or others than the reference ran at several settings."""
+        several = len({as_text(p.condition) for p in self.placed}) > 1
+        return len(self.methods) == 1 or (several and len(self._reference_arms) == 1)
+
+    @property
     def first(self) -> str:
-        """What arms are compared with: the reference method, or with one method the first arm."""
-        return self.arms[0] if len(self.methods) == 1 else self.reference
+        """What others are compared with: an arm, or the reference method."""
+        if len(self.methods) == 1:
+            return self.arms[0]
+        return self._reference_arms[0] if self.by_arm else self.reference
+
+    @property
+    def _reference_arms(self) -> list[str]:
+        of_reference = {p.arm for p in self.placed if p.label == self.reference}
+        return [arm for arm in self.arms if arm in of_reference]
 
     def of(self, task: str | None = None, arm: str | None = None) -> list[Placed]:
         """The runs of one task, of one arm, or both, by seed."""

@@ -70,7 +70,7 @@ def _compared(study: Study, task: str | None) -> Iterator[Html]:
             rows += [el("dt", told), el("dd", el("ul", *listed))]
     yield el("dl", *rows, *(cost(study, task) if task else ()))
     conditions = {as_text(p.condition) for p in study.placed}
-    if len(study.methods) > 1 and len(conditions) > 1:
+    if len(conditions) > 1 and not study.by_arm:
         text = f"At equal settings, of which there are {len(conditions)}; a seed counts once."
         yield el("p", text, class_="soft")
 
@@ -111,7 +111,7 @@ def _where(study: Study, task: str | None) -> str:
     run = next(p.run for p in study.of(task) if p.run.finished)
     caveat = " (rows that also chose the best round)" if chose_itself(run) else ""
     split = judged_split(run)
-    return (f"{task}, {split}" if len(study.tasks) > 1 else split.capitalize()) + caveat
+    return (f"{task}, {split}" if len(study.tasks) > 1 else split[0].upper() + split[1:]) + caveat
 
 
 def change(e: Estimate) -> str:
