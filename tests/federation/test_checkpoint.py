@@ -5,6 +5,7 @@ from simulation import assert_same, settings, simulate
 from fedex_lora import disk
 from fedex_lora.adapter import AdapterState
 from fedex_lora.errors import UserError
+from fedex_lora.federation import checkpoint
 from fedex_lora.federation.checkpoint import (
     checkpoints,
     latest,
@@ -73,6 +74,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, damage)
         path, state, why = found.pop(0)
         assert path == newest and state is None and "corrupted or truncated" in why
     same_state(found[0][1], states[3])
+
+
+def test_a_checkpoint_of_another_version_is_named_as_such(tmp_path, monkeypatch):
+    states, _, _ = simulate(settings("fedex"), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_meta", lambda state: {"version": state.version})
+        save_checkpoint(tmp_path, states[1], {})
+    ((_, state, why),) = latest(tmp_path)
+    assert state is None and "of another version of fedex-lora (it lacks 'scales')" in why
 
 
 def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):

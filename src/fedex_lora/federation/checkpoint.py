@@ -60,7 +60,7 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
     """The state and what was saved beside it.
 
     Raises:
-        UserError: If the file is absent, truncated, or not what was written.
+        UserError: If the file is absent, truncated, not what was written, or of another version.
     """
     try:
         intact = _digest(path) == _digest_path(path).read_text()
@@ -68,6 +68,16 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
         raise UserError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
     if not intact:
         raise UserError(f"{path}: checkpoint is corrupted or truncated (its digest differs)")
+    try:
+        return _read(path)
+    except LookupError as error:
+        raise UserError(
+            f"{path}: checkpoint of another version of fedex-lora (it lacks {error}); go on with "
+            "the version that environment.json names"
+        ) from None
+
+
+def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
     meta = _meta_in(path)
     own = {client: path.parent / OWN / name for client, name in meta["own"].items()}
     for client, file in own.items():
@@ -106,7 +116,7 @@ def _own_in(path: Path) -> list[str]:
     """Names of the files that a checkpoint needs beside it; none if it is damaged."""
     try:
         return list(_meta_in(path)["own"].values())
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, LookupError):
         return []
 
 
