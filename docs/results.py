@@ -1,5 +1,6 @@
 """Writes docs/results.md from runs: `python docs/results.py DIR... > docs/results.md`.
 
+With --more before them it writes docs/results-more.md, of parts that ran elsewhere.
 Each DIR holds runs that are compared with each other, as `compare` and `grid` leave them.
 `make results DATA=DIR` runs what is missing first.
 """
@@ -41,6 +42,13 @@ and writes the file again:
 
     make results DATA=DIR SMALL_LM=DIR/stories260k
 """
+MORE = """\
+# More results
+
+Beside [results.md](results.md), on another machine: more parts of the grids that `make results`
+runs, and a part of those once more. Written by `docs/results.py --more DIR...` from the files of
+runs, not by hand. The claims are held against these runs alone.
+"""
 # Mean scores up to which a model knows nothing of a kind of task (the questions have four options)
 GUESSED = {"math": 0.02, "commonsense": 0.3}
 PATH = """\
@@ -56,12 +64,12 @@ machine below, which may have had other work to do.
 """
 
 
-def results(folders: Sequence[Path]) -> Iterator[str]:
+def results(folders: Sequence[Path], about: str = ABOUT) -> Iterator[str]:
     """The parts of the page."""
     runs, problems = read_runs(folders)
     parts = {folder: study(read_runs([folder])[0]) for folder in folders}
     known = {f: part for f, part in parts.items() if not guessed(part)}
-    yield ABOUT
+    yield about
     yield from unfinished(runs, problems)
     yield READING
     compared_in = {f: part for f, part in known.items() if REFERENCE in methods_of(part)}
@@ -312,10 +320,12 @@ def environments(runs: Sequence[Run]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    folders = [*map(Path, sys.argv[1:])]
+    more = sys.argv[1:2] == ["--more"]
+    folders = [*map(Path, sys.argv[1 + more :])]
     if not folders:
         sys.exit(__doc__)
     try:
-        print("\n".join(part.rstrip("\n") + "\n" for part in results(folders)))
+        parts = results(folders, MORE if more else ABOUT)
+        print("\n".join(part.rstrip("\n") + "\n" for part in parts if part))
     except UserError as error:
         sys.exit(f"error: {error}")
