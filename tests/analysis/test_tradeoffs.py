@@ -185,6 +185,7 @@ def test_what_ran_at_further_settings_is_compared_with_the_reference_s_one_arm(t
     placed = study(read_runs([tmp_path])[0])
     found = {p.ours: p.difference.mean for p in comparisons(placed)}
     assert found == pytest.approx({"fedit, r 4": -0.05, "ffa, r 4": -0.3, "ffa, r 8": -0.15})
+    assert [placed.in_short(p) for p in placed.arms] == ["fedit", "ffa, r 4", "ffa, r 8", "fedex"]
     assert placed.first == "fedex, r 4" and against_reference(placed, "fedex, r 4") is None
     assert bytes_ratio(placed, "ffa, r 8", "sst2") is not None
 

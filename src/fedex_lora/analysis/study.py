@@ -125,6 +125,12 @@ class Study:
             return self.arms[0]
         return self._reference_arms[0] if self.by_arm else self.reference
 
+    def in_short(self, name: str) -> str:
+        """An arm's name in a sentence: its method's, if that has no other arm."""
+        labels = {p.arm: p.label for p in self.placed}
+        label = labels.get(name, name)
+        return label if [*labels.values()].count(label) == 1 else name
+
     @property
     def _reference_arms(self) -> list[str]:
         of_reference = {p.arm for p in self.placed if p.label == self.reference}

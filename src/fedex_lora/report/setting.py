@@ -63,8 +63,8 @@ def cost(study: Study, task: str) -> Iterator[Html]:
         return
     pooled = {name for p in study.of(task) if p.method.pooled for name in (p.arm, p.label)}
     others = [one.ours for one in comparisons(study, task) if one.ours not in pooled]
-    told = [f"{first} {size(fmean(map(bytes_sent, runs)))}"]
-    told += [_beside(name, bytes_ratio(study, name, task)) for name in others]
+    told = [f"{study.in_short(first)} {size(fmean(map(bytes_sent, runs)))}"]
+    told += [_beside(study.in_short(n), bytes_ratio(study, n, task)) for n in others]
     yield el("dt", "bytes of a run")
     yield el("dd", el("ul", *(el("li", one) for one in told)))
 

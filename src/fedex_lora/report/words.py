@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from fedex_lora.analysis.scores import chose_itself, comparisons, final_score, judged_split
 from fedex_lora.analysis.statistics import Estimate, Outcome, Paired, what_seeds_show
@@ -56,7 +57,10 @@ def _one_run(placed: Placed) -> Iterator[Html]:
 
 def _compared(study: Study, task: str | None) -> Iterator[Html]:
     """What is compared, by what the intervals say of it, in one task or over all."""
-    pairs = comparisons(study, task)
+    pairs = [
+        replace(p, ours=study.in_short(p.ours), reference=study.in_short(p.reference))
+        for p in comparisons(study, task)
+    ]
     if not pairs:
         if task is not None:
             yield from _uncompared(study, task)
@@ -80,7 +84,7 @@ def _own_score(study: Study, task: str | None) -> Iterator[Html]:
     arms = {p.arm for p in study.of(task) if study.first in (p.arm, p.label)}
     scores = [s for p in study.of(task) if p.arm in arms and (s := final_score(p.run)) is not None]
     if task is not None and len(arms) == 1 and scores:
-        yield el("dt", study.first)
+        yield el("dt", study.in_short(study.first))
         yield el("dd", spread(scores))
 
 
