@@ -37,8 +37,8 @@ ABOUT = """\
 # Results
 
 Written by `docs/results.py` from the files of runs, not by hand. On local copies of the data, in
-DIR/sst2, DIR/stsb and DIR/e2e_nlg, and a copy of stories260k, this runs what is missing of them
-and writes the file again:
+DIR/sst2, DIR/stsb, DIR/e2e_nlg, DIR/gsm8k and DIR/openbookqa, and a copy of stories260k, this runs
+what is missing of them and writes the file again:
 
     make results DATA=DIR SMALL_LM=DIR/stories260k
 """
