@@ -19,9 +19,9 @@ from fedex_lora.analysis.scores import (
     arm_scores,
     chose_itself,
     differences,
+    judged_metrics,
     judged_split,
     paired,
-    scores_by_split,
 )
 from fedex_lora.analysis.statistics import Paired, estimate, what_seeds_show
 from fedex_lora.analysis.study import Study, metric_of, study
@@ -156,12 +156,14 @@ def scores_table(part: Study, task: str, reference: str | None) -> str:
 def further_metrics(part: Study, task: str) -> Iterator[str]:
     """All metrics of the judged split beside the loss, where there is more than the one."""
     done = [p for p in part.of(task) if p.run.finished]
-    names = [n for n in dict.fromkeys(n for p in done for n in judged(p.run)) if n != "loss"]
+    names = [
+        n for n in dict.fromkeys(n for p in done for n in judged_metrics(p.run)) if n != "loss"
+    ]
     if len(names) < 2:
         return
     rows = []
     for arm in part.of_arms(task):
-        found = [judged(p.run) for p in done if p.arm == arm]
+        found = [judged_metrics(p.run) for p in done if p.arm == arm]
         if found:
             rows.append([arm, *(spread([m.get(name) for m in found]) for name in names)])
     split = judged_split(done[0].run).partition(" ")[0]
@@ -171,18 +173,13 @@ def further_metrics(part: Study, task: str) -> Iterator[str]:
     yield "".join(f"- {told}\n" for name in others if (told := metric_told(part, task, name)))
 
 
-def judged(run: Run) -> Mapping[str, float]:
-    """The metrics of the split that is judged, of the best round."""
-    return [*scores_by_split(run.results).values()][-1] if run.results else {}
-
-
 def metric_told(part: Study, task: str, name: str) -> str:
     """The exact method against the reference by one metric, in a sentence."""
     found = differences(
         part,
         lambda p: p.run.recipe.method.name == EXACT and p.task == task,
         lambda p: p.run.recipe.method.name == REFERENCE,
-        lambda run: judged(run).get(name),
+        lambda run: judged_metrics(run).get(name),
     )
     if not found:
         return ""
@@ -283,6 +280,8 @@ def nearest(part: Study, compared_in: Mapping[Path, Study]) -> Path | None:
 
 def claims(runs: Sequence[Run]) -> Iterator[str]:
     """The paper's claims, held against these runs; tasks of one kind are taken together."""
+    if not runs:
+        return
     yield "## The paper's claims, held against these runs\n"
     texts = {claim.number: f"{claim.text} ({claim.where})" for claim in CLAIMS}
     kinds = list(dict.fromkeys(run.recipe.task.kind for run in runs))

@@ -45,6 +45,11 @@ def scores_by_split(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any
     return best["scores"] or {OWN_ROWS: {results["metric"]: best.get("score")}}
 
 
+def judged_metrics(run: Run) -> Mapping[str, Any]:
+    """All metrics that `final_score` is one of; none of a run that is not finished."""
+    return {} if run.results is None else [*scores_by_split(run.results).values()][-1]
+
+
 def judged_split(run: Run) -> str:
     """What `final_score` is of, for people: "test accuracy"."""
     if run.results is None:

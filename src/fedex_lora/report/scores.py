@@ -5,8 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from fedex_lora.analysis.runs import Run
-from fedex_lora.analysis.scores import ArmScores, against_reference, arm_scores
+from fedex_lora.analysis.scores import (
+    ArmScores,
+    against_reference,
+    arm_scores,
+    judged_metrics,
+    scores_by_split,
+)
 from fedex_lora.analysis.study import Study, deviates, metric_of
 from fedex_lora.compare import size, spread
 from fedex_lora.report.html import Html, details, table
@@ -72,7 +77,7 @@ def significant(values: Sequence[float]) -> str:
 def all_metrics(study: Study, task: str) -> Html | None:
     """Every metric of the judged split at the best round; None if there is but the one."""
     by_arm = {
-        arm: [m for p in study.of(task, arm) if (m := _judged(p.run))]
+        arm: [m for p in study.of(task, arm) if (m := judged_metrics(p.run))]
         for arm in study.of_arms(task)
     }
     names = list(dict.fromkeys(name for found in by_arm.values() for m in found for name in m))
@@ -83,15 +88,6 @@ def all_metrics(study: Study, task: str) -> Html | None:
         for arm, found in by_arm.items()
         if found
     ]
-    split = next(_judged_split(p.run) for p in study.of(task) if _judged(p.run))
+    finished = next(p.run for p in study.of(task) if p.run.results)
+    split = [*scores_by_split(finished.results or {})][-1]
     return details(f"All metrics, {split}", table(["", *names], rows, "Of the best round."))
-
-
-def _judged_split(run: Run) -> str:
-    return list(run.results["best"]["scores"])[-1] if run.results else ""
-
-
-def _judged(run: Run) -> dict[str, float]:
-    """The metrics of the split that is judged; none of a run that is not finished."""
-    splits = list(run.results["best"]["scores"].values()) if run.results else []
-    return splits[-1] if splits else {}
