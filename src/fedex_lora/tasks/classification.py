@@ -30,6 +30,7 @@ from fedex_lora.tasks.base import (
     one_based,
     pad_inputs,
 )
+from fedex_lora.tasks.encoding import encode_texts
 from fedex_lora.tasks.metrics import METRICS
 from fedex_lora.tasks.outputs import Outputs
 
@@ -220,7 +221,7 @@ def _encode(
 ) -> Dataset:
     texts = [rows[name][:] for name in columns.texts]
     second = texts[1] if len(texts) > 1 else None
-    encoding = tokenizer(texts[0], second, truncation=True, max_length=max_length)
+    encoding = encode_texts(texts[0], second, tokenizer, max_length)
     code = codes(columns, rows)
     labels = [code(value) for value in rows[columns.label]]
     return Dataset.from_dict({**encoding, "labels": labels})

@@ -19,10 +19,10 @@ from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import learned_positions
 from fedex_lora.recipe import COMMONSENSE
 from fedex_lora.tasks.base import IGNORED, LineOf, Task, check_columns, one_based, refuse_first
+from fedex_lora.tasks.encoding import encode_pairs
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import (
     as_dataset,
-    encode_pairs,
     evaluate_loss,
     language_task,
     prompt_of,
@@ -239,7 +239,7 @@ def _with_options(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """A row for each option of each row, labelled on its response, and whose option it is."""
     texts = {o: RESPONSE.format(o) for row in encoded for o in dict(row)["options"]}
-    pairs = encode_pairs([""] * len(texts), list(texts.values()), tokenizer)
+    pairs = encode_pairs([""] * len(texts), list(texts.values()), tokenizer, 1)
     tokens = {option: response[:-1] for option, (_, response) in zip(texts, pairs)}
     rows, owners = [], []
     for i, row in enumerate(map(dict, encoded)):
