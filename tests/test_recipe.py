@@ -163,6 +163,15 @@ WRONG = [
     ("task: {kind: glue, name: sst-2}", "task.name: expected one of .*; did you mean 'sst2'?"),
     ("task: {kind: glue, name: rte, generate: true}", "task.generate: .* glue does not use it"),
     (
+        "task: {kind: glue, name: rte, columns: {sentence: s}}",
+        "task.columns.sentence: expected one of sentence1, sentence2, label; did you mean .*",
+    ),
+    ("task: {kind: causal-lm, columns: {text: s}}", "task.columns: .* causal-lm does not use it"),
+    (
+        "task: {kind: e2e, columns: {meaning_representation: m, human_reference: m}}",
+        "task.columns: two of them name the same column",
+    ),
+    (
         "task: {kind: text-classification, text_column: t}",
         "task.labels: missing; list all labels, .*",
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from fedex_lora.data.text_file import open_text
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, shown
 
 LONGEST = 2**31 - 1  # characters of a field: texts may well exceed the csv module's 128 KiB
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", ":": "colon"}
@@ -87,7 +87,7 @@ def _check_header(header: list[str], separator: str, where: str) -> None:
     others = [s for s in SEPARATORS if s not in (separator, ":") and s in "".join(header)]
     if len(header) == 1 and others:
         raise UserError(
-            f"{where}: {header[0]!r} is the only column; this is no {SEPARATORS[separator]}-"
+            f"{where}: {shown(header[0])} is the only column; this is no {SEPARATORS[separator]}-"
             f"separated file. Save it with {SEPARATORS[separator]}s, or put a line "
             f"sep={others[0]} before it."
         )

@@ -11,7 +11,7 @@ from fedex_lora.recipe.federation import (
 )
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, did_you_mean
-from fedex_lora.recipe.task import COMMONSENSE, GLUE, DataSpec, TaskSpec
+from fedex_lora.recipe.task import COMMONSENSE, GLUE, GLUE_TEXTS, DataSpec, TaskSpec
 from fedex_lora.recipe.whole import EngineSpec, EvaluationSpec, Recipe, RecordsSpec
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "CLIENT_NAME_RULE",
     "COMMONSENSE",
     "GLUE",
+    "GLUE_TEXTS",
     "DataSpec",
     "EngineSpec",
     "EvaluationSpec",

@@ -129,7 +129,8 @@ def _check(needs_library: bool, rows: Dataset, where: str, line_of: LineOf = one
     check_columns(rows, (), where)
     if not any(set(columns) <= set(rows.column_names) for columns in FORMS.values()):
         raise UserError(
-            f"{where}: there are the columns {', '.join(rows.column_names)}; expected {_EXPECTED}."
+            f"{where}: there are the columns {', '.join(rows.column_names)}; expected {_EXPECTED}. "
+            "Rename them, or name yours: task.columns, e.g. {question: NAME, answer: NAME}."
         )
     for index, row in enumerate(rows.to_list()):
         if problem(row) is None:

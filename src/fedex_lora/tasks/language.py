@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, shown
 from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
@@ -126,17 +126,22 @@ def language_task(name: str, columns: tuple[str, ...], primary: str, **functions
 
 
 def _check_text(column: str, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
-    check_columns(rows, (column,), where)
+    check_columns(rows, (column,), where, ("text_column",))
     for row, text in enumerate(rows[column]):
         if not isinstance(text, str) or not text.strip():
-            found = "missing" if text is None else f"{text!r}; expected a text that is not empty"
+            found = (
+                "missing" if text is None else f"{shown(text)}; expected a text that is not empty"
+            )
             raise UserError(f"{where}, line {line_of(row)}: {column} is {found}.")
 
 
 def _check_templates(
     templates: Templates, rows: Dataset, where: str, line_of: LineOf = one_based
 ) -> None:
-    check_columns(rows, templates.columns, where)
+    keys = [
+        "prompt" if n in fields(templates.prompt, "") else "response" for n in templates.columns
+    ]
+    check_columns(rows, templates.columns, where, keys)
     records = _records(rows, templates.columns)
     refuse_first((_problem(templates, row) for row in records), where, line_of)
 
