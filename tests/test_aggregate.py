@@ -197,7 +197,7 @@ def test_more_rows_than_columns_are_zero_beyond_them(given):
 @pytest.mark.parametrize("name", ["flexlora", "fedex-hetero", "fedsvd"])
 @pytest.mark.parametrize("out, inp", [(7, 3), (3, 7), (4, 4)])
 def test_an_svd_assignment_of_more_ranks_than_a_layer_has_is_the_product_itself(name, out, inp):
-    """r = 6 > min(out, in): B'A' = the mean of the products, nothing is left out, nothing is NaN."""
+    """r = 6 > min(out, in): B'A' is the mean of the products, and nothing is NaN."""
     method, sites = METHODS[name], {"q": Site(out=out, inp=inp, rank=6, scale=1.5)}
     starts, ends = federation(method, 3, 5, sites)
     n = [3, 1, 2]

@@ -90,8 +90,8 @@ BAD = {
     "ranks not allowed": (["lora.ranks=[1,2,3]"], "fedex needs equal ranks"),
     "no model": (["model.name=./nowhere"], "nowhere"),
     "a training value of another type": (["training.weight_decay=x"], "expected a number"),
-    "a learning rate below zero": (["training.learning_rate=-1"], "training: "),
-    "batches of nothing": (["training.per_device_train_batch_size=0"], "training: "),
+    "a learning rate below zero": (["training.learning_rate=-1"], "expected a number above 0"),
+    "batches of nothing": (["training.per_device_train_batch_size=0"], "of at least 1"),
     "a schedule without its arguments": (
         ["training.lr_scheduler_type=cosine_with_min_lr"],
         "training: ",

@@ -20,7 +20,8 @@ from fedex_lora.adapter import AdapterState
 from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import Update
 from fedex_lora.model import AdaptedModel
-from fedex_lora.recipe_yaml import Places, unknown_keys
+from fedex_lora.recipe import Problem, did_you_mean
+from fedex_lora.recipe_yaml import Places
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 from fedex_lora.training_log import TrainingLog, named, reported
@@ -33,15 +34,27 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
     """Raises a `UserError` with the place of every name that TrainingArguments does not know."""
+    where = places or Places("")
+    lines = [where.line(tuple(key.split(".")), text) for key, text in training_problems(training)]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
+    """The key of every name that TrainingArguments does not know and every value that is none."""
     fields = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    problems = unknown_keys(training, fields, "training", places)
     for name, value in training.items():
-        number = type(fields.get(name)) in (int, float)
-        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-            text = f"expected a number, got {value!r}"
-            problems.append((places or Places("")).line(("training", name), text))
-    if problems:
-        raise UserError("\n".join(problems))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in fields:
+            yield f"training.{name}", "unknown key" + did_you_mean(name, fields)
+        elif type(fields[name]) in (int, float) and not is_number:
+            yield f"training.{name}", f"expected a number, got {value!r}"
+        elif is_number and not _of_64_bits(value):
+            yield f"training.{name}", f"expected a number that is finite, got {value}"
+
+
+def _of_64_bits(value: float) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
 
 
 def training_arguments(

@@ -23,6 +23,7 @@ from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.fusing import settle_fuse
 from fedex_lora.plan import foreseen
 from fedex_lora.precision import settle
+from fedex_lora.preflight import check
 from fedex_lora.progress import Progress, complete, scores_in
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import differences
@@ -88,6 +89,7 @@ def start_run(
     """
     directory, watcher = RunDir(out), watcher or Silent()
     directory.check_free()
+    check(recipe)
     foreseen(recipe, out)
     federation, engine = assemble(recipe, out, None, watcher)
     directory.create(federation.recipe)

@@ -24,7 +24,7 @@ from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.federation.state import ServerState
 from fedex_lora.model import AdaptedModel
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import dump_recipe, load_recipe
+from fedex_lora.recipe_yaml import dump_recipe, load_stored_recipe
 
 DATA = "data.json"  # what the rows were, and how many of them could not be used
 OUTPUTS = "outputs"  # the folder of generated texts: ROUND/SPLIT.jsonl
@@ -80,7 +80,7 @@ class RunDir:
         """
         if not self.is_run():
             raise UserError(f"{self.path}: no run there (no recipe.yaml); name a run's directory")
-        return load_recipe(self.path / "recipe.yaml")
+        return load_stored_recipe(self.path / "recipe.yaml")
 
     def write_json(self, name: str, value: object) -> None:
         write_atomic(self.path / name, (json.dumps(plain(value), indent=1) + "\n").encode())

@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fedex_lora.client import check_training
+from fedex_lora.client import training_problems
 from fedex_lora.display import Display
 from fedex_lora.errors import UserError
+from fedex_lora.preflight import beforehand
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe_with_places
 
@@ -33,9 +34,10 @@ Client = Annotated[str | None, typer.Option(help="Whose model, where nothing is 
 
 
 def read_recipe(path: Path, sets: list[str]) -> Recipe:
-    recipe, places = load_recipe_with_places(path, sets)
-    check_training(recipe.training, places)
-    return recipe
+    """The recipe of a file; all that is wrong with it is told at once."""
+    return load_recipe_with_places(
+        path, sets, lambda recipe: training_problems(recipe.training), beforehand
+    )[0]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from fedex_lora.recipe.federation import (
     FederationSpec,
     PartitionSpec,
 )
+from fedex_lora.recipe.limits import limits
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, did_you_mean
 from fedex_lora.recipe.task import COMMONSENSE, GLUE, GLUE_TEXTS, DataSpec, TaskSpec
@@ -34,4 +35,5 @@ __all__ = [
     "RecordsSpec",
     "TaskSpec",
     "did_you_mean",
+    "limits",
 ]

@@ -34,7 +34,7 @@ def encode_texts(
     twice = _begun_twice(firsts, ids, tokenizer)
     kept = [slice(int(first), len(row)) for first, row in zip(twice, ids)]
     for i, text in enumerate(firsts if seconds is None else seconds):
-        if ids[i][-2:] in [[end, end] for end in _ends(text, tokenizer)]:
+        if _ended_twice(text, ids[i], tokenizer):
             kept[i], twice[i] = slice(kept[i].start, len(ids[i]) - 1), True
     _say(sum(twice), len(texts))
     return {k: [row[part] for row, part in zip(rows, kept)] for k, rows in encoding.items()}
@@ -110,24 +110,23 @@ def _begun_twice(
     texts: Sequence[str], ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> list[bool]:
     """Whether the special token that begins a text was put before it once more."""
-    tokens = {
-        tokenizer.bos_token: tokenizer.bos_token_id,
-        tokenizer.cls_token: tokenizer.cls_token_id,
-    }
-    begins = {text: number for text, number in tokens.items() if isinstance(text, str)}
+    tokens = _specials(tokenizer, "bos_token", "cls_token")
     return [
-        any(text.startswith(b) and row[:2] == [n, n] for b, n in begins.items())
+        any(text.startswith(begin) and row[:2] == [number] * 2 for begin, number in tokens)
         for text, row in zip(texts, ids)
     ]
 
 
-def _ends(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """The special token that ends a text, if one does."""
-    tokens = {
-        tokenizer.eos_token: tokenizer.eos_token_id,
-        tokenizer.sep_token: tokenizer.sep_token_id,
-    }
-    return [n for end, n in tokens.items() if isinstance(end, str) and text.endswith(end)]
+def _ended_twice(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the special token that ends a text was put after it once more."""
+    tokens = _specials(tokenizer, "eos_token", "sep_token")
+    return any(text.endswith(end) and ids[-2:] == [number] * 2 for end, number in tokens)
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[tuple[str, int]]:
+    """Those special tokens that the tokenizer has, as texts and as numbers."""
+    pairs = [(getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")) for name in names]
+    return [(str(text), number) for text, number in pairs if text]
 
 
 def _say(count: int, of: int) -> None:
