@@ -25,7 +25,7 @@ from fedex_lora.model import AdaptedModel
 from fedex_lora.model.files import CONFIG
 from fedex_lora.model.ready import base_of, load_ready
 from fedex_lora.recipe import Recipe
-from fedex_lora.rundir import RunDir, environment, plain
+from fedex_lora.rundir import SCORES, RunDir, environment, plain
 from fedex_lora.setup import check_image, check_length, recipe_task
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.outputs import OutputFile
@@ -34,7 +34,7 @@ from fedex_lora.trained import Which, open_run
 Kind = Literal["run", "adapter", "model"]
 OnProgress = Callable[[str, int, int], None]  # (split, texts generated, texts in all)
 
-ASKED, SCORES = "evaluation.json", "scores.json"
+ASKED = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def _begin(directory: RunDir, asked: Mapping[str, Any]) -> dict[str, Any] | None
             f"{' and '.join(differ) or 'state of the model or the rows'}); name another directory "
             "with --out"
         )
-    return directory.read_json(SCORES)
+    return directory.evaluated()
 
 
 def _other(stored: Any, asked: Mapping[str, Any], key: str) -> bool:

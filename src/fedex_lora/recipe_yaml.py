@@ -99,6 +99,11 @@ def load_stored_recipe(path: Path) -> Recipe:
     return recipe_of(raw, places, (), lines, stored=True)
 
 
+def recipe_of_text(text: str) -> Recipe:
+    """The recipe that `dump_recipe` wrote."""
+    return recipe_of(_Reader(text, "").read(), Places(""), stored=True)
+
+
 def load_recipe_with_places(
     path: Path,
     overrides: Sequence[str] = (),
