@@ -9,25 +9,36 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fedex_lora.adapter import AdapterState
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, shown
 from fedex_lora.federation.messages import Update
 from fedex_lora.model import AdaptedModel
 from fedex_lora.recipe import Problem, did_you_mean
+from fedex_lora.recipe_text import in_words
 from fedex_lora.recipe_yaml import Places
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 from fedex_lora.training_log import TrainingLog, named, reported
 
 # what transformers and torch raise for settings they cannot use
-_REFUSED = (TypeError, ValueError, ImportError, RuntimeError, ArithmeticError, AttributeError)
+_REFUSED = (
+    TypeError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+)
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
@@ -42,19 +53,32 @@ def check_training(training: Mapping[str, Any], places: Places | None = None) ->
 
 def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
     """The key of every name that TrainingArguments does not know and every value that is none."""
-    fields = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    kinds = get_type_hints(TrainingArguments)
+    names = [field.name for field in dataclasses.fields(TrainingArguments)]
     for name, value in training.items():
+        key = f"training.{name}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name not in fields:
-            yield f"training.{name}", "unknown key" + did_you_mean(name, fields)
-        elif type(fields[name]) in (int, float) and not is_number:
-            yield f"training.{name}", f"expected a number, got {value!r}"
+        if name not in names:
+            yield key, "unknown key" + did_you_mean(name, names)
+        elif kinds[name] in (int, float) and not is_number:
+            yield key, f"expected a number, got {shown(value)}"
         elif is_number and not _of_64_bits(value):
-            yield f"training.{name}", f"expected a number that is finite, got {value}"
+            yield key, f"expected a number that is finite, got {value}"
+        elif value is not None and kinds[name] not in (int, float) and not _is(kinds[name], value):
+            yield key, f"expected {in_words(kinds[name])}, got {shown(value)}"
 
 
 def _of_64_bits(value: float) -> bool:
     return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
+
+
+def _is(kind: Any, value: Any) -> bool:
+    try:
+        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def training_arguments(
@@ -133,7 +157,7 @@ def train_client(
         local = derive(seed, "train", round, client)
         trainer = make_trainer(model, task, rows, named(training, log), local, directory, on_step)
         with reported(trainer, log), attention(trainer.args):
-            output = trainer.train()
+            output = _trained(trainer)
         _release(trainer, model)
     end = model.read()
     metrics = {
@@ -142,6 +166,13 @@ def train_client(
         "seconds": perf_counter() - began,
     }
     return made_update(round, client, end, trained, len(rows), metrics)
+
+
+def _trained(trainer: Trainer) -> Any:
+    try:
+        return trainer.train()
+    except ImportError as error:  # of what it looks for only here
+        raise UserError(f"training: {error}") from None
 
 
 def made_update(
@@ -184,6 +215,9 @@ def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[s
             trainer = make_trainer(model, task, rows, training, 0, directory)
             steps = len(trainer.get_train_dataloader())
             trainer.create_optimizer_and_scheduler(max(1, steps))
+            if trainer.args.torch_compile:  # compiles nothing yet, but knows its modes
+                mode = trainer.args.torch_compile_mode
+                torch.compile(model.module, backend=trainer.args.torch_compile_backend, mode=mode)
         except _REFUSED as error:
             raise UserError(f"training: {type(error).__name__}: {error}") from None
     if not steps:

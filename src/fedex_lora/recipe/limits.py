@@ -70,6 +70,7 @@ TRAINING: Mapping[str, Range] = {  # the Trainer checks the rest
     "warmup_steps": Range(0, 10**9),
     "warmup_ratio": Range(0, 1),
     "label_smoothing_factor": Range(0, 1, below=True),
+    "neftune_noise_alpha": Range(0),
     "logging_steps": Range(0, 10**9, above=True),
     "dataloader_num_workers": Range(0, 10**3, whole=True),
 }
