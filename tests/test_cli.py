@@ -110,6 +110,10 @@ BAD = {
     "modules as a bad pattern": (["lora.target_modules='*('"], "lora"),
     "threads": (["engine.threads=100000"], "engine.threads"),
     "missing data": (["data={path: nowhere}"], "nowhere"),
+    "a path that is too long": ([f"data={{path: {'x' * 300}}}"], "File name too long"),
+    "a compiler's mode": (["training.torch_compile_mode=fast"], "Unrecognized mode"),
+    "a type of the Trainer's": (["training.bf16=maybe"], "expected true or false, got 'maybe'"),
+    "a key without a value": (["training.use_cache=null"], "training: "),
     "missing column": (["task.text_column=sentence"], "no column 'sentence'"),
     "too many clients": (["federation.clients=100"], "100"),
     "a client without rows": (

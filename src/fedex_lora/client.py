@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from time import perf_counter
 from typing import Any, get_type_hints
 
@@ -53,8 +54,8 @@ def check_training(training: Mapping[str, Any], places: Places | None = None) ->
 
 def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
     """The key of every name that TrainingArguments does not know and every value that is none."""
-    kinds = get_type_hints(TrainingArguments)
-    names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    kinds = _kinds()
+    names = list(kinds)
     for name, value in training.items():
         key = f"training.{name}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -66,6 +67,13 @@ def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
             yield key, f"expected a number that is finite, got {value}"
         elif value is not None and kinds[name] not in (int, float) and not _is(kinds[name], value):
             yield key, f"expected {in_words(kinds[name])}, got {shown(value)}"
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """The types of what TrainingArguments takes, by name."""
+    hints = get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
 
 
 def _of_64_bits(value: float) -> bool:
@@ -216,9 +224,9 @@ def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[s
             steps = len(trainer.get_train_dataloader())
             trainer.create_optimizer_and_scheduler(max(1, steps))
             if trainer.args.torch_compile:  # compiles nothing yet, but knows its modes
-                mode = trainer.args.torch_compile_mode
-                torch.compile(model.module, backend=trainer.args.torch_compile_backend, mode=mode)
-        except _REFUSED as error:
+                backend = trainer.args.torch_compile_backend or "inductor"
+                torch.compile(model.module, backend=backend, mode=trainer.args.torch_compile_mode)
+        except Exception as error:  # every library that takes part has kinds of its own
             raise UserError(f"training: {type(error).__name__}: {error}") from None
     if not steps:
         raise UserError(

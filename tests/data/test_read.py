@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -293,3 +295,13 @@ def test_no_damage_gives_anything_but_a_clear_error(tmp_path_factory, noise, at,
         assert f"x.{suffix}" in str(error)
     else:
         assert [line_of(file, i) for i in range(len(rows))] and len(rows.to_list()) == len(rows)
+
+
+def test_a_parquet_file_whose_texts_are_damaged_is_said(tmp_path):
+    """The bytes of a text may be changed without any check of the format noticing."""
+    file = tmp_path / "x.parquet"
+    table = pa.table({"text": ["lazy dogs " * 9, "quick foxes " * 9]})
+    pq.write_table(table, file, compression="none", use_dictionary=False)
+    file.write_bytes(file.read_bytes().replace(b"foxes quick", b"f\xb3xes quick"))
+    with pytest.raises(UserError, match=r"x\.parquet: cannot be read: .*UTF8"):
+        read(file)

@@ -1,6 +1,7 @@
 """Training and evaluation rows from wherever the recipe says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from datasets import Dataset, DatasetDict
 from fedex_lora.data import digits, stdlib_docs
 from fedex_lora.data.images import read_folder, with_images
 from fedex_lora.data.read import SUFFIXES, kind, line_of, read
-from fedex_lora.errors import UserError
+from fedex_lora.disk import reason
+from fedex_lora.errors import UserError, shown
 from fedex_lora.recipe import DataSpec, did_you_mean
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
@@ -59,6 +61,16 @@ def known_labels(spec: DataSpec) -> tuple[str, ...] | None:
     return SOURCES[spec.source][0] if spec.source else None
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """A path that the system refuses, as too long or not to be read, is an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"data: {shown(str(error.filename))}: {reason(error)}") from None
+
+
+@_readable()
 def load(spec: DataSpec, task: Task, seed: int) -> Data:
     """Read, check and sample what the recipe's `data` block names.
 
@@ -97,6 +109,7 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
     return Data(train, clients, evaluation, _describe(spec, train, clients, evaluation))
 
 
+@_readable()
 def load_evaluation(
     spec: DataSpec, task: Task, seed: int, only: str | None = None
 ) -> dict[str, Dataset]:
@@ -111,6 +124,11 @@ def load_evaluation(
     Raises:
         UserError: As for `load`, or there are no such rows.
     """
+    with _readable():
+        return _load_evaluation(spec, task, seed, only)
+
+
+def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) -> dict[str, Dataset]:
     if spec.path is not None and spec.path.is_file():
         splits = {spec.path.stem: _file_split(spec.path, task)}
         found = list(splits)
@@ -131,6 +149,7 @@ def load_evaluation(
     }
 
 
+@_readable()
 def load_client(spec: DataSpec, task: Task, seed: int, name: str, file: Path) -> Dataset:
     """One client's own rows, checked and sampled as `load` does for a client of that name.
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import logging
@@ -19,6 +20,7 @@ from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_UNREADABLE = (DatasetGenerationError, pa.ArrowException, ValueError, TypeError, OSError)
 NO_ROWS = "corresponds to no data"  # what datasets says of a file without rows
 
 
@@ -75,8 +77,9 @@ def _read_parquet(file: Path) -> Dataset:
             path = glob.escape(str(file))  # datasets takes a path for a pattern
             rows = Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=True)
             assert isinstance(rows, Dataset)
+            rows.data.table.validate(full=True)  # texts are UTF-8, among others
             return rows
-    except (DatasetGenerationError, ValueError, TypeError, OSError) as error:
+    except _UNREADABLE as error:
         cause = str(error.__cause__ or error).strip()
         if NO_ROWS in cause:
             return Dataset.from_dict({})

@@ -12,13 +12,14 @@ from fedex_lora.recipe.federation import CLIENT_NAME, CLIENT_NAME_RULE
 from fedex_lora.recipe.part import Problem
 from fedex_lora.recipe.whole import Recipe
 
-MOST = {  # whole numbers, by key
+MOST = {  # by key
     "lora.r": 2**16,
     "lora.ranks": 2**16,
     "lora.rank_pattern": 2**16,
     "method.rank": 2**16,
     "federation.clients": 10**6,
     "federation.rounds": 10**6,
+    "federation.server_learning_rate": 1000,
     "federation.partition.shards_per_client": 10**6,
     "task.max_length": 10**7,
     "task.evaluation_max_length": 10**7,
