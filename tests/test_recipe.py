@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from pydantic import ValidationError
@@ -16,7 +18,8 @@ from transformers import TrainingArguments
 
 from fedex_lora.errors import UserError
 from fedex_lora.grid.spec import is_grid
-from fedex_lora.recipe import FederationSpec, LoraSpec, Recipe
+from fedex_lora.recipe import FederationSpec, LoraSpec, Recipe, limits
+from fedex_lora.recipe.limits import TRAINING
 from fedex_lora.recipe_refused import REFUSED_LORA, REFUSED_TRAINING
 from fedex_lora.recipe_yaml import (
     differences,
@@ -439,3 +442,44 @@ def test_differences_are_named(tmp_path: Path) -> None:
         "training.learning_rate: 0.001 != 0.002",
         "training.optim: not set != x",
     ]
+
+
+ODD: list[Any] = [
+    0, -1, 1.5, True, None, "", "x", [], {}, [1], {"a": 1}, float("inf"), float("nan"), 1e30,
+    10**30, -(10**30), "nan", "../..", "a\nb", "é" * 300, [None], [[1]], {"": 1}, ["x", "x"], "1e400",
+    {"a": {"b": [1]}}, 2**63, 1e-320, [float("nan")], [10**30], "%s{}", "~", "/",
+]  # fmt: skip
+
+
+def _keys(part: type[Any], before: str = "") -> Iterator[str]:
+    for name, field in part.model_fields.items():
+        yield before + name
+        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+            yield from _keys(field.annotation, f"{before}{name}.")
+
+
+KEYS = [*_keys(Recipe), *(f"training.{name}" for name in TRAINING), "training.max_steps", "lora.no"]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(ODD)), min_size=1, max_size=3))
+def test_no_value_gives_anything_but_a_recipe_or_a_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, given: list[tuple[str, Any]]
+) -> None:
+    raw = yaml.safe_load(MINIMAL)
+    for key, value in given:
+        block, *names = raw, *key.split(".")
+        for name in names[:-1]:
+            if not isinstance(block.get(name), dict):
+                block[name] = {}
+            block = block[name]
+        block[names[-1]] = value
+    path = tmp_path_factory.mktemp("odd") / "r.yaml"
+    path.write_text(yaml.safe_dump(raw, allow_unicode=True))
+    try:
+        recipe = load_recipe(path)
+    except UserError as error:
+        for line in str(error).splitlines():
+            assert line.startswith(f"{path}:") and len(line) < 1000
+    else:
+        assert list(limits(recipe)) == [] and load_recipe(path) == recipe
