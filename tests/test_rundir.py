@@ -301,3 +301,11 @@ def test_a_checkpoint_that_is_none_of_a_run_is_not_used(whole, begun):
     resume_run(begun, None, notes)
     assert "round-0002.safetensors: damaged (clients: " in notes.notes[0]
     same_end(begun, whole[1])
+
+
+def test_records_that_are_missing_are_said(whole, begun):
+    (begun / "metrics.jsonl").unlink()
+    notes = Notes()
+    resume_run(begun, None, notes)
+    assert any("metrics.jsonl: no record of round 1; totals lack them" in n for n in notes.notes)
+    assert [r["round"] for r in RunDir(begun).records()] == [2, 3]

@@ -141,6 +141,9 @@ def resume_run(
             state = begin(federation.settings, federation.initial)
         else:
             records.append(extra["record"])
+        if missing := {*range(1, state.version)} - {r["round"] for r in records}:
+            rounds = ", ".join(map(str, sorted(missing)))
+            watcher.note(f"{out}/metrics.jsonl: no record of round {rounds}; totals lack them")
         return _go_on(federation, directory, engine, state, Progress(records), watcher)
 
 

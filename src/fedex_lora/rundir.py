@@ -195,7 +195,10 @@ class RunDir:
             UserError: A line is no record; it is named.
         """
         file = self.path / "metrics.jsonl"
-        lines = file.read_bytes().split(b"\n") if file.is_file() else []
+        try:
+            lines = file.read_bytes().split(b"\n") if file.is_file() else []
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {reason(error)}") from None
         needed = WHOLE if whole else ()
         records, remedy = [], "delete the lines that are no records"
         for number, line in enumerate(lines, start=1):
