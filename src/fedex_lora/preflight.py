@@ -11,7 +11,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.methods import METHODS
 from fedex_lora.plan import architecture_of, elsewhere
 from fedex_lora.recipe import Problem, Recipe, limits
-from fedex_lora.recipe_yaml import without
+from fedex_lora.recipe_yaml import whole
 from fedex_lora.setup import federation_settings, load_rows, recipe_task
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def check(recipe: Recipe) -> None:
     found = [*limits(recipe), *training_problems(recipe.training)]
     wrong = {key for key, _ in found}
     raw = recipe.model_dump(exclude_unset=True)
-    rest = without(raw, (tuple(key.split(".")) for key in wrong)) if wrong else recipe
+    rest = whole(raw, (tuple(key.split(".")) for key in wrong))[0] if wrong else recipe
     found += [problem for problem in (_ranks(rest) if rest else ()) if problem[0] not in wrong]
     if found:
         found += [problem for problem in (_rows(rest) if rest else ()) if problem[0] not in wrong]

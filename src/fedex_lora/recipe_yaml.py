@@ -150,18 +150,17 @@ def recipe_of(
     for override in overrides:
         lines += _override(raw, override, places)
     _complete(raw, places)
-    recipe, wrong = _validated(raw)
-    lines += [places.line(*problem) for problem in wrong]
-    rest, known = recipe, {keys for keys, _ in wrong}
+    recipe, problems = whole(raw)
+    lines += [places.line(*problem) for problem in problems]
+    wrong = {keys for keys, _ in problems}
     for check in (None if stored else limits, also, further):
-        if check is None or (check is further and not lines):
+        if recipe is None or check is None or (check is further and not lines):
             continue
-        if rest is None or known:
-            rest = without(raw, known)
-        found = [(_keys(key), text) for key, text in (check(rest) if rest else ())]
-        found = [(keys, text) for keys, text in found if keys not in known or not keys]
+        found = [(_keys(key), text) for key, text in check(recipe)]
+        found = [(keys, text) for keys, text in found if keys not in wrong]
         lines += [places.line(keys, text) if keys else text for keys, text in found]
-        known |= {keys for keys, _ in found if keys}
+        wrong |= {keys for keys, _ in found if keys}
+        recipe = whole(raw, wrong)[0] if wrong else recipe
     if lines or recipe is None:
         raise UserError("\n".join(dict.fromkeys(lines)))
     if METHODS[recipe.method.name].trains == "all" and recipe.lora != LoraSpec():
@@ -170,19 +169,37 @@ def recipe_of(
     return recipe
 
 
-def _validated(raw: Mapping[str, Any]) -> tuple[Recipe | None, list[tuple[Keys, str]]]:
-    try:
-        return Recipe.model_validate(raw), []
-    except ValidationError as error:
-        return None, list(describe(error, raw))
+def whole(
+    raw: Mapping[str, Any], wrong: Iterable[Keys] = ()
+) -> tuple[Recipe | None, list[tuple[Keys, str]]]:
+    """The recipe of plain values without those that are wrong, so that the rest can be checked too.
+
+    Args:
+        wrong: Keys that are known to be wrong.
+
+    Returns:
+        None if nothing can be made of the rest; and all problems that were found on the way.
+    """
+    known, problems = set(wrong), []
+    while True:
+        rest = _without(raw, known)
+        try:
+            return Recipe.model_validate(rest), problems
+        except ValidationError as error:
+            found = list(describe(error, rest))
+        # what is said of a block without its wrong keys may be due to that
+        found = [(keys, text) for keys, text in found if keys not in _with_blocks(known)]
+        if not found:
+            return None, problems
+        problems += found
+        known |= {keys for keys, _ in found}
 
 
-def _keys(dotted: str) -> Keys:
-    return tuple(dotted.split(".")) if dotted else ()
+def _with_blocks(wrong: Iterable[Keys]) -> set[Keys]:
+    return {keys[:n] for keys in wrong for n in range(len(keys) + 1)}
 
 
-def without(raw: Mapping[str, Any], wrong: Iterable[Keys]) -> Recipe | None:
-    """The recipe that is left without some keys, so that the rest of it can be checked too."""
+def _without(raw: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
     rest = copy.deepcopy(dict(raw))
     for keys in wrong:
         block: Any = rest
@@ -190,7 +207,12 @@ def without(raw: Mapping[str, Any], wrong: Iterable[Keys]) -> Recipe | None:
             block = block.get(key) if isinstance(block, dict) else None
         if keys and isinstance(block, dict):
             block.pop(keys[-1], None)
-    return _validated(rest)[0]
+    _complete(rest, Places(""))
+    return rest
+
+
+def _keys(dotted: str) -> Keys:
+    return tuple(dotted.split(".")) if dotted else ()
 
 
 def unknown_keys(
