@@ -173,6 +173,7 @@ WRONG = [
     # numbers that are none, and what never ends or never begins
     ("lora: {lora_alpha: .inf}", "lora.lora_alpha: expected a number that is finite, got inf"),
     ("lora: {lora_alpha: .nan}", "lora.lora_alpha: expected a number .*got .*"),
+    ("lora: {lora_alpha: 1e30}", "lora.lora_alpha: expected at most 1000000, got 1e.30"),
     ("lora: {lora_alpha: 0}", "lora.lora_alpha: expected a number above 0, got 0"),
     ("lora: {alpha_pattern: {q: .inf}}", "lora.alpha_pattern.q: expected .* finite, got inf"),
     ("lora: {r: 100000}", "lora.r: expected at most 65536, got 100000"),

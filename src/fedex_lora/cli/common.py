@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,16 @@ def displays() -> Iterator[Callable[[str], Display]]:
     finally:
         for display in made:
             display.close()
+
+
+def runs_folder(name: str) -> Path:
+    """The folder of that name among the runs, whatever is in the name.
+
+    Example:
+        >>> runs_folder("../sst2-fedex-seed0").as_posix()
+        'runs/..-sst2-fedex-seed0'
+    """
+    return Path("runs") / re.sub(r"[/\\\x00-\x1f\x7f]+", "-", name)
 
 
 def which_round(text: str) -> Literal["best", "last"] | int:

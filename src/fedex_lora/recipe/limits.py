@@ -16,6 +16,8 @@ MOST = {  # by key
     "lora.r": 2**16,
     "lora.ranks": 2**16,
     "lora.rank_pattern": 2**16,
+    "lora.lora_alpha": 10**6,
+    "lora.alpha_pattern": 10**6,
     "method.rank": 2**16,
     "federation.clients": 10**6,
     "federation.rounds": 10**6,
