@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
@@ -48,14 +48,27 @@ def unpack(content: RecordDict) -> bytes:
 
 
 class FlowerCourier:
-    """Nodes are SuperNodes, by the text of their number."""
+    """Nodes are SuperNodes, by the text of their number.
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    Args:
+        keys: The clients' names by public key, as PEM; empty where nodes have no keys.
+    """
+
+    def __init__(self, grid: Grid, keys: Mapping[bytes, str] | None = None) -> None:
+        self._grid, self._keys = grid, keys or {}
+        self._owners: dict[str, str] = {}
 
     def nodes(self) -> list[str]:
         """Those connected now, by the SuperLink's account."""
-        return [str(node) for node in self._grid.get_node_ids()]
+        nodes = list(self._grid.get_nodes())
+        for node in nodes:
+            if self._keys:  # the SuperLink has checked that the node has the private key
+                self._owners[str(node.node_id)] = self._keys.get(node.public_key, "?")
+        return [str(node.node_id) for node in nodes]
+
+    def owner(self, node: str) -> str | None:
+        """The client by its node's key; None without keys."""
+        return self._owners.get(node)
 
     def send(self, node: str, blob: bytes, round: int, seconds: float) -> str | Failed:
         """Pushes one message. The time to live is Flower's: without one a client that hangs blocks
