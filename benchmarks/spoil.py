@@ -18,7 +18,7 @@ def parts(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def whole(tensors: dict[str, Tensor], meta: Any) -> bytes:
     """The inverse; `meta` may also be JSON as text."""
     text = meta if isinstance(meta, str) else json.dumps(meta)
-    return save({n: t.contiguous() for n, t in tensors.items()}, {"fedex": text})
+    return save({n: t.contiguous().clone() for n, t in tensors.items()}, {"fedex": text})
 
 
 def about(blob: bytes) -> dict[str, Any]:

@@ -87,7 +87,9 @@ def _check_tensors(kind: str, got: Tensors, expected: Tensors) -> None:
         if not math.isfinite(largest):
             raise UpdateRefused(f"{where} has entries that are NaN or infinite")
         if largest > LARGEST:
-            raise UpdateRefused(f"{where} has entries of {largest:.3g}; at most {LARGEST:g} are taken")
+            raise UpdateRefused(
+                f"{where} has entries of {largest:.3g}; at most {LARGEST:g} are taken"
+            )
 
 
 def _norm(update: Update, start: AdapterState) -> float:

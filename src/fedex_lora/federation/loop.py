@@ -126,9 +126,10 @@ def run_round(
         began = perf_counter()
         after, result = _next_state(state, settings, tally, spool, shelve)
         tally.seconds += perf_counter() - began
-        for client in sorted(tally.taken) if keep is not None else ():
-            update = spool.get(client)
-            keep(round, update, ended(start_of(state, settings, client), update))
+        if keep is not None:
+            for client in sorted(tally.taken):
+                update = spool.get(client)
+                keep(round, update, ended(start_of(state, settings, client), update))
     return after, _record(round, settings, after, result, tally, down)
 
 
@@ -181,11 +182,10 @@ def _next_state(
         _check_quorum(tally, settings, state.version + 1)
         try:
             after, result = _aggregated(state, settings, sorted(tally.taken), spool, shelve)
-            broken = too_large(after)
-        except torch.linalg.LinAlgError as error:
+            if (broken := too_large(after)) is None:
+                return after, result
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             broken = str(error)
-        if broken is None:
-            return after, result
         largest = max(tally.taken, key=lambda client: tally.norms[client])
         tally.refuse(
             largest,
