@@ -19,7 +19,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.export import default_name, export_adapter, export_model
 from fedex_lora.model import files
 from fedex_lora.run import start_run
-from fedex_lora.rundir import RunDir, best_record
+from fedex_lora.rundir import RunDir, best_record, comparable
 from fedex_lora.trained import open_run
 
 

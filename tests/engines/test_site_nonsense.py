@@ -195,6 +195,24 @@ def test_strange_scores_of_the_last_model_are_left_out(scores, tmp_path):
     assert any("the last model did not reach bob" in text for text in notes.texts)
 
 
+@pytest.mark.parametrize("scores", [{}, {"accuracy": float("nan"), "loss": 0.1}])
+def test_a_client_that_scores_some_rounds_only_does_not_choose_the_best(scores, tmp_path):
+    spec = recipe(tmp_path, federation={"clients": 3, "rounds": 3}, evaluation=CLIENTS)
+
+    def change(node, reply):
+        tensors, meta = parts(reply)
+        if node == "bob" and meta["about"]["kind"] == "update" and meta["round"] == 3:
+            return whole(tensors, {**meta, "scores": scores})
+        return reply
+
+    courier, notes = InProcess(institutions(spec, tmp_path / "cache"), change=change), Notes()
+    results = start_run(remote(spec), tmp_path / "run", notes, across_machines(courier))
+    by = [record["scored_by"] for record in timeless(tmp_path / "run")]
+    assert by == [["ann", "bob", "cleo"], ["ann", "cleo"], ["ann", "bob", "cleo"]]
+    assert results["best_round"] == 3
+    assert any("rounds were scored by different clients" in text for text in notes.texts)
+
+
 def rewritten(**changes):
     """bob's first message says something else."""
 
