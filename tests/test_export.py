@@ -230,7 +230,8 @@ def test_of_equal_scores_the_lower_loss_is_better():
 
 
 def test_rounds_that_different_clients_scored_are_not_compared():
-    one = {"round": 1, "score": 0.9, "scored_by": ["a", "b"]}
+    told = {"a": {"accuracy": 0.9}, "b": {"accuracy": 0.9}}
+    one = {"round": 1, "score": 0.9, "scored_by": ["a", "b"], "client_scores": told}
     two = {"round": 2, "score": 0.5, "scored_by": ["a"]}
     three = {"round": 3, "score": None, "scored_by": []}
     assert best_record([one, two, three], True) == two

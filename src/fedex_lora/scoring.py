@@ -87,7 +87,7 @@ def with_own(
     """The server's scores and the clients' own, and the number that selects."""
     primary = federation.task.primary
     told = {c: dict(own[c]) for c in sorted(own)}
-    counted = [c for c, found in told.items() if math.isfinite(found[primary])]
+    counted = [c for c, found in told.items() if _is_number(found[primary])]
     result: Record = {
         "scores": dict(scores),
         "score": _selection(primary, scores, {c: told[c] for c in counted}, engine.validation),
@@ -95,6 +95,10 @@ def with_own(
     if not told:
         return result
     return {**result, "client_scores": told, **({} if scores else {"scored_by": counted})}
+
+
+def _is_number(score: float | None) -> bool:
+    return score is not None and math.isfinite(score)
 
 
 def _means(scores: list[Scores]) -> Scores:

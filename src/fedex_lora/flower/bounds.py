@@ -1,7 +1,7 @@
 """What one client's message may cost the coordinator, and whose reply it may be.
 
-Flower 1.41 cuts messages into pieces of 5 MiB and sets no bound: not on a request, not on the pieces
-of a message, and a node may put another's number under its reply (it would have to know that
+Flower 1.41 cuts messages into pieces of 5 MiB and sets no bound: not on a request, not on the
+pieces of a message, and a node may put another's number under its reply (it would have to know that
 number, and which message is to be answered). All three are closed here.
 """
 
