@@ -117,6 +117,8 @@ class Replies:
     def owner(self, node: str) -> str:
         return node
 
+    def bound(self, most: int) -> None: ...
+
     def send(self, node: str, blob: bytes, round: int, seconds: float) -> str:
         ticket = str(len(self._tickets))
         self._tickets[ticket] = node

@@ -74,6 +74,8 @@ class InProcess:
     def owner(self, node: str) -> str | None:
         return self.institutions[node].name if self.keys else None
 
+    def bound(self, most: int) -> None: ...
+
     def send(self, node: str, blob: bytes, round: int, seconds: float) -> str:
         ticket = str(len(self.sent))
         self.sent.append((round, node))

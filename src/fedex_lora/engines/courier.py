@@ -27,6 +27,10 @@ class Courier(Protocol):
         keys. What a message says of its sender is compared with this."""
         ...
 
+    def bound(self, most: int) -> None:
+        """From now on no larger reply is taken in, in bytes."""
+        ...
+
     def send(self, node: str, blob: bytes, round: int, seconds: float) -> str | Failed:
         """Sends one message; a ticket for its reply, which is void after so many seconds."""
         ...

@@ -135,6 +135,8 @@ class RemoteEngine:
         every = self.evaluate_every
         evaluate = bool(every and state.version and state.version % every == 0)
         self._remember(self.guests.identity, self.examples)
+        starts = (start_of(state, self.settings, client) for client in broadcasts)
+        self.courier.bound(max(most_up(start).whole for start in starts))
         run = _Exchange(state, broadcasts, False, evaluate)
         for reply in self._replies(run):
             if isinstance(reply, Update):

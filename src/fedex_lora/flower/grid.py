@@ -10,8 +10,11 @@ from flwr.serverapp import Grid
 
 from fedex_lora.engines.courier import Failed
 from fedex_lora.errors import UserError
+from fedex_lora.federation.header import WORDS
+from fedex_lora.flower.bounds import TOO_LARGE, bound_replies
 
 _KEY = "blob"
+_ENVELOPE = 1 << 20  # bytes of Flower's own around a message
 _REASONS = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "it cannot load the app; is fedex-lora[flower] installed?",
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its program failed; its own log says why",
@@ -57,6 +60,12 @@ class FlowerCourier:
     def __init__(self, grid: Grid, keys: Mapping[bytes, str] | None = None) -> None:
         self._grid, self._keys = grid, keys or {}
         self._owners: dict[str, str] = {}
+        self._most = WORDS.whole
+        bound_replies(lambda: self._most + _ENVELOPE)
+
+    def bound(self, most: int) -> None:
+        """From now on no larger reply is taken in, in bytes."""
+        self._most = most
 
     def nodes(self) -> list[str]:
         """Those connected now, by the SuperLink's account."""
@@ -97,6 +106,8 @@ def _opened(message: Message) -> bytes | Failed:
     if message.has_error():
         code = message.error.code
         reason = _REASONS.get(code, f"Flower's error {code}")
+        if TOO_LARGE in (message.error.reason or ""):
+            reason = TOO_LARGE
         return Failed(reason, gone=code in _MAY_MEND)
     try:
         return unpack(message.content)
