@@ -10,7 +10,7 @@ from adapted import CASES, assert_equal, batch, increments, logits, path, random
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
-from fedex_lora.adapter import AdapterState, Factors
+from fedex_lora.adapter import AdapterState, Factors, uniform
 from fedex_lora.errors import UserError
 from fedex_lora.model import load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
@@ -63,7 +63,8 @@ def test_a_saved_adapter_names_the_base_and_is_the_same_every_time(path, tmp_pat
     fields = json.loads(config)
     assert fields["base_model_name_or_path"] == "org/model"
     assert fields["target_modules"] == sorted(fields["target_modules"])
-    assert (fields["r"], fields["lora_alpha"], fields["use_rslora"]) == (3, 5, True)
+    assert (fields["r"], fields["use_rslora"]) == (3, False)
+    assert fields["lora_alpha"] == pytest.approx(5 * 3**0.5)  # 5 / √3 as alpha / r
     assert fields["rank_pattern"] == fields["alpha_pattern"] == {}
 
 
@@ -111,6 +112,21 @@ def test_a_run_can_start_from_a_saved_adapter(name, path, tmp_path):
     model.save_adapter(state, tmp_path / "a", base_name=str(path(case.kind)))
     again = case.load(path(case.kind), lora={"init": tmp_path / "a"}, seed=5)
     assert_equal(again.initial(5), state)
+
+
+def test_a_run_can_start_from_padded_factors(path, tmp_path):
+    """At the rank with the padding and, where only zeros go, at that without."""
+    case = CASES["llama"]  # k_proj has rank 2, the others 3
+    lora = {"lora_alpha": 3, "alpha_pattern": {"k_proj": 2}}  # scale 1 everywhere
+    model = case.load(path("llama"), lora=lora)
+    state = random_state(model)
+    padded = AdapterState(uniform(state.sites), state.head)
+    model.save_adapter(padded, tmp_path / "a", base_name="org/model")
+    again = case.load(path("llama"), lora={**lora, "init": tmp_path / "a"})
+    assert_equal(again.initial(0), state)
+    whole = {"rank_pattern": {}, "alpha_pattern": {}, "lora_alpha": 3}
+    again = case.load(path("llama"), lora={**whole, "init": tmp_path / "a"})
+    assert_equal(again.initial(0), padded)
 
 
 @pytest.mark.parametrize("name", ["roberta", "gpt2", "llama-embedding"])

@@ -22,7 +22,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.export import final_state
 from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.model import AdaptedModel
-from fedex_lora.model.files import CONFIG
+from fedex_lora.model.files import CONFIG, published
 from fedex_lora.model.ready import base_of, load_ready
 from fedex_lora.recipe import Recipe
 from fedex_lora.rundir import RunDir, environment, plain
@@ -117,8 +117,19 @@ def load_subject(
 
 
 def model_block(what: str) -> dict[str, str]:
-    """The `model` block for a model, or for the base that an adapter's config names."""
-    return base_of(Path(what).expanduser()) if kind_of(what) == "adapter" else {"name": what}
+    """The `model` block for a model, or for the base that an adapter's config names.
+
+    An adapter in a run's own directory is on the run's base, wherever that lies.
+    """
+    if kind_of(what) != "adapter":
+        return {"name": what}
+    folder = Path(what).expanduser().resolve()
+    run = RunDir(folder.parent.parent)
+    block = base_of(folder)
+    if run.final == folder.parent and run.is_run():
+        own = run.recipe().model.name
+        return {**block, "name": own} if published(own) == block.get("name") else block
+    return block
 
 
 def _run(path: Path, recipe: Recipe, task: Task, which: Which | int, client: str | None) -> Subject:

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from fedex_lora.cli.common import app, comma_separated, console, say, whole_number
+from fedex_lora.cli.common import (
+    RankError,
+    app,
+    comma_separated,
+    console,
+    rank_option,
+    say,
+)
 from fedex_lora.display import show_table
 from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import open_adapter
@@ -25,9 +32,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="New directory to write.")],
     weights: Annotated[str, typer.Option(help="One each, e.g. 3,1,1; equal by default.")] = "",
     rank: Annotated[str, typer.Option(help="Largest rank of a layer, or auto with --error.")] = "",
-    error: Annotated[
-        float | None, typer.Option(help="With --rank auto: relative error allowed in a layer.")
-    ] = None,
+    error: RankError = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of what is written; float32, or as in the base model.")
     ] = None,
@@ -45,7 +50,7 @@ def merge(
     ] = False,
 ) -> None:
     """Merge LoRA adapters: the exact weighted mean of their updates, without the base model."""
-    limit, tolerance = _rank(rank, error)
+    limit, tolerance = rank_option(rank, error)
     plan = make_plan([open_adapter(a, allow_pickle) for a in adapters], _weights(weights), strict)
     to = getattr(torch, dtype) if dtype else None
     for line in plan.left_out:
@@ -61,21 +66,6 @@ def merge(
     merged = merge_adapters(plan, out, options)
     say(f"Written: {out}")
     _show_adapter(merged, report)
-
-
-def _rank(text: str, error: float | None) -> tuple[int | None, float]:
-    if text == "auto":
-        if error is None or not 0 < error < 1:
-            raise UserError("--rank auto: needs --error, above 0 and below 1, e.g. --error 1e-3")
-        return None, error
-    if error is not None:
-        raise UserError("--error: goes with --rank auto only")
-    if not text:
-        return None, 0.0
-    rank = whole_number(text, "--rank")
-    if rank < 1:
-        raise UserError("--rank: expected a number of at least 1, or auto")
-    return rank, 0.0
 
 
 def _weights(text: str) -> list[float] | None:

@@ -22,7 +22,7 @@ from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
 from fedex_lora.methods import METHODS
-from fedex_lora.model.files import CONFIG, WEIGHTS, with_patterns
+from fedex_lora.model.files import CONFIG, WEIGHTS, with_ranks
 from fedex_lora.model.load import quiet
 
 REPORT = "merge.json"
@@ -176,7 +176,7 @@ def _config(plan: Plan, config: Any, layers: Mapping[str, Layer]) -> LoraConfig:
     if set(plan.heads) != {key for key in first.others if key not in plan.copies}:
         config.modules_to_save = _still_saved(config.modules_to_save, plan.heads)
         config.task_type = None  # PEFT adds a head to some task types
-    return with_patterns(config, {site: (rank, 1.0) for site, rank in ranks.items()})
+    return with_ranks(config, {site: (rank, 1.0) for site, rank in ranks.items()})
 
 
 def _still_saved(modules: Any, heads: Sequence[str]) -> list[str] | None:

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,12 +46,14 @@ def save_adapter(
 ) -> None:
     """Writes `state` as a PEFT adapter relative to the pretrained model.
 
-    Every layer keeps the rank and scale of its factors; those that differ from the config's go
-    into its rank and alpha patterns. PEFT knows no rank 0: such a layer gets factors of zeros.
+    Every layer keeps its factors; see `with_ranks` for what the config says of their ranks and
+    scales. PEFT knows no rank 0: such a layer gets factors of zeros.
     """
     directory.mkdir(parents=True, exist_ok=True)
     sites = {name: _at_least_rank_1(f) for name, f in sorted(state.sites.items())}
-    _file_config(config, sites, base_name).save_pretrained(str(directory))
+    config = with_ranks(config, {name: (f.rank, f.scale) for name, f in sites.items()})
+    config.base_model_name_or_path = published(base_name)
+    config.save_pretrained(str(directory))
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in state.head.items()}
     for name, f in sites.items():
         a, b = NAMES[layers[name].embedding]
@@ -75,30 +78,125 @@ def resolved(name: str) -> str:
     return str(Path(where).resolve()) if Path(where).exists() else where
 
 
-def _file_config(config: LoraConfig, sites: Mapping[str, Factors], base_name: str) -> LoraConfig:
-    config = with_patterns(config, {name: (f.rank, f.scale) for name, f in sites.items()})
-    config.base_model_name_or_path = resolved(base_name)
-    return config
+def published(name: str) -> str:
+    """What an adapter calls its base model: nothing that only this machine understands.
+
+    A hub id as it is, also where the model is read from the hub's cache; `package:NAME/SUB` as it
+    is; of any other folder its name.
+
+    Example:
+        >>> published("FacebookAI/roberta-base"), published("/home/ann/models/mine/")
+        ('FacebookAI/roberta-base', 'mine')
+        >>> published("/cache/hub/models--FacebookAI--roberta-base/snapshots/e2da8e2")
+        'FacebookAI/roberta-base'
+    """
+    if name.startswith("package:"):
+        return name
+    cached = re.search(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)", name)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    path = Path(name).expanduser()
+    local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return path.resolve().name if local else name
 
 
-def with_patterns(config: LoraConfig, sites: Mapping[str, tuple[int, float]]) -> LoraConfig:
-    """A copy of `config` for a file: sites whose (rank, scale) differ from its own get patterns."""
+def with_ranks(config: Any, sites: Mapping[str, tuple[int, float]]) -> LoraConfig:
+    """A copy of a `LoraConfig` for a file, by which every layer has this (rank, scale).
+
+    `r` and `lora_alpha` are those of most layers, others get patterns. rsLoRA's √r goes into the
+    alphas: not every program that reads adapters knows it.
+    """
     config = copy.deepcopy(config)
-    config.inference_mode = True
+    config.inference_mode, config.use_rslora = True, False
     config.rank_pattern, config.alpha_pattern = {}, {}
-    for name, (rank, scale) in sites.items():
-        alpha = scale * (rank**0.5 if config.use_rslora else rank)
-        alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+    alphas = {name: _alpha(scale * rank) for name, (rank, scale) in sites.items()}
+    config.r = Counter(rank for rank, _ in sites.values()).most_common(1)[0][0]
+    config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    for name, (rank, _) in sites.items():
         pattern = f"^{re.escape(name)}"  # anchored: PEFT matches the ends of names
         if rank != config.r:
             config.rank_pattern[pattern] = rank
-        if alpha != config.lora_alpha:
-            config.alpha_pattern[pattern] = alpha
+        if alphas[name] != config.lora_alpha:
+            config.alpha_pattern[pattern] = alphas[name]
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         value = getattr(config, field)
         if isinstance(value, list | set):  # a set's order changes from process to process
             setattr(config, field, sorted(set(value)))
     return config
+
+
+def _alpha(alpha: float) -> float:
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+
+
+SERVER_LIMITS = (64, 128, 256)  # largest ranks that programs which serve adapters are set up for
+
+
+def above_limits(rank: int, would_miss: Mapping[int, float]) -> list[str]:
+    """What to know of an adapter of that rank, if it is a large one.
+
+    Args:
+        would_miss: By rank, how much of the change an adapter cut to it would miss.
+
+    Example:
+        >>> above_limits(100, {64: 0.01, 128: 0.0, 256: 0.0})[0][:68]
+        'rank 100 is above 64, where programs that serve adapters often stop '
+    """
+    limits = [limit for limit in SERVER_LIMITS if rank > limit]
+    if not limits:
+        return []
+    costs = ", ".join(f"--rank {r} would miss {would_miss[r]:.2g} of the change" for r in limits)
+    return [
+        f"rank {rank} is above {', '.join(map(str, limits))}, where programs that serve adapters "
+        f"often stop (vLLM: --max-lora-rank); {costs}"
+    ]
+
+
+def misread(directory: Path) -> list[str]:
+    """Which programs read the adapter in a directory wrongly, and by how much."""
+    config = json.loads((directory / CONFIG).read_text())
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    ends = [f".{names[0]}" for names in NAMES.values()]
+    ranks = {
+        key.removeprefix(PREFIX).removesuffix(end): shape[0]
+        for key, shape in shapes.items()
+        for end in ends
+        if key.endswith(end)
+    }
+    return misreaders(config, ranks)
+
+
+def misreaders(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
+    """Which programs read such an adapter wrongly, and by how much.
+
+    PEFT takes every layer's rank and alpha from the patterns. vLLM and others scale all layers by
+    `lora_alpha / r`, llama.cpp each by `lora_alpha` over the rank of its tensor.
+
+    Args:
+        config: The adapter_config.json.
+        ranks: Of the layers' tensors.
+
+    Example:
+        >>> told = misreaders({"r": 4, "lora_alpha": 8, "alpha_pattern": {"k": 4}}, {"k": 4})
+        >>> told[1].partition(", ")[2]
+        'which scales a layer by lora_alpha / its rank, applies 2 × what PEFT does in 1 of 1 layers'
+    """
+    alpha, r = config["lora_alpha"], config["r"]
+    told = []
+    for who, scale in (
+        ("vLLM, which scales all layers by lora_alpha / r", lambda rank: alpha / r),
+        ("llama.cpp, which scales a layer by lora_alpha / its rank", lambda rank: alpha / rank),
+    ):
+        factors = [scale(rank) / configured(config, site, rank)[1] for site, rank in ranks.items()]
+        wrong = [factor for factor in factors if abs(factor - 1) > 1e-6]
+        if wrong:
+            least, most = f"{min(wrong):.3g}", f"{max(wrong):.3g}"
+            span = least if least == most else f"{least} to {most}"
+            told.append(
+                f"{who}, applies {span} × what PEFT does in {len(wrong)} of {len(factors)} layers"
+            )
+    return told
 
 
 def _at_least_rank_1(f: Factors) -> Factors:
@@ -136,8 +234,9 @@ def read_adapter(
         )
     sites = {}
     for name, (a, b) in wanted.items():
-        sites[name] = Factors(tensors.pop(a), tensors.pop(b), layers[name].site.scale)
-        _check_site(directory, config, name, sites[name], layers[name].site)
+        sites[name] = _fitting(
+            directory, config, name, tensors.pop(a), tensors.pop(b), layers[name].site
+        )
     return AdapterState(sites, _read_head(directory, tensors, head, w0))
 
 
@@ -187,25 +286,29 @@ def configured(config: Mapping[str, Any], site: str, rank: int) -> tuple[int, fl
     return ranks.get(get_pattern_key(list(ranks), site), config.get("r", 8)), scale
 
 
-def _check_site(
-    directory: Path, config: Mapping[str, Any], name: str, factors: Factors, site: Site
-) -> None:
-    rank = factors.rank
-    if factors.A.shape[1] != site.inp or factors.B.shape != (site.out, rank):
+def _fitting(
+    directory: Path, config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, site: Site
+) -> Factors:
+    """A layer's factors at the recipe's rank and scale; rows and columns of zeros are padding."""
+    rank = a.shape[0]
+    if a.shape[1] != site.inp or b.shape != (site.out, rank):
         raise UserError(
             f"lora.init: {directory} was made for another model: {name} has ΔW "
-            f"{factors.B.shape[0]} × {factors.A.shape[1]} there and {site.out} × {site.inp} "
+            f"{b.shape[0]} × {a.shape[1]} there and {site.out} × {site.inp} "
             f"here; set model.name to "
             f"{config.get('base_model_name_or_path')!r}"
         )
     _, scale = configured(config, name, rank)
-    if rank != site.rank or abs(scale - site.scale) > 1e-6 * abs(scale):
+    padded = rank > site.rank and not a[site.rank :].any() and not b[:, site.rank :].any()
+    if (rank != site.rank and not padded) or abs(scale - site.scale) > 1e-6 * abs(scale):
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         settings = ", ".join(f"{key}: {json.dumps(config[key])}" for key in keys if config.get(key))
         raise UserError(
             f"lora.init: {directory} has rank {rank} and scale {scale:g} at {name}, the recipe "
             f"rank {site.rank} and scale {site.scale:g}; set in the recipe's lora: {settings}"
         )
+    # copies, so that the padding goes
+    return Factors(a[: site.rank].clone(), b[:, : site.rank].clone(), site.scale)
 
 
 def _read_head(
