@@ -70,7 +70,7 @@ def test_a_merge_and_what_it_says(adapters, command, tmp_path):
 def test_weights_and_ranks_that_make_no_sense(adapters, refused):
     for weights, text in (
         ("1,1", "2 weights for 3 adapters"),
-        ("1,-1,1", "-1.0 is no weight"),
+        ("1,-1,1", "-1 is negative, and a mean has no negative weights; --sum takes them"),
         ("1,nan,1", "nan is no weight"),
         ("1,inf,1", "inf is no weight"),
         ("0,0,0", "sum is 0"),

@@ -39,6 +39,20 @@ def merge(
     into_base: Annotated[
         str | None, typer.Option(help="Add to this full model instead (folder or hub id).")
     ] = None,
+    sum: Annotated[
+        bool, typer.Option("--sum", help="Take the weights as they are, negative ones too.")
+    ] = False,
+    tight: Annotated[
+        bool,
+        typer.Option("--tight", help="Every layer at its own rank: smaller, not for all readers."),
+    ] = False,
+    embeddings: Annotated[
+        str,
+        typer.Option(help="Those saved along: equal in all, mean, or of adapter 1, 2, ..."),
+    ] = "equal",
+    ignore_base_name: Annotated[
+        bool, typer.Option("--ignore-base-name", help="Pass over names of base models alone.")
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Every layer, and how far averaging factors is off.")
     ] = False,
@@ -49,20 +63,33 @@ def merge(
         bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too.")
     ] = False,
 ) -> None:
-    """Merge LoRA adapters: the exact weighted mean of their updates, without the base model."""
+    """Merge LoRA adapters: the exact weighted mean (or sum) of their updates."""
     limit, tolerance = rank_option(rank, error)
-    plan = make_plan([open_adapter(a, allow_pickle) for a in adapters], _weights(weights), strict)
+    opened = [open_adapter(a, allow_pickle) for a in adapters]
+    plan = make_plan(
+        opened,
+        _weights(weights),
+        strict,
+        is_sum=sum,
+        ignore_base_name=ignore_base_name,
+        embeddings=embeddings,
+    )
+    for adapter in opened:
+        if Path(adapter.name).is_dir() and adapter.folder != Path(adapter.name).expanduser():
+            say(f"Found: {adapter.folder}")
     to = getattr(torch, dtype) if dtype else None
     for line in plan.left_out:
         say(f"Passed over: {line}")
     if into_base is not None:
         if report:
             raise UserError("--report: is about a merged adapter; leave out --into-base or it")
+        if tight:
+            raise UserError("--tight: is about a merged adapter; leave out --into-base or it")
         written = merge_into_base(plan, into_base, out, limit, tolerance, to)
         say(f"Written: {out}")
         _show_model(out, written)
         return
-    options = Options(limit, tolerance, to or torch.float32, compare=report)
+    options = Options(limit, tolerance, to or torch.float32, compare=report, tight=tight)
     merged = merge_adapters(plan, out, options)
     say(f"Written: {out}")
     _show_adapter(merged, report)
@@ -95,6 +122,8 @@ def _show_adapter(merged: Merged, report: bool) -> None:
             )
     if report:
         show_table(console, ["layer", "rank", "cut off", "rounded off", "averaging"], _rows(merged))
+    for note in merged.notes:
+        say(f"Note: {note}")
     say(f"By layer: {merged.path / REPORT}")
     say("In Python:\nfrom peft import PeftModel")
     say(f"PeftModel.from_pretrained(base, {str(merged.path)!r})")

@@ -145,7 +145,7 @@ class _Work:
         return rounded
 
     def _update(self, site: str) -> LowRank | Tensor:
-        whole = self.plan.sum(site)
+        (whole,) = self.plan.sums(site)
         if self.rank is None and not self.error:
             return whole.update
         found: Reduced = reduce(whole, self.rank, self.error)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
-from fedex_lora.merge.adapters import Place, Shape, locate
+from fedex_lora.merge.adapters import Place, Shape, download, is_local
 from fedex_lora.merge.tensor_file import DTYPES
 from fedex_lora.model.layer import transposed
 from fedex_lora.model.load import quiet
@@ -128,7 +128,7 @@ def open_target(name: str, adapter: Mapping[str, Any], heads: Mapping[str, Shape
             quantised, or heads do not fit it.
     """
     revision = adapter.get("revision") if adapter.get("base_model_name_or_path") == name else None
-    folder = locate(name, _FILES, "config.json", revision)
+    folder = _locate(name, revision)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None):
@@ -145,6 +145,15 @@ def open_target(name: str, adapter: Mapping[str, Any], heads: Mapping[str, Shape
     known, prefix = set(net.state_dict()), f"{net.base_model_prefix}."
     stored = {_named(key, known, prefix): s for key, s in _stored(folder).items()}
     return Target(folder, config, auto_model, net, stored, relabelled)
+
+
+def _locate(name: str, revision: str | None) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists() and not is_local(name):
+        path = download(name, _FILES, revision)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{name}: there is no {path / 'config.json'}; expected a model's folder")
+    return path
 
 
 def _auto_model(adapter: Mapping[str, Any], config: Any) -> str:

@@ -7,34 +7,25 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors, Site
 from fedex_lora.errors import UserError
+from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.layer import Layer
 from fedex_lora.model.load import locate
+from fedex_lora.model.plain import configured, unsupported
 from fedex_lora.model.pretrained import Pretrained
-from fedex_lora.recipe import LoraSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-NAMES = {  # by whether the layer is an embedding
-    False: ("lora_A.weight", "lora_B.weight"),
-    True: ("lora_embedding_A", "lora_embedding_B"),
-}
-# about the file, not about what is trained
-_NEUTRAL = {"peft_type", "task_type", "auto_mapping", "inference_mode", "revision", "peft_version"}
-_NEUTRAL |= {"base_model_name_or_path", "runtime_config", "megatron_core"}
-_ALLOWED = _NEUTRAL | (set(LoraSpec.model_fields) - {"bias", "init_lora_weights"})
 
 
 def save_adapter(
@@ -100,19 +91,24 @@ def published(name: str) -> str:
     return path.resolve().name if local else name
 
 
-def with_ranks(config: Any, sites: Mapping[str, tuple[int, float]]) -> LoraConfig:
+def with_ranks(
+    config: Any, sites: Mapping[str, tuple[int, float]], like: str | None = None
+) -> LoraConfig:
     """A copy of a `LoraConfig` for a file, by which every layer has this (rank, scale).
 
-    `r` and `lora_alpha` are those of most layers, others get patterns. rsLoRA's √r goes into the
-    alphas: not every program that reads adapters knows it.
+    `r` and `lora_alpha` are those of most layers (or of the layer `like`), others get patterns.
+    rsLoRA's √r goes into the alphas: not every program that reads adapters knows it.
     """
     config = copy.deepcopy(config)
     config.inference_mode, config.use_rslora = True, False
     config.rank_pattern, config.alpha_pattern = {}, {}
     alphas = {name: _alpha(scale * rank) for name, (rank, scale) in sites.items()}
-    config.r = Counter(rank for rank, _ in sites.values()).most_common(1)[0][0]
-    config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
-    for name, (rank, _) in sites.items():
+    ranks = {name: rank for name, (rank, _) in sites.items()}
+    config.r, config.lora_alpha = (
+        values[like] if like else Counter(values.values()).most_common(1)[0][0]
+        for values in (ranks, alphas)
+    )
+    for name, rank in ranks.items():
         pattern = f"^{re.escape(name)}"  # anchored: PEFT matches the ends of names
         if rank != config.r:
             config.rank_pattern[pattern] = rank
@@ -164,7 +160,9 @@ def misread(directory: Path) -> list[str]:
         for end in ends
         if key.endswith(end)
     }
-    return misreaders(config, ranks)
+    # of the rest the tensors hold the ranks of many experts
+    layers = {site: r for site, r in ranks.items() if configured(config, site, r)[0] == r}
+    return misreaders(config, layers)
 
 
 def misreaders(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
@@ -220,8 +218,8 @@ def read_adapter(
         UserError: If it is none, has fields that aggregation is not exact for, or does not fit; the
             text says what to set in the recipe.
     """
+    directory = adapter_folder(directory)
     config, tensors = _load(directory)
-    _check_fields(directory, config)
     wanted = {
         name: tuple(f"{name}.{n}" for n in NAMES[la.embedding]) for name, la in layers.items()
     }
@@ -243,47 +241,57 @@ def read_adapter(
 def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((directory / CONFIG).read_text())
-        tensors = load_file(directory / WEIGHTS)
+        stored = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"lora.init: {directory} is no PEFT adapter: {error}; "
             f"expected a folder with {CONFIG} and {WEIGHTS}"
         ) from error
-    floats = {key.removeprefix(PREFIX): t.float() for key, t in tensors.items()}
-    return config, floats
-
-
-def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
+    name = f"lora.init: {directory}"
+    keys = adapter_keys(stored, name).stored
+    for original in keys.values():
+        if not stored[original].numel():
+            raise empty(name, original, stored[original].shape)
     refused = unsupported(config)
     if refused:
         raise UserError(
-            f"lora.init: {directory} uses {refused}, for which aggregation is not exact; "
-            "expected a plain LoRA adapter"
+            f"{name} uses {refused}: its training cannot be gone on with exactly; expected a plain "
+            "LoRA adapter"
         )
+    return config, {k.removeprefix(PREFIX): stored[name].float() for k, name in keys.items()}
 
 
-def unsupported(config: Mapping[str, Any]) -> str:
-    """Fields of an adapter_config.json by which it is more than B·A beside a frozen base."""
-    plain = LoraConfig().to_dict() | {"peft_type": "LORA"}
-    refused = [
-        key
-        for key, value in config.items()
-        if key not in _ALLOWED and value and value != plain.get(key)
-    ]
-    if config.get("peft_type") != "LORA":
-        refused.append("peft_type")
-    # "gaussian" says how A was drawn; the others that are not in the list change the base
-    if config.get("init_lora_weights") in ("gaussian", False):
-        refused = [key for key in refused if key != "init_lora_weights"]
-    return ", ".join(f"{key}: {config.get(key)!r}" for key in refused)
+def adapter_folder(path: Path) -> Path:
+    """Where the adapter lies that `path` names: there, or in the one subfolder that has one.
+
+    PEFT puts adapters that are not called "default" into a subfolder.
+
+    Returns:
+        `path` itself where there is none.
+
+    Raises:
+        UserError: Several subfolders have one.
+    """
+    if path.is_file() and (path.parent / CONFIG).is_file():
+        return path.parent
+    if not path.is_dir() or (path / CONFIG).is_file():
+        return path
+    found = sorted(p.parent for deep in ("*", "*/*") for p in path.glob(f"{deep}/{CONFIG}"))
+    if len(found) > 1:
+        names = ", ".join(str(folder) for folder in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise UserError(f"{path}: there are adapters in {names}{more}; name one of them")
+    return found[0] if found else path
 
 
-def configured(config: Mapping[str, Any], site: str, rank: int) -> tuple[int, float]:
-    """The rank that an adapter_config.json gives to a layer, and the scale it has at `rank`."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), site), config.get("lora_alpha", 8))
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return ranks.get(get_pattern_key(list(ranks), site), config.get("r", 8)), scale
+def empty(name: str, key: str, shape: Sequence[int]) -> UserError:
+    """What is wrong with a tensor of no elements."""
+    return UserError(
+        f"{name}: {key} is empty, of size {tuple(shape)}: DeepSpeed ZeRO-3 (or FSDP) saved it "
+        "without gathering its parts. Save it once more with "
+        "stage3_gather_16bit_weights_on_model_save: true, or get the weights out of the training "
+        "checkpoint with DeepSpeed's zero_to_fp32.py"
+    )
 
 
 def _fitting(
