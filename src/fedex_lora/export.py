@@ -242,7 +242,9 @@ def _adapter_notes(
             f"{rounding:.2g} (relative); on the unchanged base logits differ by as much"
         )
     if model.quantisation:
-        yield f"the adapter belongs on the base quantised to {model.quantisation}; load it so"
+        way = f"merge --into-base BASE --base-quantised {model.quantisation}"
+        more = "" if model.quantisation == "int8" else f", or {way}"
+        yield f"the adapter belongs on the base quantised to {model.quantisation}; load it so{more}"
 
 
 def _notes(trained: Trained) -> Iterator[str]:

@@ -21,6 +21,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.base import merge_into_base
 from fedex_lora.merge.plan import make_plan
+from fedex_lora.merge.quantised import KINDS
 from fedex_lora.merge.write import REPORT, Merged, Options, merge_adapters, share
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -38,6 +39,10 @@ def merge(
     ] = None,
     into_base: Annotated[
         str | None, typer.Option(help="Add to this full model instead (folder or hub id).")
+    ] = None,
+    base_quantised: Annotated[
+        str | None,
+        typer.Option(help="With --into-base: the 4 bits it had in training, e.g. nf4-double."),
     ] = None,
     sum: Annotated[
         bool, typer.Option("--sum", help="Take the weights as they are, negative ones too.")
@@ -80,12 +85,16 @@ def merge(
     to = getattr(torch, dtype) if dtype else None
     for line in plan.left_out:
         say(f"Passed over: {line}")
+    if base_quantised is not None and (into_base is None or base_quantised not in KINDS):
+        raise UserError(
+            f"--base-quantised: goes with --into-base, and is one of {', '.join(KINDS)}"
+        )
     if into_base is not None:
         if report:
             raise UserError("--report: is about a merged adapter; leave out --into-base or it")
         if tight:
             raise UserError("--tight: is about a merged adapter; leave out --into-base or it")
-        written = merge_into_base(plan, into_base, out, limit, tolerance, to)
+        written = merge_into_base(plan, into_base, out, limit, tolerance, to, base_quantised)
         say(f"Written: {out}")
         _show_model(out, written)
         return

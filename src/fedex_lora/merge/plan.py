@@ -288,9 +288,11 @@ def _check_shapes(adapters: Sequence[Adapter]) -> None:
                     (f"{n} × " if n > 1 else "") + f"{o} × {i}" + (" (embedding)" if e else "")
                     for n, o, i, e in forms
                 ]
+                tokens = places[0].embedding or site.endswith(("lm_head", "embed_out"))
                 raise UserError(
                     f"{site}: ΔW is {texts[0]} in {first.name} and {texts[1]} in {other.name}; "
                     "they belong to different base models"
+                    + (", or to vocabularies of different sizes" if tokens else "")
                 )
 
 

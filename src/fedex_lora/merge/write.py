@@ -19,7 +19,9 @@ from fedex_lora.adapter import AdapterState, Factors, Site
 from fedex_lora.aggregate import Aggregator
 from fedex_lora.disk import new_directory
 from fedex_lora.errors import UserError
-from fedex_lora.merge.factors import Reduced, finite, reduce, rounded
+from fedex_lora.lowrank import LowRank
+from fedex_lora.merge.adapters import Place
+from fedex_lora.merge.factors import Reduced, finite, reduce, rounded, singular_values
 from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
@@ -150,11 +152,7 @@ def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> La
         kept.append(stored)
         parts.append(Layer(stored.rank, found.norm, found.missed, rounding, None, _at(found)))
     rank = max(stored.rank for stored in kept)
-    # PEFT knows no rank 0: such a layer gets factors of zeros
-    padded = [padded_to(stored.left, stored.right, max(1, rank)) for stored in kept]
-    key_a, key_b = plan.adapters[0].places[site].keys
-    file.add(key_a, torch.cat([right for _, right in padded]))
-    file.add(key_b, torch.stack([left for left, _ in padded], dim=-1).flatten(1))
+    _write_factors(plan.adapters[0].places[site], kept, file)
 
     def total(get: Callable[[Layer], float]) -> float:
         return math.hypot(*(get(part) for part in parts))
@@ -170,17 +168,28 @@ def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> La
     )
 
 
+def _write_factors(place: Place, parts: Sequence[LowRank], file: TensorFile) -> None:
+    """Of one layer, or of a mixture's experts in PEFT's order; see `Place`."""
+    rank = max(1, *(part.rank for part in parts))  # PEFT knows no rank 0
+    if len(parts) == 1 and parts[0].rank == rank:
+        a, b = parts[0].right, parts[0].left
+    else:
+        a = torch.cat([_longer(part.right.mT, rank).mT for part in parts])
+        b = torch.stack([_longer(part.left, rank) for part in parts], dim=-1).flatten(1)
+    file.add(place.keys[0], a)
+    file.add(place.keys[1], b)
+
+
+def _longer(w: Tensor, columns: int) -> Tensor:
+    """With columns of zeros."""
+    return nn.functional.pad(w, (0, columns - w.shape[-1]))
+
+
 def _at(found: Reduced) -> dict[int, float]:
     """What cutting to the ranks that servers stop at would miss, where that is less than it has."""
     limits = [r for r in SERVER_LIMITS if r < found.factors.rank]
-    values = found.factors.singular_values() if limits else torch.empty(0)
+    values = singular_values(found.factors) if limits else torch.empty(0)
     return {r: math.hypot(values[r:].norm().item(), found.missed) for r in limits}
-
-
-def padded_to(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (out × r) and (r × in) with zeros up to a larger rank."""
-    more = rank - left.shape[1]
-    return nn.functional.pad(left, (0, more)), nn.functional.pad(right, (0, 0, 0, more))
 
 
 def _pad(plan: Plan, file: Path, ranks: Mapping[str, int], tight: bool) -> dict[str, int]:
@@ -197,12 +206,11 @@ def _pad(plan: Plan, file: Path, ranks: Mapping[str, int], tight: bool) -> dict[
             tensor = stored.get_tensor(key)
             if key in owner:
                 place = plan.adapters[0].places[owner[key]]
-                more = (rank - ranks[owner[key]]) * (1 if key == place.keys[0] else place.experts)
                 if key == place.keys[0]:
-                    blocks = tensor.unflatten(0, (place.experts, -1))
-                    tensor = nn.functional.pad(blocks, (0, 0, 0, more)).flatten(0, 1)
+                    blocks = tensor.unflatten(0, (place.experts, -1)).mT
+                    tensor = _longer(blocks, rank).mT.flatten(0, 1)
                 else:  # a rank's columns of all experts are side by side
-                    tensor = nn.functional.pad(tensor, (0, more))
+                    tensor = _longer(tensor, rank * place.experts)
             new.add(key, tensor)
     old.unlink()
     return {site: rank if site in wide else own for site, own in ranks.items()}

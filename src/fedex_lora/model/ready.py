@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.files import CONFIG, WEIGHTS, adapter_folder, empty
-from fedex_lora.model.keys import PREFIX
+from fedex_lora.model.keys import PREFIX, adapter_keys
 from fedex_lora.model.load import load_base, quiet
 from fedex_lora.recipe import ModelSpec
 
@@ -79,6 +79,11 @@ def _keys(adapter: Path) -> set[str]:
     for key, shape in shapes.items():
         if 0 in shape:
             raise empty(str(adapter), key, shape)
+    if any(key != stored for key, stored in adapter_keys(shapes, str(adapter)).stored.items()):
+        raise UserError(
+            f"{adapter}: its tensors are named as in a model's state ({min(shapes)}, ...), by which "
+            f"PEFT does not know them; `fedex-lora merge {adapter} --out NEW` writes them anew"
+        )
     return set(shapes)
 
 
