@@ -133,9 +133,9 @@ def test_damaged_or_quantised_models_are_refused(base, one, command, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(base("llama"), model)
     config = json.loads((model / "config.json").read_text())
-    quantised = config | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (model / "config.json").write_text(json.dumps(quantised))
-    refused(command, tmp_path, one, model, "is quantised")
+    refused(command, tmp_path, one, model, "is quantised by gptq, which is not undone here")
     (model / "config.json").write_text(json.dumps(config))
     file = model / "model.safetensors"
     os.truncate(file, file.stat().st_size - 8)

@@ -71,9 +71,9 @@ def forms(name: str, config: Mapping[str, Any], rows: Mapping[str, int]) -> dict
             site = sites[0]
             rank = configured(config, site, 1)[0]
             raise UserError(
-                f"{name}: {site} has rank {rows[site]} in the file and {rank} in {CONFIG}: they are "
-                "not of one adapter, or r or rank_pattern was changed by hand; what it was trained "
-                "with is expected there, as its scale follows from it"
+                f"{name}: {site} has rank {rows[site]} in the file and {rank} in {CONFIG}: these "
+                "are not of one adapter, or r or rank_pattern was changed by hand; expected what "
+                "it was trained with, from which its scale follows"
             )
         if len(options) > 1:
             raise UserError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.errors import UserError
-from fedex_lora.merge.adapters import Adapter
+from fedex_lora.merge.adapters import Adapter, Shape
 from fedex_lora.merge.factors import Sum, Term, weighted_sum
 
 
@@ -61,6 +61,10 @@ class Plan:
     def rank(self, site: str) -> int:
         """Σ rᵢ, the most that the sum can have."""
         return sum(adapter.places[site].site.rank for adapter in self.adapters)
+
+    def saved_shape(self, key: str) -> Shape:
+        """Of one of `heads` and `copies`."""
+        return (self.copies.get(key) or self.adapters[0]).others[key]
 
     def head(self, key: str, pretrained: Tensor | None = None) -> Tensor:
         """Σ wᵢ·xᵢ of a tensor, taken as x₁ + Σ wᵢ(xᵢ − x₁) in float32; x₁'s dtype.

@@ -334,8 +334,7 @@ def _bytes(plan: Plan, options: Options) -> int:
     if not options.tight and len(set(ranks.values())) > 1:
         total += max(ranks.values()) * sum(sides.values())
     return total + sum(
-        4 * torch.Size((plan.copies.get(key) or plan.adapters[0]).others[key]).numel()
-        for key in [*plan.heads, *plan.copies]
+        4 * torch.Size(plan.saved_shape(key)).numel() for key in [*plan.heads, *plan.copies]
     )
 
 

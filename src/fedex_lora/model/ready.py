@@ -79,10 +79,11 @@ def _keys(adapter: Path) -> set[str]:
     for key, shape in shapes.items():
         if 0 in shape:
             raise empty(str(adapter), key, shape)
-    if any(key != stored for key, stored in adapter_keys(shapes, str(adapter)).stored.items()):
+    names = adapter_keys(shapes, str(adapter)).stored.items()
+    if any(not stored.endswith(key.removeprefix(PREFIX)) for key, stored in names):
         raise UserError(
-            f"{adapter}: its tensors are named as in a model's state ({min(shapes)}, ...), by which "
-            f"PEFT does not know them; `fedex-lora merge {adapter} --out NEW` writes them anew"
+            f"{adapter}: its tensors are named as in a model's state ({min(shapes)}, ...), and "
+            f"PEFT does not find them; `fedex-lora merge {adapter} --out NEW` renames them"
         )
     return set(shapes)
 
