@@ -123,7 +123,8 @@ def _copy_files(target: Target, new: Path) -> None:
 
 def _copy_tokenizer(plan: Plan, new: Path) -> list[str]:
     """The tokenizer that the adapters brought, for a vocabulary that is theirs."""
-    for adapter in plan.adapters:
+    chosen = next((a for a in plan.copies.values() if a is not None), None)
+    for adapter in [*([chosen] if chosen else []), *plan.adapters]:
         files = [f for f in sorted(adapter.folder.iterdir()) if f.name.startswith(_TOKENIZER)]
         if files:
             for file in files:

@@ -50,6 +50,11 @@ def targeted(config: Mapping[str, Any], module: str) -> list[str]:
     return sorted(found)
 
 
+def of_parameter(config: Mapping[str, Any], site: str) -> bool:
+    """Whether a layer's factors may be those of a parameter that is targeted by its name."""
+    return bool(targeted(config, module_of(site)))
+
+
 def forms(name: str, config: Mapping[str, Any], rows: Mapping[str, int]) -> dict[str, Form]:
     """Ranks and scales of all layers by their configuration.
 

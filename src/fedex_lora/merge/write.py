@@ -21,6 +21,7 @@ from fedex_lora.disk import new_directory
 from fedex_lora.errors import UserError
 from fedex_lora.lowrank import LowRank
 from fedex_lora.merge.adapters import Place
+from fedex_lora.merge.experts import of_parameter
 from fedex_lora.merge.factors import Reduced, finite, reduce, rounded, singular_values
 from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.room import check_memory, check_place
@@ -259,10 +260,12 @@ def _config(plan: Plan, config: Any, ranks: Mapping[str, int]) -> LoraConfig:
     for name in ("eva_config", "corda_config", "lora_ga_config", "velora_config"):
         if hasattr(config, name):  # PEFT warns of one without its init_lora_weights
             setattr(config, name, None)
-    if any(p.embedding for p in first.places.values()):
+    tied = config.ensure_weight_tying and any(p.embedding for p in first.places.values())
+    if tied:
         config.ensure_weight_tying = False  # two layers' factors are no longer each other's
-    if set(plan.sites) != set(first.places):
-        config.target_modules, config.exclude_modules = list(plan.sites), None
+    if tied or set(plan.sites) != set(first.places):
+        whole = [site for site in plan.sites if not of_parameter(first.config, site)]
+        config.target_modules, config.exclude_modules = whole, None
         config.layers_to_transform = config.layers_pattern = None
     if set(plan.heads) != {key for key in first.others if key not in plan.copies}:
         config.modules_to_save = _still_saved(config.modules_to_save, plan.heads)
