@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from commands import command
+from safetensors.torch import load_file, save_file
 from small_runs import recipe
 from tiny import TEXT, tiny
 
@@ -84,6 +85,26 @@ def test_an_adapter_in_its_run_s_directory_finds_its_base(folder, tmp_path):
         )
     )
     assert here == there
+
+
+def test_adapters_as_others_save_them(folder, tmp_path):
+    shutil.copytree(folder / "adapter", tmp_path / "outer" / "hospital")
+    task = ("text-classification", folder / "data", [*XYZ, f"model.name={folder / 'roberta'}"])
+    expected = scored(folder / "adapter", tmp_path / "a", *task)["scores"]
+    assert scored(tmp_path / "outer", tmp_path / "b", *task)["scores"] == expected
+    file = tmp_path / "outer" / "hospital" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    named = {
+        k.replace(".weight", ".default.weight") if ".lora_" in k else k: t
+        for k, t in tensors.items()
+    }
+    save_file(named, file)
+    with pytest.raises(UserError, match=r"named as in a model's state.*fedex-lora merge"):
+        scored(tmp_path / "outer", tmp_path / "c", *task)
+    key = next(iter(tensors))
+    save_file(tensors | {key: torch.empty(0)}, file)
+    with pytest.raises(UserError, match=r"is empty, of size \(0,\).*ZeRO-3"):
+        scored(tmp_path / "outer", tmp_path / "c", *task)
 
 
 def test_other_rows_are_scored_as_plain_transformers_does(folder, tmp_path):

@@ -193,6 +193,34 @@ def test_an_adapter_that_changes_more_is_refused(path, adapter):
         start(path, adapter / "nowhere")
 
 
+def test_adapters_as_others_save_them(path, adapter, tmp_path):
+    """Under the names of a state dict, in a subfolder, or with other ways to begin."""
+    expected = start(path, adapter)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    named = {
+        k.replace(".weight", ".default.weight") if ".lora_" in k else k: t
+        for k, t in tensors.items()
+    }
+    save_file(named, file)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert_equal(start(path, adapter), expected)
+    (tmp_path / "outer").mkdir()
+    adapter.rename(tmp_path / "outer" / "hospital")
+    assert_equal(start(path, tmp_path / "outer"), expected)
+
+
+def test_an_empty_tensor_is_refused_with_its_cause(path, adapter):
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if "classifier" in k)
+    save_file(tensors | {key: torch.empty(0)}, file)
+    with pytest.raises(UserError, match=rf"{key} is empty, of size \(0,\).*ZeRO-3"):
+        start(path, adapter)
+
+
 def test_an_adapter_of_another_model_is_refused(path, adapter, tmp_path):
     wide = tiny("roberta", tmp_path / "wide", hidden_size=32)
     with pytest.raises(UserError, match=r"set model\.name to 'org/roberta'"):
