@@ -216,6 +216,8 @@ def test_the_refusal_says_what_a_field_does(bert, command, tmp_path):
     for field, text in (
         ({"use_dora": True}, "use_dora: True, which rescales whole weights (DoRA)"),
         ({"lora_bias": True}, "which trains a bias beside B·A"),
+        ({"init_lora_weights": "loftq"}, "'loftq', which put a quantised remainder in place of"),
+        ({"init_lora_weights": "EVA"}, "'EVA', which is no way to begin that is known here"),
         ({"use_quantum": 3}, "use_quantum: 3, which is no field of LoRA that is known here"),
     ):
         edit(bert[0], **field)

@@ -17,7 +17,7 @@ _NEUTRAL |= {"base_model_name_or_path", "runtime_config", "megatron_core", "qalo
 _NEUTRAL |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config"}
 _NEUTRAL |= {"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"}  # ms-swift: of the optimizer
 _ALLOWED = _NEUTRAL | (set(LoraSpec.model_fields) - {"bias", "init_lora_weights"})
-# "mica" freezes B; the others that PEFT knows take B·A out of the base before training
+# "mica" freezes B; the others that PEFT knows change the base before training
 _LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _WHY = {
     "use_dora": "rescales whole weights (DoRA)",
@@ -35,11 +35,8 @@ _WHY = {
     "megatron_config": "is made of Megatron's own layers",
     "ensure_weight_tying": "ties the factors of two layers",
     "peft_type": "is another kind of adapter",
-    "init_lora_weights": (
-        "took B·A out of the base, so that it belongs on another one; save it with PEFT's "
-        "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
-    ),
 }
+_TAKES_FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 def unsupported(config: Mapping[str, Any], also: frozenset[str] = frozenset()) -> str:
@@ -58,11 +55,21 @@ def unsupported(config: Mapping[str, Any], also: frozenset[str] = frozenset()) -
         'use_dora: True, which rescales whole weights (DoRA)'
     """
     refused = [key for key in _refused(config) if key not in also]
-    unknown = "which is no field of LoRA that is known here"
-    return "; ".join(
-        f"{key}: {config.get(key)!r}, " + (f"which {_WHY[key]}" if key in _WHY else unknown)
-        for key in refused
-    )
+    return "; ".join(f"{key}: {config.get(key)!r}, which {_why(key, config)}" for key in refused)
+
+
+def _why(key: str, config: Mapping[str, Any]) -> str:
+    if key != "init_lora_weights":
+        return _WHY.get(key, "is no field of LoRA that is known here")
+    how = str(config[key]).lower()
+    if how.startswith(_TAKES_FROM_THE_BASE):
+        return (
+            "took B·A out of the base, so that it belongs on another one; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+        )
+    if how == "loftq":
+        return "put a quantised remainder in place of the base"
+    return "is no way to begin that is known here"
 
 
 def _refused(config: Mapping[str, Any]) -> Iterator[str]:
