@@ -222,6 +222,20 @@ def test_a_shard_for_each_tensor_of_a_group(tmp_path):
     assert off(logits(reload(model, tmp_path / "out")), expected) < 1e-6
 
 
+def test_an_expert_that_is_missing_is_named(tmp_path):
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "base")
+    folders = adapters(model, tmp_path / "base", tmp_path, **EXPERTS)
+    file = tmp_path / "base" / MODEL
+    tensors = load_file(file)
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    missing = r"layers\.1\.mlp\.experts\.gate_up_proj, or not all parts of it"
+    with pytest.raises(ValueError, match=missing):
+        merge_into_base(planned(folders), str(tmp_path / "base"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_model_does_not_have_is_named(tmp_path):
     model = build("mixtral")
     model.save_pretrained(tmp_path / "base")

@@ -116,7 +116,8 @@ def _weights(text: str) -> list[float] | None:
 def _show_adapter(merged: Merged, report: bool) -> None:
     ranks = sorted({layer.rank for layer in merged.layers.values()})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    say(f"Rank: {shown}, of {len(merged.layers)} layers")
+    padded = f"; all are padded to {merged.rank}" if len(ranks) > 1 and merged.rank else ""
+    say(f"Rank: {shown}, of {len(merged.layers)} layers{padded}")
     for what, get in (
         ("Cut off", lambda layer: layer.missed),
         ("Rounded off", lambda layer: layer.rounding),

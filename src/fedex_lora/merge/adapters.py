@@ -88,11 +88,7 @@ class Adapter:
         place = self.places[site]
         a, b = self.tensors(place.keys)
         for key, factor, scale in zip(place.keys, (a, b), (1.0, place.site.scale)):
-            if factor.dtype not in _DTYPES:
-                raise UserError(
-                    f"{self.name}: {key} in {self.file} has dtype {factor.dtype}; expected one of "
-                    f"{', '.join(map(str, _DTYPES))}"
-                )
+            self._check_dtype(key, factor)
             if not finite(factor.to(torch.float32) * scale):
                 raise UserError(
                     f"{self.name}: {key} in {self.file}, times its scale {scale:g}, is too large "
@@ -105,12 +101,21 @@ class Adapter:
         """Tensors by PEFT's names, finite; the file is mapped only as long as they live."""
         found = _read(self.file, [self.stored[key] for key in keys], self.name)
         for key, tensor in zip(keys, found):
+            if tensor.is_floating_point():
+                self._check_dtype(key, tensor)
             if not finite(tensor):
                 raise UserError(
                     f"{self.name}: {key} in {self.file} holds NaN or infinity; its training went "
                     "wrong, leave this adapter out"
                 )
         return found
+
+    def _check_dtype(self, key: str, tensor: Tensor) -> None:
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                f"{self.name}: {key} in {self.file} has dtype {tensor.dtype}; expected one of "
+                f"{', '.join(map(str, _DTYPES))}"
+            )
 
 
 def open_adapter(name: str, allow_pickle: bool = False) -> Adapter:
@@ -192,15 +197,27 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG}: cannot be read: {reason(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG}: not what PEFT writes: expected a JSON object")
-    for field in ("modules_to_save", "target_parameters"):
-        value = config.get(field)
-        if not (value is None or _names(value)):
-            raise UserError(f"{folder / CONFIG}: {field} is {value!r}; expected a list of names")
+    for fields, expected, fits in _FORMS:
+        for field in fields:
+            value = config.get(field)
+            if not (value is None or fits(value)):
+                raise UserError(f"{folder / CONFIG}: {field} is {value!r}; expected {expected}")
     return config
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+_FORMS = (
+    (
+        ("modules_to_save", "target_parameters"),
+        "a list of names",
+        lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    ),
+    (
+        ("task_type", "base_model_name_or_path", "revision", "bias"),
+        "a text",
+        lambda value: isinstance(value, str),
+    ),
+    (("auto_mapping",), "an object", lambda value: isinstance(value, dict)),
+)
 
 
 def _weights(folder: Path, allow_pickle: bool) -> Path:

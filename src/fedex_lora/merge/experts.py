@@ -103,6 +103,6 @@ def _options(
             rank = configured(config, f"{module}.{parameter}", 1)[0]
             scale = configured(config, f"{module}.{parameter}", rank)[1]
             own.append(Form(rank, float(scale), height // rank))
-        whole = all(f.rank * f.experts == height for f, height in zip(own, rows))
+        whole = all(f.rank > 0 and f.rank * f.experts == height for f, height in zip(own, rows))
         if whole and len({f.experts for f in own}) == 1:
             yield own

@@ -160,7 +160,11 @@ class Names:
             group.sources.setdefault(pattern, []).append(key)
         for group in found.values():
             meta = {key: torch.empty(shapes[key], device="meta") for key in group.keys}
-            self.groups |= dict.fromkeys(group.forward(meta), group)
+            try:
+                made = group.forward(meta)
+            except (RuntimeError, ValueError, IndexError, KeyError):
+                continue  # some of the tensors are missing or of another shape
+            self.groups |= {n: group for n, t in made.items() if self.shape(n) == tuple(t.shape)}
 
     @cached_property
     def _known(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import Adapter, Shape, download, is_local
@@ -24,7 +25,9 @@ AUTO = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_CANNOT_BUILD = (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError)
+# what transformers raises for a config that is none, or of nothing that it knows
+_CANNOT_BUILD = (OSError, ValueError, LookupError, AttributeError, TypeError, ImportError)
+_CANNOT_BUILD += (RuntimeError, ArithmeticError, AssertionError, StrictDataclassError)
 
 
 def open_target(
@@ -101,8 +104,9 @@ def _classes(adapter: Mapping[str, Any], config: Any) -> list[str]:
     """Classes in transformers to see the model as, the likeliest first."""
     mapped = adapter.get("auto_mapping") or {}
     names = [AUTO.get(adapter.get("task_type") or ""), mapped.get("base_model_class")]
-    names += config.architectures or ["AutoModel"]
-    return list(dict.fromkeys(name for name in names if name))
+    named = config.architectures
+    names += named if isinstance(named, list) and named else ["AutoModel"]
+    return list(dict.fromkeys(map(str, filter(None, names))))
 
 
 def _target(target: Target, trained: Mapping[str, Shape], copies: Mapping[str, Shape]) -> Target:
@@ -138,9 +142,18 @@ def _target(target: Target, trained: Mapping[str, Shape], copies: Mapping[str, S
 
 
 def _build(auto_model: str, config: Any) -> Any:
+    if not _is_class(auto_model):
+        raise ValueError(f"{auto_model} is no class of models")
     cls = getattr(transformers, auto_model)
     with quiet(), torch.device("meta"):
         return cls.from_config(config) if auto_model.startswith("Auto") else cls(config)
+
+
+def _is_class(name: str) -> bool:
+    """Whether that is one of transformers' models; a name in a file is to call nothing else."""
+    cls = getattr(transformers, name, None)
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return known or name in transformers.models.auto.modeling_auto.__all__
 
 
 def _misfits(target: Target, others: Mapping[str, Shape]) -> dict[str, Shape]:

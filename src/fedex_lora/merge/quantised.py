@@ -44,14 +44,25 @@ class Packed:
         Args:
             file: An open safetensors file.
         """
-        if not self.four_bit:
-            (scales,) = (file.get_tensor(n) for n in self.beside if n.endswith("SCB"))
-            return file.get_tensor(key).float() * (scales.float() / 127)[:, None]
-        functional = _bitsandbytes()
-        parts = {name.removeprefix(f"{key}."): file.get_tensor(name) for name in self.beside}
-        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
-        state.dtype = torch.float32
-        return functional.dequantize_4bit(file.get_tensor(key), state)
+        functional = _bitsandbytes() if self.four_bit else None
+        try:
+            if functional is None:
+                (scales,) = (file.get_tensor(n) for n in self.beside if n.endswith("SCB"))
+                weight = file.get_tensor(key).float() * (scales.float() / 127)[:, None]
+            else:
+                parts = {n.removeprefix(f"{key}."): file.get_tensor(n) for n in self.beside}
+                state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+                state.dtype = torch.float32
+                weight = functional.dequantize_4bit(file.get_tensor(key), state)
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"--into-base: {key} cannot be dequantised: {error!r}; the file is damaged"
+            ) from None
+        if tuple(weight.shape) != self.shape:
+            raise UserError(
+                f"--into-base: {key} dequantised is {tuple(weight.shape)}; expected {self.shape}"
+            )
+        return weight
 
 
 def packed_parts(file: Any, keys: Sequence[str], dtype: torch.dtype) -> dict[str, Packed]:
@@ -60,12 +71,20 @@ def packed_parts(file: Any, keys: Sequence[str], dtype: torch.dtype) -> dict[str
     for key in keys:
         weight = key.partition(_STATE)[0]
         if weight != key:
-            state = json.loads(bytes(file.get_tensor(key).tolist()))
             beside = tuple(k for k in keys if k.startswith(f"{weight}."))
-            own = getattr(torch, state["dtype"])
-            found[weight] = Packed(beside, tuple(state["shape"]), own, True)
+            try:
+                state = json.loads(bytes(file.get_tensor(key).tolist()))
+                own, shape = getattr(torch, state["dtype"]), tuple(map(int, state["shape"]))
+                found[weight] = Packed(beside, shape, own, True)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f"--into-base: {key} is no state of a quantised weight: {error!r}; the file is "
+                    "damaged"
+                ) from None
         elif key.endswith(".SCB"):
             weight = f"{key.removesuffix('SCB')}weight"
+            if weight not in keys:
+                continue
             beside = tuple(k for k in (key, f"{key.removesuffix('SCB')}weight_format") if k in keys)
             shape = tuple(file.get_slice(weight).get_shape())
             found[weight] = Packed(beside, shape, dtype, False)

@@ -151,8 +151,8 @@ class Target:
         if name in self.names.groups:
             return Spot(None, name, self.names.groups[name], turned)
         raise UserError(
-            f"--into-base: the files of {self.folder} hold no tensor for {name}: they are not "
-            f"complete, or not those of a {type(self.net).__name__}"
+            f"--into-base: the files of {self.folder} hold no tensor for {name}, or not all parts "
+            f"of it: they are not complete, or not those of a {type(self.net).__name__}"
         )
 
     def _held(self, spot: Spot) -> Shape:
@@ -166,6 +166,12 @@ class Target:
     def _check_shape(self, site: str, place: Place, spot: Spot) -> None:
         held = self._held(spot)
         own = [place.site.out, place.site.inp]
+        for key in [spot.key] if spot.key else spot.group.keys if spot.group else []:
+            if not self.stored[key].dtype.is_floating_point:
+                raise UserError(
+                    f"--into-base: {key} in {self.folder} has dtype {self.stored[key].dtype}, to "
+                    "which no update can be added; name the model that it was made from"
+                )
         if len(held) not in (2, 3):
             kind = "x".join(map(str, held))
             raise UserError(f"--into-base: {site} has a weight of {kind}; cannot be changed")

@@ -59,6 +59,7 @@ class Values:
                 self._of_group[id(spot.group)].append(site)
             else:
                 self._of_key[self._written_as(spot)].append(site)
+                self._check_whole(self._written_as(spot), spot)
         self._group_of = {
             key: spot.group
             for spot in self._spots.values()
@@ -81,6 +82,15 @@ class Values:
         own = {name: key for key, name in self.added.items()}
         assert spot.key is not None
         return own.get(spot.parameter or "", spot.key)
+
+    def _check_whole(self, key: str, spot: Spot) -> None:
+        """A tensor on disk must have the shape that the model's config gives it."""
+        needed = self.target.names.shape(spot.parameter or "")
+        if needed is not None and needed != tuple(self._final(key)):
+            raise UserError(
+                f"--into-base: {key} is {tuple(self._final(key))} in the files of "
+                f"{self.target.folder} and {needed} by its config.json; the model is damaged"
+            )
 
     def shards(self) -> dict[str, list[str]]:
         """Names of the tensors by the file that they go to."""
@@ -119,6 +129,11 @@ class Values:
         if self._quantised is None or source.packed or name not in self._quantisable:
             return tensor
         assert name is not None
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(
+                f"--base-quantised: {key} has dtype {tensor.dtype}, which bitsandbytes does not "
+                "quantise; leave it out, or name the model that the adapters were trained on"
+            )
         if self.target.is_turned(name):
             return requantised(tensor.T, self._quantised).T
         return requantised(tensor, self._quantised)

@@ -85,10 +85,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged adapter on disk."""
+    """A merged adapter on disk.
+
+    Attributes:
+        rank: Of all layers' tensors; None if they have ranks of their own.
+    """
 
     path: Path
     layers: Mapping[str, Layer]
+    rank: int | None = None
     left_out: Sequence[str] = ()
     notes: Sequence[str] = ()
 
@@ -133,7 +138,9 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
         _config(plan, config, ranks).save_pretrained(str(new))
         _write(new / REPORT, json.dumps(_report(plan, options, layers), indent=1) + "\n")
         _write(new / "README.md", _card(plan))
-        merged = Merged(out, layers, plan.left_out, [f"--tight: {who}" for who in misread(new)])
+        misled = [f"--tight: {who}" for who in misread(new)]
+        same = max(ranks.values()) if len(set(ranks.values())) == 1 else None
+        merged = Merged(out, layers, same, plan.left_out, misled)
     at = {r: merged.relative(partial(_missed_at, r)) for r in SERVER_LIMITS}
     return replace(merged, notes=[*above_limits(max(ranks.values()), at), *merged.notes])
 
