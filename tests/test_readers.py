@@ -18,11 +18,13 @@ from small_runs import products, recipe
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedex_lora import export as export_module
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.export import export_adapter
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.plan import make_plan
 from fedex_lora.merge.write import Options, merge_adapters
+from fedex_lora.model import files
 from fedex_lora.run import start_run
 from fedex_lora.trained import open_run
 
@@ -212,6 +214,20 @@ def test_export_takes_a_rank_or_an_error(command, runs, tmp_path):
     assert code == 0 and f"{run}/final/adapter-error0.01" in said, err
     error = float(said.split("Relative error of the change: ")[1].split()[0])
     assert 0 < error <= 1e-2
+
+
+def test_an_export_tells_what_a_cut_would_cost(runs, tmp_path, monkeypatch):
+    for module in (files, export_module):
+        monkeypatch.setattr(module, "SERVER_LIMITS", (2, 5))
+    folder = runs("llama")
+    whole = products(folder / "run" / "final" / "adapter")
+    done = export_adapter(open_run(folder / "run"), tmp_path / "out")
+    (note,) = [n for n in done.notes if n.startswith(f"rank {done.rank} is above 2, 5")]
+    total = sum(m.norm() ** 2 for m in whole.values()) ** 0.5
+    for rank in (2, 5):
+        tails = [torch.linalg.svdvals(m)[rank:].norm() ** 2 for m in whole.values()]
+        missed = (sum(tails) ** 0.5 / total).item()
+        assert f"--rank {rank} would miss {missed:.2g} of the change" in note
 
 
 def test_ranks_above_what_servers_take_are_told_with_what_a_cut_would_cost(tmp_path):

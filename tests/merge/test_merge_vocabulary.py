@@ -24,7 +24,15 @@ WEIGHTS = "adapter_model.safetensors"
 def made(tmp_path):
     """A function that makes a base and two adapters of a larger vocabulary; returns the model."""
 
-    def make(kind="llama", tie=False, rows=(5, 5), modules=None, targets=("q_proj",)):
+    def make(
+        kind="llama",
+        tie=False,
+        rows=(5, 5),
+        modules=None,
+        targets=("q_proj",),
+        tokens=None,
+        size=TOKENS,
+    ):
         model = build(kind, tie_word_embeddings=tie)
         model.save_pretrained(tmp_path / "base")
         for i, seed in enumerate(rows):
@@ -34,24 +42,27 @@ def made(tmp_path):
                 task_type="CAUSAL_LM",
                 target_modules=list(targets),
                 modules_to_save=modules,
+                trainable_token_indices=tokens,
             )
-            adapted = peft.get_peft_model(grown(model, tmp_path, seed), lora)
+            adapted = peft.get_peft_model(grown(model, tmp_path, seed, size), lora)
             g = torch.Generator().manual_seed(i)
+            trained = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
             for name, parameter in adapted.named_parameters():
-                if ".lora_" in name or ".modules_to_save." in name:
+                if any(part in name for part in trained):
                     parameter.data = 0.3 * torch.randn(parameter.shape, generator=g)
-            adapted.save_pretrained(tmp_path / f"a{i}", save_embedding_layers=not modules)
+            more = "auto" if tokens else not modules
+            adapted.save_pretrained(tmp_path / f"a{i}", save_embedding_layers=more)
             (tmp_path / f"a{i}" / "tokenizer.json").write_text(f"of a{i}")
         return model
 
     return make
 
 
-def grown(model, folder, seed):
+def grown(model, folder, seed, size=TOKENS):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         larger = reload(model, folder / "base")
-        larger.resize_token_embeddings(TOKENS, mean_resizing=False)
+        larger.resize_token_embeddings(size, mean_resizing=False)
     return larger
 
 
@@ -86,6 +97,34 @@ def test_the_base_is_enlarged_with_the_adapters_own_rows(name, made, tmp_path):
     assert any("shared one weight" in note for note in done.notes) == untied
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "of a0"
     assert f"tokenizer is that of {tmp_path}/a0" in " ".join(done.notes)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("size", [64, TOKENS])
+def test_tokens_that_were_trained_by_themselves(tie, size, made, command, tmp_path):
+    model = made(tie=tie, tokens=[5, 63 if size == 64 else 69], size=size)
+    merge_adapters(planned(tmp_path), tmp_path / "adapter")
+    by_peft = peft.PeftModel.from_pretrained(grown(model, tmp_path, 77, size), tmp_path / "adapter")
+    merge_into_base(planned(tmp_path), str(tmp_path / "base"), tmp_path / "out")
+    written = reload(model, tmp_path / "out")
+    inputs = WIDE.clamp(max=size - 1)
+    inputs[0, :2] = torch.tensor([5, size - 1])
+    expected = logits(by_peft, inputs)
+    assert off(logits(written, inputs), expected) < 1e-6
+    assert written.config.tie_word_embeddings == tie
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    one, two = (load_file(tmp_path / f"a{i}" / WEIGHTS)[key] for i in (0, 1))
+    rows = written.get_input_embeddings().weight[[5, 63 if size == 64 else 69]]
+    torch.testing.assert_close(rows, 0.75 * one + 0.25 * two)
+    config = tmp_path / "a1" / "adapter_config.json"
+    other = json.loads(config.read_text()) | {"trainable_token_indices": [5, 6]}
+    config.write_text(json.dumps(other))
+    both = (tmp_path / "a0", tmp_path / "a1")
+    code, _, err = command(*both, "--out", tmp_path / "no")
+    assert code == 2 and "trainable_token_indices: " in err
+    config.write_text(json.dumps(other | {"trainable_token_indices": [5]}))
+    code, _, err = command(*both, "--out", tmp_path / "no")
+    assert code == 2 and "has 2 rows, trainable_token_indices" in err
 
 
 def test_rows_that_nobody_saved_are_named(made, tmp_path):

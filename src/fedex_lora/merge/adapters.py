@@ -21,13 +21,16 @@ from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
 from fedex_lora.merge.experts import Form, forms
 from fedex_lora.merge.factors import Term, finite
+from fedex_lora.merge.tokens import indices, of_tokens
 from fedex_lora.model.files import CONFIG, WEIGHTS, adapter_folder, empty
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.plain import unsupported
 
 PICKLE = "adapter_model.bin"
-# trained biases are averaged, experts merged one by one, and tied factors need not be
-_DEALT_WITH = frozenset({"bias", "target_parameters", "ensure_weight_tying"})
+# trained biases and tokens are averaged, experts merged one by one, tied factors apart
+_DEALT_WITH = frozenset(
+    {"bias", "trainable_token_indices", "target_parameters", "ensure_weight_tying"}
+)
 _SUFFIXES = {f".{n}": i for names in NAMES.values() for i, n in enumerate(names)}
 Shape = tuple[int, ...]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -150,7 +153,7 @@ def open_adapter(name: str, allow_pickle: bool = False) -> Adapter:
         raise UserError(f"{folder / CONFIG}: not what PEFT writes: {error}") from None
     taken = {key for place in places.values() for key in place.keys}
     others = {key: shape for key, shape in shapes.items() if key not in taken}
-    _check_others(name, others)
+    _check_others(name, config, others)
     return Adapter(name, folder, file, config, places, others, keys.stored, len(keys.left_out))
 
 
@@ -277,7 +280,13 @@ def _place(
     return Place(Site(out, inp, form.rank, form.scale), (keys[0], keys[1]), form.experts)
 
 
-def _check_others(name: str, others: Mapping[str, Shape]) -> None:
+def _check_others(name: str, config: Mapping[str, Any], others: Mapping[str, Shape]) -> None:
+    for key in filter(of_tokens, others):
+        if len(indices(name, config, key)) != others[key][0]:
+            raise UserError(
+                f"{name}: {key} has {others[key][0]} rows, trainable_token_indices in {CONFIG} "
+                "another number of tokens; they are not of one adapter"
+            )
     unknown = sorted(key for key in others if ".lora_" in key)
     if unknown:
         raise UserError(

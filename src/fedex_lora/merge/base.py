@@ -17,6 +17,7 @@ from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.target import Target
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
+from fedex_lora.merge.tokens import of_tokens
 from fedex_lora.merge.values import Values
 
 # weights in other forms, and what is written anew
@@ -70,7 +71,7 @@ def merge_into_base(
         UserError: The adapters do not fit the model; `out` is in use, lies in an input or cannot
             be written; too little disk or memory.
     """
-    trained = {key: plan.saved_shape(key) for key in plan.heads}
+    trained = {key: plan.saved_shape(key) for key in plan.heads if not of_tokens(key)}
     copies = {key: plan.saved_shape(key) for key in plan.copies}
     target = open_target(model, plan.adapters[0], plan.sites, trained, copies)
     values = Values(plan, target, rank, error, dtype, quantised)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import Adapter, Shape
 from fedex_lora.merge.factors import Sum, Term, weighted_sum
+from fedex_lora.merge.tokens import of_tokens
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,8 @@ def _base_names(adapters: Sequence[Adapter]) -> Iterator[str]:
 def _differences(adapters: Sequence[Adapter], source: Adapter | None) -> Iterator[str]:
     yield from _settings(adapters, "task_type", lambda c: c.get("task_type"))
     yield from _settings(adapters, "bias", lambda c: c.get("bias") or "none")
+    tokens = "trainable_token_indices"
+    yield from _settings(adapters, tokens, lambda c: c.get(tokens) or None)
     # embeddings that are taken from one adapter may be absent in others, or of another size there
     others = [
         {key: shape for key, shape in a.others.items() if source is None or _trained(a, key)}
@@ -308,7 +311,7 @@ def _trained(adapter: Adapter, key: str) -> bool:
     """Whether the tensor was trained, and not just saved along."""
     config = adapter.config
     biases = config.get("bias") or "none"
-    if key.endswith(".bias") and biases != "none":
+    if of_tokens(key) or (key.endswith(".bias") and biases != "none"):
         return True
     # then PEFT names one of the two embeddings and saves both
     tied = bool(config.get("ensure_weight_tying")) and ".base_layer." not in key

@@ -79,7 +79,9 @@ class Target:
 
     def parameter(self, key: str) -> str:
         """The model's name for what an adapter saved besides its factors."""
-        plain = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        plain = key.removeprefix(PREFIX)
+        for wrapper in (".token_adapter.", ".base_layer."):
+            plain = plain.replace(wrapper, ".")
         known = self.names.shape(plain) is not None
         return plain if known else self.names.parameter(plain)
 
@@ -110,8 +112,7 @@ class Target:
             if self.names.shape(name) is not None:
                 yield self._of_parameter(name)
         key = f"{site}.weight"
-        parts = {k: name for name, group in self.names.groups.items() for k in group.keys}
-        if key in parts:
+        if key in self._parts:
             yield Spot(key, None, None, False)
         for name in (self.names.parameter(f"{module}.{leaf}") for leaf in leaves):
             if self.names.shape(name) is not None and name not in self.names.groups:
@@ -137,6 +138,12 @@ class Target:
         # the first parameter of the module lies deepest within PEFT's wrappers
         order = [name for name in own if name in named] or named
         return [order[-1 - depth]] if depth < len(order) else []
+
+    @cached_property
+    def _parts(self) -> set[str]:
+        """Names on disk of what is only a part of a parameter."""
+        groups = {id(group): group for group in self.names.groups.values()}
+        return {key for group in groups.values() for key in group.keys}
 
     @cached_property
     def _parameters(self) -> list[str]:

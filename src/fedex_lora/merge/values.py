@@ -16,6 +16,7 @@ from fedex_lora.merge.names import Group
 from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.quantised import requantised
 from fedex_lora.merge.target import Spot, Target
+from fedex_lora.merge.tokens import embedding_of, indices, of_tokens
 from fedex_lora.merge.write import working_bytes
 
 _ROWS = 1024  # of a weight whose rounding is measured at a time
@@ -42,7 +43,9 @@ class Values:
         self.plan, self.target, self.rank, self.error = plan, target, rank, error
         self._dtype, self._quantised = dtype, quantised
         self._quantisable = target.quantisable() if quantised else set()
-        self.others = {target.parameter(key): key for key in [*plan.heads, *plan.copies]}
+        saved = [*plan.heads, *plan.copies]
+        self.others = {target.parameter(key): key for key in saved if not of_tokens(key)}
+        self._tokens = {target.parameter(embedding_of(k)): k for k in saved if of_tokens(k)}
         first = plan.adapters[0]
         self._spots = {site: target.spot(first, site) for site in plan.sites}
         self.parameter = {key: name for name, key in target.names.direct.items()}
@@ -102,7 +105,7 @@ class Values:
 
     def value(self, key: str) -> Tensor:
         """A tensor of the merged model in its dtype."""
-        tensor = self._before(key, self._name(key))
+        tensor = self._with_tokens(key, self._before(key, self._name(key)))
         to = self.dtype(key, tensor.dtype)
         if key not in self._of_key and key not in self._group_of:
             return tensor.to(to)
@@ -137,6 +140,26 @@ class Values:
         if self.target.is_turned(name):
             return requantised(tensor.T, self._quantised).T
         return requantised(tensor, self._quantised)
+
+    def _with_tokens(self, key: str, tensor: Tensor) -> Tensor:
+        """With the rows of tokens that were trained by themselves."""
+        name = self.added.get(key) or self.parameter.get(key) or ""
+        own = next((self._tokens[n] for n in self.target.tied(name) if n in self._tokens), None)
+        if own is None:
+            return tensor
+        first = self.plan.adapters[0]
+        where = indices(first.name, first.config, own)
+        if (
+            max(where, default=0) >= len(tensor)
+            or self.plan.saved_shape(own)[1:] != tensor.shape[1:]
+        ):
+            raise UserError(
+                f"--into-base: {first.name} trained tokens up to {max(where)} of {name}, which is "
+                f"{tuple(tensor.shape)} in {self.target.folder}; save the adapters with "
+                "save_embedding_layers=True, or name the model that they were trained on"
+            )
+        rows = self.plan.head(own, tensor[where] if self.plan.is_sum else None)
+        return tensor.index_copy(0, torch.tensor(where), rows.to(tensor.dtype))
 
     def _source(self, key: str) -> Stored | None:
         found = key if key in self.target.stored else self.target.source(self.added[key])

@@ -24,8 +24,12 @@ _WRAPPERS = re.compile(
 _NAMED = (
     re.compile(r"(?P<before>\.lora_[AB])\.(?P<name>[^.]+)(?P<after>\.(?:weight|bias))$"),
     re.compile(r"(?P<before>\.lora_embedding_[AB])\.(?P<name>[^.]+)(?P<after>)$"),
+    re.compile(r"(?P<before>\.trainable_tokens_delta)\.(?P<name>[^.]+)(?P<after>)$"),
     re.compile(r"(?P<before>)\.modules_to_save\.(?P<name>[^.]+)(?P<after>\..+)$"),
 )
+
+
+_OF_ADAPTERS = (".lora_", ".modules_to_save.", ".trainable_tokens_delta")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ left_out=('model.q.base_layer.weight',))
         for key, original in plain.items()
         if key.endswith(".lora_velora_embed")
         or ".original_module." in key
-        or (whole and ".lora_" not in key and ".modules_to_save." not in key)
+        or ".trainable_tokens_original" in key
+        or (whole and not any(part in key for part in _OF_ADAPTERS))
     ]
     kept = {PREFIX + key: original for original, key in found.items() if original not in rest}
     return Keys(kept, tuple(rest))
