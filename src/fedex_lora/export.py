@@ -109,7 +109,8 @@ def export_model(
         notes.append(f"rounding the weights to {to} changed them by {rounding:.2g} (relative)")
     with _fresh(out) as new:
         merged = _merged(trained, state, dtype)
-        check_finite(merged.state_dict())
+        names = [f"{site}.weight" for site in trained.model.sites] + list(state.head)
+        check_finite({name: merged.get_parameter(name) for name in names})
         merged.save_pretrained(new)
         _save_tokenizer(trained.model.tokenizer, new)
         for file in new.glob("*.safetensors"):  # safetensors lets only the owner read
@@ -162,7 +163,7 @@ def export_adapter(
     folds = spec.placement == "fold"
     rounding = _rounding(trained, state, getattr(torch, spec.dtype)) if folds else 0.0
     widest = max((f.rank for f in sites.values()), default=0)
-    notes = [*_notes(trained), *_adapter_notes(trained, sites, rounding)]
+    notes = [*_notes(trained), *_adapter_notes(trained, cut.sites, rounding)]
     notes += above_limits(widest, cut.would_miss)
     told = [f"cut to rank {widest}: it misses {cut.error:.3g} of the change"] if cut.error else []
     base_name = base_name or published(spec.name)

@@ -352,6 +352,9 @@ def test_one_adapter_at_half_strength_and_what_the_command_says(base, command, t
         options = ["--sum", "--weights", weights, "--out", tmp_path / "no"]
         code, _, err = command(one.folder, *options)
         assert code == 2 and text in err
+    difference = ["--sum", "--weights=1,-1", "--report", "--out", tmp_path / "zero"]
+    code, out, err = command(one.folder, one.folder, *difference)
+    assert code == 0 and "Rank: 0, of 6 layers" in out and "Averaging" not in out, err
     code, _, err = command(one.folder, "--weights=-1", "--out", tmp_path / "no")
     assert code == 2 and "--sum takes them as they are" in " ".join(err.split())
 

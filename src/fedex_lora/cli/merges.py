@@ -70,6 +70,13 @@ def merge(
 ) -> None:
     """Merge LoRA adapters: the exact weighted mean (or sum) of their updates."""
     limit, tolerance = rank_option(rank, error)
+    if base_quantised is not None and (into_base is None or base_quantised not in KINDS):
+        raise UserError(
+            f"--base-quantised: goes with --into-base, and is one of {', '.join(KINDS)}"
+        )
+    for option, given in (("report", report), ("tight", tight)):
+        if into_base is not None and given:
+            raise UserError(f"--{option}: is about a merged adapter; leave out --into-base or it")
     opened = [open_adapter(a, allow_pickle) for a in adapters]
     plan = make_plan(
         opened,
@@ -85,15 +92,7 @@ def merge(
     to = getattr(torch, dtype) if dtype else None
     for line in plan.left_out:
         say(f"Passed over: {line}")
-    if base_quantised is not None and (into_base is None or base_quantised not in KINDS):
-        raise UserError(
-            f"--base-quantised: goes with --into-base, and is one of {', '.join(KINDS)}"
-        )
     if into_base is not None:
-        if report:
-            raise UserError("--report: is about a merged adapter; leave out --into-base or it")
-        if tight:
-            raise UserError("--tight: is about a merged adapter; leave out --into-base or it")
         written = merge_into_base(plan, into_base, out, limit, tolerance, to, base_quantised)
         say(f"Written: {out}")
         _show_model(out, written)
@@ -145,7 +144,7 @@ def _rows(merged: Merged) -> list[list[str]]:
             name,
             str(layer.rank),
             *(
-                f"{share(part or 0.0, layer.norm):.3g}"
+                "-" if part is None else f"{share(part, layer.norm):.3g}"
                 for part in (layer.missed, layer.rounding, layer.averaging)
             ),
         ]

@@ -90,8 +90,7 @@ def merge_into_base(
         notes.append("the model was quantised; its weights are written as it multiplied with them")
     if False in packed:
         notes.append("its 8-bit layers rounded their inputs too, which the written model does not")
-    left_out = [*plan.left_out, *notes]
-    return Written(target.auto_model, len(plan.sites), *values.losses(), left_out)
+    return Written(target.auto_model, len(plan.sites), *values.losses(), notes)
 
 
 def _write_shards(values: Values, new: Path) -> None:
@@ -132,7 +131,7 @@ def _copy_tokenizer(plan: Plan, new: Path) -> list[str]:
                 shutil.copyfile(file, new / file.name)
             return [f"the vocabulary is the adapters'; the tokenizer is that of {adapter.name}"]
     return [
-        "the vocabulary is the adapters', and none of them has a tokenizer: the model's own is "
+        "the vocabulary is the adapters', and no tokenizer lies beside them: the model's own is "
         "there; put that in its place with which they were trained"
     ]
 

@@ -58,13 +58,14 @@ def open_target(
         raise _unknown(folder, error) from None
     _check_quantisation(folder, config)
     stored = checkpoint(folder, getattr(config, "dtype", None))
-    problems: list[UserError] = []
+    unknown: list[UserError] = []
+    unfit: list[UserError] = []
     for auto_model in _classes(adapter.config, config):
         config = transformers.AutoConfig.from_pretrained(folder)
         try:
             net = _build(auto_model, config)
         except _CANNOT_BUILD as error:
-            problems.append(_unknown(folder, error))
+            unknown.append(_unknown(folder, error))
             continue
         try:
             target = _target(Target(folder, config, auto_model, net, stored), trained, copies)
@@ -72,8 +73,8 @@ def open_target(
                 target.spot(adapter, site)
             return target
         except UserError as error:
-            problems.insert(0, error)
-    raise problems[0]
+            unfit.append(error)
+    raise [*unfit, *unknown][0]
 
 
 def _locate(name: str, revision: str | None) -> Path:

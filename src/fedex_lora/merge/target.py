@@ -91,8 +91,8 @@ class Target:
         Raises:
             UserError: The model has no such layer, or one of another shape or kind.
         """
-        place = adapter.places[site]
-        for spot in self._spots(adapter, site):
+        place, spot = adapter.places[site], next(self._spots(adapter, site), None)
+        if spot is not None:
             self._check_shape(site, place, spot)
             return self._turned(place, spot)
         ending = site.rpartition(".")[2]

@@ -71,7 +71,7 @@ class Layer:
         missed: What cutting to the rank lost.
         rounding: What storing the factors in another dtype lost.
         averaging: ‖W − B̄Ā‖ with B̄ = Σ wᵢsᵢBᵢ, Ā = Σ wᵢAᵢ (zero-padded to the largest rank): what
-            averaging the factors would miss. None where it was not asked for.
+            averaging the factors would miss. None where it was not asked for, and of a sum.
         at_limit: By rank that servers stop at: what cutting to that would miss.
     """
 
@@ -151,7 +151,7 @@ def _missed_at(rank: int, layer: Layer) -> float:
 
 def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> Layer:
     kept, parts = [], []
-    averaging = _averaging(plan, site) if options.compare else None
+    averaging = _averaging(plan, site) if options.compare and not plan.is_sum else None
     for whole in plan.sums(site):
         found = reduce(whole, options.rank, options.error)
         stored, rounding = rounded(found.factors, options.dtype)
