@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import Adapter, Place, Shape
@@ -221,12 +223,6 @@ class Target:
     def quantisable(self) -> set[str]:
         """Parameters that transformers would quantise with `load_in_4bit`: linear layers but the
         last one."""
-        from transformers.quantizers.base import get_keys_to_not_convert  # noqa: PLC0415
-
         kept = get_keys_to_not_convert(self.net)
-        return {
-            f"{name}.weight"
-            for name, module in self.net.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-            and not any(name == k or name.endswith(f".{k}") for k in kept)
-        }
+        linear = [n for n, m in self.net.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+        return {f"{name}.weight" for name in linear if should_convert_module(name, kept)}
