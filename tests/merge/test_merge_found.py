@@ -226,6 +226,29 @@ def test_the_refusal_says_what_a_field_does(bert, command, tmp_path):
         edit(bert[0], **dict.fromkeys(field, None))
 
 
+def test_modules_are_trained_by_the_ends_of_their_names(tmp_path):
+    """`classifier`, which PEFT adds for classification, is DistilBERT's pre_classifier too."""
+    config = transformers.DistilBertConfig(
+        vocab_size=64, dim=16, n_layers=1, n_heads=2, hidden_dim=24, num_labels=3
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    lora = {"r": 2, "target_modules": ["q_lin"], "task_type": "SEQ_CLS"}
+    adapters = [save(tmp_path / "base", CLS[0], tmp_path / f"a{i}", i, **lora) for i in (0, 1)]
+    plan = make_plan([open_adapter(str(a.folder)) for a in adapters], [3, 1], True)
+    merge_adapters(plan, tmp_path / "out")
+    merge_into_base(plan, str(tmp_path / "base"), tmp_path / "model")
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    got = load_file(tmp_path / "out" / WEIGHTS)
+    names = [n for n in adapters[0].head if n.startswith("pre_classifier")]
+    assert len(names) == 2
+    for name in adapters[0].head:
+        mean = 0.75 * adapters[0].head[name] + 0.25 * adapters[1].head[name]
+        for tensor in (got[PREFIX + name], written[name]):
+            torch.testing.assert_close(tensor, mean)
+
+
 def test_biases_are_averaged(base, tmp_path):
     """PEFT's `bias: lora_only` trains the biases of the adapted layers."""
     folders, biases = [], []

@@ -315,17 +315,21 @@ def _trained(adapter: Adapter, key: str) -> bool:
         return True
     # then PEFT names one of the two embeddings and saves both
     tied = bool(config.get("ensure_weight_tying")) and ".base_layer." not in key
-    return tied or _within(key, config.get("modules_to_save") or [])
+    return tied or within(key, config.get("modules_to_save") or [])
 
 
-def _within(key: str, modules: Iterable[str]) -> bool:
-    """Whether a tensor lies in one of these modules.
+def within(key: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor lies in one of these modules, by the ends of names as PEFT takes it.
 
     Example:
-        >>> _within("base_model.model.classifier.dense.weight", ["classifier"])
+        >>> within("base_model.model.classifier.dense.weight", ["classifier"])
+        True
+        >>> within("base_model.model.pre_classifier.weight", ["classifier"])
         True
     """
-    return any(f".{module}." in f".{key}" for module in modules)
+    parts = key.split(".")[:-1]
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(path.endswith(module) for path in paths for module in modules)
 
 
 def _some(names: set[str]) -> str:

@@ -23,7 +23,7 @@ from fedex_lora.lowrank import LowRank
 from fedex_lora.merge.adapters import Place
 from fedex_lora.merge.experts import of_parameter
 from fedex_lora.merge.factors import Reduced, finite, reduce, rounded, singular_values
-from fedex_lora.merge.plan import Plan
+from fedex_lora.merge.plan import Plan, within
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
 from fedex_lora.methods import METHODS
@@ -282,7 +282,7 @@ def _config(plan: Plan, config: Any, ranks: Mapping[str, int]) -> LoraConfig:
 
 
 def _still_saved(modules: Any, heads: Sequence[str]) -> list[str] | None:
-    kept = [m for m in modules or [] if any(f".{m}." in f".{key}" for key in heads)]
+    kept = [m for m in modules or [] if any(within(key, [m]) for key in heads)]
     return kept or None
 
 
