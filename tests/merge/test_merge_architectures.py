@@ -96,6 +96,17 @@ def test_the_merged_model_says_what_peft_s_own_merges_say(kind, config, tmp_path
     assert written["rank_pattern"] == written["alpha_pattern"] == {}
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe"])
+def test_square_experts_are_turned_as_the_module_says(kind, tmp_path):
+    """Their shape does not tell in × out from out × in."""
+    model = build(kind, intermediate_size=16)
+    model.save_pretrained(tmp_path / "base")
+    folders = adapters(model, tmp_path / "base", tmp_path, **EXPERTS)
+    expected = logits(merged_by_peft(model, tmp_path / "base", folders))
+    merge_into_base(planned(folders), str(tmp_path / "base"), tmp_path / "out")
+    assert off(logits(reload(model, tmp_path / "out")), expected) < 1e-6
+
+
 def test_a_rule_that_transformers_does_not_reverse_is_followed_all_the_same(tmp_path):
     """Earlier Qwen3-VL-MoE files hold experts as in × out: they are turned at loading alone."""
     model = build("qwen3_vl_moe")
