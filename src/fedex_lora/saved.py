@@ -24,17 +24,26 @@ class _Seconds(_Part):
     round: float
 
 
+class Trained(_Part):
+    """What a client's turn came to."""
+
+    loss: float | None = None
+    examples: int | None = None
+
+
 class Record(_Part):
     """A line of metrics.jsonl."""
 
     round: int
-    clients: dict[str, dict[str, Any]] = {}
+    clients: dict[str, Trained] = {}
     bytes_up: dict[str, int] = {}
     bytes_down: dict[str, int] = {}
     seconds: _Seconds | None = None
     score: float | None = None
     scores: Scores = {}
     client_scores: Scores = {}
+    scored_by: list[str] = []
+    weights: dict[str, float] = {}
     deviation: float | None = None
 
 

@@ -74,7 +74,17 @@ def read_round(path: Path, which: Which | int = "best") -> Round:
     if different := edited(recipe, extra):
         changed = "; ".join(different)
         notes.append(f"{path}/recipe.yaml was changed after the run began, and is used: {changed}")
-    return Round(recipe, state, extra, tuple(notes))
+    record = {**extra["record"], **_later_scores(directory, round)}
+    return Round(recipe, state, {**extra, "record": record}, tuple(notes))
+
+
+def _later_scores(directory: RunDir, round: int) -> dict[str, Any]:
+    """Scores of a round that came after its checkpoint was written: the clients' own."""
+    try:
+        found = [r for r in directory.records() if r["round"] == round]
+    except UserError:  # damaged; the checkpoint's record will do
+        return {}
+    return {k: r[k] for r in found for k in ("scores", "client_scores", "score") if k in r}
 
 
 def open_run(path: Path, which: Which | int = "best", workdir: Path | None = None) -> Trained:

@@ -31,6 +31,7 @@ from fedex_lora.engines.wire import (
     most_down,
 )
 from fedex_lora.errors import UserError
+from fedex_lora.federation.header import Limit
 from fedex_lora.federation.messages import (
     Broadcast,
     Update,
@@ -93,8 +94,7 @@ def handle(blob: bytes, institution: Institution) -> bytes:
     """
     about: dict[str, Any] = {}
     try:
-        _check_size(blob, institution)
-        about = read_about(blob)
+        about = read_about(blob, most_down(institution.settings, institution.initial))
         kind = about.get("kind")
         if kind == "hello":
             return _hello(about, institution)
@@ -116,20 +116,18 @@ def handle(blob: bytes, institution: Institution) -> bytes:
 
 def unfit(blob: bytes, name: str, reason: str) -> bytes:
     """The reply of a client that cannot be brought to life."""
-    about = read_about(blob)
+    about = read_about(blob, Limit(1 << 20, 1 << 62))  # what its tensors may be is not known here
     kind = "unfit" if about.get("kind") == "hello" else "failed"
     return _say(about, name, kind, reason=reason)
 
 
+def _common(about: Mapping[str, Any], client: str) -> dict[str, Any]:
+    """What every reply begins with; whose it is tells the node, and is compared with this name."""
+    return {"protocol": PROTOCOL, "federation": about.get("federation"), "client": client}
+
+
 def _say(about: Mapping[str, Any], client: str, kind: str, **more: object) -> bytes:
-    common = {"protocol": PROTOCOL, "federation": about.get("federation"), "client": client}
-    return encode_about({**common, "kind": kind, **more})
-
-
-def _check_size(blob: bytes, institution: Institution) -> None:
-    limit = most_down(institution.settings, institution.initial.head)
-    if len(blob) > limit:
-        raise UserError(f"a message of {len(blob)} bytes; at most {limit} are expected")
+    return encode_about({**_common(about, client), "kind": kind, **more})
 
 
 def _hello(about: Mapping[str, Any], institution: Institution) -> bytes:
@@ -193,16 +191,16 @@ def _train(
     update = next(engine.exchange(state, {client: Broadcast(state.version + 1)}))
     assert isinstance(update, Update)
     start = start_of(state, settings, client)
-    said = {"protocol": PROTOCOL, "kind": "update", "federation": about["federation"]}
+    said = _common(about, client) | {"kind": "update"}
     blob = encode_update(replace(update, scores=scores), start, settings.wire_dtype, said)
     if settings.method.assignment == "keep":
-        cache.save(replace(held, ends={**held.ends, update.round: _end(blob, start)}))
+        cache.save(replace(held, ends={**held.ends, update.round: _end(blob, start, client)}))
     return blob
 
 
-def _end(blob: bytes, start: AdapterState) -> dict:
+def _end(blob: bytes, start: AdapterState, client: str) -> dict:
     """The factors that the server decodes: with a lossy wire those count here too."""
-    update = decode_update(blob, start)
+    update = decode_update(blob, start, client)
     return {
         name: replace(f, A=update.A.get(name, f.A), B=update.B.get(name, f.B))
         for name, f in start.sites.items()
@@ -271,7 +269,7 @@ def _caught_up(
     first = begin(settings, institution.initial)
     start = start_of(first, settings, institution.name)
     held = _load(cache, identity) or Held(0, identity.lineage[0][1], start, first.ledger)
-    message = decode_broadcast(blob)
+    message = decode_broadcast(blob, most_down(settings, institution.initial))
     base, own, version = (_field(about, name, int) for name in ("held", "own", "version"))
     if held.version < base:
         raise Lacks(_least(settings) if settings.method.own_factors else held.version)

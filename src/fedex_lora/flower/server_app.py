@@ -14,6 +14,7 @@ from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.flower.coordinator import across_machines
 from fedex_lora.flower.grid import FlowerCourier
 from fedex_lora.flower.progress import Recorder
+from fedex_lora.flower.refusals import known_keys
 from fedex_lora.recipe_yaml import load_recipe
 from fedex_lora.run import resume_run, start_run
 
@@ -41,8 +42,10 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run(grid: Grid, config: Mapping[str, Any], recorder: Recorder) -> dict[str, Any]:
     os.chdir(str(config["folder"]))  # paths in the recipe are relative to where it was started
-    out, recipe = Path(str(config["out"])), load_recipe(Path(str(config["recipe"])))
-    assemble = across_machines(FlowerCourier(grid))
+    path = Path(str(config["recipe"]))
+    out, recipe = Path(str(config["out"])), load_recipe(path)
+    keys = known_keys(path.parent.parent / "clients")  # of the deployment; a simulation has none
+    assemble = across_machines(FlowerCourier(grid, keys))
     if config["resume"]:
         return resume_run(out, recipe, recorder, assemble)
     return start_run(recipe, out, recorder, assemble)
