@@ -183,6 +183,36 @@ def test_svd_assignment_has_orthonormal_rows_even_where_the_product_has_lower_ra
     assert torch.equal(rows[0], a[0])
 
 
+@pytest.mark.parametrize("given", [0, 2, 3])
+def test_more_rows_than_columns_are_zero_beyond_them(given):
+    a = torch.zeros(2, 5, 3, dtype=torch.float64)
+    a[0, [4, 1, 0][:given]] = torch.eye(3, dtype=torch.float64)[:given]
+    rows = orthonormal_rows(a)
+    for i in (0, 1):
+        kept = rows[i][rows[i].norm(dim=1) > 0]
+        torch.testing.assert_close(kept @ kept.T, torch.eye(3, dtype=torch.float64))
+    assert torch.equal(rows[0][[4, 1, 0][:given]], a[0][[4, 1, 0][:given]])
+
+
+@pytest.mark.parametrize("name", ["flexlora", "fedex-hetero", "fedsvd"])
+@pytest.mark.parametrize("out, inp", [(7, 3), (3, 7), (4, 4)])
+def test_an_svd_assignment_of_more_ranks_than_a_layer_has_is_the_product_itself(name, out, inp):
+    """r = 6 > min(out, in): B'A' is the mean of the products, and nothing is NaN."""
+    method, sites = METHODS[name], {"q": Site(out=out, inp=inp, rank=6, scale=1.5)}
+    starts, ends = federation(method, 3, 5, sites)
+    n = [3, 1, 2]
+    result = run(method, sites, starts, ends, n)
+    f = result.factors["q"]
+    assert torch.isfinite(f.A).all() and torch.isfinite(f.B).all()
+    if name == "fedsvd":  # trains B alone: the mean of B, times A
+        ideal = 1.5 * mean([e.sites["q"].B for e in ends], n) @ starts[0].sites["q"].A
+    else:
+        ideal = mean([product(e.sites["q"]) for e in ends], n)
+    assert relative(product(f), ideal) < 1e-12
+    kept = f.A[f.A.norm(dim=1) > 0]
+    torch.testing.assert_close(kept @ kept.T, torch.eye(len(kept), dtype=torch.float64))
+
+
 def test_the_transposed_residual_is_not_mistaken_for_the_residual():
     """Square layers hide the published mistake; these are not square."""
     starts, ends = federation(METHODS["fedex"], 3, 1)

@@ -90,8 +90,8 @@ BAD = {
     "ranks not allowed": (["lora.ranks=[1,2,3]"], "fedex needs equal ranks"),
     "no model": (["model.name=./nowhere"], "nowhere"),
     "a training value of another type": (["training.weight_decay=x"], "expected a number"),
-    "a learning rate below zero": (["training.learning_rate=-1"], "training: "),
-    "batches of nothing": (["training.per_device_train_batch_size=0"], "training: "),
+    "a learning rate below zero": (["training.learning_rate=-1"], "expected a number above 0"),
+    "batches of nothing": (["training.per_device_train_batch_size=0"], "of at least 1"),
     "a schedule without its arguments": (
         ["training.lr_scheduler_type=cosine_with_min_lr"],
         "training: ",
@@ -110,6 +110,10 @@ BAD = {
     "modules as a bad pattern": (["lora.target_modules='*('"], "lora"),
     "threads": (["engine.threads=100000"], "engine.threads"),
     "missing data": (["data={path: nowhere}"], "nowhere"),
+    "a path that is too long": ([f"data={{path: {'x' * 300}}}"], "File name too long"),
+    "a compiler's mode": (["training.torch_compile_mode=fast"], "Unrecognized mode"),
+    "a type of the Trainer's": (["training.bf16=maybe"], "expected true or false, got 'maybe'"),
+    "a key without a value": (["training.use_cache=null"], "training: "),
     "missing column": (["task.text_column=sentence"], "no column 'sentence'"),
     "too many clients": (["federation.clients=100"], "100"),
     "a client without rows": (

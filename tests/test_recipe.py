@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from pydantic import ValidationError
@@ -16,13 +18,15 @@ from transformers import TrainingArguments
 
 from fedex_lora.errors import UserError
 from fedex_lora.grid.spec import is_grid
-from fedex_lora.recipe import FederationSpec, LoraSpec, Recipe
+from fedex_lora.recipe import FederationSpec, LoraSpec, Recipe, limits
+from fedex_lora.recipe.limits import TRAINING
 from fedex_lora.recipe_refused import REFUSED_LORA, REFUSED_TRAINING
 from fedex_lora.recipe_yaml import (
     differences,
     dump_recipe,
     load_recipe,
     load_recipe_with_places,
+    load_stored_recipe,
     unknown_keys,
 )
 
@@ -163,6 +167,56 @@ WRONG = [
     ("task: {kind: glue, name: sst-2}", "task.name: expected one of .*; did you mean 'sst2'?"),
     ("task: {kind: glue, name: rte, generate: true}", "task.generate: .* glue does not use it"),
     (
+        "task: {kind: glue, name: rte, columns: {sentence: s}}",
+        "task.columns.sentence: expected one of sentence1, sentence2, label; did you mean .*",
+    ),
+    # numbers that are none, and what never ends or never begins
+    ("lora: {lora_alpha: .inf}", "lora.lora_alpha: expected a number that is finite, got inf"),
+    ("lora: {lora_alpha: .nan}", "lora.lora_alpha: expected a number .*got .*"),
+    ("lora: {lora_alpha: 1e30}", "lora.lora_alpha: expected at most 1000000, got 1e.30"),
+    ("lora: {lora_alpha: 0}", "lora.lora_alpha: expected a number above 0, got 0"),
+    ("lora: {alpha_pattern: {q: .inf}}", "lora.alpha_pattern.q: expected .* finite, got inf"),
+    ("lora: {r: 100000}", "lora.r: expected at most 65536, got 100000"),
+    ("lora: {rank_pattern: {q: 1000000}}", "lora.rank_pattern.q: expected at most 65536, .*"),
+    ("method: {name: fedex-svd, rank: 10000000}", "method.rank: expected at most 65536, .*"),
+    ("federation: {server_learning_rate: .inf}", "federation.server_learning_rate: .* got inf"),
+    ("federation: {server_learning_rate: .nan}", "federation.server_learning_rate: .*"),
+    ("federation: {max_norm: .inf}", "federation.max_norm: expected .* finite, got inf"),
+    ("federation: {round_timeout: .inf}", "federation.round_timeout: expected .* got inf"),
+    ("federation: {round_timeout: 1e12}", "federation.round_timeout: expected at most .* seconds"),
+    (f"federation: {{rounds: {10**30}}}", f"federation.rounds: expected at most .*, got {10**30}"),
+    (f"federation: {{clients: {10**30}}}", "federation.clients: expected at most 1000000, .*"),
+    ("federation: {partition: {kind: dirichlet, alpha: .inf}}", "federation.partition.alpha: .*"),
+    (f"task: {{kind: glue, name: rte, max_length: {10**30}}}", "task.max_length: expected .*"),
+    ("training: {learning_rate: .inf}", "training.learning_rate: .* above 0, got inf"),
+    ("training: {learning_rate: .nan}", "training.learning_rate: .* above 0, got nan"),
+    ("training: {learning_rate: 0}", "training.learning_rate: .* above 0, got 0"),
+    ("training: {num_train_epochs: 0}", "training.num_train_epochs: .* above 0 and .*, got 0"),
+    ("training: {num_train_epochs: -1}", "training.num_train_epochs: .* above 0 and .*, got -1"),
+    ("training: {num_train_epochs: 1.0e+30}", "training.num_train_epochs: .* got 1e.30"),
+    ("training: {max_steps: 0}", "training.max_steps: expected .* or -1 .*, got 0"),
+    (f"training: {{max_steps: {10**30}}}", f"training.max_steps: .* or -1 .*, got {10**30}"),
+    ("training: {per_device_train_batch_size: 2.5}", "training.per_device.*whole .*, got 2.5"),
+    ("training: {adam_beta2: 1}", "training.adam_beta2: .* of at least 0 and below 1, got 1"),
+    ("training: {weight_decay: -.inf}", "training.weight_decay: .* of at least 0, got -inf"),
+    # names from files become folders
+    ("data: {clients: [a, b/..]}", "data.clients: '..': a file's name is its client's, .*"),
+    ('data: {clients: [a, "b\\nc.csv"]}', "data.clients: 'b.nc': a file's name .*rename the file"),
+    ("data: {clients: [a, my ward.csv]}", "data.clients: 'my ward': a file's name .*"),
+    (
+        "data: {clients: [x/ann.csv, y/Ann.csv, z/bob.csv]}",
+        "data.clients: 'ann' and 'Ann' differ in capitals alone; rename one of them",
+    ),
+    (
+        "federation: {clients: 2, names: [ann, ANN]}",
+        "federation.names: 'ann' and 'ANN' differ in capitals alone; rename one of them",
+    ),
+    ("task: {kind: causal-lm, columns: {text: s}}", "task.columns: .* causal-lm does not use it"),
+    (
+        "task: {kind: e2e, columns: {meaning_representation: m, human_reference: m}}",
+        "task.columns: two of them name the same column",
+    ),
+    (
         "task: {kind: text-classification, text_column: t}",
         "task.labels: missing; list all labels, .*",
     ),
@@ -209,6 +263,45 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(
     number = int(place.removeprefix("r.yaml:"))
     assert len(kept) < number <= len(kept) + len(text.splitlines())
     assert re.fullmatch(pattern.replace("?", r"\?"), message)
+
+
+def test_what_one_mistake_leaves_is_checked_as_well(tmp_path: Path) -> None:
+    """Each with its place, whichever check finds it."""
+    text = MINIMAL + "lora: {r: 0, lora_alpha: .inf}\nseed: x\ntraining: {num_train_epochs: 0}\n"
+    asked: list[Recipe] = []
+
+    def further(recipe: Recipe) -> list[tuple[str, str]]:
+        asked.append(recipe)
+        return [("lora.r", "too much"), ("federation.clients", "too many"), ("", "rows.csv: bad")]
+
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe_with_places(tmp_path / "r.yaml", [], None, further)
+    assert str(caught.value).replace(f"{tmp_path}/", "").splitlines() == [
+        'r.yaml:6: seed: expected a whole number of at least 0, got "x"',
+        "r.yaml:5: lora.r: expected a whole number of at least 1, got 0",
+        "r.yaml:5: lora.lora_alpha: expected a number that is finite, got inf",
+        "r.yaml:7: training.num_train_epochs: expected a number above 0 and at most 1000000, got 0",
+        "r.yaml:1: federation.clients: too many",
+        "rows.csv: bad",
+    ]
+    assert len(asked) == 1 and asked[0].lora.r == 8
+    assert load_recipe_with_places(_file(tmp_path, MINIMAL), [], None, further)[0].lora.r == 8
+    assert len(asked) == 1  # it takes long: nothing is wrong, so it is not asked
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "r.yaml").write_text(text)
+    return tmp_path / "r.yaml"
+
+
+def test_a_run_that_was_begun_is_not_held_to_what_came_later(tmp_path: Path) -> None:
+    text = MINIMAL.replace("name: nyu-mll/glue, config: sst2", "clients: [a, my ward.csv]")
+    text += "training: {num_train_epochs: 0}\n"
+    stored = load_stored_recipe(_file(tmp_path, text))
+    assert stored.training == {"num_train_epochs": 0} and len(stored.data.clients or []) == 2
+    with pytest.raises(UserError, match="my ward"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 SYNTAX = [
@@ -350,3 +443,44 @@ def test_differences_are_named(tmp_path: Path) -> None:
         "training.learning_rate: 0.001 != 0.002",
         "training.optim: not set != x",
     ]
+
+
+ODD: list[Any] = [
+    0, -1, 1.5, True, None, "", "x", [], {}, [1], {"a": 1}, float("inf"), float("nan"), 1e30,
+    10**30, -(10**30), "nan", "../..", "a\nb", "é" * 300, [None], [[1]], {"": 1}, ["x", "x"],
+    "1e400", {"a": {"b": [1]}}, 2**63, 1e-320, [float("nan")], [10**30], "%s{}", "~", "/",
+]  # fmt: skip
+
+
+def _keys(part: type[Any], before: str = "") -> Iterator[str]:
+    for name, field in part.model_fields.items():
+        yield before + name
+        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+            yield from _keys(field.annotation, f"{before}{name}.")
+
+
+KEYS = [*_keys(Recipe), *(f"training.{name}" for name in TRAINING), "training.max_steps", "lora.no"]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(ODD)), min_size=1, max_size=3))
+def test_no_value_gives_anything_but_a_recipe_or_a_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, given: list[tuple[str, Any]]
+) -> None:
+    raw = yaml.safe_load(MINIMAL)
+    for key, value in given:
+        block, *names = raw, *key.split(".")
+        for name in names[:-1]:
+            if not isinstance(block.get(name), dict):
+                block[name] = {}
+            block = block[name]
+        block[names[-1]] = value
+    path = tmp_path_factory.mktemp("odd") / "r.yaml"
+    path.write_text(yaml.safe_dump(raw, allow_unicode=True))
+    try:
+        recipe = load_recipe(path)
+    except UserError as error:
+        for line in str(error).splitlines():
+            assert line.startswith(f"{path}:") and len(line) < 1000
+    else:
+        assert list(limits(recipe)) == [] and load_recipe(path) == recipe

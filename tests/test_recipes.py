@@ -71,6 +71,8 @@ def small(recipe: Recipe, model: Path, data: Path) -> Recipe:
     clients = len(recipe.data.clients or []) or 2
     raw["federation"] = {**raw.get("federation", {}), "clients": clients, "rounds": 1}
     raw["federation"] |= {"min_clients": 1} | ({} if recipe.data.clients else {"partition": {}})
+    if recipe.lora.r > 8:  # above the sides of tiny layers
+        raw["lora"] |= {"r": 8}
     raw["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2}
     raw["training"] |= {"gradient_accumulation_steps": 1, "warmup_steps": 1}
     raw["task"] |= {

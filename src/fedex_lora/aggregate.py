@@ -276,18 +276,22 @@ class _Group:
 def orthonormal_rows(a: Tensor) -> Tensor:
     """`a` (..., r, n) with rows that are orthonormal or zero, the zero ones replaced.
 
-    The new rows are the unit vectors least covered so far, orthogonalised: a function of `a`.
+    The new rows are the unit vectors least covered so far, orthogonalised: a function of `a`. Of
+    orthonormal rows there are n at most; where r > n the others are zero.
     """
     a = a.clone()
+    norm = torch.linalg.vector_norm
     for i in range(a.shape[-2]):
-        for index in torch.nonzero(torch.linalg.vector_norm(a[..., i, :], dim=-1) < 0.5).tolist():
+        for index in torch.nonzero(norm(a[..., i, :], dim=-1) < 0.5).tolist():
             rows = a[tuple(index)]
             rows[i] = 0
+            if (norm(rows, dim=-1) >= 0.5).sum() >= rows.shape[1]:
+                continue
             unit = torch.zeros_like(rows[i])
             unit[(rows**2).sum(0).argmin()] = 1
             for _ in range(2):  # the second pass removes what rounding left of the first
                 unit = unit - rows.mT @ (rows @ unit)
-            rows[i] = unit / torch.linalg.vector_norm(unit)
+            rows[i] = unit / norm(unit)
     return a
 
 

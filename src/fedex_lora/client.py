@@ -8,40 +8,85 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from time import perf_counter
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fedex_lora.adapter import AdapterState
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, shown
 from fedex_lora.federation.messages import Update
 from fedex_lora.model import AdaptedModel
-from fedex_lora.recipe_yaml import Places, unknown_keys
+from fedex_lora.recipe import Problem, did_you_mean
+from fedex_lora.recipe_text import in_words
+from fedex_lora.recipe_yaml import Places
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 from fedex_lora.training_log import TrainingLog, named, reported
 
 # what transformers and torch raise for settings they cannot use
-_REFUSED = (TypeError, ValueError, ImportError, RuntimeError, ArithmeticError, AttributeError)
+_REFUSED = (
+    TypeError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+)
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
     """Raises a `UserError` with the place of every name that TrainingArguments does not know."""
-    fields = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    problems = unknown_keys(training, fields, "training", places)
+    where = places or Places("")
+    lines = [where.line(tuple(key.split(".")), text) for key, text in training_problems(training)]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
+    """The key of every name that TrainingArguments does not know and every value that is none."""
+    kinds = _kinds()
+    names = list(kinds)
     for name, value in training.items():
-        number = type(fields.get(name)) in (int, float)
-        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-            text = f"expected a number, got {value!r}"
-            problems.append((places or Places("")).line(("training", name), text))
-    if problems:
-        raise UserError("\n".join(problems))
+        key = f"training.{name}"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in names:
+            yield key, "unknown key" + did_you_mean(name, names)
+        elif kinds[name] in (int, float) and not is_number:
+            yield key, f"expected a number, got {shown(value)}"
+        elif is_number and not _of_64_bits(value):
+            yield key, f"expected a number that is finite, got {value}"
+        elif value is not None and kinds[name] not in (int, float) and not _is(kinds[name], value):
+            yield key, f"expected {in_words(kinds[name])}, got {shown(value)}"
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """The types of what TrainingArguments takes, by name."""
+    hints = get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
+
+
+def _of_64_bits(value: float) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
+
+
+def _is(kind: Any, value: Any) -> bool:
+    try:
+        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def training_arguments(
@@ -120,7 +165,7 @@ def train_client(
         local = derive(seed, "train", round, client)
         trainer = make_trainer(model, task, rows, named(training, log), local, directory, on_step)
         with reported(trainer, log), attention(trainer.args):
-            output = trainer.train()
+            output = _trained(trainer)
         _release(trainer, model)
     end = model.read()
     metrics = {
@@ -129,6 +174,13 @@ def train_client(
         "seconds": perf_counter() - began,
     }
     return made_update(round, client, end, trained, len(rows), metrics)
+
+
+def _trained(trainer: Trainer) -> Any:
+    try:
+        return trainer.train()
+    except ImportError as error:  # of what it looks for only here
+        raise UserError(f"training: {error}") from None
 
 
 def made_update(
@@ -171,7 +223,10 @@ def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[s
             trainer = make_trainer(model, task, rows, training, 0, directory)
             steps = len(trainer.get_train_dataloader())
             trainer.create_optimizer_and_scheduler(max(1, steps))
-        except _REFUSED as error:
+            if trainer.args.torch_compile:  # compiles nothing yet, but knows its modes
+                backend = trainer.args.torch_compile_backend or "inductor"
+                torch.compile(model.module, backend=backend, mode=trainer.args.torch_compile_mode)
+        except Exception as error:  # every library that takes part has kinds of its own
             raise UserError(f"training: {type(error).__name__}: {error}") from None
     if not steps:
         raise UserError(

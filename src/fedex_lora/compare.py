@@ -66,7 +66,7 @@ def compare(
     if not methods:
         raise UserError(f"--methods: expected one or more of {', '.join(METHODS)}")
     variants = {(m, s): variant(recipe, m, s) for m in methods for s in seeds}
-    known = RunDir(out).read_json("comparison.json") or {}
+    known = RunDir(out).comparison()
     results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}
     for (method, seed), one in variants.items():
         path = out / f"{method.replace(':', '-')}-seed{seed}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -83,7 +85,21 @@ def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
         ) from None
 
 
+def parsed(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: It is none, whatever is wrong with it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # which Windows neither opens nor needs
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

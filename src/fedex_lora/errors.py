@@ -18,3 +18,20 @@ class UpdateRefused(UserError):
 
 class QuorumLost(UserError):
     """Fewer clients than `min_clients` delivered a valid update; the last checkpoint stands."""
+
+
+SHOWN = 40  # characters of a value that an error shows
+
+
+def shown(value: object) -> str:
+    """A value from somebody's data in an error: its first characters.
+
+    Example:
+        >>> shown("yes"), shown("x" * 1000)
+        ("'yes'", "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'... (1000 characters)")
+    """
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) <= SHOWN:
+        return repr(value)
+    head = repr(text[:SHOWN]) if isinstance(value, str) else text[:SHOWN]
+    return f"{head}... ({len(text)} characters)"

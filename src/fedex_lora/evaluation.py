@@ -25,7 +25,7 @@ from fedex_lora.model import AdaptedModel
 from fedex_lora.model.files import CONFIG, adapter_folder, published
 from fedex_lora.model.ready import base_of, load_ready
 from fedex_lora.recipe import Recipe
-from fedex_lora.rundir import RunDir, environment, plain
+from fedex_lora.rundir import SCORES, RunDir, environment, plain
 from fedex_lora.setup import check_image, check_length, recipe_task
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.outputs import OutputFile
@@ -34,7 +34,7 @@ from fedex_lora.trained import Which, open_run
 Kind = Literal["run", "adapter", "model"]
 OnProgress = Callable[[str, int, int], None]  # (split, texts generated, texts in all)
 
-ASKED, SCORES = "evaluation.json", "scores.json"
+ASKED = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def _begin(directory: RunDir, asked: Mapping[str, Any]) -> dict[str, Any] | None
             f"{' and '.join(differ) or 'state of the model or the rows'}); name another directory "
             "with --out"
         )
-    return directory.read_json(SCORES)
+    return directory.evaluated()
 
 
 def _other(stored: Any, asked: Mapping[str, Any], key: str) -> bool:
@@ -303,7 +303,8 @@ def _name(subject: Subject, task: Task, key: str) -> str:
 
 def _digest(subject: Subject, recipe: Recipe, encoded: Mapping[str, Dataset]) -> str:
     """SHA-256 of all that decides the outputs but for rounding: weights, task and rows."""
-    digest = hashlib.sha256(recipe.task.model_dump_json().encode())
+    unset = None if recipe.task.columns else {"columns"}  # as before there was this key
+    digest = hashlib.sha256(recipe.task.model_dump_json(exclude=unset).encode())
     state = subject.model.module.state_dict() | dict(subject.beside)
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -101,7 +101,7 @@ def plan(recipe: Recipe, measured: bool = True) -> Plan:
     """
     libraries = psutil.Process().memory_info().rss
     task = recipe_task(recipe)
-    model = _architecture(recipe, task)
+    model = architecture_of(recipe, task)
     why = _not_measurable(recipe) if measured else "not asked for"
     if why:
         examples, about = _examples(recipe, task)
@@ -131,7 +131,7 @@ def foreseen(recipe: Recipe, out: Path) -> Plan | None:
     """
     task = recipe_task(recipe)
     try:
-        model = _architecture(recipe, task)
+        model = architecture_of(recipe, task)
     except UserError:  # loading the model will tell what is wrong, if anything is
         return None
     found = _plan(recipe, model, None, "", None, "", late=False)
@@ -242,7 +242,12 @@ def _saved(recipe: Recipe, rounds: Iterable[Round], settings: Settings) -> int:
     return sum(summed([*r.up.values(), *r.down.values()]).bytes + made for r in rounds)
 
 
-def _architecture(recipe: Recipe, task: Task) -> Architecture:
+def architecture_of(recipe: Recipe, task: Task) -> Architecture:
+    """The shapes of a recipe's adapted model.
+
+    Raises:
+        UserError: They are not known here, or there are none.
+    """
     return architecture(
         recipe.model.name,
         None if METHODS[recipe.method.name].trains == "all" else recipe.lora,
@@ -261,7 +266,7 @@ def _clients(recipe: Recipe, examples: Mapping[str, int] | None) -> list[str]:
 
 def _examples(recipe: Recipe, task: Task) -> tuple[dict[str, int] | None, str]:
     """Training rows by client, and what is to be said of them."""
-    if why := _elsewhere(recipe):
+    if why := elsewhere(recipe):
         wanted = recipe.data.train_examples
         return None, why if wanted is None else f"{wanted} of them, as train_examples says; {why}"
     rows = load_rows(recipe, task)
@@ -275,10 +280,10 @@ def _not_measurable(recipe: Recipe) -> str:
     """Why no time can be measured; "" if it can."""
     if local_folder(recipe.model.name, recipe.model.revision) is None:
         return f"unknown without the model: the weights of {recipe.model.name} are not here"
-    return _elsewhere(recipe)
+    return elsewhere(recipe)
 
 
-def _elsewhere(recipe: Recipe) -> str:
+def elsewhere(recipe: Recipe) -> str:
     """Why rows cannot be read without a network; "" if they can."""
     further = [name for name in recipe.data.evaluation.values() if not Path(name).exists()]
     for name in (recipe.data.name, *further):

@@ -10,6 +10,7 @@ from fedex_lora.engines.engine import Engine
 from fedex_lora.federation.checkpoint import prune, save_checkpoint
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.state import ServerState
+from fedex_lora.recipe_yaml import dump_recipe
 from fedex_lora.rundir import RunDir, best_record, plain
 from fedex_lora.scoring import Scores, with_own
 from fedex_lora.setup import Federation
@@ -47,7 +48,12 @@ class Progress:
 def saved_beside(federation: Federation, record: Record) -> dict[str, Any]:
     """What a checkpoint holds beside the state: enough to export from it."""
     clients = list(federation.settings.ranks or federation.settings.clients)
-    return {"record": record, "clients": clients, "description": federation.description}
+    return {
+        "record": record,
+        "clients": clients,
+        "description": federation.description,
+        "recipe": dump_recipe(federation.recipe),
+    }
 
 
 def scores_in(record: Record) -> dict[str, Scores]:

@@ -62,19 +62,25 @@ def expected(field: FieldInfo) -> str:
         if hasattr(bound, name)
     ]
     of = " of " if bounds and bounds[0].startswith("at") else " "
-    return _type(field.annotation) + (of + " and ".join(bounds) if bounds else "")
+    return in_words(field.annotation) + (of + " and ".join(bounds) if bounds else "")
 
 
-def _type(annotation: Any) -> str:
+def in_words(annotation: Any) -> str:
+    """A type, in words.
+
+    Example:
+        >>> in_words(float | None), in_words(list[str])
+        ('a number', 'a list of texts')
+    """
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type(inner[0])
+        return in_words(inner[0])
     if origin in (Union, UnionType):
-        return " or ".join(_type(part) for part in inner if part is not type(None))
+        return " or ".join(in_words(part) for part in inner if part is not type(None))
     if origin is Literal:
         return " or ".join(json.dumps(value) for value in inner)
     if origin is list:
-        return f"a list of {_MANY[_plain(inner[0])]}"
+        return f"a list of {_MANY.get(_plain(inner[0]), 'values')}"
     if origin is dict:
         return f"a block of {_MANY.get(_plain(inner[1]), 'keys')}"
     return _ONE.get(annotation, "a block of keys")

@@ -6,9 +6,10 @@ the nearest valid one.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from fedex_lora.errors import UserError
 from fedex_lora.methods import METHODS
-from fedex_lora.recipe import LoraSpec, Recipe, did_you_mean
+from fedex_lora.recipe import LoraSpec, Problem, Recipe, did_you_mean, limits
 from fedex_lora.recipe_text import Keys, describe
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
+Check = Callable[[Recipe], Iterable[Problem]]  # (dotted key, or "" for none, what is wrong)
+
+
 @dataclass
 class Places:
     """Where each key of a recipe was written: `FILE:LINE`, or the `--set` that gave it."""
@@ -88,18 +92,45 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe_with_places(path, overrides)[0]
 
 
-def load_recipe_with_places(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Places]:
-    """`load_recipe`, and where each key was written."""
+def load_stored_recipe(path: Path) -> Recipe:
+    """The recipe of a run that was begun, whatever `limits` says of it now."""
+    places = Places(f"{path}:1")
+    raw, lines = read_yaml(path, places)
+    return recipe_of(raw, places, (), lines, stored=True)
+
+
+def recipe_of_text(text: str) -> Recipe:
+    """The recipe that `dump_recipe` wrote."""
+    return recipe_of(_Reader(text, "").read(), Places(""), stored=True)
+
+
+def load_recipe_with_places(
+    path: Path,
+    overrides: Sequence[str] = (),
+    also: Check | None = None,
+    further: Check | None = None,
+) -> tuple[Recipe, Places]:
+    """`load_recipe`, and where each key was written.
+
+    Args:
+        also, further: As for `recipe_of`.
+    """
     places = Places(f"{path}:1")
     raw, lines = read_yaml(path, places)
     if "recipes" in raw and "model" not in raw:
         text = f"a grid of runs, not a recipe; start it with `fedex-lora grid {path}`"
         raise UserError(f"{path}: this is {text}")
-    return recipe_of(raw, places, overrides, lines), places
+    return recipe_of(raw, places, overrides, lines, also, further), places
 
 
 def recipe_of(
-    raw: dict[str, Any], places: Places, overrides: Sequence[str] = (), lines: Sequence[str] = ()
+    raw: dict[str, Any],
+    places: Places,
+    overrides: Sequence[str] = (),
+    lines: Sequence[str] = (),
+    also: Check | None = None,
+    further: Check | None = None,
+    stored: bool = False,
 ) -> Recipe:
     """The recipe of plain values.
 
@@ -108,6 +139,9 @@ def recipe_of(
         places: Where the values were written.
         overrides: As for `load_recipe`.
         lines: Problems that are known already.
+        also: Finds more problems of a recipe; it is the one without the keys that are wrong.
+        further: The same, but it takes so long that it is asked only if something is wrong.
+        stored: Whether it is that of a run that was begun, which `limits` does not hold for.
 
     Raises:
         UserError: If anything is wrong; one line for each problem.
@@ -116,17 +150,69 @@ def recipe_of(
     for override in overrides:
         lines += _override(raw, override, places)
     _complete(raw, places)
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        lines += [places.line(*problem) for problem in describe(error, raw)]
+    recipe, problems = whole(raw)
+    lines += [places.line(*problem) for problem in problems]
+    wrong = {keys for keys, _ in problems}
+    for check in (None if stored else limits, also, further):
+        if recipe is None or check is None or (check is further and not lines):
+            continue
+        found = [(_keys(key), text) for key, text in check(recipe)]
+        found = [(keys, text) for keys, text in found if keys not in wrong]
+        lines += [places.line(keys, text) if keys else text for keys, text in found]
+        wrong |= {keys for keys, _ in found if keys}
+        recipe = whole(raw, wrong)[0] if wrong else recipe
     if lines or recipe is None:
         raise UserError("\n".join(dict.fromkeys(lines)))
     if METHODS[recipe.method.name].trains == "all" and recipe.lora != LoraSpec():
         text = f"{recipe.method.name} trains all parameters; this block is not used"
         _log.warning("%s", places.line(("lora",), text))
     return recipe
+
+
+def whole(
+    raw: Mapping[str, Any], wrong: Iterable[Keys] = ()
+) -> tuple[Recipe | None, list[tuple[Keys, str]]]:
+    """The recipe of plain values without those that are wrong, so that the rest can be checked too.
+
+    Args:
+        wrong: Keys that are known to be wrong.
+
+    Returns:
+        None if nothing can be made of the rest; and all problems that were found on the way.
+    """
+    known, problems = set(wrong), []
+    while True:
+        rest = _without(raw, known)
+        try:
+            return Recipe.model_validate(rest), problems
+        except ValidationError as error:
+            found = list(describe(error, rest))
+        # what is said of a block without its wrong keys may be due to that
+        found = [(keys, text) for keys, text in found if keys not in _with_blocks(known)]
+        if not found:
+            return None, problems
+        problems += found
+        known |= {keys for keys, _ in found}
+
+
+def _with_blocks(wrong: Iterable[Keys]) -> set[Keys]:
+    return {keys[:n] for keys in wrong for n in range(len(keys) + 1)}
+
+
+def _without(raw: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
+    rest = copy.deepcopy(dict(raw))
+    for keys in wrong:
+        block: Any = rest
+        for key in keys[:-1]:
+            block = block.get(key) if isinstance(block, dict) else None
+        if keys and isinstance(block, dict):
+            block.pop(keys[-1], None)
+    _complete(rest, Places(""))
+    return rest
+
+
+def _keys(dotted: str) -> Keys:
+    return tuple(dotted.split(".")) if dotted else ()
 
 
 def unknown_keys(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.fusing import settle_fuse
 from fedex_lora.plan import foreseen
 from fedex_lora.precision import settle
+from fedex_lora.preflight import check
 from fedex_lora.progress import Progress, complete, scores_in
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import differences
-from fedex_lora.rundir import DATA, OUTPUTS, RunDir, environment, plain
+from fedex_lora.rundir import DATA, OUTPUTS, RunDir, edited, environment, plain
 from fedex_lora.scoring import evaluate
 from fedex_lora.setup import Federation, set_up
 from fedex_lora.training_log import TrainingLog
@@ -88,12 +89,14 @@ def start_run(
     """
     directory, watcher = RunDir(out), watcher or Silent()
     directory.check_free()
+    check(recipe)
     foreseen(recipe, out)
     federation, engine = assemble(recipe, out, None, watcher)
-    directory.create(federation.recipe)
-    directory.write_json("environment.json", environment(federation.model.device))
-    state = begin(federation.settings, federation.initial)
-    return _go_on(federation, directory, engine, state, Progress(), watcher)
+    with directory.held():
+        directory.create(federation.recipe)
+        directory.write_json("environment.json", environment(federation.model.device))
+        state = begin(federation.settings, federation.initial)
+        return _go_on(federation, directory, engine, state, Progress(), watcher)
 
 
 def resume_run(
@@ -108,7 +111,8 @@ def resume_run(
         recipe: If given, it must be the one the run began with.
 
     Raises:
-        UserError: No run there, or another recipe; the differences are named.
+        UserError: No run there, or another recipe than it began with; the differences are named.
+            Another process is at work on it. A file of it is damaged.
     """
     directory, watcher = RunDir(out), watcher or Silent()
     stored = directory.recipe()
@@ -116,25 +120,38 @@ def resume_run(
         raise UserError(
             f"{out}: this run began with another recipe: {'; '.join(different)}. Use another --out"
         )
-    if (results := directory.read_json("results.json")) is not None:
+    if (results := directory.results(whole=True)) is not None:
         watcher.note(f"{out} is finished; nothing to do")
         return results
-    state, extra, notes = directory.newest()
-    for note in notes:
-        watcher.note(note)
-    federation, engine = assemble(stored, out, extra.get("clients"), watcher)
-    _note_environment(directory, federation, watcher)
-    records = [r for r in directory.records() if state and r["round"] < state.version]
-    if state is None:
-        state = begin(federation.settings, federation.initial)
-    else:
-        records.append(extra["record"])
-    return _go_on(federation, directory, engine, state, Progress(records), watcher)
+    with directory.held():
+        records, then = directory.records(whole=True), directory.environment()
+        state, extra, notes = directory.newest()
+        if different := edited(stored, extra):
+            raise UserError(
+                f"{out}/recipe.yaml: was changed after the run began: {'; '.join(different)}. "
+                "Put it back, or begin a new run"
+            )
+        for note in notes:
+            watcher.note(note)
+        directory.prepare()
+        federation, engine = assemble(stored, out, extra.get("clients"), watcher)
+        _note_environment(directory, then, federation, watcher)
+        records = [r for r in records if state and r["round"] < state.version]
+        if state is None:
+            state = begin(federation.settings, federation.initial)
+        else:
+            records.append(extra["record"])
+        if missing := {*range(1, state.version)} - {r["round"] for r in records}:
+            rounds = ", ".join(map(str, sorted(missing)))
+            watcher.note(f"{out}/metrics.jsonl: no record of round {rounds}; totals lack them")
+        return _go_on(federation, directory, engine, state, Progress(records), watcher)
 
 
-def _note_environment(directory: RunDir, federation: Federation, watcher: Watcher) -> None:
+def _note_environment(
+    directory: RunDir, then: Mapping[str, Any] | None, federation: Federation, watcher: Watcher
+) -> None:
     now = environment(federation.model.device)
-    then = directory.read_json("environment.json") or now
+    then = then or now
     different = [k for k in now if now[k] != then.get(k)]
     if different:
         watcher.note(

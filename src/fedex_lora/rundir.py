@@ -12,21 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fedex_lora.adapter import AdapterState
-from fedex_lora.disk import reason, write_atomic
+from fedex_lora.disk import parsed, reason, write_atomic
 from fedex_lora.errors import UserError
 from fedex_lora.federation.checkpoint import latest
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.federation.state import ServerState
+from fedex_lora.lock import LOCK, OWNER, locked
 from fedex_lora.model import AdaptedModel
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import dump_recipe, load_recipe
+from fedex_lora.recipe_yaml import differences, dump_recipe, load_stored_recipe, recipe_of_text
+from fedex_lora.saved import (
+    COMPARISON,
+    ENDS,
+    EVALUATED,
+    MAPPING,
+    RECORD,
+    RESULTS,
+    SAVED,
+    WHOLE,
+    checked,
+)
 
 DATA = "data.json"  # what the rows were, and how many of them could not be used
+SCORES = "scores.json"  # of an evaluation
 OUTPUTS = "outputs"  # the folder of generated texts: ROUND/SPLIT.jsonl
 PACKAGES = ("fedex-lora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "numpy")
 
@@ -44,30 +58,68 @@ class RunDir:
         self.final = path / "final"
 
     def check_free(self) -> None:
-        """Raises a `UserError` if a new run may not be put here."""
+        """Raises a `UserError` if a new run may not be put here.
+
+        What is left where a process was killed before it wrote the recipe is in nobody's way.
+        """
         if self.is_run():
             raise UserError(
                 f"{self.path}: holds another run; name another directory with --out, or continue "
                 f"that run with `fedex-lora resume {self.path}`"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(map(_precious, self._files()))):
             raise UserError(f"{self.path}: is in use; name a new or empty directory with --out")
 
+    def _files(self) -> list[Path]:
+        try:
+            return list(self.path.iterdir())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {reason(error)}") from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The directory, made if it is not there, while no other process may write into it.
+
+        Raises:
+            UserError: Another one does, which is named; or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unmade(error) from None
+        with locked(self.path):
+            yield
+
     def create(self, recipe: Recipe) -> None:
-        """Makes the directory for a new run.
+        """Makes the directory for a new run; the recipe comes first, and makes it one.
 
         Raises:
             UserError: It exists and is not empty, or cannot be written.
         """
         self.check_free()
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be made: {error.strerror}; name a directory that you may "
-                "write with --out"
-            ) from None
+            raise self._unmade(error) from None
         write_atomic(self.path / "recipe.yaml", dump_recipe(recipe).encode())
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Makes what a run writes into; where a new one was killed it may not be there.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._unmade(error) from None
+
+    def _unmade(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: cannot be made: {reason(error)}; name a directory that you may write "
+            "with --out"
+        )
 
     def is_run(self) -> bool:
         return (self.path / "recipe.yaml").is_file()
@@ -80,7 +132,7 @@ class RunDir:
         """
         if not self.is_run():
             raise UserError(f"{self.path}: no run there (no recipe.yaml); name a run's directory")
-        return load_recipe(self.path / "recipe.yaml")
+        return load_stored_recipe(self.path / "recipe.yaml")
 
     def write_json(self, name: str, value: object) -> None:
         write_atomic(self.path / name, (json.dumps(plain(value), indent=1) + "\n").encode())
@@ -88,24 +140,76 @@ class RunDir:
     def read_json(self, name: str) -> Any:
         """What the file holds; None if it is absent or no JSON (a crash or a hand got at it)."""
         try:
-            return json.loads((self.path / name).read_text())
+            return parsed((self.path / name).read_bytes())
         except (OSError, ValueError):
             return None
 
-    def records(self) -> list[Record]:
+    def results(self, whole: bool = False) -> dict[str, Any] | None:
+        """What results.json says; None while the run is not finished, or if that is no JSON.
+
+        Args:
+            whole: Whether the last round and the rounds' numbers are needed as well.
+
+        Raises:
+            UserError: It is JSON, but no results.
+        """
+        needed = ENDS if whole else ()
+        return self._json("results.json", RESULTS, needed)
+
+    def comparison(self) -> dict[str, list[dict[str, Any]]]:
+        """What comparison.json says, by method and seed; nothing if there is none.
+
+        Raises:
+            UserError: It is JSON, but no comparison.
+        """
+        return self._json("comparison.json", COMPARISON) or {}
+
+    def evaluated(self) -> dict[str, Any] | None:
+        """What scores.json says; None if there is none.
+
+        Raises:
+            UserError: It is JSON, but no scores.
+        """
+        return self._json(SCORES, EVALUATED)
+
+    def environment(self) -> dict[str, Any] | None:
+        """What environment.json says; None if there is none.
+
+        Raises:
+            UserError: It is JSON, but no environment.
+        """
+        return self._json("environment.json", MAPPING)
+
+    def _json(self, name: str, kind: TypeAdapter[Any], needed: Sequence[str] = ()) -> Any:
+        value = self.read_json(name)
+        remedy = "delete the file; it is made anew"
+        return None if value is None else checked(kind, value, self.path / name, remedy, needed)
+
+    def records(self, whole: bool = False) -> list[Record]:
         """One record a round.
+
+        Args:
+            whole: Whether all is needed that totals and tables are made of.
 
         Raises:
             UserError: A line is no record; it is named.
         """
         file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise UserError(
-                f"{file}: damaged ({error}); delete the lines that are not JSON"
-            ) from None
+            lines = file.read_bytes().split(b"\n") if file.is_file() else []
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {reason(error)}") from None
+        needed = WHOLE if whole else ()
+        records, remedy = [], "delete the lines that are no records"
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = parsed(line)
+            except ValueError as error:
+                raise UserError(f"{file}: damaged (line {number}: {error}); {remedy}") from None
+            records.append(checked(RECORD, value, f"{file}, line {number}", remedy, needed))
+        return records
 
     def write_records(self, records: list[Record]) -> None:
         text = "".join(json.dumps(plain(r)) + "\n" for r in records)
@@ -114,10 +218,15 @@ class RunDir:
     def newest(self) -> tuple[ServerState | None, dict[str, Any], list[str]]:
         """The newest checkpoint that is intact, what was saved with it, and notes on worse ones."""
         notes = []
-        for _, state, extra in latest(self.checkpoints):
+        for path, state, extra in latest(self.checkpoints):
             if state is not None and isinstance(extra, dict):
-                return state, extra, notes
+                if problem := not_of_a_run(path, extra):
+                    extra = problem
+                else:
+                    return state, extra, notes
             notes.append(f"{extra}; going on from the one before")
+        if notes:
+            notes.append(f"{self.checkpoints}: none is intact; the run begins again")
         return None, {}, notes
 
     def save_update(
@@ -141,6 +250,31 @@ class RunDir:
         blob = save({k: t.clone().contiguous() for k, t in tensors.items()})
         write_atomic(folder / "increment.safetensors", blob)
         write_atomic(folder / "weights.json", json.dumps(dict(weights)).encode())
+
+
+_UNFINISHED = {LOCK, OWNER, *(f"{name}.new" for name in ("recipe.yaml", "evaluation.json", OWNER))}
+
+
+def _precious(file: Path) -> bool:
+    """Whether a file may be anything but the first that a run, or an evaluation, writes."""
+    empty = file.name == "checkpoints" and file.is_dir() and not any(file.iterdir())
+    return file.name not in _UNFINISHED and not empty
+
+
+def edited(recipe: Recipe, extra: Mapping[str, Any]) -> list[str]:
+    """How recipe.yaml differs from the recipe that was saved beside a state, if one was."""
+    text = extra.get("recipe")
+    return differences(recipe, recipe_of_text(text)) if text is not None else []
+
+
+def not_of_a_run(path: Path, extra: Mapping[str, Any]) -> str | None:
+    """What is wrong with what was saved beside a state; None if nothing is."""
+    try:
+        checked(SAVED, extra, path, "")
+        checked(RECORD, extra["record"], path, "", WHOLE)
+    except UserError as error:
+        return str(error).removesuffix("; ")
+    return None
 
 
 def save_state(model: AdaptedModel, folder: Path, base: str, state: AdapterState) -> None:
@@ -201,13 +335,15 @@ def _loss(record: Record) -> float:
     """The mean loss beside the selection score; without one that of the training."""
     told = list(record.get("scores", {}).values())[:1]
     if "scored_by" in record:
-        told = [record["client_scores"][client] for client in record["scored_by"]]
+        own = record.get("client_scores", {})
+        told = [own.get(client, {}) for client in record["scored_by"]]
     for name in ("loss", "perplexity"):
         found = [scores[name] for scores in told if scores.get(name) is not None]
         if told and len(found) == len(told):
             return sum(found) / len(found)
     trained = record.get("clients", {})
-    return sum(w * trained[c]["loss"] for c, w in record.get("weights", {}).items())
+    losses = {c: trained.get(c, {}).get("loss") for c in record.get("weights", {})}
+    return sum(record["weights"][c] * loss for c, loss in losses.items() if loss is not None)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState
 from fedex_lora.model import AdaptedModel
 from fedex_lora.recipe import Recipe
-from fedex_lora.rundir import RunDir, best_record
+from fedex_lora.rundir import RunDir, best_record, edited, not_of_a_run
 from fedex_lora.setup import federation_settings, recipe_model, recipe_task
 
 Which = Literal["best", "last"]
@@ -70,15 +70,18 @@ def read_round(path: Path, which: Which | int = "best") -> Round:
         round = state.version if which == "last" else which
     if round != state.version:
         state, extra = _load_round(directory, round)
-    told = tuple(note.partition("; going on")[0] for note in notes)
+    notes = [note.partition("; going on")[0] for note in notes]
+    if different := edited(recipe, extra):
+        changed = "; ".join(different)
+        notes.append(f"{path}/recipe.yaml was changed after the run began, and is used: {changed}")
     record = {**extra["record"], **_later_scores(directory, round)}
-    return Round(recipe, state, {**extra, "record": record}, told)
+    return Round(recipe, state, {**extra, "record": record}, tuple(notes))
 
 
 def _later_scores(directory: RunDir, round: int) -> dict[str, Any]:
     """Scores of a round that came after its checkpoint was written: the clients' own."""
     try:
-        found = [r for r in directory.records() if isinstance(r, dict) and r.get("round") == round]
+        found = [r for r in directory.records() if r["round"] == round]
     except UserError:  # damaged; the checkpoint's record will do
         return {}
     return {k: r[k] for r in found for k in ("scores", "client_scores", "score") if k in r}
@@ -94,7 +97,7 @@ def open_run(path: Path, which: Which | int = "best", workdir: Path | None = Non
 
 def _best_round(directory: RunDir, newest: Record, higher: bool) -> int:
     """What results.json says; before there is one, by the scores so far, else the newest."""
-    results = directory.read_json("results.json")
+    results = directory.results(whole=True)
     if results is not None:
         return results["best_round"]
     # a crash may have come between the newest checkpoint and its line
@@ -104,7 +107,11 @@ def _best_round(directory: RunDir, newest: Record, higher: bool) -> int:
 
 def _load_round(directory: RunDir, round: int) -> tuple[ServerState, Mapping[str, Any]]:
     try:
-        return load_checkpoint(directory.checkpoints / NAME.format(round))
+        path = directory.checkpoints / NAME.format(round)
+        state, extra = load_checkpoint(path)
+        if problem := not_of_a_run(path, extra):
+            raise UserError(problem)
+        return state, extra
     except UserError as error:
         there = sorted(s.version for _, s, _ in latest(directory.checkpoints) if s is not None)
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,98 @@ def test_published_data_load(shared, name):
     assert data.train is not None and len(data.train) > 1000
     there = [split for split in ("validation", "test") if (path / f"{split}.jsonl").exists()]
     assert list(data.evaluation) == there
+
+
+E2E_ROW = {"mr": "name[Aromi], area[centre]", "ref": "Aromi is in the centre.", "fixed": True}
+
+
+def named(kind, **more):
+    return build_task(TaskSpec(kind=kind, **more))
+
+
+@pytest.mark.parametrize(
+    "task, row, theirs",
+    [
+        (
+            {"kind": "e2e", "columns": {"meaning_representation": "mr", "human_reference": "ref"}},
+            {"meaning_representation": E2E_ROW["mr"], "human_reference": E2E_ROW["ref"]},
+            {"mr": E2E_ROW["mr"], "ref": E2E_ROW["ref"]},
+        ),
+        (
+            {"kind": "glue", "name": "mrpc", "columns": {"sentence1": "a", "label": "y"}},
+            {"sentence1": "x", "sentence2": "y", "label": 1},
+            {"a": "x", "sentence2": "y", "y": 1, "label": "hidden"},
+        ),
+        (
+            {
+                "kind": "glue",
+                "name": "mrpc",
+                "columns": {"sentence1": "sentence2", "sentence2": "b"},
+            },
+            {"sentence1": "x", "sentence2": "y", "label": 1},
+            {"sentence2": "x", "b": "y", "label": 1},
+        ),
+        (
+            {"kind": "math", "columns": {"question": "Frage", "answer": "Antwort"}},
+            {"question": "1+1?", "answer": "#### 2"},
+            {"Frage": "1+1?", "Antwort": "#### 2"},
+        ),
+        (
+            {"kind": "commonsense", "columns": {"instruction": "q"}},
+            {"instruction": "true or false?", "output": "it is true", "answer": "true"},
+            {"q": "true or false?", "output": "it is true", "answer": "true"},
+        ),
+    ],
+)
+def test_columns_can_be_named_for_every_task(tmp_path, task, row, theirs):
+    write(tmp_path, train=[theirs], validation=[theirs], test=[theirs])
+    data = load(DataSpec(path=tmp_path), named(**task), 0)
+    for rows in (data.train, *data.evaluation.values()):
+        assert rows is not None and rows.to_list() == [row]
+    assert list(data.evaluation) == ["validation", "test"]
+
+
+@pytest.mark.parametrize(
+    "task, row, message",
+    [
+        (
+            {"kind": "e2e"},
+            E2E_ROW,
+            "no column 'meaning_representation'; there are: mr, ref, fixed. Rename the column, or "
+            "name the right one with task.columns.meaning_representation.",
+        ),
+        (
+            {"kind": "e2e", "columns": {"meaning_representation": "mr", "human_reference": "red"}},
+            E2E_ROW,
+            "no column 'red', which task.columns.human_reference names; there are: ",
+        ),
+        ({"kind": "glue", "name": "cola"}, {"text": "a"}, "with task.columns.sentence."),
+        ({"kind": "causal-lm"}, {"body": "a"}, "with task.text_column."),
+        ({"kind": "math"}, {"q": "a"}, "task.columns, e.g. {question: NAME, answer: NAME}."),
+        ({"kind": "commonsense"}, {"instruction": "a"}, "with task.columns.output."),
+        (
+            {"kind": "text-classification", "labels": ["a", "b"], "text_pair_column": "b"},
+            {"text": "a", "label": "a"},
+            "no column 'b'; there are: text, label. Rename the column, or name the right one with "
+            "task.text_pair_column.",
+        ),
+        (
+            {"kind": "instruction", "prompt": "{q}", "response": "{a}"},
+            {"q": "x"},
+            "with task.response.",
+        ),
+    ],
+)
+def test_the_error_names_the_key_to_set(tmp_path, task, row, message):
+    write(tmp_path, train=[row])
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(DataSpec(path=tmp_path), named(**task), 0)
+
+
+def test_values_in_errors_are_short(tmp_path):
+    write(tmp_path, train=[*rows(2), {"sentence": "x", "label": "secret " * 10**5}])
+    with pytest.raises(
+        UserError, match=r"line 3: label is 'secret sec.*\.\.\. \(700000 char"
+    ) as told:
+        load(DataSpec(path=tmp_path), SST2, 0)
+    assert len(str(told.value)) < 300

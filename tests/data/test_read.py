@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fedex_lora.data import json_file
 from fedex_lora.data.read import line_of, read
 from fedex_lora.errors import UserError
 
@@ -62,7 +68,10 @@ def test_lines_of_rows(tmp_path):
         ("x.jsonl", '"a"\n{"a": 2}\n', r"x\.jsonl, line 1: cannot be read"),
         ("x.csv", "a,b\n5,6\n1,2,3\n", r"x\.csv, line 3: 3 field\(s\), where the header has 2"),
         ("x.csv", 'a,b\n"5\n5",6\n\n1\n', r"x\.csv, line 5: 1 field\(s\), where the header has 2"),
-        ("x.csv", "a;b\n1,2;3\n", r"x\.csv, line 1: 'a;b' .* this is no comma-separated file"),
+        ("x.csv", "a;b\n1,2;3\n", r"x\.csv, line 1: 'a;b' .* no comma-sep.* line sep=; before it"),
+        ("x.tsv", "a,b\n1,2\n", r"x\.tsv, line 1: 'a,b' .* this is no tab-separated file"),
+        ("x.tsv", "a\tb\n1\n", r"x\.tsv, line 2: 1 field\(s\).* Expected a tab-separated file"),
+        ("x.csv", "sep=;\na;b\n1,2\n", r"x\.csv, line 3: 1 field\(s\).* a semicolon-separated"),
         ("x.csv", "a\tb\n1\t2\n", r"x\.csv, line 1: .* this is no comma-separated file"),
         ("x.csv", 'a,b\n1,2\n3,"x\n4,y\n', r"x\.csv, line 3: .*Expected a comma-separated"),
         ("x.csv", "a,b,a\n1,2,3\n", r"x\.csv, line 1: two columns are named 'a'"),
@@ -129,3 +138,170 @@ def test_reading_is_silent(tmp_path, capfd, caplog):
     with pytest.raises(UserError):
         read(write(tmp_path, "y.jsonl", "{"))
     assert capfd.readouterr().err == "" and caplog.text == ""
+
+
+LINES = '{"a": 1}\n\n{"a": "x", "b": [1]}\n'
+
+
+@pytest.mark.parametrize(
+    "damaged, what",
+    [
+        ('{"a": 3', "Expecting ',' delimiter"),
+        ('{"a": 3}}', "expected an object|Expecting value|Extra data"),
+        ('{"a": "\\ud800"}', r"\\ud800 is half a character"),
+        ('{"a": {"\\udfff": 1}}', r"\\udfff is half a character"),
+        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' is given twice"),
+        ('{"a": {"b": 2, "b": 3}}', "the key 'b' is given twice"),
+        ('{"a": ' + "[" * 40 + "]" * 40 + "}", "nested more than 30 deep"),
+        ('{"a": ' + '{"k":' * 90_000 + "1" + "}" * 90_000 + "}", "nested more than 30 deep"),
+        ('{"a": 1' + "0" * 20 + "}", "a has a whole number of more than 64 bits"),
+        ('{"a": 1' + "0" * 5000 + "}", "Exceeds the limit|more than 64 bits"),
+        ('{"a": "x\ty"}', "Invalid control character at character"),
+        ('{"a": "x\0y"}', "a zero byte"),
+        ('{"a": "\\x"}', "Invalid .escape"),
+        ("{'a': 1}", "Expecting property name"),
+        ('{"a": tru}', "Expecting value at character 7"),
+        ("3", "expected an object {...}, got 3"),
+        ('["a"]', "expected an object {...}, got 'a'"),
+    ],
+)
+@pytest.mark.parametrize("after", ["", LINES])
+def test_every_kind_of_damage_is_named_by_its_line(tmp_path, damaged, what, after):
+    file = write(tmp_path, "x.jsonl", LINES + damaged + "\n" + after)
+    with pytest.raises(UserError, match=f"x.jsonl, line 4: .*({what})") as caught:
+        read(file)
+    assert len(str(caught.value)) < 400
+
+
+def test_damage_within_a_list_or_an_object_over_several_lines_is_named(tmp_path):
+    file = write(tmp_path, "x.json", '[\n {"a": 1},\n\n {"a":\n  2 "b": 3}]')
+    with pytest.raises(UserError, match=r"line 4: .*Expecting ',' .*\(on line 5\)"):
+        read(file)
+    for text, what in (
+        ('[{"a": 1},\n]', r"line 1: .*a comma before the end of the list"),
+        ('[{"a": 1}\n{"a": 2}]', r"line 2: .*expected ',' or '\]'"),
+        ('[{"a": 1}]\n\n{"a": 2}', r"line 3: .*something follows the list"),
+        ('[{"a": 1},\n {"a": 2, "a": 3}]', r"line 2: .*'a' is given twice"),
+        ('[{"a": 1},\n 7]', r"line 2: .*expected an object"),
+        ('[{"a": 1},\n {"a": 2}', r"line 2: .*expected ',' or"),
+    ):
+        with pytest.raises(UserError, match=what):
+            read(write(tmp_path, "x.json", text))
+
+
+def test_objects_may_take_several_lines_and_their_lines_are_known(tmp_path):
+    text = '{"a": 1} {"a": 2}\n{\n  "a": 3\n}\n\n{"a": 4}'
+    for name, whole in (("x.jsonl", text), ("x.json", text)):
+        file = write(tmp_path, name, whole)
+        assert read(file)["a"][:] == [1, 2, 3, 4]
+        assert [line_of(file, i) for i in range(4)] == [1, 1, 2, 6]
+    file = write(tmp_path, "x.json", '\n[\n{"a": 1},\n{"a": 2}\n]\n')
+    assert read(file)["a"][:] == [1, 2] and [line_of(file, i) for i in (0, 1)] == [3, 4]
+
+
+TEXTS = [
+    "2020-01-01",
+    "2020-01-01T10:00:00Z",
+    "12:30",
+    "12",
+    "1e3",
+    "true",
+    "null",
+    "NaN",
+    "",
+    "\u2028",
+]
+VALUES = [
+    st.sampled_from(TEXTS)
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.booleans(),
+    st.lists(st.sampled_from(TEXTS), max_size=3),
+    st.sampled_from(TEXTS) | st.integers(-9, 9) | st.booleans(),  # of several kinds
+]
+
+
+@given(
+    st.sampled_from(VALUES).flatmap(
+        lambda kind: st.lists(st.none() | kind, min_size=1, max_size=9)
+    ),
+    st.sampled_from(["x.jsonl", "x.json"]),
+    st.booleans(),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    st.integers(1, 4),
+)
+def test_values_are_what_is_written(tmp_path_factory, values, name, ascii, encoding, at_once):
+    """Nothing is guessed: no dates, no numbers, no missing values."""
+    file = tmp_path_factory.mktemp("json") / name
+    rows = [json.dumps({"i": i, "a": v}, ensure_ascii=ascii) for i, v in enumerate(values)]
+    text = "[" + ",\n".join(rows) + "]" if name == "x.json" else "\n".join(rows)
+    file.write_text(text, encoding=encoding)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_file, "AT_ONCE", at_once)
+        got = read(file)
+    assert got["a"][:] == values and got["i"][:] == [*range(len(values))]
+    assert [type(v) for v in got["a"]] == [type(v) for v in values]
+
+
+def test_a_key_that_comes_late_or_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_file, "AT_ONCE", 2)
+    file = write(tmp_path, "x.jsonl", '{"a": 1}\n{}\n{"a": 3, "b": "x"}\n{"b": "y", "a": null}\n')
+    assert read(file)[:] == {"a": [1, None, 3, None], "b": [None, None, "x", "y"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_csv_as_it_is_found(tmp_path, encoding, end):
+    """With Excel's marks and separators; `é;` shows the encoding, and the lines stay right."""
+    rows = {"text": ["é, ü", "a\tb"], "label": ["1", "2"]}
+    for name, lines, first in (
+        ("x.csv", ["text,label", '"é, ü",1', "a\tb,2"], 2),
+        ("x.csv", ["sep=;", "text;label", "é, ü;1", "a\tb;2"], 3),
+        ("x.csv", ['"sep=\t"', "text\tlabel", "é, ü\t1", '"a\tb"\t2'], 3),
+        ("x.TSV", ["text\tlabel", "é, ü\t1", '"a\tb"\t2'], 2),
+        ("x.tsv", ["SEP=|", "text|label", "é, ü|1", "a\tb|2"], 3),
+    ):
+        file = tmp_path / name
+        file.write_bytes(end.join([*lines, ""]).encode(encoding))
+        assert read(file)[:] == rows
+        assert [line_of(file, i) for i in (0, 1)] == [first, first + 1]
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        ("a\nb\n".encode("utf-16-le"), r"line 1: a zero byte \(UTF-16 without a byte order mark"),
+        ("a\nb\nc".encode("utf-16")[:-1], r"line 3: not UTF-16"),
+        ("a\nb\n".encode("utf-16") + b"\x00\xd8\x41\x00", r"line 3: not UTF-16"),
+        (b"a\nb\x00\n", r"line 2: a zero byte"),
+        (b"\xef\xbb\xbfa\nb\xff\n", r"line 2: not UTF-8"),
+    ],
+)
+def test_damaged_encodings_are_named_by_line(tmp_path, content, what):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        read(tmp_path / "x.csv")
+
+
+@given(st.binary(max_size=60), st.integers(0, 80), st.sampled_from(["jsonl", "json", "csv", "tsv"]))
+def test_no_damage_gives_anything_but_a_clear_error(tmp_path_factory, noise, at, suffix):
+    file = tmp_path_factory.mktemp("noise") / f"x.{suffix}"
+    good = b'{"text": "a b", "label": 1, "x": [1, {"y": null}]}\n{"text": "c", "label": 2}\n'
+    file.write_bytes(good[:at] + noise + good[at + len(noise) // 2 :])
+    try:
+        rows = read(file)
+    except UserError as error:
+        assert f"x.{suffix}" in str(error)
+    else:
+        assert [line_of(file, i) for i in range(len(rows))] and len(rows.to_list()) == len(rows)
+
+
+def test_a_parquet_file_whose_texts_are_damaged_is_said(tmp_path):
+    """The bytes of a text may be changed without any check of the format noticing."""
+    file = tmp_path / "x.parquet"
+    table = pa.table({"text": ["lazy dogs " * 9, "quick foxes " * 9]})
+    pq.write_table(table, file, compression="none", use_dictionary=False)
+    file.write_bytes(file.read_bytes().replace(b"foxes quick", b"f\xb3xes quick"))
+    with pytest.raises(UserError, match=r"x\.parquet: cannot be read: .*UTF8"):
+        read(file)

@@ -107,3 +107,20 @@ def test_pruning_keeps_the_two_newest_and_the_best(saved):
         "round-0001.safetensors",
     ]
     assert len(list(directory.iterdir())) == 6
+
+
+def test_round_10_000_comes_after_9_999(tmp_path):
+    states, _, _ = simulate(settings("fedex-keep"), 2)
+    for name, state in (("round-9999", states[1]), ("round-10000", states[2])):
+        made = save_checkpoint(tmp_path, state, {})
+        for suffix in (".safetensors", ".sha256"):
+            made.with_suffix(suffix).rename(tmp_path / f"{name}{suffix}")
+    assert [p.stem for p in checkpoints(tmp_path)] == ["round-10000", "round-9999"]
+    assert [state.version for _, state, _ in latest(tmp_path)] == [2, 1]
+    (tmp_path / "round-x.safetensors").write_bytes(b"")  # a hand's
+    (tmp_path / "round-x.sha256").write_text("")
+    (tmp_path / "own" / "12a-b.safetensors").write_bytes(b"")
+    prune(tmp_path, set())
+    assert (tmp_path / "round-10000.safetensors").exists() and (
+        tmp_path / "round-x.sha256"
+    ).exists()

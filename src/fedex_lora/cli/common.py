@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fedex_lora.client import check_training
+from fedex_lora.client import training_problems
 from fedex_lora.display import Display
 from fedex_lora.errors import UserError
+from fedex_lora.preflight import beforehand
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe_with_places
 
@@ -38,9 +40,10 @@ RankError = Annotated[
 
 
 def read_recipe(path: Path, sets: list[str]) -> Recipe:
-    recipe, places = load_recipe_with_places(path, sets)
-    check_training(recipe.training, places)
-    return recipe
+    """The recipe of a file; all that is wrong with it is told at once."""
+    return load_recipe_with_places(
+        path, sets, lambda recipe: training_problems(recipe.training), beforehand
+    )[0]
 
 
 @contextmanager
@@ -60,6 +63,16 @@ def displays() -> Iterator[Callable[[str], Display]]:
     finally:
         for display in made:
             display.close()
+
+
+def runs_folder(name: str) -> Path:
+    """The folder of that name among the runs, whatever is in the name.
+
+    Example:
+        >>> runs_folder("../sst2-fedex-seed0").as_posix()
+        'runs/..-sst2-fedex-seed0'
+    """
+    return Path("runs") / re.sub(r"[/\\\x00-\x1f\x7f]+", "-", name)
 
 
 def which_round(text: str) -> Literal["best", "last"] | int:

@@ -116,7 +116,7 @@ def asked(what: str, task: str | None, data: str | None, sets: list[str]) -> Rec
     for block, option in (("task", task), ("data", data)):
         if not run and not option and not any(s.startswith(f"{block}.") for s in sets):
             raise UserError(f"--{block}: missing; a model alone does not say what to score it on")
-    recipe = recipe_of(raw, places, sets)
+    recipe = recipe_of(raw, places, sets, stored=run)
     if kind_of(what) == "model" and recipe.model.name != what:
         raise UserError(f"--set model.name: the model is {what}, and has no other base")
     return recipe

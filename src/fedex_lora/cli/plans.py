@@ -15,6 +15,7 @@ from fedex_lora.cli.common import RecipeFile, Sets, app, console, read_recipe, s
 from fedex_lora.compare import size
 from fedex_lora.display import show_table
 from fedex_lora.plan import Plan, Round, plan
+from fedex_lora.preflight import check
 
 _SHOWN = 10  # clients
 
@@ -29,7 +30,9 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Say what a recipe's run will send, hold, write and take, before it starts."""
-    found = plan(read_recipe(recipe, set), measured)
+    spec = read_recipe(recipe, set)
+    check(spec)
+    found = plan(spec, measured)
     if as_json:
         whole = {**asdict(found), "recipe": found.recipe.model_dump(mode="json")}
         typer.echo(json.dumps(whole, indent=1))

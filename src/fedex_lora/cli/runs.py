@@ -25,6 +25,7 @@ from fedex_lora.cli.common import (
     displays,
     rank_option,
     read_recipe,
+    runs_folder,
     say,
     which_round,
     whole_number,
@@ -59,7 +60,7 @@ def run(
 ) -> None:
     """Run a recipe in a new directory (or continue it there with --resume)."""
     spec = read_recipe(recipe, [*set, *([f"engine.kind={engine}"] if engine else [])])
-    path = out or Path("runs") / f"{spec.name}-{spec.method.name}-seed{spec.seed}"
+    path = out or runs_folder(f"{spec.name}-{spec.method.name}-seed{spec.seed}")
     _run(spec, path, resume, deployment)
 
 
@@ -96,7 +97,7 @@ def compare_command(
 ) -> None:
     """Run several methods (and seeds) on one recipe and print the table."""
     spec = read_recipe(recipe, set)
-    path = out or Path("runs") / f"{spec.name}-comparison"
+    path = out or runs_folder(f"{spec.name}-comparison")
     numbers = [whole_number(s, "--seeds") for s in comma_separated(seeds)] or [spec.seed]
     with displays() as show:
         results = compare(

@@ -1,22 +1,26 @@
-"""CSV: every field is a text, and a file that is malformed is refused by line."""
+"""CSV and TSV: every field is a text, and a file that is malformed is refused by line."""
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
 
-from fedex_lora.errors import UserError
+from fedex_lora.data.text_file import open_text
+from fedex_lora.errors import UserError, shown
 
 LONGEST = 2**31 - 1  # characters of a field: texts may well exceed the csv module's 128 KiB
-OTHER_SEPARATORS = (";", "\t")
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", ":": "colon"}
+_SAID = re.compile(r'"?sep=([,;\t|:])"?[\r\n]*', re.IGNORECASE)
 
 
 def read_csv(file: Path) -> Dataset:
-    """The rows of a comma-separated file in UTF-8 with a header, as texts, in memory.
+    """The rows of a comma- or (.tsv) tab-separated file with a header, as texts, in memory.
 
-    Nothing is guessed: `2024`, `True` and `NA` are texts, an empty field is an empty text, and it
-    is for the task to read a label as a number. Columns without a name are left out.
+    A first line `sep=;`, as Excel reads it, names another separator. Nothing is guessed: `2024`,
+    `True` and `NA` are texts, an empty field is an empty text, and it is for the task to read a
+    label as a number. Columns without a name are left out.
 
     Raises:
         UserError: It has other separators, a row with more or fewer fields than the header, two
@@ -24,13 +28,14 @@ def read_csv(file: Path) -> Dataset:
     """
     records = csv_records(file)
     line, header = next(records, (1, []))
-    _check_header(header, f"{file}, line {line}")
+    separator = _separator(file)[0]
+    _check_header(header, separator, f"{file}, line {line}")
     columns: list[list[str]] = [[] for _ in header]
     for line, fields in records:
         if len(fields) != len(header):
             raise UserError(
                 f"{file}, line {line}: {len(fields)} field(s), where the header has {len(header)}. "
-                + _EXPECTED
+                + _expected(separator)
             )
         for column, field in zip(columns, fields):
             column.append(field)
@@ -46,29 +51,45 @@ def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
         UserError: A quote is in the wrong place, or not closed.
     """
     csv.field_size_limit(LONGEST)
-    with file.open(encoding="utf-8-sig", newline="") as lines:  # Excel begins with a mark
-        reader = csv.reader(lines, strict=True)
-        start = 1
+    separator, before = _separator(file)
+    with open_text(file, newline="") as lines:
+        for _ in range(before):
+            lines.readline()
+        reader = csv.reader(lines, strict=True, delimiter=separator)
+        start = 1 + before
         try:
             for fields in reader:
                 if fields:
                     yield start, fields
-                start = reader.line_num + 1
+                start = reader.line_num + 1 + before
         except csv.Error as error:
-            raise UserError(f"{file}, line {start}: {error}. {_EXPECTED}") from error
+            raise UserError(f"{file}, line {start}: {error}. {_expected(separator)}") from error
 
 
-_EXPECTED = (
-    'Expected a comma-separated file; put "..." around a text with commas, quotes or line breaks, '
-    "and double the quotes within it."
-)
+def _separator(file: Path) -> tuple[str, int]:
+    """What separates fields, and how many lines come before the header."""
+    with open_text(file, newline="") as lines:
+        said = _SAID.fullmatch(lines.readline())
+    if said:
+        return said[1], 1
+    return ("\t" if file.suffix.lower() == ".tsv" else ","), 0
 
 
-def _check_header(header: list[str], where: str) -> None:
-    if len(header) == 1 and any(separator in header[0] for separator in OTHER_SEPARATORS):
+def _expected(separator: str) -> str:
+    name = SEPARATORS[separator]
+    return (
+        f'Expected a {name}-separated file; put "..." around a text with {name}s, quotes or line '
+        "breaks, and double the quotes within it."
+    )
+
+
+def _check_header(header: list[str], separator: str, where: str) -> None:
+    others = [s for s in SEPARATORS if s not in (separator, ":") and s in "".join(header)]
+    if len(header) == 1 and others:
         raise UserError(
-            f"{where}: {header[0]!r} is the only column; this is no comma-separated file. "
-            "Save it with commas."
+            f"{where}: {shown(header[0])} is the only column; this is no {SEPARATORS[separator]}-"
+            f"separated file. Save it with {SEPARATORS[separator]}s, or put a line "
+            f"sep={others[0]} before it."
         )
     named = [name for name in header if name]
     twice = next((name for name in named if named.count(name) > 1), None)

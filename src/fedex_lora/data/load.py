@@ -1,6 +1,7 @@
 """Training and evaluation rows from wherever the recipe says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from datasets import Dataset, DatasetDict
 from fedex_lora.data import digits, stdlib_docs
 from fedex_lora.data.images import read_folder, with_images
 from fedex_lora.data.read import SUFFIXES, kind, line_of, read
-from fedex_lora.errors import UserError
+from fedex_lora.disk import reason
+from fedex_lora.errors import UserError, shown
 from fedex_lora.recipe import DataSpec, did_you_mean
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
@@ -45,7 +47,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows that have been read, how errors refer to them, and the folder of their file."""
+    """Rows that have been read, their columns called as the task does; how errors refer to them,
+    and the folder of their file."""
 
     rows: Dataset
     where: str
@@ -58,6 +61,16 @@ def known_labels(spec: DataSpec) -> tuple[str, ...] | None:
     return SOURCES[spec.source][0] if spec.source else None
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """A path that the system refuses, as too long or not to be read, is an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"data: {shown(str(error.filename))}: {reason(error)}") from None
+
+
+@_readable()
 def load(spec: DataSpec, task: Task, seed: int) -> Data:
     """Read, check and sample what the recipe's `data` block names.
 
@@ -96,6 +109,7 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
     return Data(train, clients, evaluation, _describe(spec, train, clients, evaluation))
 
 
+@_readable()
 def load_evaluation(
     spec: DataSpec, task: Task, seed: int, only: str | None = None
 ) -> dict[str, Dataset]:
@@ -110,6 +124,11 @@ def load_evaluation(
     Raises:
         UserError: As for `load`, or there are no such rows.
     """
+    with _readable():
+        return _load_evaluation(spec, task, seed, only)
+
+
+def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) -> dict[str, Dataset]:
     if spec.path is not None and spec.path.is_file():
         splits = {spec.path.stem: _file_split(spec.path, task)}
         found = list(splits)
@@ -130,6 +149,7 @@ def load_evaluation(
     }
 
 
+@_readable()
 def load_client(spec: DataSpec, task: Task, seed: int, name: str, file: Path) -> Dataset:
     """One client's own rows, checked and sampled as `load` does for a client of that name.
 
@@ -148,9 +168,9 @@ def _labelled(splits: Mapping[str, Split], task: Task) -> list[str]:
 def _splits(spec: DataSpec, task: Task, wanted: tuple[str, ...]) -> dict[str, Split]:
     if spec.source is not None:
         rows = SOURCES[spec.source][1]()
-        return {k: Split(v, f"{spec.source}, {k}") for k, v in rows.items()}
+        return {k: Split(_named(v, task), f"{spec.source}, {k}") for k, v in rows.items()}
     if spec.name is not None:
-        return _hub_splits(spec, wanted)
+        return _hub_splits(spec, wanted, task)
     return {} if spec.path is None else _directory_splits(spec.path, wanted, task)
 
 
@@ -182,8 +202,15 @@ def _split_file(folder: Path, split: str, task: Task) -> Path | None:
 
 def _file_split(file: Path, task: Task) -> Split:
     if task.image and file.is_dir():
-        return Split(read_folder(file), str(file), folder=file)
-    return Split(read(file), str(file), partial(line_of, file), file.parent)
+        return Split(_named(read_folder(file), task), str(file), folder=file)
+    return Split(_named(read(file), task), str(file), partial(line_of, file), file.parent)
+
+
+def _named(rows: Dataset, task: Task) -> Dataset:
+    """The rows with `task.renamed` columns under the task's names."""
+    new = {theirs: ours for ours, theirs in task.renamed.items() if theirs in rows.column_names}
+    hidden = [name for name in new.values() if name in rows.column_names and name not in new]
+    return rows.remove_columns(hidden).rename_columns(new) if new else rows
 
 
 def _client_splits(files: list[Path], task: Task) -> dict[str, Split]:
@@ -198,7 +225,7 @@ def _client_splits(files: list[Path], task: Task) -> dict[str, Split]:
     return splits
 
 
-def _hub_splits(spec: DataSpec, wanted: tuple[str, ...]) -> dict[str, Split]:
+def _hub_splits(spec: DataSpec, wanted: tuple[str, ...], task: Task) -> dict[str, Split]:
     try:
         found = datasets.load_dataset(spec.name or "", spec.config, revision=spec.revision)
     except _NO_DATA as error:
@@ -208,7 +235,7 @@ def _hub_splits(spec: DataSpec, wanted: tuple[str, ...]) -> dict[str, Split]:
         raise UserError(
             f"data.name: '{spec.name}' has no split train; it has {', '.join(map(str, found))}."
         )
-    return {str(k): Split(rows, f"{spec.name}, {k}") for k, rows in found.items()}
+    return {str(k): Split(_named(rows, task), f"{spec.name}, {k}") for k, rows in found.items()}
 
 
 def _further_splits(spec: DataSpec, task: Task) -> dict[str, Split]:
@@ -235,7 +262,7 @@ def _further(source: str, name: str, task: Task) -> Split:
             f"NAME[:CONFIG][@SPLIT], or a file ({', '.join(SUFFIXES)})."
         ) from error
     assert isinstance(rows, Dataset)
-    return Split(rows, source)
+    return Split(_named(rows, task), source)
 
 
 def _has_labels(name: str, rows: Dataset, task: Task) -> bool:
@@ -250,6 +277,13 @@ def _has_labels(name: str, rows: Dataset, task: Task) -> bool:
 def _checked(split: Split, task: Task, examples: int | None, seed: int, name: str) -> Dataset:
     """The rows, all checked, or a seeded sample of them in their own order."""
     rows = split.rows
+    for ours, theirs in task.renamed.items():
+        if ours in task.columns and ours not in rows.column_names:
+            there = ", ".join(rows.column_names)
+            raise UserError(
+                f"{split.where}: no column '{theirs}', which task.columns.{ours} names; there are: "
+                f"{there}."
+            )
     if task.image:
         rows = with_images(rows, task.image, split.folder, split.where)
     task.check(rows, split.where, split.line_of)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors
-from fedex_lora.disk import replace_atomic, write_atomic
+from fedex_lora.disk import parsed, replace_atomic, write_atomic
 from fedex_lora.errors import UserError
 from fedex_lora.federation import shelf
 from fedex_lora.federation.messages import ledger_from, ledger_meta, ledger_tensors
 from fedex_lora.federation.state import ServerState
 from fedex_lora.lowrank import LowRank
 
-NAME = "round-{:04d}.safetensors"
+NAME = "round-{:04d}.safetensors"  # more digits from round 10,000 on
+_NAMED = re.compile(r"round-([0-9]+)\.safetensors")
+_ODD = (LookupError, TypeError, ValueError, AttributeError, SafetensorError)
 OWN = "own"  # the directory of clients' own factors
 
 
@@ -63,18 +66,22 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
         UserError: If the file is absent, truncated, not what was written, or of another version.
     """
     try:
-        intact = _digest(path) == _digest_path(path).read_text()
+        intact = _digest(path).encode() == _digest_path(path).read_bytes().strip()
     except OSError as error:
         raise UserError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
     if not intact:
         raise UserError(f"{path}: checkpoint is corrupted or truncated (its digest differs)")
     try:
         return _read(path)
+    except UserError:
+        raise
     except LookupError as error:
         raise UserError(
             f"{path}: checkpoint of another version of fedex-lora (it lacks {error}); go on with "
             "the version that environment.json names"
         ) from None
+    except _ODD as error:
+        raise UserError(f"{path}: no checkpoint ({type(error).__name__}: {error})") from None
 
 
 def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
@@ -90,13 +97,15 @@ def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
 
 def _meta_in(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["fedex"])
+        return parsed(file.metadata()["fedex"])
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """Checkpoints that were finished, newest first."""
-    found = sorted(directory.glob("round-*.safetensors"), reverse=True)
-    return [path for path in found if _digest_path(path).exists()]
+    found = {path: _NAMED.fullmatch(path.name) for path in directory.glob("round-*.safetensors")}
+    rounds = {path: int(name[1]) for path, name in found.items() if name}
+    newest = sorted(rounds, key=lambda path: rounds[path], reverse=True)
+    return [path for path in newest if _digest_path(path).exists()]
 
 
 def prune(directory: Path, keep: set[int]) -> None:
@@ -116,7 +125,7 @@ def _own_in(path: Path) -> list[str]:
     """Names of the files that a checkpoint needs beside it; none if it is damaged."""
     try:
         return list(_meta_in(path)["own"].values())
-    except (OSError, SafetensorError, LookupError):
+    except (OSError, *_ODD):
         return []
 
 

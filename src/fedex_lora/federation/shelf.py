@@ -59,7 +59,7 @@ def put(directory: Path, version: int, adapter: AdapterState) -> AdapterState:
     flat = {name: t.contiguous() for name, t in adapter_tensors(adapter).items()}
     blob = save(flat, {"scales": json.dumps(scales)})
     path = directory / _NAME.format(version, hashlib.sha256(blob).hexdigest())
-    if not path.exists():
+    if not intact(path):
         replace_atomic(path, lambda new: _write(new, blob))
     return get(path)
 
@@ -103,7 +103,8 @@ def sweep(directory: Path, version: int, used: Iterable[Path]) -> None:
     """Deletes the files of versions up to `version` that are not in `used`."""
     kept = set(used)
     for path in directory.glob("[0-9]*-*.safetensors"):
-        if path not in kept and int(path.name.partition("-")[0]) <= version:
+        made = path.name.partition("-")[0]
+        if path not in kept and made.isdecimal() and int(made) <= version:
             path.unlink()
 
 

@@ -177,7 +177,7 @@ def standing(run: Run, out: Path) -> Standing:
         return "new"
     if differences(run.recipe, directory.recipe()):
         return "other"
-    return "begun" if directory.read_json("results.json") is None else "done"
+    return "begun" if directory.results() is None else "done"
 
 
 def left(runs: Sequence[Run], out: Path) -> list[Run]:

@@ -27,7 +27,7 @@ class Table:
 
 def read_results(runs: Sequence[Run], out: Path) -> dict[str, Result]:
     """What results.json says, by run; of finished runs only."""
-    read = {run.name: RunDir(out / run.name).read_json("results.json") for run in runs}
+    read = {run.name: RunDir(out / run.name).results() for run in runs}
     return {name: result for name, result in read.items() if result is not None}
 
 
@@ -38,7 +38,7 @@ def write_comparison(plan: Plan, cell: str, out: Path) -> None:
     """
     runs = [run for run in plan.runs if run.cell == cell]
     found = read_results(runs, out)
-    known: Results = RunDir(out / cell).read_json("comparison.json") or {}
+    known: Results = RunDir(out / cell).comparison()
     results: Results = {}
     for label in dict.fromkeys([*(run.label for run in runs), *known]):
         by_seed = {r["seed"]: r for r in known.get(label, [])}

@@ -9,9 +9,10 @@ from fedex_lora.recipe.federation import (
     FederationSpec,
     PartitionSpec,
 )
+from fedex_lora.recipe.limits import limits
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, did_you_mean
-from fedex_lora.recipe.task import COMMONSENSE, GLUE, DataSpec, TaskSpec
+from fedex_lora.recipe.task import COMMONSENSE, GLUE, GLUE_TEXTS, DataSpec, TaskSpec
 from fedex_lora.recipe.whole import EngineSpec, EvaluationSpec, Recipe, RecordsSpec
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "CLIENT_NAME_RULE",
     "COMMONSENSE",
     "GLUE",
+    "GLUE_TEXTS",
     "DataSpec",
     "EngineSpec",
     "EvaluationSpec",
@@ -33,4 +35,5 @@ __all__ = [
     "RecordsSpec",
     "TaskSpec",
     "did_you_mean",
+    "limits",
 ]

@@ -9,7 +9,18 @@ from pydantic import Field
 
 from fedex_lora.recipe.part import LocalPath, Part, Problem, did_you_mean, listed
 
-GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+_PAIR = ("sentence1", "sentence2")
+GLUE_TEXTS: dict[str, tuple[str, ...]] = {  # its tasks, and their columns of texts
+    "cola": ("sentence",),
+    "sst2": ("sentence",),
+    "mrpc": _PAIR,
+    "qqp": ("question1", "question2"),
+    "stsb": _PAIR,
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": _PAIR,
+    "wnli": _PAIR,
+}
 COMMONSENSE = (
     "boolq",
     "piqa",
@@ -21,15 +32,21 @@ COMMONSENSE = (
     "openbookqa",
 )
 _TASK_FIELDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # kind: (needed, optional)
-    "glue": (["name"], []),
+    "glue": (["name"], ["columns"]),
     "text-classification": ([], ["labels", "text_column", "text_pair_column", "label_column"]),
     "causal-lm": ([], ["text_column"]),
     "instruction": (["prompt", "response"], ["max_new_tokens", "generate"]),
-    "e2e": ([], ["max_new_tokens", "generate", "num_beams"]),
-    "math": ([], ["name", "max_new_tokens", "generate", "compare"]),
-    "commonsense": ([], ["name", "max_new_tokens", "generate", "score"]),
+    "e2e": ([], ["columns", "max_new_tokens", "generate", "num_beams"]),
+    "math": ([], ["name", "columns", "max_new_tokens", "generate", "compare"]),
+    "commonsense": ([], ["name", "columns", "max_new_tokens", "generate", "score"]),
     "image-classification": ([], ["labels", "image_column", "label_column"]),
 }
+_COLUMNS: dict[str, Sequence[str]] = {  # kind: what `columns` may name, beside GLUE's
+    "e2e": ("meaning_representation", "human_reference"),
+    "math": ("query", "response", "question", "problem", "solution", "answer"),
+    "commonsense": ("instruction", "input", "output", "answer"),
+}
+GLUE = tuple(GLUE_TEXTS)
 TASK_NAMES: dict[str, Sequence[str]] = {  # kind: the values of `name`
     "glue": GLUE,
     "math": ("metamath", "gsm8k", "math"),
@@ -54,6 +71,7 @@ class TaskSpec(Part):
     name: str | None = None  # which of a kind's data sets: see TASK_NAMES
     max_length: int = Field(default=128, ge=4)
     evaluation_max_length: int | None = Field(default=None, ge=4)  # max_length if not given
+    columns: dict[str, str] = Field(default={})  # the task's name of a column: the rows' own name
     labels: list[str] | None = None  # classification: the agreed label set, in order
     text_column: str | None = None  # text-classification, causal-lm
     text_pair_column: str | None = None
@@ -85,6 +103,13 @@ class TaskSpec(Part):
         names = TASK_NAMES.get(self.kind)
         if names and self.name is not None and self.name not in names:
             yield "name", f"expected one of {listed(names)}" + did_you_mean(self.name, names)
+        known = _COLUMNS.get(self.kind) or (*GLUE_TEXTS.get(self.name or "", ()), "label")
+        for column in self.columns if "columns" in optional else []:
+            if column not in known:
+                near = did_you_mean(column, known)
+                yield f"columns.{column}", f"expected one of {listed(known)}{near}"
+        if len(set(self.columns.values())) < len(self.columns):
+            yield "columns", "two of them name the same column"
         if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
             yield "labels", "expected two or more labels, all different"
         if self.score == "likelihood" and self.generate:

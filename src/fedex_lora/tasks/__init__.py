@@ -1,6 +1,7 @@
 """Tasks: how rows are checked, encoded, batched and scored."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import TaskSpec
@@ -30,6 +31,10 @@ def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Task:
         >>> task.columns, task.primary, task.labels
         (('sentence1', 'sentence2', 'label'), 'accuracy', ('not_equivalent', 'equivalent'))
     """
+    return replace(_built(spec, labels), renamed=spec.columns)
+
+
+def _built(spec: TaskSpec, labels: Sequence[str] | None) -> Task:
     if spec.kind == "glue":
         return glue(spec.name or "")
     if spec.kind == "causal-lm":

@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_MARKED = (
-    re.compile(r"the answer is\s*:", re.IGNORECASE),  # MetaMathQA
-    re.compile("####"),  # GSM8K
-)
+from fedex_lora.tasks import numbers
+
+_METAMATH = re.compile(r"the answer is\s*:", re.IGNORECASE)
+_GSM8K = re.compile("####")
 _BOXED = re.compile(r"\\f?box(?:ed)?(?![a-z])\s*")
+_BEGINS = re.compile(r"[^A-Za-z0-9]*(?:[0-9]|[dtc]?frac)")  # with a number
 _SAID = re.compile(r"answer is(?!\s*:)", re.IGNORECASE)
-_NUMBER = re.compile(r"-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?")
 
 
 def extract(text: str) -> str | None:
     """The answer that a solution ends with, as it is written there; None if there is none.
 
-    The first of these that is there, each where it stands last: what follows `The answer is:`,
-    what follows `####`, the contents of `\\boxed{}`, what follows `answer is`, a number.
+    The first of these that is there: what follows the last `The answer is:`, what follows the
+    first `####`, the contents of the last `\\boxed{}`, what follows the last `answer is`, the last
+    number. (Where several `####` are there, as in headings, it is the first with a number.)
 
     The first is all that MetaMath's evaluation looks for (arXiv 2309.12284, its eval_gsm8k.py and
-    eval_math.py); the others let models be scored that were not trained on it.
+    eval_math.py); `####` is read as GSM8K's authors and lm-evaluation-harness do; the others let
+    models be scored that were trained on neither.
 
     Example:
         >>> extract("1 + 1 = 2.\\nThe answer is: $2$."), extract("so \\\\boxed{\\\\frac{1}{2}}.")
@@ -39,8 +41,7 @@ def final(text: str) -> str | None:
         >>> final("He has 3 and 4."), final("He has 3 and 4.\\n#### 7")
         (None, '7')
     """
-    marked = (_after(pattern, text) for pattern in _MARKED)
-    return next((answer for answer in marked if answer), None) or boxed(text)
+    return _after(_METAMATH, text) or _after_hashes(text) or boxed(text)
 
 
 def boxed(text: str) -> str | None:
@@ -71,33 +72,41 @@ def first_number(text: str) -> str | None:
         >>> first_number("-$1,250.50 a year"), first_number("3/4 of 8"), first_number("none")
         ('-1,250.50', '3/4', None)
     """
-    return next(iter(_numbers(text)), None)
+    return next(numbers.numbers(text), None)
 
 
 def last_number(text: str) -> str | None:
     """The last number of a text."""
-    return next(reversed(_numbers(text)), None)
-
-
-def _numbers(text: str) -> list[str]:
-    return [number.rstrip(",") for number in _NUMBER.findall(text.replace("$", ""))]
+    return next(reversed(list(numbers.numbers(text))), None)
 
 
 def _after(pattern: re.Pattern[str], text: str) -> str | None:
+    """What follows the last match."""
     starts = [match.end() for match in pattern.finditer(text)]
-    if not starts:
-        return None
-    answer = re.split(r"\.\s", _statement(text[starts[-1] :]), maxsplit=1)[0]
+    return _answer(text[starts[-1] :]) if starts else None
+
+
+def _after_hashes(text: str) -> str | None:
+    """What follows the first `####` that a number follows; without such, the last."""
+    found = [_answer(part) for part in _GSM8K.split(text)[1:]]
+    return next((a for a in found if a and _BEGINS.match(a)), found[-1] if found else None)
+
+
+def _answer(text: str) -> str | None:
+    """The answer that a text begins with: a sentence, or a line and what of it is still open."""
+    answer = re.split(r"\.\s", _statement(text), maxsplit=1)[0]
     return boxed(answer) or bare(answer) or None
 
 
 def _statement(text: str) -> str:
     """The first line, and further ones as long as a brace or an environment is open."""
     lines = text.strip().split("\n")
-    for count in range(1, len(lines) + 1):
-        part = "\n".join(lines[:count])
-        if part.count("{") == part.count("}") and part.count("\\begin") == part.count("\\end"):
-            return part
+    braces = environments = 0
+    for count, line in enumerate(lines, start=1):
+        braces += line.count("{") - line.count("}")
+        environments += line.count("\\begin") - line.count("\\end")
+        if not braces and not environments:
+            return "\n".join(lines[:count])
     return lines[0]
 
 
@@ -129,7 +138,6 @@ _SUBSTITUTIONS = [
         (r"−", "-"),
         (r"\{,\}", ","),
         (r"^[A-Za-z]=(?=.)", ""),  # x = 5
-        (r"^(-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?)$", lambda m: m.group().replace(",", "")),
         (r"^(-?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3"),
     )
 ]
@@ -143,12 +151,12 @@ def normalise(answer: str) -> str:
         ['(1,\\frac{1}{2})', '1000', '5']
     """
     text = bare(answer)
+    if (spelled := numbers.plain(text)) is not None:
+        return spelled.replace(",", "")
     for pattern, replacement in _SUBSTITUTIONS:
         text = pattern.sub(replacement, text)
-    return text
-
-
-_RATIONAL = re.compile(r"[-+]?(?:[0-9]{1,100}(?:\.[0-9]{0,100})?|\.[0-9]{1,100})(?:/[0-9]{1,100})?")
+    spelled = numbers.plain(text)
+    return text if spelled is None else spelled.replace(",", "")
 
 
 def number(answer: str) -> Fraction | None:
@@ -158,11 +166,7 @@ def number(answer: str) -> Fraction | None:
         >>> number("0.5") == number("1/2") == number(r"\frac12"), number("x"), number("1/0")
         (True, None, None)
     """
-    text = normalise(answer)
-    if not _RATIONAL.fullmatch(text):
-        return None
-    above, _, below = text.partition("/")
-    return Fraction(above) / Fraction(below or "1") if below.strip("0") or not below else None
+    return numbers.value(normalise(answer))
 
 
 def equal(reference: str, answer: str) -> bool:

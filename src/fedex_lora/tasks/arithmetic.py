@@ -45,8 +45,9 @@ FORMS: Mapping[str, tuple[str, str]] = {
 
 SPLITS = ("validation", "test", "test_gsm8k", "test_math")
 
-# Where a model that goes on to the next problem stops answering this one (MetaMath's stop words).
-_STOPS = ("Question:", "USER:", "ASSISTANT:", "Instruction:", "Response:")
+# Where a model that goes on to the next problem stops answering this one: the stop words of
+# MetaMath's evaluation, and those of lm-evaluation-harness at the beginning of a line.
+_STOPS = ("Question:", "USER:", "ASSISTANT:", "Instruction:", "Response:", "\nQ:", "\nProblem:")
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +74,11 @@ def arithmetic(
 
     The loss is over the worked solution as published, and the end-of-text token. With `generate`
     the metric is accuracy, of greedy answers: `answers.extract` finds the final one, for GSM8K the
-    first number in it, as MetaMath's evaluation does (which also rounds it; this does not). Where
-    a split has rows of several data sets, there is an accuracy of each too, e.g. `accuracy_gsm8k`.
+    first number in it (`numbers`), as MetaMath's evaluation does (which also rounds it; this does
+    not) and lm-evaluation-harness after `####`. So the answer to `#### 2 + 3 = 5` is 2, to
+    `#### 1 234` it is 1, and what a model goes on to ask itself after its answer does not count.
+    Where a split has rows of several data sets, there is an accuracy of each too, e.g.
+    `accuracy_gsm8k`.
 
     Args:
         name: The data set that training rows must be of; None for any. Evaluation rows may be
@@ -125,7 +129,8 @@ def _check(needs_library: bool, rows: Dataset, where: str, line_of: LineOf = one
     check_columns(rows, (), where)
     if not any(set(columns) <= set(rows.column_names) for columns in FORMS.values()):
         raise UserError(
-            f"{where}: there are the columns {', '.join(rows.column_names)}; expected {_EXPECTED}."
+            f"{where}: there are the columns {', '.join(rows.column_names)}; expected {_EXPECTED}. "
+            "Rename them, or name yours: task.columns, e.g. {question: NAME, answer: NAME}."
         )
     for index, row in enumerate(rows.to_list()):
         if problem(row) is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -76,6 +76,7 @@ class Task:
             that generate texts keep them in `outputs`, if given; all others ignore it.
         encode_evaluation: The same for rows to be evaluated on; None where `encode` does that.
         average_over: Splits whose mean score is told too, where there are several of them.
+        renamed: What the rows call a column, where they do not call it as the task does.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Task:
     image: str | None = None
     encode_evaluation: Encode | None = None
     average_over: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def model_kwargs(self) -> dict[str, Any]:
         """What the task asks of the model's config (arguments of `from_pretrained`)."""
@@ -126,14 +128,21 @@ class Task:
         return {"average": {self.primary: sum(found) / len(found)}} if len(found) > 1 else {}
 
 
-def check_columns(rows: Dataset, columns: Sequence[str], where: str) -> None:
-    """Raise a `UserError` if there are no rows or a column is missing."""
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"{where}: no column '{missing[0]}'; there are: {', '.join(rows.column_names)}. "
-            "Rename the column, or name the right one in the recipe's task block."
-        )
+def check_columns(
+    rows: Dataset, columns: Sequence[str], where: str, keys: Sequence[str] = ()
+) -> None:
+    """Raise a `UserError` if there are no rows or a column is missing.
+
+    Args:
+        keys: Of the recipe's task block, by which each column is named; `columns.NAME` if none.
+    """
+    keys = keys or [f"columns.{name}" for name in columns]
+    for name, key in zip(columns, keys, strict=True):
+        if name not in rows.column_names:
+            raise UserError(
+                f"{where}: no column '{name}'; there are: {', '.join(rows.column_names)}. Rename "
+                f"the column, or name the right one with task.{key}."
+            )
     if len(rows) == 0:
         raise UserError(f"{where}: no rows; at least one is needed.")
 

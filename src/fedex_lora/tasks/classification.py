@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError
-from fedex_lora.recipe import did_you_mean
+from fedex_lora.errors import UserError, shown
+from fedex_lora.recipe import GLUE_TEXTS, did_you_mean
 from fedex_lora.tasks.base import (
     Batch,
     Collate,
@@ -30,17 +30,22 @@ from fedex_lora.tasks.base import (
     one_based,
     pad_inputs,
 )
+from fedex_lora.tasks.encoding import encode_texts
 from fedex_lora.tasks.metrics import METRICS
 from fedex_lora.tasks.outputs import Outputs
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read from a row. Without `labels` the label is a number, to be predicted itself."""
+    """What is read from a row. Without `labels` the label is a number, to be predicted itself.
+
+    `keys` of the recipe's task block name the columns; GLUE's have their names from it.
+    """
 
     texts: tuple[str, ...]
     label: str
     labels: tuple[str, ...] | None
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,20 @@ class GlueTask:
 
 SCORES = (0.0, 5.0)  # of STS-B, the one regression
 _ENTAILMENT = ("entailment", "not_entailment")
-_PAIR = ("sentence1", "sentence2")
 _MNLI_SPLITS = ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
 
 GLUE: Mapping[str, GlueTask] = {
-    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
-    "sst2": GlueTask(("sentence",), ("negative", "positive")),
-    "mrpc": GlueTask(_PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "stsb": GlueTask(_PAIR, None, ("pearson", "spearman")),
+    "cola": GlueTask(GLUE_TEXTS["cola"], ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": GlueTask(GLUE_TEXTS["sst2"], ("negative", "positive")),
+    "mrpc": GlueTask(GLUE_TEXTS["mrpc"], ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": GlueTask(GLUE_TEXTS["qqp"], ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": GlueTask(GLUE_TEXTS["stsb"], None, ("pearson", "spearman")),
     "mnli": GlueTask(
-        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), splits=_MNLI_SPLITS
+        GLUE_TEXTS["mnli"], ("entailment", "neutral", "contradiction"), splits=_MNLI_SPLITS
     ),
-    "qnli": GlueTask(("question", "sentence"), _ENTAILMENT),
-    "rte": GlueTask(_PAIR, _ENTAILMENT),
-    "wnli": GlueTask(_PAIR, ("not_entailment", "entailment")),
+    "qnli": GlueTask(GLUE_TEXTS["qnli"], _ENTAILMENT),
+    "rte": GlueTask(GLUE_TEXTS["rte"], _ENTAILMENT),
+    "wnli": GlueTask(GLUE_TEXTS["wnli"], ("not_entailment", "entailment")),
 }
 """The GLUE tasks with the columns and label numbers of the Hugging Face hub."""
 
@@ -96,7 +100,8 @@ def text_classification(
     be written as a text, as in CSV.
     """
     texts = (text_column,) if text_pair_column is None else (text_column, text_pair_column)
-    columns = Columns(texts, label_column, labels)
+    keys = ("text_column", "text_pair_column")[: len(texts)]
+    columns = Columns(texts, label_column, labels, (*keys, "label_column"))
     return _task("text-classification", columns, ("accuracy", "macro_f1"), ("validation", "test"))
 
 
@@ -120,7 +125,7 @@ def _task(name: str, columns: Columns, metrics: tuple[str, ...], splits: tuple[s
 
 
 def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
-    check_columns(rows, (*columns.texts, columns.label), where)
+    check_columns(rows, (*columns.texts, columns.label), where, columns.keys)
     _check_texts(columns.texts, rows, where, line_of)
     check_labels(columns, rows, where, line_of)
 
@@ -132,7 +137,7 @@ def check_labels(columns: Columns, rows: Dataset, where: str, line_of: LineOf) -
     bad = next((i for i, value in enumerate(rows[columns.label]) if code(value) is None), None)
     if bad is not None:
         raise UserError(
-            f"{where}, line {line_of(bad)}: {columns.label} is {rows[columns.label][bad]!r}; "
+            f"{where}, line {line_of(bad)}: {columns.label} is {shown(rows[columns.label][bad])}; "
             f"expected {_expected(columns)}."
         )
 
@@ -141,7 +146,7 @@ def _check_texts(names: tuple[str, ...], rows: Dataset, where: str, line_of: Lin
     for row, texts in enumerate(zip(*(rows[name] for name in names))):
         for name, text in zip(names, texts):
             if not isinstance(text, str):
-                found = "missing" if text is None else f"{text!r}, which is no text"
+                found = "missing" if text is None else f"{shown(text)}, which is no text"
                 raise UserError(f"{where}, line {line_of(row)}: {name} is {found}.")
         # one side of a pair may be empty: the official data have such rows
         if not any(text.strip() for text in texts):
@@ -220,7 +225,7 @@ def _encode(
 ) -> Dataset:
     texts = [rows[name][:] for name in columns.texts]
     second = texts[1] if len(texts) > 1 else None
-    encoding = tokenizer(texts[0], second, truncation=True, max_length=max_length)
+    encoding = encode_texts(texts[0], second, tokenizer, max_length)
     code = codes(columns, rows)
     labels = [code(value) for value in rows[columns.label]]
     return Dataset.from_dict({**encoding, "labels": labels})

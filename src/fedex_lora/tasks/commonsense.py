@@ -15,14 +15,14 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, shown
 from fedex_lora.model.adapted import learned_positions
 from fedex_lora.recipe import COMMONSENSE
 from fedex_lora.tasks.base import IGNORED, LineOf, Task, check_columns, one_based, refuse_first
+from fedex_lora.tasks.encoding import encode_pairs
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import (
     as_dataset,
-    encode_pairs,
     evaluate_loss,
     language_task,
     prompt_of,
@@ -136,8 +136,8 @@ def _check(name: str | None, rows: Dataset, where: str, line_of: LineOf = one_ba
 def _problem(known: Sequence[str], row: Mapping[str, Any]) -> str | None:
     for column in ("instruction", "output", "answer"):
         if not isinstance(row[column], str) or not row[column].strip():
-            return f"{column} is {row[column]!r}; expected a text."
-    found = f"answer is {row['answer']!r}"
+            return f"{column} is {shown(row[column])}; expected a text."
+    found = f"answer is {shown(row['answer'])}"
     if row["answer"] not in known:
         return f"{found}; expected one of {_names(known)}."
     if row["answer"] not in (there := options(row["instruction"], row["answer"])):
@@ -239,7 +239,7 @@ def _with_options(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """A row for each option of each row, labelled on its response, and whose option it is."""
     texts = {o: RESPONSE.format(o) for row in encoded for o in dict(row)["options"]}
-    pairs = encode_pairs([""] * len(texts), list(texts.values()), tokenizer)
+    pairs = encode_pairs([""] * len(texts), list(texts.values()), tokenizer, 1)
     tokens = {option: response[:-1] for option, (_, response) in zip(texts, pairs)}
     rows, owners = [], []
     for i, row in enumerate(map(dict, encoded)):

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedex_lora.errors import shown
 from fedex_lora.tasks import nlg
 from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, refuse_first
 from fedex_lora.tasks.generation import Decoding, verdicts
@@ -82,9 +83,9 @@ def _check(generating: bool, rows: Dataset, where: str, line_of: LineOf = one_ba
 
 def _problem(meaning: Any, reference: Any) -> str | None:
     if not isinstance(meaning, str) or linearised(meaning) is None:
-        return f"{MEANING} is {meaning!r}; expected name[Alimentum], area[...]."
+        return f"{MEANING} is {shown(meaning)}; expected name[Alimentum], area[...]."
     if not isinstance(reference, str) or not reference.strip():
-        return f"{REFERENCE} is {reference!r}; expected a text."
+        return f"{REFERENCE} is {shown(reference)}; expected a text."
     return None
 
 

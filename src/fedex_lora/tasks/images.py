@@ -42,7 +42,7 @@ def image_classification(image_column: str, label_column: str, labels: tuple[str
             "task.kind: image-classification needs Pillow; install it with: "
             "pip install 'fedex-lora[images]'"
         )
-    columns = Columns((image_column,), label_column, labels)
+    columns = Columns((image_column,), label_column, labels, ("image_column", "label_column"))
     return Task(
         name="image-classification",
         auto_model="AutoModelForImageClassification",
@@ -63,7 +63,7 @@ def image_classification(image_column: str, label_column: str, labels: tuple[str
 
 def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
     (column,) = columns.texts
-    check_columns(rows, (column, columns.label), where)
+    check_columns(rows, (column, columns.label), where, columns.keys)
     if not isinstance(rows.features[column], Image):
         raise UserError(
             f"{where}: column '{column}' holds no images; name the column that does "

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from string import Formatter
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, shown
 from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
@@ -27,6 +27,7 @@ from fedex_lora.tasks.base import (
     pad_inputs,
     refuse_first,
 )
+from fedex_lora.tasks.encoding import bare_responses, encode_pairs, encode_texts, labelled
 from fedex_lora.tasks.generation import Decoding, generate, verdicts
 from fedex_lora.tasks.metrics import exact_match, mean_loss, perplexity
 from fedex_lora.tasks.outputs import Outputs
@@ -125,17 +126,22 @@ def language_task(name: str, columns: tuple[str, ...], primary: str, **functions
 
 
 def _check_text(column: str, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
-    check_columns(rows, (column,), where)
+    check_columns(rows, (column,), where, ("text_column",))
     for row, text in enumerate(rows[column]):
         if not isinstance(text, str) or not text.strip():
-            found = "missing" if text is None else f"{text!r}; expected a text that is not empty"
+            found = (
+                "missing" if text is None else f"{shown(text)}; expected a text that is not empty"
+            )
             raise UserError(f"{where}, line {line_of(row)}: {column} is {found}.")
 
 
 def _check_templates(
     templates: Templates, rows: Dataset, where: str, line_of: LineOf = one_based
 ) -> None:
-    check_columns(rows, templates.columns, where)
+    keys = [
+        "prompt" if n in fields(templates.prompt, "") else "response" for n in templates.columns
+    ]
+    check_columns(rows, templates.columns, where, keys)
     records = _records(rows, templates.columns)
     refuse_first((_problem(templates, row) for row in records), where, line_of)
 
@@ -159,7 +165,7 @@ def _records(rows: Dataset, columns: Sequence[str]) -> list[dict[str, Any]]:
 def _encode_text(
     column: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Dataset:
-    encoding = tokenizer(rows[column][:], truncation=True, max_length=max_length)
+    encoding = encode_texts(rows[column][:], None, tokenizer, max_length)
     encoded = [{"input_ids": ids, "labels": ids} for ids in encoding["input_ids"] if len(ids) > 1]
     return as_dataset(encoded, len(rows), "text has a single token, so that nothing is predicted")
 
@@ -173,46 +179,14 @@ def _encode_instructions(
 ) -> Dataset:
     records = _records(rows, templates.columns)
     asked = [templates.prompt.format_map(row) for row in records]
-    answers = [templates.response.format_map(row) for row in records]
+    answers = bare_responses([templates.response.format_map(row) for row in records], tokenizer)
+    pairs = encode_pairs(asked, answers, tokenizer, max_length)
     encoded = [
         labelled(prompt, response, max_length) | ({"response": answer} if generate else {})
-        for (prompt, response), answer in zip(encode_pairs(asked, answers, tokenizer), answers)
+        for (prompt, response), answer in zip(pairs, answers)
         if 0 < len(prompt) < max_length
     ]
     return as_dataset(encoded, len(rows), f"prompt alone fills max_length ({max_length} tokens)")
-
-
-def encode_pairs(
-    prompts: list[str], responses: list[str], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each prompt and of its response, which ends with the end-of-text token.
-
-    Special tokens that the tokenizer puts before a text stand before the prompt; the end-of-text
-    token that some append to it is taken off, as the response is still to come. Nothing is cut.
-
-    Raises:
-        UserError: The tokenizer has no end-of-text token.
-    """
-    end = _end_of_text(tokenizer)
-    asked = tokenizer(prompts, verbose=False)["input_ids"]  # silent on what is too long
-    answered = tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"]
-    asked = [ids[:-1] if ids and ids[-1] == end else ids for ids in asked]
-    return [(prompt, [*response, end]) for prompt, response in zip(asked, answered)]
-
-
-def labelled(prompt: list[int], response: list[int], max_length: int) -> dict[str, Any]:
-    """Both as one row, cut at `max_length`; only the response's tokens are predicted."""
-    ids = [*prompt, *response][:max_length]
-    return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
-
-
-def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, which is "
-            "needed to end a response; add an eos_token to its configuration."
-        )
-    return cast(int, tokenizer.eos_token_id)
 
 
 def as_dataset(encoded: list[dict[str, Any]], rows: int, reason: str) -> Dataset:

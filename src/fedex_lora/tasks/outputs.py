@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedex_lora.disk import write_atomic
+from fedex_lora.disk import parsed, write_atomic
 from fedex_lora.errors import UserError
 
 OnProgress = Callable[[int, int], None]  # (prompts done, prompts in all)
@@ -176,7 +176,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = parsed(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

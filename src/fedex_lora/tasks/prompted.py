@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import TaskSpec
 from fedex_lora.tasks.base import unasked
+from fedex_lora.tasks.encoding import encode_pairs, labelled
 from fedex_lora.tasks.generation import Decoding, check_positions, generate, verdicts
-from fedex_lora.tasks.language import as_dataset, encode_pairs, evaluate_loss, labelled, prompt_of
+from fedex_lora.tasks.language import as_dataset, evaluate_loss, prompt_of
 from fedex_lora.tasks.outputs import Outputs
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def training_rows(
     Raises:
         UserError: No row is left.
     """
-    pairs = encode_pairs(prompts, responses, tokenizer)
+    pairs = encode_pairs(prompts, responses, tokenizer, max_length)
     fitting = [labelled(p, r, max_length) for p, r in pairs if len(p) + len(r) <= max_length]
     reason = f"prompt and response together are longer than max_length ({max_length} tokens)"
     return as_dataset(fitting, len(pairs), reason)
@@ -66,7 +67,7 @@ def evaluation_rows(
     Raises:
         UserError: No prompt leaves room.
     """
-    pairs = encode_pairs(prompts, responses, tokenizer)
+    pairs = encode_pairs(prompts, responses, tokenizer, max_length)
     rows = [labelled(p[:max_length], r, max_length) | dict(m) for (p, r), m in zip(pairs, more)]
     long = sum(not asked(row) for row in rows)
     reason = f"prompt alone fills max_length ({max_length} tokens)"

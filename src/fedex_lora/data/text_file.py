@@ -1,0 +1,53 @@
+"""A text file: in which encoding it is, and on which line it is damaged."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import TextIO
+
+from fedex_lora.errors import UserError
+
+_MARKS = {  # what a file may begin with; without a mark it is UTF-8
+    codecs.BOM_UTF8: "utf-8-sig",  # Excel's
+    codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16 does
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def open_text(file: Path, newline: str | None = None) -> TextIO:
+    """The file for reading: UTF-8, or what its byte order mark says."""
+    return file.open(encoding=_encoding(file), newline=newline)
+
+
+def check_text(file: Path) -> None:
+    """Raises a `UserError` that names the line where a file is no text."""
+    encoding = _encoding(file)
+    if encoding.startswith("utf-8"):
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                _check(line, "utf-8", file, number)
+    else:
+        _check(file.read_bytes(), encoding, file, 1)
+
+
+def _encoding(file: Path) -> str:
+    with file.open("rb") as start:
+        begins = start.read(4)
+    return next((name for mark, name in _MARKS.items() if begins.startswith(mark)), "utf-8")
+
+
+def _check(part: bytes, encoding: str, file: Path, first: int) -> None:
+    """Of a part that begins on line `first`."""
+    damage = None
+    try:
+        text = part.decode(encoding)
+    except UnicodeDecodeError as error:
+        text, damage = part[: error.start].decode(encoding, "ignore"), f"not {encoding.upper()}"
+    if "\0" in text:
+        text, damage = text.partition("\0")[0], "a zero byte (UTF-16 without a byte order mark?)"
+    if damage:
+        line = first + text.count("\n")
+        raise UserError(f"{file}, line {line}: {damage}; save it as UTF-8.")
