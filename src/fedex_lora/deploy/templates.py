@@ -32,6 +32,7 @@ recipe = ""
 out = ""
 progress = ""
 resume = false
+show-rows = false
 """
 
 CONNECTION = """\

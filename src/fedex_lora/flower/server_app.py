@@ -10,6 +10,9 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedex_lora.data.quoted import show_rows
+from fedex_lora.engines.audit import FILE as AUDIT
+from fedex_lora.engines.audit import Audit
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.flower.coordinator import across_machines
 from fedex_lora.flower.grid import FlowerCourier
@@ -40,9 +43,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run(grid: Grid, config: Mapping[str, Any], recorder: Recorder) -> dict[str, Any]:
+    show_rows(bool(config.get("show-rows")))
     os.chdir(str(config["folder"]))  # paths in the recipe are relative to where it was started
     out, recipe = Path(str(config["out"])), load_recipe(Path(str(config["recipe"])))
-    assemble = across_machines(FlowerCourier(grid))
+    audit = Audit(Path(str(config["progress"])).parents[1] / AUDIT)
+    assemble = across_machines(FlowerCourier(grid), audit)
     if config["resume"]:
         return resume_run(out, recipe, recorder, assemble)
     return start_run(recipe, out, recorder, assemble)
