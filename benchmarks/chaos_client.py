@@ -1,7 +1,8 @@
-"""Flower's client app of `make chaos`: the real one, sabotaged in one round at one client.
+"""Flower's client app of rehearsals: the real one, sabotaged in one round at one client.
 
-The file that $FEDEX_LORA_CHAOS names says which: {"client", "round", "what"}. One that "waits"
-makes the file at-work beside it, and goes on when that is gone.
+The file that $FEDEX_LORA_CHAOS names says which: {"client", "round", "what"}; without it nothing is
+spoiled. One that "waits" makes the file at-work beside it, and goes on when that is gone. Messages
+of `flower_echo` are answered as that does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from benchmarks import flower_echo
 from fedex_lora.adapter import AdapterState
 from fedex_lora.federation.messages import decode_update, encode_update, read_about
 from fedex_lora.flower.client_app import in_time, reply_to
@@ -28,10 +30,12 @@ app = ClientApp()
 @app.train()
 def answer(message: Message, context: Context) -> Message:
     """The client's reply, or what the plan makes of it."""
+    if "wanted" in message.content.config_records:
+        return flower_echo.answer(message)
     blob = unpack(message.content)
     said = read_about(blob)
     file = Path(os.environ["FEDEX_LORA_CHAOS"])
-    plan = json.loads(file.read_text())
+    plan = json.loads(file.read_text()) if file.exists() else {"client": "", "round": 0, "what": ""}
     now = said.get("client") == plan["client"] and said.get("version", -1) + 1 == plan["round"]
     what = plan["what"] if now and said["kind"] == "round" else ""
     with in_time(message, context):

@@ -74,7 +74,9 @@ class Display:
         self.console.print(text, highlight=False, markup=False)
 
     def note(self, text: str) -> None:
-        self.console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
+        self.console.print(
+            f"note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         """Takes the bar away, whatever happened."""

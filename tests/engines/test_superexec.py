@@ -1,6 +1,7 @@
 """How tasks are started: as forks, but not on a machine with a GPU; and what a client runs."""
 
 import importlib
+import json
 import logging
 import shutil
 from multiprocessing import forkserver
@@ -19,6 +20,7 @@ from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultS
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedex_lora.deploy.templates import APP as THIN
+from fedex_lora.federation.messages import read_about
 from fedex_lora.flower import client_app, superexec, turns
 from fedex_lora.flower.grid import pack, unpack
 
@@ -90,7 +92,7 @@ def one_message(tmp_path, monkeypatch):
     def answer(fab, content, kept_to=None):
         message = Message(content, dst_node_id=1, message_type=MessageType.TRAIN)
         message.metadata.__dict__["_message_id"] = "0"
-        node = {"client": "ann", "data": str(tmp_path / "rows.jsonl")}
+        node = {"client": "ann", "data": str(tmp_path / "rows.jsonl"), "home": str(tmp_path)}
         context = Context(7, 1, node, RecordDict(), {})
         run = SimpleNamespace(run_id=7, fab_id="evil/app", fab_version="1.0.0")
         found = Fab(turns.hashlib.sha256(fab).hexdigest(), fab, {})
@@ -160,7 +162,10 @@ def test_another_version_of_flower_is_refused(monkeypatch):
         turns.keep_to(turns.APP)
 
 
-def test_a_message_of_another_program_is_no_fault(one_message, monkeypatch):
-    monkeypatch.setattr(client_app, "reply_to", lambda *_: pytest.fail("it is none of ours"))
+def test_a_message_of_another_program_is_refused_and_logged(one_message, tmp_path):
     reply = one_message(fab(turns.APP), RecordDict({"x": ConfigRecord({"y": 1})}), turns.APP)
-    assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    told = read_about(unpack(reply.content))
+    assert told["kind"] == "failed" and "another program" in told["reason"]
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line["direction"] for line in lines] == ["in", "out"]
+    assert "another program" in lines[1]["outcome"] and lines[0]["run"] is None

@@ -44,10 +44,10 @@ class Asking:
         if not self.consent.ask:
             return
         waiting = self.consent.waiting()
-        if self.asked not in waiting:
-            self.asked = waiting[-1] if waiting else None
-            if self.asked is not None:
-                self.say(f"The coordinator begins run {self.asked[:8]}. Take part? [y/n]")
+        if self.asked != waiting:
+            self.asked = waiting
+            if waiting is not None:
+                self.say(f"The coordinator begins run {waiting[:8]}. Take part? [y/n]")
         if self.asked is not None and select.select([sys.stdin], [], [], 0)[0]:
             word = sys.stdin.readline().strip().lower()
             if word in (*_YES, *_NO):
@@ -55,4 +55,4 @@ class Asking:
                 self.say(f"run {self.asked[:8]}: {'takes part' if word in _YES else 'declined'}")
                 self.asked = None
             else:
-                self.say("Expected y or n")
+                self.say(f"Expected y or n. Take part in run {self.asked[:8]}? [y/n]")

@@ -12,6 +12,7 @@ from fedex_lora.deploy.init import Deployment, is_loopback
 from fedex_lora.errors import UserError
 
 CONNECTION = "fedex"  # of Flower's config.toml
+EXECUTOR = "fedex_lora.flower.superexec"
 _FLWR = (sys.executable, "-m", "fedex_lora.flower.control")  # flwr, with the secret
 
 
@@ -64,11 +65,12 @@ def superexec(path: Path, deployment: Deployment) -> Command:
 def client_superexec(path: Path, port: int) -> Command:
     """What starts a process for every message that the SuperNode at `port` receives."""
     argv = [*_superexec(path, f"127.0.0.1:{port}"), "--insecure"]  # loopback, with a secret
+    argv += ["--parent-pid", str(os.getpid())]  # ends with this process, however that ends
     return Command("SuperExec", tuple(argv), environment(path / "flower"))
 
 
 def _superexec(folder: Path, address: str) -> list[str]:
-    argv = [sys.executable, "-m", "fedex_lora.flower.superexec", "--runtime-api-address", address]
+    argv = [sys.executable, "-m", EXECUTOR, "--runtime-api-address", address]
     return [*argv, "--superexec-auth-secret-file", str(folder / "runtime.secret")]
 
 
@@ -91,7 +93,8 @@ def supernode(
         place["data"] = str(data)
     config = " ".join(f"{key}={_quoted(value)}" for key, value in place.items())
     config += "".join(f" {key}={value}" for key, value in own.items())
-    argv = [_script("flower-supernode"), "--superlink", deployment.address]
+    argv = [sys.executable, "-m", "fedex_lora.flower.supernode"]
+    argv += ["--superlink", deployment.address]
     argv += _trust(deployment, path)
     if not deployment.insecure:
         argv += ["--auth-supernode-private-key", str(path / "key")]
@@ -169,14 +172,6 @@ def _trust(deployment: Deployment, folder: Path) -> list[str]:
     if deployment.insecure:
         return ["--insecure"]
     return ["--root-certificates", str(folder / "ca.crt")]
-
-
-def _script(name: str) -> str:
-    """A program of Flower's that was installed with this Python."""
-    found = Path(sys.executable).parent / name
-    if not found.exists():
-        raise UserError(f"{name} is missing; install it: pip install 'fedex-lora[flower]'")
-    return str(found)
 
 
 def _quoted(value: str) -> str:

@@ -45,16 +45,18 @@ def serve(path: Path, deployment: Deployment, say: Say) -> None:
     check_port(deployment.port)
     make_private(path)
     link, executor = commands.superlink(path, deployment), commands.superexec(path, deployment)
-    with running([link, executor], say, path / "server" / "flower.log") as ended:
-        await_port(deployment.port, ended)
+    log = path / "server" / "flower.log"
+    with _until_interrupted(), running([link], say, log) as link_ended:
+        await_port(deployment.port, link_ended)
         register = commands.members(path, deployment)
         say(f"$ {shlex.join(register.argv)}")
         done = run_to_end(register)
         if done.returncode:
             told = (done.stdout + done.stderr).strip()[-600:]
             raise UserError(f"the institutions' keys cannot be registered: {told}")
-        say(f"ready for clients at {deployment.address}")
-        _supervise(ended)
+        with running([executor], say, log) as executor_ended:
+            say(f"ready for clients at {deployment.address}")
+            _supervise(lambda: [*link_ended(), *executor_ended()])
 
 
 def make_private(path: Path) -> None:
@@ -91,7 +93,7 @@ def attend(
     Raises:
         UserError: One does not stay up.
     """
-    with running(programs, say, log) as ended:
+    with _until_interrupted(), running(programs, say, log) as ended:
 
         def look() -> list[str]:
             now_and_then()
@@ -170,7 +172,7 @@ class _Kept:
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self.log.take(line.decode(errors="replace"))
+            self.log.take(line.decode(errors="replace"), self.command.name)
 
     def look(self) -> bool:
         """Starts it again if need be; whether it has failed too often."""
@@ -228,24 +230,32 @@ def _parents() -> dict[int, tuple[int, int]]:
 
 
 def _supervise(look: Callable[[], list[str]]) -> None:
-    with interrupted_by_signals(), contextlib.suppress(KeyboardInterrupt):
-        while not (failing := look()):
-            time.sleep(_OFTEN)
-        raise UserError(f"{' and '.join(failing)} does not stay up")
+    while not (failing := look()):
+        time.sleep(_OFTEN)
+    raise UserError(f"{' and '.join(failing)} does not stay up")
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Ctrl-C and the like are how this ends."""
+    with contextlib.suppress(KeyboardInterrupt), interrupted_by_signals():
+        yield
 
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does."""
+    """SIGTERM, and the end of the terminal, end this process as Ctrl-C does."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def listens(port: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from pathlib import Path
 from fedex_lora.disk import append_private
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) ?:\s+(.*)|\d{4}-\S+ (INFO) (.*)")
+_LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) ?:\s*(.*)|\d{4}-\S+ (INFO) (.*)")
+_CONNECTION = re.compile(r"Connection (attempt failed|successful)")
 _AGAIN = 600.0  # seconds until a line that says what the last one said is shown again
 _LARGE = 20_000_000  # bytes of a log, above which a new one is begun
 
@@ -18,7 +20,7 @@ _LARGE = 20_000_000  # bytes of a log, above which a new one is begun
 _WORDS: list[tuple[re.Pattern[str], str | None]] = [
     (re.compile(pattern), words)
     for pattern, words in [
-        (r"SuperNode ID: \d+", "connected; waiting for the coordinator"),
+        (r"SuperNode ID: \d+", "connected to the server; waiting for the coordinator"),
         (r"Sent successfully", "sent; waiting for the coordinator"),
         (r"Connection attempt failed, retrying", "the server does not answer; trying again"),
         (r"Connection successful after", "the server answers"),
@@ -40,13 +42,16 @@ _PARTS: list[tuple[re.Pattern[str], str | None]] = [
 ]
 
 
-def shown(line: str) -> tuple[str | None, bool]:
+def shown(line: str, who: str = "SuperNode") -> tuple[str | None, bool]:
     """A line of Flower's processes in our words, None if it says nothing to people; and whether it
     is trouble, which is told once though it happens again and again.
 
+    Args:
+        who: The process; only a SuperNode's connection is that to the server.
+
     Example:
         >>> shown("\\x1b[92mINFO \\x1b[0m:      SuperNode ID: 12")
-        ('connected; waiting for the coordinator', False)
+        ('connected to the server; waiting for the coordinator', False)
         >>> shown("INFO:     Started server process [7]"), shown("round 1: loss 0.5")
         ((None, False), ('round 1: loss 0.5', False))
         >>> shown("refused: its key was revoked")
@@ -61,6 +66,8 @@ def shown(line: str) -> tuple[str | None, bool]:
         return plain, False
     level, text = found[1] or found[3], found[2] or found[4] or ""
     grave = level in ("WARNING", "ERROR", "CRITICAL")
+    if who != "SuperNode" and _CONNECTION.search(text):
+        return None, grave
     for pattern, words in _WORDS:
         if pattern.search(text):
             return words, grave
@@ -71,8 +78,8 @@ class Log:
     """Shows lines with the time, and keeps all of Flower's in a file.
 
     Args:
-        show: Is given what people should see. Trouble that comes again is told again when something
-            else was told meanwhile, or after ten minutes.
+        show: Is given what people should see: nothing twice in a row, and trouble that comes again
+            when something else was told meanwhile, or after ten minutes.
         file: Of all that Flower's processes print, for this account alone.
     """
 
@@ -80,24 +87,29 @@ class Log:
         self.show, self.file = show, file
         self.last = "Flower's log says why: " + str(file)  # of its troubles
         self._troubles: dict[str, float] = {}
+        self._shown, self._when = "", 0.0
         if file.exists() and file.stat().st_size > _LARGE:
             file.replace(file.with_name(f"{file.name}.old"))
 
     def say(self, text: str, trouble: bool = False) -> None:
         """A line of ours."""
         now = time.monotonic()
+        if text == self._shown and now - self._when < _AGAIN:
+            return
         if not trouble:
             self._troubles.clear()
         elif now - self._troubles.get(text, -_AGAIN) < _AGAIN:
             return
         else:
             self._troubles[text] = now
+        self._shown, self._when = text, now
         self.show(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
-    def take(self, line: str) -> None:
+    def take(self, line: str, who: str) -> None:
         """A line of one of Flower's processes."""
-        append_private(self.file, _COLOURS.sub("", line).rstrip() + "\n")
-        text, trouble = shown(line)
+        with contextlib.suppress(OSError):  # a full disk: people are told all the same
+            append_private(self.file, _COLOURS.sub("", line).rstrip() + "\n")
+        text, trouble = shown(line, who)
         if text:
             self.last = text if trouble else self.last
             self.say(text, trouble)

@@ -66,6 +66,7 @@ class Audit:
             "outcome": outcome[:_LONG],
         }
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._rotate(self.path)
             append_private(self.path, json.dumps(line) + "\n")
         except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +22,20 @@ from fedex_lora.disk import write_atomic
 from fedex_lora.errors import UserError
 
 FILE = "runs.json"
+_RECENT = 60.0  # seconds; a coordinator that goes on waiting asks more often
 _MOST = 50  # runs that were asked for in vain and are remembered
 
 
-class Unasked(UserError):
-    """The client's operator has not said that it takes part in this run; that may still come."""
+class Undecided(UserError):
+    """The client's operator has not said whether it takes part in this run; that may still come.
+
+    Attributes:
+        first: Whether the run was asked for the first time.
+    """
+
+    def __init__(self, first: bool) -> None:
+        super().__init__("its operator has not said yet whether it takes part in this run")
+        self.first = first
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Consent:
         """Whether it would take part in a run.
 
         Raises:
-            Unasked: It has not been told to. The run stands among those to be asked about.
+            Undecided: It has not been told. The run stands among those to be asked about.
             UserError: Its operator has declined this run.
         """
         with self._changed() as state:
@@ -59,7 +69,7 @@ class Consent:
             most: How many turns a run may take.
 
         Raises:
-            Unasked, UserError: As `greeted`; or there were too many turns already.
+            Undecided, UserError: As `greeted`; or there were too many turns already.
         """
         with self._changed() as state:
             self._check(state, run)
@@ -80,13 +90,12 @@ class Consent:
         state = self._read()
         return max(0, self.runs + state["more"] - _joined(state))
 
-    def waiting(self) -> list[str]:
-        """Runs that were asked for and wait for a word."""
-        return [
-            run
-            for run, of in self._read()["runs"].items()
-            if not of["turns"] and of["word"] is None
-        ]
+    def waiting(self) -> str | None:
+        """The run that was asked for last, in the last minute, and waits for a word."""
+        now, runs = time.time(), self._read()["runs"]
+        vain = {r: of["last"] for r, of in runs.items() if not of["turns"] and of["word"] is None}
+        newest = max(vain, key=lambda run: vain[run], default=None)
+        return newest if newest is not None and now - vain[newest] < _RECENT else None
 
     def answer(self, run: str, word: bool) -> None:
         """The operator's word on one run."""
@@ -106,11 +115,11 @@ class Consent:
             raise UserError("its operator has declined this run")
         if not self.ask and _joined(state) < self.runs + state["more"]:
             return
-        state["runs"][run] = known or _new()
+        state["runs"][run] = {**(known or _new()), "last": time.time()}
         vain = [name for name, of in state["runs"].items() if not of["turns"] and not of["word"]]
         for name in vain[:-_MOST]:
             del state["runs"][name]
-        raise Unasked("its operator has not said yet whether it takes part in this run")
+        raise Undecided(first=known is None)
 
     @contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:
@@ -133,22 +142,29 @@ class Consent:
             return {"more": 0, "runs": {}}
         try:
             state = json.loads(self.path.read_text())
-            assert type(state["more"]) is int and isinstance(state["runs"], dict)
-            for of in state["runs"].values():
-                assert (
-                    type(of["turns"]) is int and of["word"] in (None, True, False) and of["first"]
-                )
+            if not _is_state(state):
+                raise ValueError("of another form")
             return state
-        except (OSError, ValueError, LookupError, TypeError, AssertionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"{self.path}: damaged; it says in which runs this client took part. Look at it, "
                 "and delete it to begin anew"
             ) from None
 
 
+def _is_state(state: Any) -> bool:
+    return type(state["more"]) is int and all(
+        type(of["turns"]) is int
+        and of["word"] in (None, True, False)
+        and isinstance(of["first"], str)
+        and isinstance(of["last"], float)
+        for of in state["runs"].values()
+    )
+
+
 def _new() -> dict[str, Any]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"first": now, "turns": 0, "word": None}
+    return {"first": now, "last": time.time(), "turns": 0, "word": None}
 
 
 def _joined(state: dict[str, Any]) -> int:

@@ -265,5 +265,5 @@ class _Waiting:
         until = time.strftime("%H:%M", time.localtime(self.until))
         text = f"{len(known)} of {self.wanted} ready, waiting for {who} until {until}"
         if guests.unfit:
-            text += f"; not ready: {some(guests.unfit.values(), 3)}"
+            text += "; not ready: " + "; ".join([*guests.unfit.values()][:MOST])
         return text

@@ -135,7 +135,10 @@ def run_of(about: Mapping[str, Any]) -> str:
     Raises:
         UserError: It has none.
     """
-    return _identity(about).federation
+    federation = _field(about, "federation", str)
+    if len(federation) != 32 or not set(federation) <= set("0123456789abcdef"):
+        raise UserError("a message without a federation's number")
+    return federation
 
 
 def _say(about: Mapping[str, Any], client: str, kind: str, **more: object) -> bytes:
@@ -196,13 +199,13 @@ def _turn(blob: bytes, about: Mapping[str, Any], institution: Institution) -> by
     scores: dict[str, float] = {}
     what, final = f"run {identity.federation[:8]}", about["kind"] == "final"
     what += ": the last model" if final else f", round {state.version + 1} of {settings.rounds}"
-    log.info("%s: %s received, %d rows here", what, _megabytes(blob), len(institution.rows))
+    log.info("%s: %s received, %d rows here", what, _size(blob), len(institution.rows))
     if about.get("evaluate") and institution.validation is not None:
         scores = engine.score(state, institution.name)
     if final:
         return _say(about, institution.name, "scores", scores=scores, version=held.version)
     reply, loss = _train(about, engine, state, held, scores, cache)
-    log.info("%s: trained, loss %.4g, %s to send", what, loss, _megabytes(reply))
+    log.info("%s: trained, loss %.4g, %s to send", what, loss, _size(reply))
     return reply
 
 
@@ -216,8 +219,8 @@ def _check_round(about: Mapping[str, Any], rounds: int) -> None:
         )
 
 
-def _megabytes(blob: bytes) -> str:
-    return f"{len(blob) / 1e6:.3g} MB"
+def _size(blob: bytes) -> str:
+    return f"{len(blob) / 1e3:.1f} kB" if len(blob) < 1e6 else f"{len(blob) / 1e6:.1f} MB"
 
 
 def _train(
@@ -264,14 +267,11 @@ def _engine(institution: Institution, settings: Settings) -> LocalEngine:
 
 
 def _identity(about: Mapping[str, Any]) -> Identity:
-    federation = _field(about, "federation", str)
-    if len(federation) != 32 or not set(federation) <= set("0123456789abcdef"):
-        raise UserError("a message without a federation's number")
     try:
         lineage = tuple((int(v), str(mark)[:64]) for v, mark in _field(about, "lineage", list))
     except (ValueError, TypeError, OverflowError):
         raise UserError("a message whose lineage cannot be read") from None
-    return Identity(federation, lineage or ((0, ""),))
+    return Identity(run_of(about), lineage or ((0, ""),))
 
 
 def _field(about: Mapping[str, Any], name: str, kind: type[Value]) -> Value:

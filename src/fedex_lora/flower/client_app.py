@@ -20,8 +20,9 @@ from fedex_lora.data.quoted import show_rows
 from fedex_lora.engines.audit import FILE as AUDIT
 from fedex_lora.engines.audit import Audit
 from fedex_lora.engines.consent import FILE as RUNS
-from fedex_lora.engines.consent import Consent, Unasked
+from fedex_lora.engines.consent import Consent, Undecided
 from fedex_lora.engines.site import Institution, handle, refused, run_of, unable, undecided
+from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import read_about
 from fedex_lora.flower.grid import pack, unpack
 from fedex_lora.recipe import Recipe
@@ -37,7 +38,11 @@ log = logging.getLogger("fedex_lora")
 def answer(message: Message, context: Context) -> Message:
     """One message of the coordinator, one reply."""
     with in_time(message, context):
-        reply = reply_to(unpack(message.content), context.node_config, context.run_config)
+        try:
+            blob = unpack(message.content)
+        except UserError:
+            blob = b""  # of a program that is not run here; it is logged as any other message
+        reply = reply_to(blob, context.node_config, context.run_config)
         return Message(pack(reply), reply_to=message)
 
 
@@ -70,6 +75,8 @@ def reply_to(blob: bytes, node: Mapping[str, Any], run: Mapping[str, Any]) -> by
     audit = Audit(None if "partition-id" in node else home / AUDIT)
     about: dict[str, Any] = {}
     try:
+        if not blob:
+            raise UserError("a message of another program than fedex-lora")
         about = read_about(blob)
         _note(audit, "in", about, about, blob)
         reply = _reply(blob, about, place, None if "partition-id" in node else _consent(place))
@@ -85,8 +92,9 @@ def _note(
     audit: Audit, direction: str, said: Mapping[str, Any], asked: Mapping[str, Any], blob: bytes
 ) -> None:
     """A line of the audit log; `asked` is the coordinator's message, `said` this one."""
-    version = asked.get("version", -1)
-    round = version + 1 if type(version) is int and asked.get("kind") == "round" else version
+    version, kind = asked.get("version"), asked.get("kind")
+    round = version + 1 if type(version) is int and kind == "round" else version
+    round = 0 if kind == "hello" else round
     outcome = str(said.get("reason", "received" if direction == "in" else "answered"))
     run = asked.get("federation")
     audit.write(direction, said.get("kind"), run, round, blob, outcome, "coordinator")
@@ -110,18 +118,20 @@ def _reply(
             consent.greeted(run_of(about))
         elif consent is not None:
             consent.turn(run_of(about), most_turns(recipe))
-    except Unasked as error:
-        log.warning(
-            "run %s: %s. For its word: fedex-lora deploy allow %s",
-            run_of(about)[:8],
-            error,
-            shlex.quote(str(place["home"])),
-        )
+    except Undecided as error:
+        if error.first and consent is not None and not consent.ask:
+            log.warning(
+                "run %s: took part in %d, which is as many runs as it was told; to take part in "
+                "this one: fedex-lora deploy allow %s",
+                run_of(about)[:8],
+                len(consent.joined()),
+                shlex.quote(str(place["home"])),
+            )
         return undecided(about, name, str(error))
     reply = handle(blob, institution(place, recipe))
     if consent is not None and kind == "final" and not consent.ask and not consent.left():
         log.info(
-            "took part in %d runs, as many as it was told to (--runs): waiting for word, "
+            "took part in %d, which is as many runs as it was told; for another one: "
             "fedex-lora deploy allow %s",
             len(consent.joined()),
             shlex.quote(str(place["home"])),

@@ -75,11 +75,18 @@ def keep_to(app: str) -> None:
 
 
 def tell() -> None:
-    """This program's own lines go to the client's log as they are."""
+    """This program's own lines go to the client's log; in the form of Flower's where they are
+    grave, see `deploy.words`."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Form())
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
+
+
+class _Form(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        grave = f"{record.levelname} : " if record.levelno >= logging.WARNING else ""
+        return grave + super().format(record)
 
 
 def _set_aside(fab: bytes, **_: Any) -> None:
