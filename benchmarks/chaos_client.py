@@ -20,8 +20,9 @@ from flwr.clientapp import ClientApp
 
 from benchmarks import flower_echo
 from fedex_lora.adapter import AdapterState
+from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import decode_update, encode_update, read_about
-from fedex_lora.flower.client_app import in_time, reply_to
+from fedex_lora.flower import client_app
 from fedex_lora.flower.grid import pack, unpack
 
 app = ClientApp()
@@ -32,13 +33,10 @@ def answer(message: Message, context: Context) -> Message:
     """The client's reply, or what the plan makes of it."""
     if "wanted" in message.content.config_records:
         return flower_echo.answer(message)
-    blob = unpack(message.content)
-    said = read_about(blob)
-    file = Path(os.environ["FEDEX_LORA_CHAOS"])
-    plan = json.loads(file.read_text()) if file.exists() else {"client": "", "round": 0, "what": ""}
-    now = said.get("client") == plan["client"] and said.get("version", -1) + 1 == plan["round"]
-    what = plan["what"] if now and said["kind"] == "round" else ""
-    with in_time(message, context):
+    what = planned(message)
+    if not what:
+        return client_app.answer(message, context)
+    with client_app.in_time(message, context):
         if what == "process killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "raises":
@@ -46,9 +44,21 @@ def answer(message: Message, context: Context) -> Message:
         if what == "hangs":
             time.sleep(3600)
         if what == "waits":
-            wait(file.with_name("at-work"))
-        reply = reply_to(blob, context.node_config, context.run_config)
-        return Message(pack(damaged(reply, what) if what else reply), reply_to=message)
+            wait(Path(os.environ["FEDEX_LORA_CHAOS"]).with_name("at-work"))
+        blob = unpack(message.content)
+        reply = client_app.reply_to(blob, context.node_config, context.run_config)
+        return Message(pack(damaged(reply, what)), reply_to=message)
+
+
+def planned(message: Message) -> str:
+    """What is planned for this message; nothing where it is no round of ours."""
+    file = Path(os.environ["FEDEX_LORA_CHAOS"])
+    try:
+        plan, said = json.loads(file.read_text()), read_about(unpack(message.content))
+    except (FileNotFoundError, UserError):
+        return ""
+    now = said.get("client") == plan["client"] and said.get("version", -1) + 1 == plan["round"]
+    return plan["what"] if now and said["kind"] == "round" else ""
 
 
 def wait(mark: Path) -> None:

@@ -49,8 +49,11 @@ class Deployed:
         self._start("server", ["deploy", "server", str(self.folder)])
         self.wait_for("server", "ready for clients")
 
-    def start_client(self, name: str, recipe: Path, data: Path) -> None:
-        common = ["deploy", "client", str(self.folder), "--name", name, "--no-check"]
+    def start_client(
+        self, name: str, recipe: Path, data: Path, handed_over: Path | None = None
+    ) -> None:
+        folder = str(handed_over or self.folder)
+        common = ["deploy", "client", folder, "--name", name, "--no-check"]
         common += ["--runs", str(self.runs)]
         self._start(name, [*common, "--recipe", str(recipe), "--data", str(data)])
 
@@ -159,9 +162,11 @@ def own_address() -> str:
 
 
 @contextmanager
-def deployed(folder: Path, recipe: Recipe, files: Sequence[Path]) -> Iterator[Deployed]:
-    """All of it; ended whatever happens."""
-    deployment = Deployed(folder, [file.stem for file in files])
+def deployed(
+    folder: Path, recipe: Recipe, files: Sequence[Path], runs: int = 100
+) -> Iterator[Deployed]:
+    """All of it; ended whatever happens. Clients take part in so many runs."""
+    deployment = Deployed(folder, [file.stem for file in files], runs)
     with interrupted_by_signals():
         try:
             deployment.start_server()
