@@ -111,7 +111,7 @@ def test_a_server_has_several_names_and_clients_use_the_first(command, tmp_path)
     ("hosts", "bind"),
     [
         (("127.0.0.1",), "127.0.0.1"),
-        (("localhost", "::1"), "localhost"),
+        (("localhost", "::1"), "::1"),
         (("fed.example.org",), "0.0.0.0"),
         (("127.0.0.1", "10.0.0.5"), "0.0.0.0"),
         (("10.0.0.5", "2001:db8::5"), "::"),

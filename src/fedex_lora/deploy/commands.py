@@ -164,7 +164,7 @@ def _bind(deployment: Deployment) -> str:
     those of IPv6 too where one was named."""
     six = any(":" in host for host in deployment.hosts)
     if all(map(is_loopback, deployment.hosts)):
-        return "localhost" if six else "127.0.0.1"
+        return "::1" if six else "127.0.0.1"
     return "::" if six else "0.0.0.0"
 
 

@@ -31,6 +31,7 @@ from fedex_lora.flower.refusals import Asgi, Keys, Scope, Send, admitting
 
 PUBLIC = ("/v1/fleet/", "/health")  # what SuperNodes need
 LOCAL = ("/v1/runtime/",)  # what the SuperExec needs: Flower asks for its secret, and for tokens
+_BOTH: dict[str, Any] = {"::": "", "::1": ["127.0.0.1", "::1"]}
 PATIENCE = ("busy_timeout", "300000")  # of SQLite, in milliseconds
 CLIENTS = "FEDEX_LORA_CLIENTS"  # environment: the folder with the institutions' public keys
 _REFUSED = "only from the coordinator itself, by the account that has the deployment's secret\n"
@@ -97,8 +98,8 @@ def main() -> None:
     os.umask(0o077)  # the database holds the institutions' updates
 
     def run_guarded(app: Any, **options: Any) -> None:
-        if options.get("host") == "::":  # asyncio would listen to IPv6 alone
-            options["host"] = ""
+        # asyncio would listen to IPv6 alone, and the coordinator itself uses IPv4
+        options["host"] = _BOTH.get(options["host"], options["host"])
         app = guarded(admitting(app, keys, partial(print, flush=True)), secret)
         # forwarded headers would let anybody claim to be this machine
         run(app, proxy_headers=False, **options)
