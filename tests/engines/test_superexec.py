@@ -3,10 +3,13 @@
 import importlib
 import json
 import logging
+import os
 import shutil
+from io import BytesIO
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from types import SimpleNamespace
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
@@ -21,7 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedex_lora.deploy.templates import APP as THIN
 from fedex_lora.federation.messages import read_about
-from fedex_lora.flower import client_app, superexec, turns
+from fedex_lora.flower import client_app, superexec, supernode, turns
 from fedex_lora.flower.grid import pack, unpack
 
 FLOWER = importlib.import_module("flwr.supernode.runtime.run_clientapp")
@@ -142,7 +145,11 @@ def test_a_client_runs_what_it_installed_whatever_the_server_sends(
         one_message(fab(turns.APP), pack(b"it"), turns.APP)
         assert not caplog.text
         one_message(b"no zip", pack(b"it"), turns.APP)
-    assert "unreadable: BadZipFile" in caplog.text
+        bomb = BytesIO()
+        with ZipFile(bomb, "w", ZIP_DEFLATED) as packed:
+            packed.writestr("pyproject.toml", b" " * 50_000_000)
+        one_message(bomb.getvalue(), pack(b"it"), turns.APP)
+    assert "unreadable: BadZipFile" in caplog.text and "unreadable: ValueError" in caplog.text
 
 
 def test_what_raises_at_a_client_is_told_by_its_kind_alone(one_message, monkeypatch, caplog):
@@ -169,3 +176,19 @@ def test_a_message_of_another_program_is_refused_and_logged(one_message, tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [line["direction"] for line in lines] == ["in", "out"]
     assert "another program" in lines[1]["outcome"] and lines[0]["run"] is None
+
+
+def test_a_supernode_leaves_programs_packed_and_ends_with_its_parent(monkeypatch):
+    started = []
+    internal = supernode.start_client_internal
+    monkeypatch.setattr(internal, supernode.UNPACKS, getattr(internal, supernode.UNPACKS))
+    monkeypatch.setattr(supernode, "start_parent_process_monitor", started.append)
+    monkeypatch.setattr(supernode, "flower_supernode", lambda: started.append("it"))
+    before = os.umask(0o022)
+    supernode.main()
+    assert os.umask(before) == 0o077 and started == [os.getppid(), "it"]
+    assert getattr(internal, supernode.UNPACKS)(b"no zip", None) == {}
+    monkeypatch.delattr(internal, supernode.UNPACKS)
+    with pytest.raises(RuntimeError, match="this version of Flower"):
+        supernode.main()
+    os.umask(before)

@@ -10,7 +10,15 @@ from typing import Annotated
 
 import typer
 
-from fedex_lora.cli.common import ShowRows, app, comma_separated, read_recipe, say
+from fedex_lora.cli.common import (
+    ShowRows,
+    app,
+    comma_separated,
+    complain,
+    read_recipe,
+    say,
+    this_command,
+)
 from fedex_lora.errors import UserError
 from fedex_lora.listing import MOST, some
 from fedex_lora.setup import client_rows, recipe_task
@@ -122,6 +130,7 @@ def server_command(folder: Folder) -> None:
         say(f"warning: {soon}")
     with alone(folder, "deploy server"):
         serve(folder.resolve(), deployment, say)
+    _say_ended()
 
 
 @deploys.command("client")
@@ -176,6 +185,12 @@ def client_command(
         node = commands.supernode(own, deployment, name, recipe.resolve(), rows, port, **settings)
         programs = [node, commands.client_superexec(own, port)]
         processes.attend(programs, say, own / "flower.log", Asking(consent, say).look)
+    _say_ended()
+
+
+def _say_ended() -> None:
+    """After Ctrl-C."""
+    complain(f"ended; this goes on:\n  {this_command()}")
 
 
 @deploys.command("allow")

@@ -27,6 +27,7 @@ from flwr.supercore.tls import validate_and_resolve_root_certificates
 from flwr.superlink.runtime import run_serverapp
 
 APP = "fedex_lora.flower.client_app:app"
+_LARGE = 1_000_000  # bytes of a file that is only looked at
 log = logging.getLogger("fedex_lora")
 
 # by its name: the package has a function of the same name
@@ -92,9 +93,12 @@ class _Form(logging.Formatter):
 def _set_aside(fab: bytes, **_: Any) -> None:
     """What a run brought along stays packed; said, where it is more than the name of our app."""
     try:
+        members = {m.filename: m.file_size for m in ZipFile(BytesIO(fab)).infolist()}
+        files = [name for name in members if not name.startswith(".info/")]
+        if members["pyproject.toml"] > _LARGE:
+            raise ValueError("too large")
         config = get_fab_config(fab)["tool"]["flwr"]["app"]
         theirs = str(config["components"]["clientapp"])
-        files = [n for n in ZipFile(BytesIO(fab)).namelist() if not n.startswith(".info/")]
     except Exception as error:
         theirs, files = f"unreadable: {type(error).__name__}", []
     if theirs != APP or files != ["pyproject.toml"]:
