@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +18,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from benchmarks import flower_echo
-from fedex_lora.adapter import AdapterState
+from benchmarks.spoil import about, parts, whole
 from fedex_lora.errors import UserError
-from fedex_lora.federation.messages import decode_update, encode_update, read_about
 from fedex_lora.flower import client_app
 from fedex_lora.flower.grid import pack, unpack
 
@@ -54,7 +52,7 @@ def planned(message: Message) -> str:
     """What is planned for this message; nothing where it is no round of ours."""
     file = Path(os.environ["FEDEX_LORA_CHAOS"])
     try:
-        plan, said = json.loads(file.read_text()), read_about(unpack(message.content))
+        plan, said = json.loads(file.read_text()), about(unpack(message.content))
     except (FileNotFoundError, UserError):
         return ""
     now = said.get("client") == plan["client"] and said.get("version", -1) + 1 == plan["round"]
@@ -70,16 +68,14 @@ def wait(mark: Path) -> None:
 
 def damaged(reply: bytes, what: str) -> bytes:
     """The reply, spoiled."""
-    said, update = read_about(reply), decode_update(reply, AdapterState())
+    tensors, meta = parts(reply)
+    factors = {n: t for n, t in tensors.items() if n.startswith("A/")}
     if what == "sends NaN":
-        spoiled = {n: torch.full_like(t, float("nan")) for n, t in update.A.items()}
-        return encode_update(replace(update, A=spoiled), AdapterState(), about=said)
+        tensors |= {n: torch.full_like(t, float("nan")) for n, t in factors.items()}
     if what == "wrong shapes":
-        spoiled = {n: t.T.contiguous() for n, t in update.A.items()}
-        return encode_update(replace(update, A=spoiled), AdapterState(), about=said)
+        tensors |= {n: t.T for n, t in factors.items()}
     if what == "10 times the size":
-        more = {f"{n}/{i}": t for n, t in update.A.items() for i in range(2000)}
-        return encode_update(replace(update, A={**update.A, **more}), AdapterState(), about=said)
+        tensors |= {f"{n}/{i}": t for n, t in factors.items() for i in range(2000)}
     if what == "another run's round":
-        return encode_update(update, AdapterState(), about={**said, "federation": "0" * 32})
-    return reply
+        meta["about"]["federation"] = "0" * 32
+    return whole(tensors, meta)

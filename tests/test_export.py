@@ -19,7 +19,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.export import default_name, export_adapter, export_model
 from fedex_lora.model import files
 from fedex_lora.run import start_run
-from fedex_lora.rundir import RunDir, best_record
+from fedex_lora.rundir import RunDir, best_record, comparable
 from fedex_lora.trained import open_run
 
 
@@ -206,9 +206,37 @@ def test_the_best_record():
         return [{"round": i + 1, "score": s} for i, s in enumerate(scores)]
 
     scores = records(None, 0.5, 0.7, 0.7, float("nan"))
-    assert best_record(scores, True) == {"round": 3, "score": 0.7}
+    assert best_record(scores, True) == {"round": 4, "score": 0.7}  # of equals the later
     assert best_record(scores, False) == {"round": 2, "score": 0.5}
     assert best_record([*records(None), {"round": 2}], True) is None
+
+
+def test_of_equal_scores_the_lower_loss_is_better():
+    def record(round, loss, **more):
+        return {"round": round, "score": 0.0, **more, "loss": loss}
+
+    server = [record(i, 0, scores={"v": {"loss": loss}}) for i, loss in enumerate((3.0, 2.0, 4.0))]
+    assert best_record(server, True) == server[1]
+    clients = [
+        record(i, 0, scored_by=["a", "b"], client_scores={"a": {"loss": x}, "b": {"loss": 1.0}})
+        for i, x in enumerate((3.0, 2.0, 4.0))
+    ]
+    assert best_record(clients, True) == clients[1]
+    trained = [
+        record(i, 0, weights={"a": 0.25, "b": 0.75}, clients={"a": {"loss": x}, "b": {"loss": 1.0}})
+        for i, x in enumerate((3.0, 2.0, 4.0))
+    ]
+    assert best_record(trained, True) == trained[1]
+
+
+def test_rounds_that_different_clients_scored_are_not_compared():
+    told = {"a": {"accuracy": 0.9}, "b": {"accuracy": 0.9}}
+    one = {"round": 1, "score": 0.9, "scored_by": ["a", "b"], "client_scores": told}
+    two = {"round": 2, "score": 0.5, "scored_by": ["a"]}
+    three = {"round": 3, "score": None, "scored_by": []}
+    assert best_record([one, two, three], True) == two
+    assert not comparable([one, two, three])
+    assert comparable([one, three]) and best_record([one, three], True) == one
 
 
 def test_the_best_round_of_an_unfinished_run_is_the_best_so_far(command, stopped, tmp_path):

@@ -328,10 +328,10 @@ def test_early_stopping_and_the_best_round_s_checkpoint(tmp_path):
     spec = recipe(tmp_path, federation={"rounds": 12}, evaluation={"patience": 2})
     results = start_run(spec, tmp_path / "run")
     records = timeless(tmp_path / "run")
-    best = max(r["score"] for r in records)
-    first = next(r["round"] for r in records if r["score"] == best)
-    assert results["best_round"] == first and results["rounds"] == min(12, first + 2)
-    load_checkpoint(tmp_path / "run" / "checkpoints" / f"round-{first:04d}.safetensors")
+    best = max(records, key=lambda r: (r["score"], -r["scores"]["validation"]["loss"], r["round"]))
+    assert results["best_round"] == best["round"]
+    assert results["rounds"] == min(12, best["round"] + 2)
+    load_checkpoint(tmp_path / "run" / "checkpoints" / f"round-{best['round']:04d}.safetensors")
 
 
 def test_clients_that_vanish_cost_only_themselves(tmp_path):
@@ -343,9 +343,10 @@ def test_clients_that_vanish_cost_only_themselves(tmp_path):
 
 
 def test_a_client_that_diverges_is_refused_and_below_the_quorum_the_run_stops(tmp_path):
-    spec = recipe(tmp_path, training={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    spec = recipe(tmp_path, training={"learning_rate": 6e11, "max_grad_norm": 0.0})
     with pytest.raises(
-        QuorumLost, match=r"round 2: 0 valid updates.*ann: its training loss is nan"
+        QuorumLost,
+        match=r"round 2: 0 valid updates.*ann: head of .* has entries of .*; at most 1e\+12",
     ):
         start_run(spec, tmp_path / "run")
     assert newest(tmp_path / "run").version == 1

@@ -12,7 +12,7 @@ from fedex_lora.federation.checkpoint import NAME, load_checkpoint
 from fedex_lora.federation.loop import Record, count_down
 from fedex_lora.federation.state import ServerState, broadcast_to
 from fedex_lora.progress import Progress, complete, saved_beside
-from fedex_lora.rundir import RunDir, plain
+from fedex_lora.rundir import RunDir, comparable, plain
 from fedex_lora.scoring import final_scores
 from fedex_lora.setup import Federation
 from fedex_lora.trained import Trained
@@ -36,6 +36,11 @@ def finish(
     if complete(records, engine.deliver(state), federation, engine, watcher):
         directory.write_records(records)
     best = progress.best() or records[-1]
+    if not comparable(records):
+        watcher.note(
+            "rounds were scored by different clients, so they cannot be compared; the last round "
+            "that was scored counts as the best"
+        )
     rounds, last = state.version, final_scores(federation, engine, state, records[-1])
     at_best = last
     if best["round"] != rounds:

@@ -51,6 +51,10 @@ class Ledger:
         """The newest version that changed anything."""
         return self.entries[-1][0] if self.entries else self.snapshot_version
 
+    def newest(self) -> Increment:
+        """The newest increment; the snapshot where there is nothing else."""
+        return self.entries[-1][1] if self.entries else self.snapshot
+
     def sites(self) -> list[str]:
         """Names of all sites that have an increment, sorted."""
         return sorted(set(self.snapshot).union(*(inc for _, inc in self.entries)))

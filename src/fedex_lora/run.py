@@ -188,10 +188,10 @@ def _admit(
     federation: Federation, engine: Engine, state: ServerState
 ) -> tuple[Federation, ServerState]:
     """Clients that have come late take part from now on."""
-    names = engine.newcomers()
-    if not names:
-        return federation, state
-    state, engine.settings = admit(state, federation.settings, federation.initial, names)
+    settings = federation.settings
+    if names := engine.newcomers():
+        state, settings = admit(state, settings, federation.initial, names)
+    engine.settings = replace(settings, examples=engine.examples)
     return replace(federation, settings=engine.settings), state
 
 
@@ -201,7 +201,8 @@ def _round(
     recipe, began = federation.recipe, perf_counter()
     keep = _keeper(federation, directory) if recipe.records.save_updates else None
     shelf = partial(shelve, directory.checkpoints)
-    state, record = run_round(state, federation.settings, engine, keep, shelf)
+    waiting = directory.checkpoints / "waiting"
+    state, record = run_round(state, federation.settings, engine, keep, shelf, waiting)
     if recipe.records.save_updates:
         directory.save_global(federation.model, recipe.model.name, state, record["weights"])
     trained = sum(c["seconds"] for c in record["clients"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from fedex_lora.engines.engine import Engine
@@ -84,9 +85,20 @@ def with_own(
     own: Mapping[str, Mapping[str, float]],
 ) -> Record:
     """The server's scores and the clients' own, and the number that selects."""
-    score = _selection(federation.task.primary, scores, own, engine.validation)
-    result: Record = {"scores": dict(scores), "score": score}
-    return {**result, "client_scores": {c: dict(own[c]) for c in sorted(own)}} if own else result
+    primary = federation.task.primary
+    told = {c: dict(own[c]) for c in sorted(own)}
+    counted = [c for c, found in told.items() if _is_number(found[primary])]
+    result: Record = {
+        "scores": dict(scores),
+        "score": _selection(primary, scores, {c: told[c] for c in counted}, engine.validation),
+    }
+    if not told:
+        return result
+    return {**result, "client_scores": told, **({} if scores else {"scored_by": counted})}
+
+
+def _is_number(score: float | None) -> bool:
+    return score is not None and math.isfinite(score)
 
 
 def _means(scores: list[Scores]) -> Scores:

@@ -18,6 +18,7 @@ from fedex_lora.data.load import known_labels, load, load_client, load_evaluatio
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
 from fedex_lora.errors import UserError, Withheld
+from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.settings import Settings
 from fedex_lora.methods import METHODS
 from fedex_lora.model import AdaptedModel, load_model
@@ -182,6 +183,8 @@ def _bring_to_life(
     if pooled:
         clients = {POOLED: concatenate_datasets(list(clients.values()))}
     if clients:
+        settings = replace(settings, examples={name: len(part) for name, part in clients.items()})
+        check_shares(settings)
         smallest = min(clients.values(), key=len)
         check_image(task, model, smallest)
         rehearse(model, task, smallest, recipe.trainer_arguments)
@@ -305,4 +308,6 @@ def federation_settings(
         wire_dtype=getattr(torch, fed.wire_dtype),
         oversample=fed.oversample,
         max_norm=fed.max_norm,
+        norm_ratio=fed.max_norm_ratio,
+        max_share=fed.max_share,
     )

@@ -9,6 +9,7 @@ from typing import Any
 from fedex_lora.engines.courier import Failed
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.site import Institution, handle
+from fedex_lora.federation.header import Limit
 from fedex_lora.federation.loop import Lost
 from fedex_lora.federation.messages import Broadcast, Update
 from fedex_lora.federation.state import ServerState
@@ -17,6 +18,7 @@ from fedex_lora.run import in_this_process
 from fedex_lora.rundir import versions
 from fedex_lora.setup import Federation, set_up_client
 
+ANY = Limit(1 << 24, 1 << 30)  # of messages that tests look at
 Assembled = tuple[Federation, Engine]
 Change = Callable[[str, bytes], bytes | Failed]
 
@@ -48,6 +50,7 @@ class InProcess:
     Args:
         absent: By node, the rounds in which it is not connected.
         change: Makes of every reply what arrives: (node, reply) → reply.
+        keys: Whether nodes are known by keys, so that the courier knows whose they are.
     """
 
     def __init__(
@@ -55,9 +58,10 @@ class InProcess:
         nodes: dict[str, Institution],
         absent: dict[str, Sequence[int]] | None = None,
         change: Change = lambda node, reply: reply,
+        keys: bool = True,
     ) -> None:
         self.institutions, self.absent, self.change = nodes, absent or {}, change
-        self.round = 0
+        self.keys, self.round = keys, 0
         self.down: dict[tuple[int, str], int] = {}
         self.up: dict[tuple[int, str], int] = {}
         self.sent: list[tuple[int, str]] = []
@@ -66,6 +70,11 @@ class InProcess:
     def nodes(self) -> list[str]:
         here = [n for n in self.institutions if self.round not in self.absent.get(n, ())]
         return sorted(here, reverse=True)
+
+    def owner(self, node: str) -> str | None:
+        return self.institutions[node].name if self.keys else None
+
+    def bound(self, most: int) -> None: ...
 
     def send(self, node: str, blob: bytes, round: int, seconds: float) -> str:
         ticket = str(len(self.sent))

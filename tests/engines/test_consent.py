@@ -9,6 +9,7 @@ import torch
 from commands import command
 from small_runs import recipe
 
+from benchmarks.spoil import about as about_of
 from engines.in_process import InProcess, institution, institutions, remote, without_files
 from engines.test_site import Notes, about
 from engines.test_wire import quick, timeless  # noqa: F401 (a fixture)
@@ -21,7 +22,7 @@ from fedex_lora.engines.consent import Consent, Undecided
 from fedex_lora.engines.site import handle
 from fedex_lora.engines.wire import facts
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.federation.messages import Broadcast, encode_about, encode_broadcast, read_about
+from fedex_lora.federation.messages import Broadcast, encode_about, encode_broadcast
 from fedex_lora.flower import client_app
 from fedex_lora.flower.client_app import most_turns, reply_to
 from fedex_lora.flower.coordinator import across_machines
@@ -153,7 +154,7 @@ def test_a_second_run_is_not_joined_unasked(ann, caplog, monkeypatch):
     mine = facts(brought.recipe, brought.task, brought.model, brought.initial)
 
     def told(blob):
-        return read_about(reply_to(blob, node, {"runs": 99, "ask": 0}))  # whatever the server says
+        return about_of(reply_to(blob, node, {"runs": 99, "ask": 0}))  # whatever the server says
 
     def round_of(federation):
         return encode_broadcast(Broadcast(1), about={**about(brought), "federation": federation})
@@ -182,13 +183,13 @@ def test_a_run_is_no_more_rounds_than_its_recipe_s(ann, monkeypatch):
     for kind, version in (("round", 2), ("final", 3), ("round", 99)):
         said = {**about(brought), "kind": kind, "version": version}
         blob = encode_broadcast(Broadcast(version + 1), about=said)
-        told = read_about(handle(blob, brought))
+        told = about_of(handle(blob, brought))
         assert told["kind"] == "failed" and "this client's recipe has 2 rounds" in told["reason"]
     assert most_turns(spec) == 14
     monkeypatch.setattr(client_app, "most_turns", lambda spec: 2)
     monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
     blob = encode_broadcast(Broadcast(1), about=about(brought))
-    replies = [read_about(reply_to(blob, node, {})) for _ in range(3)]
+    replies = [about_of(reply_to(blob, node, {})) for _ in range(3)]
     assert [reply["kind"] for reply in replies] == ["update", "update", "failed"]
     assert "this run has had 2 turns" in replies[-1]["reason"]
 
@@ -208,7 +209,7 @@ def test_the_coordinator_asks_a_client_whose_operator_has_yet_to_speak_again(tmp
     left = [3]
 
     def change(node, reply):
-        said = read_about(reply)
+        said = about_of(reply)
         if node == "bob" and said["kind"] == "hello" and left[0]:
             left[0] -= 1
             return encode_about({**said, "kind": "undecided", "reason": "its operator ..."})
@@ -237,7 +238,7 @@ def test_for_whom_is_waited_is_said(tmp_path, monkeypatch):
         start_run(few, tmp_path / "run", notes, across_machines(InProcess(nodes)))
     waiting = [text for text in notes.texts if "ready, waiting for" in text]
     assert waiting[-1].startswith("1 of 3 ready, waiting for bob, cleo until ")
-    assert "not ready: client bob" in waiting[-1] and "learning_rate: 0.5 here" in waiting[-1]
+    assert "; not ready: bob: " in waiting[-1] and "learning_rate: 0.5 here" in waiting[-1]
     assert len(waiting) <= 3  # when it changes, not at every look
 
 
@@ -248,6 +249,9 @@ def test_every_message_is_a_line_at_both_ends(tmp_path):
     received = []
 
     class Wired(InProcess):
+        def owner(self, node):
+            return node
+
         def send(self, node, blob, round, seconds):
             place = {"client": node, "recipe": str(tmp_path / "recipe.yaml"), "runs": 1}
             place |= {"home": str(homes[node]), "data": str(tmp_path / "data" / f"{node}.jsonl")}
@@ -360,7 +364,7 @@ def test_what_is_not_ours_does_not_leave_the_client_in_words(
             site.LocalEngine, "exchange" if where == "training" else "place", broken
         )
     reply = reply_to(encode_broadcast(Broadcast(1), about=about(brought)), node, {})
-    said = read_about(reply)
+    said = about_of(reply)
     assert said["kind"] == "failed" and said["reason"] == told
     assert SECRET.encode() not in reply and SECRET in caplog.text
     assert SECRET not in (home / "audit.jsonl").read_text()

@@ -6,18 +6,18 @@ import pytest
 import torch
 from small_runs import recipe
 
-from engines.in_process import InProcess, institution, institutions, remote
+from benchmarks.spoil import about as about_of
+from engines.in_process import ANY, InProcess, institution, institutions, remote
 from engines.test_wire import CLIENTS, quick, same_bits, timeless  # noqa: F401 (a fixture)
 from fedex_lora.engines.cache import Cache, Held
 from fedex_lora.engines.site import handle
-from fedex_lora.engines.wire import Identity, agreed, agreement, facts
+from fedex_lora.engines.wire import PROTOCOL, Identity, agreed, agreement, facts
 from fedex_lora.federation.messages import (
     Broadcast,
     decode_broadcast,
     encode_about,
     encode_broadcast,
     ledger_tensors,
-    read_about,
 )
 from fedex_lora.federation.state import begin, start_of
 from fedex_lora.flower.coordinator import across_machines
@@ -45,7 +45,7 @@ def ann(tmp_path_factory):
 
 def about(client):
     return {
-        "protocol": 1,
+        "protocol": PROTOCOL,
         "kind": "round",
         "federation": FEDERATION,
         "lineage": [[0, "mark"]],
@@ -60,7 +60,7 @@ def about(client):
 
 def asked(institution, message, changes):
     said = {**about(institution), **changes}
-    return read_about(handle(encode_broadcast(message or Broadcast(1), about=said), institution))
+    return about_of(handle(encode_broadcast(message or Broadcast(1), about=said), institution))
 
 
 SITE = "roberta.encoder.layer.0.attention.self.query"
@@ -86,17 +86,17 @@ def test_a_client_refuses_what_is_none_of_its_run_s_messages(ann, changes, messa
 
 
 def test_a_message_that_is_too_large_is_refused_before_it_is_decoded(ann):
-    told = read_about(handle(b"\xff" * 5_000_000, ann))
+    told = about_of(handle(b"\xff" * 5_000_000, ann))
     assert told["kind"] == "failed" and "at most" in told["reason"]
 
 
 def test_what_does_not_agree_is_named_on_both_sides(ann):
     mine = facts(ann.recipe, ann.task, ann.model, ann.initial)
-    said = {"protocol": 1, "kind": "hello", "federation": FEDERATION, "lineage": [[0, "m"]]}
+    said = {"protocol": PROTOCOL, "kind": "hello", "federation": FEDERATION, "lineage": [[0, "m"]]}
 
     def hello(**changes):
         theirs = {"agreed": dict(mine.agreed), "digests": dict(mine.digests), **changes}
-        return read_about(handle(encode_about({**said, **theirs}), ann))
+        return about_of(handle(encode_about({**said, **theirs}), ann))
 
     assert hello()["kind"] == "hello"
     other = hello(agreed={**mine.agreed, "training.learning_rate": 0.5})
@@ -104,7 +104,7 @@ def test_what_does_not_agree_is_named_on_both_sides(ann):
     assert "training.learning_rate: 0.02 here, 0.5 at the coordinator" in other["reason"]
     other = hello(digests={**mine.digests, "weights": "0"})
     assert "model.name: other pretrained weights" in other["reason"]
-    old = read_about(handle(encode_about({**said, "protocol": 0}), ann))
+    old = about_of(handle(encode_about({**said, "protocol": 0}), ann))
     assert old["kind"] == "unfit" and "install the same version" in old["reason"]
 
 
@@ -178,7 +178,7 @@ def test_absent_clients_and_one_that_joins_late_catch_up(tmp_path):
     def send(node, blob, round, seconds):
         courier.round = max(courier.round, round)
         if node == "cleo" and round == 7:
-            to_cleo[round] = decode_broadcast(blob)
+            to_cleo[round] = decode_broadcast(blob, ANY)
         return normal(node, blob, round, seconds)
 
     courier.send = send  # type: ignore[method-assign]

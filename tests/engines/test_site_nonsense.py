@@ -1,57 +1,78 @@
 """Clients that send nonsense or cannot work: each costs its own part, and is named."""
 
+import json
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small_runs import recipe
 
+from benchmarks.spoil import about, parts, whole
 from engines.in_process import InProcess, institution, institutions, remote, without_files
 from engines.test_site import FEDERATION, Notes
 from engines.test_wire import CLIENTS, quick, same_bits, timeless  # noqa: F401 (a fixture)
-from fedex_lora.adapter import AdapterState
 from fedex_lora.engines.courier import Failed
+from fedex_lora.engines.wire import PROTOCOL
 from fedex_lora.errors import QuorumLost
-from fedex_lora.federation.messages import (
-    Update,
-    decode_update,
-    encode_about,
-    encode_update,
-    read_about,
-)
+from fedex_lora.federation.messages import encode_about
 from fedex_lora.flower.client_app import reply_to
 from fedex_lora.flower.coordinator import across_machines
 from fedex_lora.recipe_yaml import dump_recipe
 from fedex_lora.run import start_run
 
-METRICS = {"loss": 1.0, "steps": 1.0, "seconds": 1.0}
-
 
 def bad(kind, reply):
     """What a broken or hostile client makes of its reply."""
-    said = read_about(reply)
+    tensors, meta = parts(reply)
+    said = meta["about"]
     if said["kind"] != "update":
         return reply
-    tensors = {"a": torch.zeros(2)}
-    update = Update(1, "bob", tensors, tensors, {}, 3, METRICS)
-    start = AdapterState()
-    mine = decode_update(reply, start)
-    return {
+    name = next(n for n in tensors if n.startswith("B/"))
+    raw = {
         "noise": b"\x07" * 100,
-        "another run": encode_update(update, None, torch.float32, {**said, "federation": "f"}),  # type: ignore[arg-type]
-        "another site": encode_update(update, None, torch.float32, said),  # type: ignore[arg-type]
         "huge": reply + b"\x00" * 5_000_000,
         "raises": Failed("its program failed; its own log says why"),
-        "another kind": encode_about({**said, "kind": "hello"}),
-        "endless": encode_about({**said, "kind": "lacks", "version": float("inf")}),
-        "other metrics": encode_update(replace(mine, metrics={"scores": 1.0}), start, about=said),
-        "strange scores": encode_update(replace(mine, scores={"x": 1.0}), start, about=said),
-        "infinite": encode_update(replace(mine, scores={"accuracy": 1e999}), start, about=said),
         "nested": b"\x10\x27\x00\x00\x00\x00\x00\x00" + b"[" * 10000,
-    }[kind]
+        "long header": whole({}, {"about": said, "more": "x" * 72_500}),
+        "twice": whole(tensors, json.dumps(meta)[:-1] + ', "examples": 3}'),
+        "a long reason": encode_about({**said, "kind": "failed", "reason": "x" * 50_000}),
+        "a longer reason": encode_about({**said, "kind": "failed", "reason": "x" * 900_000}),
+    }
+    if kind in raw:
+        return raw[kind]
+    changed = {
+        "another run": {"about": {**said, "federation": "f"}},
+        "another kind": {"about": {**said, "kind": "hello"}},
+        "another name": {"about": {**said, "client": "ann"}},
+        "nobody's name": {"about": {**said, "client": "zoe"}},
+        "no name": {"about": {n: v for n, v in said.items() if n != "client"}},
+        "endless": {"about": {**said, "kind": "lacks", "version": float("inf")}},
+        "a reason that is none": {"about": {**said, "kind": "failed", "reason": [1]}},
+        "other metrics": {"metrics": {"scores": 1.0}},
+        "a metric as text": {"metrics": {"loss": "1", "steps": 1, "seconds": 1}},
+        "strange scores": {"scores": {"x": 1.0}},
+        "too good a score": {"scores": {"accuracy": 1e300}},
+        "an infinite score": {"scores": {"accuracy": 1e999}},
+        "too many examples": {"examples": 10**9},
+        "half an example": {"examples": 3.7},
+        "a truth as examples": {"examples": True},
+        "a round as text": {"round": "1"},
+        "an old round": {"round": 0},
+        "drift of another type": {"drift": 0},
+    }
+    if kind in changed:
+        return whole(tensors, {**meta, **changed[kind]})
+    spoiled = {
+        "another site": {"A/a": torch.zeros(2)},
+        "another shape": {name: torch.zeros(2, 2)},
+        "another dtype": {name: tensors[name].double()},
+        "NaN": {name: tensors[name] * float("nan")},
+        "1e19": {n: t + 1e19 for n, t in tensors.items()},
+        "times 10000": {n: t * 1e4 for n, t in tensors.items()},
+    }
+    return whole({**tensors, **spoiled[kind]}, meta)
 
 
 @pytest.mark.parametrize(
@@ -59,15 +80,36 @@ def bad(kind, reply):
     [
         ("noise", "cannot be read"),
         ("another run", "belongs to another run"),
-        ("another site", "'a' was not asked for"),
+        ("another site", "A of 'a' was not asked for"),
+        ("another shape", "has shape (2, 2); expected"),
+        ("another dtype", "has dtype F64; expected float32 or bfloat16"),
+        ("another name", "client bob calls itself ann"),
+        ("nobody's name", "client bob calls itself zoe"),
+        ("no name", "a client calls itself 'None'"),
         ("huge", "at most"),
+        ("long header", "a header of 72,"),
         ("raises", "its program failed"),
-        ("another kind", "was not asked for"),
+        ("another kind", "'hello', which was not asked for"),
         ("nested", "cannot be read"),
-        ("endless", "cannot convert float infinity"),
+        ("twice", "a key that is given twice"),
+        ("endless", "version: Input should be a valid integer, got 'inf'"),
+        ("a long reason", "xxx"),
+        ("a longer reason", "at most"),
+        ("a reason that is none", "reason: Input should be a valid string"),
         ("other metrics", "metrics scores; expected loss, seconds, steps"),
+        ("a metric as text", "loss: expected a number, got '1'"),
         ("strange scores", "its scores lack accuracy"),
-        ("infinite", "its score accuracy is infinite"),
+        ("too good a score", "its score accuracy is 1e+300; expected 0 to 1"),
+        ("an infinite score", "its score accuracy is inf; expected 0 to 1"),
+        ("too many examples", "trained on 1000000000 examples; it declared 3 before round 1"),
+        ("half an example", "examples: expected a whole number, got '3.7'"),
+        ("a truth as examples", "examples: expected a whole number, got 'True'"),
+        ("a round as text", "round: expected a whole number, got '1'"),
+        ("an old round", "sent an update of round 0; expected round 1"),
+        ("drift of another type", "drift: expected true or false"),
+        ("NaN", "entries that are NaN or infinite"),
+        ("1e19", "has entries of 1e+19; at most 1e+12 are taken"),
+        ("times 10000", "federation.max_norm_ratio is 10"),
     ],
 )
 def test_a_client_that_sends_nonsense_costs_its_update_and_nothing_else(kind, reason, tmp_path):
@@ -79,7 +121,8 @@ def test_a_client_that_sends_nonsense_costs_its_update_and_nothing_else(kind, re
     start_run(remote(spec), tmp_path / "run", None, across_machines(courier))
     (record,) = timeless(tmp_path / "run")
     assert sorted(record["clients"]) == ["ann", "cleo"]
-    assert reason in {**record["refused"], **record["lost"]}["bob"]
+    told = {**record["refused"], **record["lost"]}["bob"]
+    assert reason in told and len(told) <= 1000
 
 
 def test_too_few_clients_stop_the_run_with_reasons(tmp_path, caplog):
@@ -115,12 +158,14 @@ def test_strange_remarks_in_a_first_message_cost_nothing(changes, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"client": None}, "a client without a name"),
+        ({"client": None}, "calls itself 'None'"),
         ({"client": 5}, "calls itself '5'"),
-        ({"rows": 10**400}, "expected a count"),
-        ({"rows": -1}, "expected a count"),
-        ({"held": 1.5}, "expected a count"),
-        ({"kind": "update"}, "is not ready"),
+        ({"client": "ann"}, "bob: client bob calls itself ann"),
+        ({"rows": 10**400}, "rows: Input should be less than or equal to"),
+        ({"rows": -1}, "rows: Input should be greater than or equal to 1, got '-1'"),
+        ({"rows": True}, "rows: Input should be a valid integer, got 'True'"),
+        ({"held": 1.5}, "held: Input should be a valid integer, got '1.5'"),
+        ({"kind": "update"}, "client bob answers with 'update'"),
     ],
 )
 def test_a_strange_first_message_is_refused(changes, reason, tmp_path):
@@ -131,14 +176,17 @@ def test_a_strange_first_message_is_refused(changes, reason, tmp_path):
         start_run(few, tmp_path / "run", None, across_machines(courier))
 
 
-@pytest.mark.parametrize("said", [[1], {"x": 1.0}, {"accuracy": float("inf")}, None])
-def test_strange_scores_of_the_last_model_are_left_out(said, tmp_path):
+STRANGE = [[1], {"x": 1.0}, {"accuracy": float("inf")}, {"accuracy": -0.5}, None]
+
+
+@pytest.mark.parametrize("scores", STRANGE)
+def test_strange_scores_of_the_last_model_are_left_out(scores, tmp_path):
     spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1}, evaluation=CLIENTS)
 
     def change(node, reply):
-        about = read_about(reply)
-        strange = node == "bob" and about["kind"] == "scores"
-        return encode_about({**about, "scores": said}) if strange else reply
+        said = about(reply)
+        strange = node == "bob" and said["kind"] == "scores"
+        return encode_about({**said, "scores": scores}) if strange else reply
 
     courier, notes = InProcess(institutions(spec, tmp_path / "cache"), change=change), Notes()
     start_run(remote(spec), tmp_path / "run", notes, across_machines(courier))
@@ -147,11 +195,29 @@ def test_strange_scores_of_the_last_model_are_left_out(said, tmp_path):
     assert any("the last model did not reach bob" in text for text in notes.texts)
 
 
+@pytest.mark.parametrize("scores", [{}, {"accuracy": float("nan"), "loss": 0.1}])
+def test_a_client_that_scores_some_rounds_only_does_not_choose_the_best(scores, tmp_path):
+    spec = recipe(tmp_path, federation={"clients": 3, "rounds": 3}, evaluation=CLIENTS)
+
+    def change(node, reply):
+        tensors, meta = parts(reply)
+        if node == "bob" and meta["about"]["kind"] == "update" and meta["round"] == 3:
+            return whole(tensors, {**meta, "scores": scores})
+        return reply
+
+    courier, notes = InProcess(institutions(spec, tmp_path / "cache"), change=change), Notes()
+    results = start_run(remote(spec), tmp_path / "run", notes, across_machines(courier))
+    by = [record["scored_by"] for record in timeless(tmp_path / "run")]
+    assert by == [["ann", "bob", "cleo"], ["ann", "cleo"], ["ann", "bob", "cleo"]]
+    assert results["best_round"] == 3
+    assert any("rounds were scored by different clients" in text for text in notes.texts)
+
+
 def rewritten(**changes):
     """bob's first message says something else."""
 
     def change(node, reply):
-        said = read_about(reply)
+        said = about(reply)
         greets = node == "bob" and said["kind"] == "hello"
         return encode_about({**said, **changes}) if greets else reply
 
@@ -160,9 +226,9 @@ def rewritten(**changes):
 
 def test_a_client_with_another_protocol_is_named_at_the_coordinator(tmp_path):
     spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1, "min_clients": 3})
-    courier = InProcess(institutions(spec, tmp_path / "cache"), change=rewritten(protocol=2))
+    courier = InProcess(institutions(spec, tmp_path / "cache"), change=rewritten(protocol=1))
     few = remote(spec, wait_for_clients=0.1)
-    with pytest.raises(QuorumLost, match=r"client bob speaks protocol 2, not 1; install the same"):
+    with pytest.raises(QuorumLost, match=r"client bob speaks protocol 1, not 2; install the same"):
         start_run(few, tmp_path / "run", None, across_machines(courier))
 
 
@@ -203,8 +269,8 @@ def test_unusable_rows_are_told_in_full_at_the_client_alone(text, log, tmp_path,
     if text is not None:
         rows.write_text(text)
     node = {"client": "ann", "recipe": tmp_path / "recipe.yaml", "data": rows, "home": tmp_path}
-    hello = encode_about({"protocol": 1, "kind": "hello", "federation": FEDERATION})
-    told = read_about(reply_to(hello, {k: str(v) for k, v in node.items()}, {}))
+    hello = encode_about({"protocol": PROTOCOL, "kind": "hello", "federation": FEDERATION})
+    told = about(reply_to(hello, {k: str(v) for k, v in node.items()}, {}))
     assert told["kind"] == "unfit" and told["client"] == "ann"
     assert told["reason"] == "its data cannot be used; its own log says why"
     assert log in caplog.text

@@ -22,8 +22,8 @@ from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExec
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
 from flwr.supercore.task_identity import TaskIdentity
 
+from benchmarks.spoil import about as about_of
 from fedex_lora.deploy.templates import APP as THIN
-from fedex_lora.federation.messages import read_about
 from fedex_lora.flower import client_app, superexec, supernode, turns
 from fedex_lora.flower.grid import pack, unpack
 
@@ -171,7 +171,7 @@ def test_another_version_of_flower_is_refused(monkeypatch):
 
 def test_a_message_of_another_program_is_refused_and_logged(one_message, tmp_path):
     reply = one_message(fab(turns.APP), RecordDict({"x": ConfigRecord({"y": 1})}), turns.APP)
-    told = read_about(unpack(reply.content))
+    told = about_of(unpack(reply.content))
     assert told["kind"] == "failed" and "another program" in told["reason"]
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [line["direction"] for line in lines] == ["in", "out"]

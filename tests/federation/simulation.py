@@ -9,10 +9,11 @@ import torch
 from oracles import trained_by
 
 from fedex_lora.adapter import AdapterState, Site, fresh
+from fedex_lora.federation.checks import check, ended
+from fedex_lora.federation.header import Limit
 from fedex_lora.federation.loop import Lost, run_round
 from fedex_lora.federation.messages import (
     Update,
-    check,
     decode_broadcast,
     decode_update,
     encode_broadcast,
@@ -62,7 +63,7 @@ class Clients:
         for client in sorted(broadcasts):
             blob = encode_broadcast(broadcasts[client], self.settings.wire_dtype)
             self.down[-1][client] = len(blob)
-            message = decode_broadcast(blob)
+            message = decode_broadcast(blob, Limit(1 << 30, 1 << 30))
             sites = self.settings.sites_of(client)
             start = receive(self.held[client], message, sites, self.settings.seed)
             assert_same(start, start_of(state, self.settings, client))
@@ -76,9 +77,11 @@ class Clients:
         b = {n: f.B for n, f in end.sites.items()} if "B" in trained else {}
         update = Update(round, client, a, b, end.head, EXAMPLES[client])
         if self.settings.method.exchanges:
-            update = decode_update(encode_update(update, start, self.settings.wire_dtype), start)
+            blob = encode_update(update, start, self.settings.wire_dtype)
+            update = decode_update(blob, start, client)
         if self.settings.method.assignment == "keep":  # what the server decodes is what counts
-            start = check(update, start, trained, round, client)
+            check(update, start, trained, round, self.settings)
+            start = ended(start, update)
         self.held[client] = start
         self.history[-1][client] = (begun, end)
         return update

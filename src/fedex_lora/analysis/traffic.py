@@ -121,7 +121,7 @@ class DryRun:
         first: dict[Site, str] = {}  # the site that stands for all that are like it
         self._like = {name: first.setdefault(site, name) for name, site in settings.sites.items()}
         sites = {name: site for site, name in first.items()}
-        self._small = replace(settings, sites=sites, max_norm=None)
+        self._small = replace(settings, sites=sites, max_norm=None, norm_ratio=None, examples={})
         self._state = begin(self._small, self._initial(started))
         self.ledger = Ledger((), self._increment(self._state.ledger.snapshot), 0)
         self._sizes: dict[object, Size] = {}

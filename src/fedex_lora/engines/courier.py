@@ -22,6 +22,15 @@ class Courier(Protocol):
         """Those connected now."""
         ...
 
+    def owner(self, node: str) -> str | None:
+        """The client whose node it is, by the key with which it is connected; None if nodes have no
+        keys. What a message says of its sender is compared with this."""
+        ...
+
+    def bound(self, most: int) -> None:
+        """From now on no larger reply is taken in, in bytes."""
+        ...
+
     def send(self, node: str, blob: bytes, round: int, seconds: float) -> str | Failed:
         """Sends one message; a ticket for its reply, which is void after so many seconds."""
         ...

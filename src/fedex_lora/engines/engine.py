@@ -18,11 +18,15 @@ class Engine(Transport, Protocol):
 
     Attributes:
         settings: The federation's; the loop replaces them when clients join.
+        examples: How many rows each client trains on, as it declared.
         validation: How many rows of its own each client scores models on, by client.
         server: The coordinator's own model.
     """
 
     settings: Settings
+
+    @property
+    def examples(self) -> Mapping[str, int]: ...
 
     @property
     def validation(self) -> Mapping[str, int]: ...

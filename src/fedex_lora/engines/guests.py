@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedex_lora.engines.audit import Audit
 from fedex_lora.engines.courier import Courier, Failed, Waits
-from fedex_lora.engines.replies import about_reply, count, text
-from fedex_lora.engines.wire import NOTHING, PROTOCOL, Facts, Identity
+from fedex_lora.engines.replies import Failure, Hello, about_reply, said, text
+from fedex_lora.engines.wire import PROTOCOL, Facts, Identity
 from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.federation.checks import check_shares
+from fedex_lora.federation.header import WORDS
 from fedex_lora.federation.messages import encode_about
+from fedex_lora.federation.settings import Settings
 from fedex_lora.listing import MOST, some
 
 OFTEN = 0.5  # seconds between two looks for replies
@@ -51,7 +54,14 @@ class Guests:
         roster: The only names that are admitted; None for any.
         versions: Of the packages that numbers depend on, here.
         note: Is told what the user should know.
+        settings: How much of the weights one client may have.
+        declared: Rows by client as they were declared before, in a run that is resumed.
         audit: Of every message.
+
+    Attributes:
+        declared: Rows by client. They hold for the run: who declares others later is refused.
+        began: Whether round 1 has begun. Until then too large a share stops the run, from then on
+            it keeps the newcomer out.
     """
 
     def __init__(
@@ -63,11 +73,15 @@ class Guests:
         roster: frozenset[str] | None = None,
         versions: Mapping[str, str | None] | None = None,
         note: Callable[[str], None] = lambda text: None,
+        settings: Settings | None = None,
+        declared: Mapping[str, int] | None = None,
         audit: Audit = Audit(),  # noqa: B008
     ) -> None:
         self.courier, self.facts, self.identity, self.waits = courier, facts, identity, waits
         self.roster, self.versions, self.note = roster, versions or {}, note
+        self.settings, self.declared = settings, dict(declared or {})
         self.audit = audit
+        self.began = bool(self.declared)
         self.known: dict[str, Guest] = {}
         self.unfit: dict[str, str] = {}  # by node, why
         self._greeted: dict[str, str] = {}  # by ticket, the node
@@ -143,34 +157,43 @@ class Guests:
             self._greeted[ticket] = node
 
     def _meet(self, node: str, reply: bytes) -> None:
+        sender = self.courier.owner(node)
         try:
-            about = about_reply(reply, self.identity)
+            about = about_reply(reply, self.identity, sender, WORDS)
             name = about["client"]
-            if not isinstance(name, str):
-                raise UserError("a client without a name")
-            if about["kind"] == "undecided":
-                self._await_word(node, f"client {name}: {text(about.get('reason'))}")
+            if about.get("kind") == "undecided":
+                why = text(said(Failure, about).reason)[:300]
+                self._await_word(node, f"client {name}: {why}")
                 return
-            if about["kind"] != "hello":
-                raise UserError(f"client {name} is not ready: {text(about.get('reason'))}")
+            if about.get("kind") == "unfit":
+                raise UserError(f"client {name} is not ready: {text(said(Failure, about).reason)}")
+            if about.get("kind") != "hello":
+                raise UserError(f"client {name} answers with {text(about.get('kind'))[:40]!r}")
             self._check_name(name, node)
-            guest = Guest(
-                node,
-                count(about["rows"]),
-                count(about["validation"]),
-                max(NOTHING, count(about["held"] + 1) - 1),
-            )
-            if guest.rows < 1:
-                raise UserError(f"client {name} has no training rows")
+            hello = said(Hello, about)
+            self._declare(name, hello.rows)
         except (UserError, LookupError, TypeError) as error:
-            self.unfit[node] = str(error)
-            self.note(str(error))
-            blob = encode_about(self.say("refused") | {"reason": str(error)})
+            self.unfit[node] = f"{sender or 'a client'}: {error}"[:1000]
+            self.note(str(error)[:1000])
+            blob = encode_about(self.say("refused") | {"reason": str(error)[:1000]})
             self.sent("refused", 0, blob, self.courier.send(node, blob, 0, 60.0), f"node {node}")
             return
         self.unfit.pop(node, None)
-        self.known[name] = guest
-        self._compare(name, about)
+        self.known[name] = Guest(node, hello.rows, hello.validation, hello.held)
+        self._compare(name, hello)
+
+    def _declare(self, name: str, rows: int) -> None:
+        """Takes down how many rows a client has: once, for the whole run."""
+        before = self.declared.get(name, rows)
+        if rows != before:
+            raise UserError(
+                f"client {name} declared {before} rows before and {rows} now; the number holds for "
+                "the run. Give it the rows it began with, or begin a new run"
+            )
+        declared = {**self.declared, name: rows}
+        if self.began and self.settings is not None:
+            check_shares(replace(self.settings, examples=declared))
+        self.declared = declared
 
     def _await_word(self, node: str, why: str) -> None:
         """Its operator has yet to say whether it takes part: it is asked again."""
@@ -190,10 +213,10 @@ class Guests:
             known = some(sorted(self.roster))
             raise UserError(f"client {name} is none of this federation's: {known}")
 
-    def _compare(self, name: str, about: Mapping[str, Any]) -> None:
+    def _compare(self, name: str, hello: Hello) -> None:
         """What may differ, but is worth knowing."""
-        said, theirs = about.get("time"), about.get("versions")
-        apart = abs(time.time() - said) if isinstance(said, float) else 0.0
+        clock, theirs = hello.time, hello.versions
+        apart = abs(time.time() - clock) if isinstance(clock, float) else 0.0
         if apart > _CLOCKS:
             self.note(f"client {name}: its clock is {apart:.0f} s off; set it by a time server")
         mine, theirs = self.versions, theirs if isinstance(theirs, dict) else {}
@@ -205,6 +228,11 @@ class Guests:
         """The client, if it was connected when nodes were last greeted."""
         guest = self.known.get(name)
         return guest if guest is not None and guest.node in self._present else None
+
+    def why_absent(self, name: str) -> str:
+        """Why a client cannot be sent anything."""
+        refused = [why for node, why in self.unfit.items() if self.courier.owner(node) == name]
+        return refused[0] if refused else "not connected"
 
     def lost(self, node: str) -> None:
         """A node whose connection broke is greeted again when it is back."""

@@ -71,6 +71,11 @@ class LocalEngine:
         self._placed: tuple[Ledger, str | None] | None = None
 
     @property
+    def examples(self) -> dict[str, int]:
+        """Numbers of training rows by client."""
+        return {name: len(rows) for name, rows in self.clients.items()}
+
+    @property
     def validation(self) -> dict[str, int]:
         """Numbers of validation rows by client."""
         return {name: len(rows) for name, rows in self.rows.items()}

@@ -12,8 +12,17 @@ from dataclasses import dataclass, field, replace
 from fedex_lora.engines.courier import Failed
 from fedex_lora.engines.guests import Guests
 from fedex_lora.engines.local import LocalEngine
-from fedex_lora.engines.replies import about_reply, check_metrics, scores, text
-from fedex_lora.engines.wire import Identity, agreement, most_up, own_round
+from fedex_lora.engines.replies import (
+    Failure,
+    Lacking,
+    Scored,
+    about_reply,
+    check_metrics,
+    check_scores,
+    said,
+    text,
+)
+from fedex_lora.engines.wire import Identity, agreement, own_round
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Lost
 from fedex_lora.federation.messages import (
@@ -22,6 +31,7 @@ from fedex_lora.federation.messages import (
     broadcast_nbytes,
     decode_update,
     encode_broadcast,
+    most_up,
 )
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, broadcast_to, start_of
@@ -81,7 +91,7 @@ class RemoteEngine:
         server: The coordinator's own model.
         evaluate_every: Clients score the model after every so many rounds; 0 for never.
         progress: Is told (round, what for, replies so far, replies in all).
-        remember: Keeps the identity, before the first round's messages are sent.
+        remember: Keeps the identity and the declared rows, before a round's messages are sent.
     """
 
     def __init__(
@@ -91,7 +101,7 @@ class RemoteEngine:
         server: LocalEngine,
         evaluate_every: int = 0,
         progress: Callable[[int, str, int, int], None] | None = None,
-        remember: Callable[[Identity], None] = lambda identity: None,
+        remember: Callable[[Identity, Mapping[str, int]], None] = lambda identity, rows: None,
     ) -> None:
         self.guests, self.settings, self.server = guests, settings, server
         self.courier, self.waits, self.note = guests.courier, guests.waits, guests.note
@@ -107,9 +117,8 @@ class RemoteEngine:
 
     @property
     def examples(self) -> dict[str, int]:
-        """Numbers of training rows by client."""
-        known = self.guests.known
-        return {name: known[name].rows for name in sorted(known)}
+        """Numbers of training rows by client, as declared."""
+        return dict(sorted(self.guests.declared.items()))
 
     def newcomers(self) -> list[str]:
         """Clients greeted since the roster was made."""
@@ -126,7 +135,9 @@ class RemoteEngine:
         """Sends to all, and yields what comes, until all have answered or are given up."""
         every = self.evaluate_every
         evaluate = bool(every and state.version and state.version % every == 0)
-        self._remember(self.guests.identity)
+        self._remember(self.guests.identity, self.examples)
+        starts = (start_of(state, self.settings, client) for client in broadcasts)
+        self.courier.bound(max(most_up(start).whole for start in starts))
         run = _Exchange(state, broadcasts, False, evaluate)
         for reply in self._replies(run):
             if isinstance(reply, Update):
@@ -197,7 +208,7 @@ class RemoteEngine:
         """Sends the round's message, if the client is there."""
         guest = self.guests.here(client)
         if guest is None:
-            run.waiting.setdefault(client, "not connected")
+            run.waiting[client] = self.guests.why_absent(client)
             return
         held = run.state.held.get(client, 0)
         if client in run.state.held and guest.held is not None:
@@ -297,15 +308,14 @@ class RemoteEngine:
 
     def _read(self, run: _Exchange, sent: _Sent, reply: bytes) -> Update | Lost | None:
         client = sent.client
-        about = about_reply(reply, self.guests.identity)
-        kind = about["kind"]
-        if about.get("client", client) != client:
-            raise UserError(f"it calls itself {text(about['client'])} now")
+        start = start_of(run.state, self.settings, client)
+        about = about_reply(reply, self.guests.identity, client, most_up(start))
+        kind = about.get("kind")
         if kind == "failed":
-            return self._lost(run, client, text(about.get("reason")))
+            return self._lost(run, client, text(said(Failure, about).reason))
         if kind == "lacks" and not sent.again:
-            version = int(about["version"])
-            if not -1 <= version < max(1, run.state.version + 1):
+            version = said(Lacking, about).version
+            if version > run.state.version:
                 raise UserError(f"it claims to hold version {version}")
             self.note(f"{client} lost what it held; sending all since version {max(0, version)}")
             self._send(run, client, version, again=True)
@@ -314,24 +324,16 @@ class RemoteEngine:
             known = self.guests.known
             known[client] = replace(known[client], held=None)
         if kind == "scores" and run.final:
-            return Update(0, client, {}, {}, {}, 1, {}, self._scores(run, client, about["scores"]))
+            found = self._scores(run, client, said(Scored, about).scores)
+            return Update(0, client, {}, {}, {}, 1, {}, found)
         if kind == "update" and not run.final:
-            return replace(self._update(run, client, reply), resent=self._resent(run, client))
-        raise UserError(f"a reply of kind {text(kind)}, which was not asked for")
+            update = decode_update(reply, start, client)
+            check_metrics(update.metrics)
+            found = self._scores(run, client, update.scores)
+            return replace(update, scores=found, resent=self._resent(run, client))
+        raise UserError(f"a reply of kind {text(kind)[:40]!r}, which was not asked for")
 
-    def _update(self, run: _Exchange, client: str, reply: bytes) -> Update:
-        start = start_of(run.state, self.settings, client)
-        limit = most_up(self.settings.sites_of(client), start.head)
-        if len(reply) > limit:
-            raise UserError(f"{len(reply)} bytes; at most {limit} are expected")
-        update = decode_update(reply, start)
-        declared = self.guests.known[client].rows
-        if update.examples > declared:
-            raise UserError(f"trained on {update.examples} examples; it declared {declared}")
-        check_metrics(update.metrics)
-        return replace(update, scores=self._scores(run, client, update.scores))
-
-    def _scores(self, run: _Exchange, client: str, found: object) -> dict[str, float]:
+    def _scores(self, run: _Exchange, client: str, found: Mapping[str, float]) -> dict[str, float]:
         """Those that count: asked for, and of rows that were declared."""
-        checked = scores(found, self.server.task.primary)
+        checked = check_scores(found, self.server.task.primary)
         return checked if run.evaluate and self.guests.known[client].validation else {}

@@ -93,8 +93,7 @@ def handle(blob: bytes, institution: Institution) -> bytes:
     """
     about: dict[str, Any] = {}
     try:
-        _check_size(blob, institution)
-        about = read_about(blob)
+        about = read_about(blob, most_down(institution.settings, institution.initial))
         kind = about.get("kind")
         if kind == "hello":
             return _hello(about, institution)
@@ -141,15 +140,13 @@ def run_of(about: Mapping[str, Any]) -> str:
     return federation
 
 
+def _common(about: Mapping[str, Any], client: str) -> dict[str, Any]:
+    """What every reply begins with; whose it is tells the node, and is compared with this name."""
+    return {"protocol": PROTOCOL, "federation": about.get("federation"), "client": client}
+
+
 def _say(about: Mapping[str, Any], client: str, kind: str, **more: object) -> bytes:
-    common = {"protocol": PROTOCOL, "federation": about.get("federation"), "client": client}
-    return encode_about({**common, "kind": kind, **more})
-
-
-def _check_size(blob: bytes, institution: Institution) -> None:
-    limit = most_down(institution.settings, institution.initial.head)
-    if len(blob) > limit:
-        raise UserError(f"a message of {len(blob)} bytes; at most {limit} are expected")
+    return encode_about({**_common(about, client), "kind": kind, **more})
 
 
 def _hello(about: Mapping[str, Any], institution: Institution) -> bytes:
@@ -237,16 +234,16 @@ def _train(
     update = next(engine.exchange(state, {client: Broadcast(state.version + 1)}))
     assert isinstance(update, Update)
     start = start_of(state, settings, client)
-    said = {"protocol": PROTOCOL, "kind": "update", "federation": about["federation"]}
+    said = _common(about, client) | {"kind": "update"}
     blob = encode_update(replace(update, scores=scores), start, settings.wire_dtype, said)
     if settings.method.assignment == "keep":
-        cache.save(replace(held, ends={**held.ends, update.round: _end(blob, start)}))
+        cache.save(replace(held, ends={**held.ends, update.round: _end(blob, start, client)}))
     return blob, update.metrics["loss"]
 
 
-def _end(blob: bytes, start: AdapterState) -> dict:
+def _end(blob: bytes, start: AdapterState, client: str) -> dict:
     """The factors that the server decodes: with a lossy wire those count here too."""
-    update = decode_update(blob, start)
+    update = decode_update(blob, start, client)
     return {
         name: replace(f, A=update.A.get(name, f.A), B=update.B.get(name, f.B))
         for name, f in start.sites.items()
@@ -312,7 +309,7 @@ def _caught_up(
     first = begin(settings, institution.initial)
     start = start_of(first, settings, institution.name)
     held = _load(cache, identity) or Held(0, identity.lineage[0][1], start, first.ledger)
-    message = decode_broadcast(blob)
+    message = decode_broadcast(blob, most_down(settings, institution.initial))
     base, own, version = (_field(about, name, int) for name in ("held", "own", "version"))
     if held.version < base:
         raise Lacks(_least(settings) if settings.method.own_factors else held.version)

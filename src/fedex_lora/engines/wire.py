@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState, Site
+from fedex_lora.adapter import AdapterState
+from fedex_lora.federation.header import Limit
+from fedex_lora.federation.messages import most_up
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState
 from fedex_lora.model import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task
 
-PROTOCOL = 1
+PROTOCOL = 2
 NOTHING = -1  # the version of a client that lost even its own factors
-_SLACK = 1 << 20  # bytes of a message besides its tensors
 
 Lineage = tuple[tuple[int, str], ...]
 
@@ -157,18 +158,13 @@ def tokenizer_text(tokenizer: Any) -> str:
     return json.dumps([sorted(tokenizer.get_vocab().items()), special, rules], sort_keys=True)
 
 
-def most_down(settings: Settings, head: Mapping[str, Tensor]) -> int:
-    """Bytes above which no broadcast can be: twice the dense layers (a ledger is compacted when it
-    is larger than those), and the adapter."""
+def most_down(settings: Settings, initial: AdapterState) -> Limit:
+    """The limit of a broadcast: twice the dense layers (a ledger is compacted when it is larger
+    than those) and the adapter. How many entries a ledger has is open, so a header may be long."""
     dense = sum(s.out * s.inp for s in settings.sites.values())
-    return 8 * dense + 2 * most_up(settings.sites, head)
-
-
-def most_up(sites: Mapping[str, Site], head: Mapping[str, Tensor]) -> int:
-    """Bytes above which no update can be: all factors and the head in float32, and its header."""
-    numbers = sum(s.rank * (s.out + s.inp) for s in sites.values())
-    numbers += sum(t.numel() for t in head.values())
-    return 4 * numbers + 512 * (2 * len(sites) + len(head)) + _SLACK
+    most = most_up(initial)
+    whole = 8 * dense + 2 * most.whole
+    return Limit(header=most.header + (1 << 20) + whole // 4, whole=whole + (1 << 20))
 
 
 def own_round(state: ServerState, settings: Settings, client: str) -> int:

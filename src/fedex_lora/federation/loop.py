@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -13,16 +15,18 @@ from torch import Tensor
 from fedex_lora.adapter import AdapterState
 from fedex_lora.aggregate import Aggregate, Aggregator
 from fedex_lora.errors import QuorumLost, UpdateRefused
+from fedex_lora.federation.checks import check, ended, outliers, too_large
 from fedex_lora.federation.messages import (
     Broadcast,
     Update,
     broadcast_nbytes,
-    check,
     decode_update,
     encode_update,
     ledger_tensors,
+    update_nbytes,
 )
 from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.spool import Spool
 from fedex_lora.federation.state import ServerState, broadcast_to, start_of, step
 from fedex_lora.lowrank import LowRank, factored
 
@@ -54,16 +58,29 @@ class Transport(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """What the record says of an update that was aggregated."""
+
+    examples: int
+    metrics: Mapping[str, float]
+    scores: Mapping[str, float]
+
+
 @dataclass
 class _Tally:
     """What happened in a round, besides the numbers that are aggregated."""
 
-    taken: dict[str, Update] = field(default_factory=dict)
+    taken: dict[str, _Taken] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
-    ends: dict[str, AdapterState] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def refuse(self, client: str, why: str) -> None:
+        self.taken.pop(client, None)
+        self.refused[client] = why
 
 
 KeepUpdate = Callable[[int, Update, AdapterState], None]
@@ -76,12 +93,14 @@ def run_round(
     transport: Transport,
     keep: KeepUpdate | None = None,
     shelve: Shelve = lambda version, adapter: adapter,
+    waiting: Path | None = None,
 ) -> tuple[ServerState, Record]:
     """One round: broadcast, collect, check, aggregate.
 
     Args:
         keep: Called with (round, update, end state) for every update taken.
         shelve: Given (version, a client's own factors), puts them where they need no memory.
+        waiting: A folder for updates that wait for the others; None keeps them in memory.
 
     Returns:
         The next state and the round's record (without scores, which need a model).
@@ -94,83 +113,111 @@ def run_round(
     broadcasts = {name: broadcast_to(state, settings, name) for name in names}
     down = count_down(settings, broadcasts)
     tally = _Tally()
-    aggregator = Aggregator(
-        settings.method,
-        settings.sites,
-        settings.method.trained(round),
-        settings.server_learning_rate,
-        len(names),
-    )
-    for reply in in_order(names, transport.exchange(state, broadcasts)):
-        down[reply.client] += reply.resent
-        if isinstance(reply, Lost):
-            (tally.refused if reply.refused else tally.lost)[reply.client] = reply.reason
-        else:
-            _take(reply, state, settings, aggregator, tally, keep, shelve)
-    _check_quorum(tally, settings, round)
-    began = perf_counter()
-    result = aggregator.finish() if settings.method.exchanges else None
-    after = step(state, settings, result, sorted(tally.taken), tally.ends)
-    tally.seconds += perf_counter() - began
+    with Spool(waiting) as spool:
+        for reply in _each_once(names, transport.exchange(state, broadcasts), tally):
+            down[reply.client] += reply.resent
+            if isinstance(reply, Lost):
+                (tally.refused if reply.refused else tally.lost)[reply.client] = reply.reason
+            else:
+                _receive(reply, state, settings, tally, spool)
+        if settings.method.exchanges:
+            for client, why in outliers(tally.norms, settings.norm_ratio).items():
+                tally.refuse(client, why)
+        began = perf_counter()
+        after, result = _next_state(state, settings, tally, spool, shelve)
+        tally.seconds += perf_counter() - began
+        if keep is not None:
+            for client in sorted(tally.taken):
+                update = spool.get(client)
+                keep(round, update, ended(start_of(state, settings, client), update))
     return after, _record(round, settings, after, result, tally, down)
 
 
-def in_order(names: Sequence[str], replies: Iterable[Update | Lost]) -> Iterator[Update | Lost]:
-    """The replies in the order of `names`, each as soon as all before it are there.
-
-    Sums depend on their order in the last bits; so results do not depend on who is faster. A reply
-    of somebody not asked, or a second one, is dropped.
-
-    Example:
-        >>> [r.client for r in in_order("abc", [Lost("b", ""), Lost("a", ""), Lost("c", "")])]
-        ['a', 'b', 'c']
-    """
-    waiting: dict[str, Update | Lost] = {}
-    left = list(names)
+def _each_once(
+    names: Iterable[str], replies: Iterable[Update | Lost], tally: _Tally
+) -> Iterator[Update | Lost]:
+    """The replies of those who were asked, each once; who else sends something is named."""
+    left = set(names)
     for reply in replies:
         if reply.client in left:
-            waiting.setdefault(reply.client, reply)
-        while left and left[0] in waiting:
-            yield waiting.pop(left.pop(0))
-    yield from (waiting[name] for name in left if name in waiting)
+            left.remove(reply.client)
+            yield reply
+        else:
+            tally.refused.setdefault(reply.client, "sent something that was not asked for")
 
 
-def _take(
-    update: Update,
-    state: ServerState,
-    settings: Settings,
-    aggregator: Aggregator,
-    tally: _Tally,
-    keep: KeepUpdate | None,
-    shelve: Shelve,
+def _receive(
+    update: Update, state: ServerState, settings: Settings, tally: _Tally, spool: Spool
 ) -> None:
-    client = update.client
-    start = start_of(state, settings, client)
-    trained = settings.method.trained(state.version + 1)
+    """Checks an update by itself and puts it aside until the others are there."""
+    client, round = update.client, state.version + 1
+    start, trained = start_of(state, settings, client), settings.method.trained(round)
+    began = perf_counter()
     try:
-        end = check(update, start, trained, state.version + 1, client, settings.max_norm)
+        tally.norms[client] = check(update, start, trained, round, settings)
+        if settings.method.exchanges:
+            tally.up[client] = update.nbytes or update_nbytes(update, settings.wire_dtype)
+            if update.nbytes is None and settings.wire_dtype != torch.float32:
+                # it crossed no wire; what the server would have decoded is what counts
+                blob = encode_update(update, start, settings.wire_dtype)
+                update = decode_update(blob, start, client)
+                tally.norms[client] = check(update, start, trained, round, settings)
     except UpdateRefused as refusal:
         tally.refused[client] = str(refusal)
         return
-    began = perf_counter()
-    weight = 1.0 if settings.weights == "uniform" else float(update.examples)
-    if settings.method.exchanges:
-        tally.up[client] = update.nbytes or 0
-        if update.nbytes is None:
-            blob = encode_update(update, start, settings.wire_dtype)
-            tally.up[client] = len(blob)
-            if settings.wire_dtype != torch.float32:  # what the server decodes is what counts
-                end = check(decode_update(blob, start), start, trained, state.version + 1, client)
-        aggregator.add(weight, start, end)
-    if settings.method.assignment == "keep":
-        kept = AdapterState(end.sites) if settings.method.exchanges else end
-        tally.ends[client] = shelve(state.version + 1, kept)
+    spool.put(update)
+    tally.taken[client] = _Taken(update.examples, update.metrics, update.scores)
     tally.seconds += perf_counter() - began
-    tally.taken[client] = Update(
-        update.round, client, {}, {}, {}, update.examples, update.metrics, update.scores
+
+
+def _next_state(
+    state: ServerState, settings: Settings, tally: _Tally, spool: Spool, shelve: Shelve
+) -> tuple[ServerState, Aggregate | None]:
+    """The state that the updates lead to, in sorted order of the clients: sums depend on their
+    order in the last bits, so results do not depend on who is faster.
+
+    An update that would make the state one that nobody can train from is left out and named.
+    """
+    while True:
+        _check_quorum(tally, settings, state.version + 1)
+        try:
+            after, result = _aggregated(state, settings, sorted(tally.taken), spool, shelve)
+            if (broken := too_large(after)) is None:
+                return after, result
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            broken = str(error)
+        largest = max(tally.taken, key=lambda client: tally.norms[client])
+        tally.refuse(
+            largest,
+            f"it changed by {tally.norms[largest]:.4g}, and the aggregate would be beyond what can "
+            f"be trained from ({broken})",
+        )
+
+
+def _aggregated(
+    state: ServerState, settings: Settings, clients: list[str], spool: Spool, shelve: Shelve
+) -> tuple[ServerState, Aggregate | None]:
+    method, round = settings.method, state.version + 1
+    aggregator = Aggregator(
+        method,
+        settings.sites,
+        method.trained(round),
+        settings.server_learning_rate,
+        len(clients),
     )
-    if keep is not None:
-        keep(state.version + 1, update, end)
+    ends: dict[str, AdapterState] = {}
+    for client in clients:
+        start = start_of(state, settings, client)
+        update = spool.get(client)
+        end = ended(start, update)
+        if method.exchanges:
+            weight = 1.0 if settings.weights == "uniform" else float(update.examples)
+            aggregator.add(weight, start, end)
+        if method.assignment == "keep":
+            kept = AdapterState(end.sites) if method.exchanges else end
+            ends[client] = shelve(round, kept)
+    result = aggregator.finish() if method.exchanges else None
+    return step(state, settings, result, clients, ends), result
 
 
 def _check_quorum(tally: _Tally, settings: Settings, round: int) -> None:
@@ -218,15 +265,18 @@ def _record(
                 **u.metrics,
                 **({"scores": dict(u.scores)} if u.scores else {}),
             }
-            for c, u in tally.taken.items()
+            for c, u in sorted(tally.taken.items())
         },
         "refused": tally.refused,
         "lost": tally.lost,
-        "weights": _weights(list(tally.taken.values()), settings),
+        "weights": _weights(tally.taken, settings),
+        "norms": {c: tally.norms[c] for c in sorted(tally.norms)},
         "bytes_down": dict(down),
         "bytes_up": tally.up,
         "seconds": {"aggregate": tally.seconds},
     }
+    if tally.norms:
+        record["median_norm"] = statistics.median(tally.norms.values())
     if result is not None and result.deviation:
         record["deviation"] = _mean(result.deviation)
         record["ideal"] = _mean(result.ideal)
@@ -251,8 +301,9 @@ def _left_out(round: int, settings: Settings, after: ServerState, result: Aggreg
     return sum(d.item() ** 2 for d in lost.values()) ** 0.5
 
 
-def _weights(updates: Sequence[Update], settings: Settings) -> dict[str, float]:
-    n = {u.client: 1.0 if settings.weights == "uniform" else float(u.examples) for u in updates}
+def _weights(taken: Mapping[str, _Taken], settings: Settings) -> dict[str, float]:
+    uniform = settings.weights == "uniform"
+    n = {c: 1.0 if uniform else float(taken[c].examples) for c in sorted(taken)}
     return {c: v / sum(n.values()) for c, v in n.items()}
 
 

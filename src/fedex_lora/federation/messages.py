@@ -7,39 +7,26 @@ have not changed since the version it holds, are not sent. On the wire it is one
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from fedex_lora.adapter import AdapterState, Factors, Site, fresh
-from fedex_lora.errors import UpdateRefused, UserError
 from fedex_lora.federation.blobs import pieces
+from fedex_lora.federation.header import Limit, read_header, reading
 from fedex_lora.ledger import Ledger
 from fedex_lora.lowrank import LowRank
 
 Tensors = Mapping[str, Tensor]
 
 _HEADER = 1024  # metadata is filled up to a multiple: bytes do not depend on how a time is written
-_ON_THE_WIRE = (torch.float32, torch.bfloat16)
 _NAME = re.compile(r"[A-Za-z0-9_.@/ -]{1,60}")
 _MOST_NUMBERS = 50
-_UNREADABLE = (
-    SafetensorError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    OverflowError,
-)
 
 
 @dataclass(frozen=True)
@@ -66,6 +53,7 @@ class Update:
     """Client to server: what it trained, and how that went.
 
     Attributes:
+        client: Who sent it, as the transport knows; a message does not say.
         A, B: Trained factors by site; a factor frozen in this round is absent.
         head: Trained head.
         examples: Number of training examples, n of the weights.
@@ -104,71 +92,6 @@ def receive(
     return AdapterState(new, {**held.head, **message.head})
 
 
-def check(
-    update: Update,
-    start: AdapterState,
-    trained: frozenset[str],
-    round: int,
-    client: str,
-    max_norm: float | None = None,
-) -> AdapterState:
-    """The client's end state, if the update is one that may be aggregated.
-
-    Args:
-        max_norm: Bound of the Euclidean norm of all that changed, factors and head.
-
-    Raises:
-        UpdateRefused: Another round or client, other sites or shapes, another dtype, a number
-            that is not finite, no examples, a norm above its bound. The text names the tensor.
-    """
-    if (update.round, update.client) != (round, client):
-        raise UpdateRefused(
-            f"sent an update of round {update.round} as {update.client!r}; expected round {round}"
-        )
-    if not update.examples > 0:
-        raise UpdateRefused(f"trained on {update.examples} examples; expected at least 1")
-    for name, value in update.metrics.items():
-        if not math.isfinite(value):
-            raise UpdateRefused(f"its training {name} is {value}; expected a finite number")
-    a = {name: f.A for name, f in start.sites.items()}
-    b = {name: f.B for name, f in start.sites.items()}
-    _check_tensors("A", update.A, a if "A" in trained else {})
-    _check_tensors("B", update.B, b if "B" in trained else {})
-    _check_tensors("head", update.head, start.head)
-    if max_norm is not None:
-        _check_norm(_flat(A=update.A, B=update.B, head=update.head), start, max_norm)
-    end = {
-        name: Factors(update.A.get(name, f.A), update.B.get(name, f.B), f.scale)
-        for name, f in start.sites.items()
-    }
-    return AdapterState(end, update.head)
-
-
-def _check_tensors(kind: str, got: Tensors, expected: Tensors) -> None:
-    if got.keys() != expected.keys():
-        wrong = sorted(got.keys() ^ expected.keys())[0]
-        what = "is missing" if wrong in expected else "was not asked for"
-        raise UpdateRefused(f"{kind} of {wrong!r} {what}")
-    for name, tensor in got.items():
-        where, like = f"{kind} of {name!r}", expected[name]
-        if tensor.shape != like.shape:
-            raise UpdateRefused(
-                f"{where} has shape {tuple(tensor.shape)}; expected {tuple(like.shape)}"
-            )
-        if tensor.dtype != like.dtype:
-            raise UpdateRefused(f"{where} has dtype {tensor.dtype}; expected {like.dtype}")
-        if not torch.isfinite(tensor).all():
-            raise UpdateRefused(f"{where} has entries that are NaN or infinite")
-
-
-def _check_norm(tensors: Tensors, start: AdapterState, bound: float) -> None:
-    base = _reference(start)
-    squares = [(value - base[name]).double().square().sum() for name, value in tensors.items()]
-    norm = math.sqrt(sum(square.item() for square in squares))
-    if norm > bound:
-        raise UpdateRefused(f"it changed by {norm:.4g}; federation.max_norm is {bound:g}")
-
-
 def encode_broadcast(
     message: Broadcast, dtype: torch.dtype = torch.float32, about: Mapping[str, Any] | None = None
 ) -> bytes:
@@ -198,7 +121,7 @@ def _broadcast_pieces(
 
 def broadcast_parts(message: Broadcast) -> tuple[dict[str, Tensor], dict[str, object]]:
     """What `encode_broadcast` writes, before any cast: tensors by flat name, and metadata."""
-    tensors = _flat(A=message.A, B=message.B, head=message.head)
+    tensors = flat(A=message.A, B=message.B, head=message.head)
     tensors |= ledger_tensors(message.ledger)
     meta: dict[str, object] = {
         "round": message.round,
@@ -208,13 +131,21 @@ def broadcast_parts(message: Broadcast) -> tuple[dict[str, Tensor], dict[str, ob
     return tensors, meta
 
 
-def decode_broadcast(blob: bytes) -> Broadcast:
-    """The inverse of `encode_broadcast`; tensors come back as float32."""
-    tensors, meta = _load(blob)
-    part = _unflat(tensors)
-    with _reading(blob):
+def decode_broadcast(blob: bytes, limit: Limit) -> Broadcast:
+    """The inverse of `encode_broadcast`; tensors come back as float32.
+
+    Raises:
+        UserError: It is larger than `limit`, or no such message.
+    """
+    meta = read_header(blob, limit).meta
+    with reading(blob):
+        tensors = _floats(blob)
+        part, fresh = unflat(tensors), meta["fresh"]
         ledger = ledger_from(tensors, meta["ledger"])
-        return Broadcast(meta["round"], meta["fresh"], part["A"], part["B"], part["head"], ledger)
+        fresh = None if fresh is None else _whole("fresh", fresh)
+        return Broadcast(
+            _whole("round", meta["round"]), fresh, part["A"], part["B"], part["head"], ledger
+        )
 
 
 def encode_update(
@@ -226,7 +157,7 @@ def encode_update(
     """One safetensors blob; in a lossy dtype it holds the drift from `start`, which is small."""
     tensors, meta = update_parts(update, dtype)
     if dtype != torch.float32:
-        base = _reference(start)
+        base = reference(start)
         tensors = {name: (value - base[name]).to(dtype) for name, value in tensors.items()}
     return _save(tensors, {**meta, "about": about or {}})
 
@@ -235,33 +166,52 @@ def update_parts(update: Update, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     """What `encode_update` writes, before any cast: tensors by flat name, and metadata."""
     meta: dict[str, object] = {
         "round": update.round,
-        "client": update.client,
         "examples": update.examples,
         "metrics": dict(update.metrics),
         "scores": dict(update.scores),
         "drift": dtype != torch.float32,
     }
-    return _flat(A=update.A, B=update.B, head=update.head), meta
+    return flat(A=update.A, B=update.B, head=update.head), meta
 
 
-def decode_update(blob: bytes, start: AdapterState) -> Update:
+def most_up(start: AdapterState) -> Limit:
+    """The limit of an update: all factors and the head."""
+    tensors = reference(start)
+    return Limit.of(sum(t.numel() for t in tensors.values()), len(tensors))
+
+
+def decode_update(blob: bytes, start: AdapterState, client: str) -> Update:
     """The inverse of `encode_update`.
 
+    Args:
+        client: Who sent it, by the transport's account.
+
     Raises:
-        UserError: It is no such blob, or a drift of tensors that `start` does not have.
+        UserError: It is larger than an update can be, no such message, or holds tensors that
+            `start` does not have.
     """
-    tensors, meta = _load(blob)
-    with _reading(blob):
+    header = read_header(blob, most_up(start))
+    base, meta = reference(start), header.meta
+    with reading(blob):
+        for name, shape in header.shapes.items():
+            if name not in base:
+                raise ValueError(f"{_worded(name)} was not asked for")
+            if shape != tuple(base[name].shape):
+                expected = tuple(base[name].shape)
+                raise ValueError(f"{_worded(name)} has shape {shape}; expected {expected}")
+        if not isinstance(meta["drift"], bool):
+            raise ValueError("drift: expected true or false")
+        tensors = _floats(blob)
         if meta["drift"]:
-            tensors = _added(_reference(start), tensors)
-        part = _unflat(tensors)
+            tensors = {name: base[name] + drift for name, drift in tensors.items()}
+        part = unflat(tensors)
         return Update(
-            int(meta["round"]),
-            str(meta["client"]),
+            _whole("round", meta["round"]),
+            client,
             part["A"],
             part["B"],
             part["head"],
-            int(meta["examples"]),
+            _whole("examples", meta["examples"]),
             _numbers(meta["metrics"]),
             _numbers(meta["scores"]),
             len(blob),
@@ -273,32 +223,40 @@ def encode_about(about: Mapping[str, Any]) -> bytes:
     return _save({}, {"about": about})
 
 
-def read_about(blob: bytes) -> dict[str, Any]:
+def read_about(blob: bytes, limit: Limit) -> dict[str, Any]:
     """The JSON in a message's header; its tensors are not looked at.
 
     Raises:
-        UserError: It is no such message.
+        UserError: It is larger than `limit`, or no such message.
 
     Example:
-        >>> read_about(encode_about({"kind": "hello"}))
+        >>> from fedex_lora.federation.header import WORDS
+        >>> read_about(encode_about({"kind": "hello"}), WORDS)
         {'kind': 'hello'}
     """
-    with _reading(blob):
-        about = _meta(blob)["about"]
-        return {str(key): value for key, value in about.items()}
+    meta = read_header(blob, limit).meta
+    with reading(blob):
+        return dict(meta["about"].items())
 
 
-def _added(base: Tensors, drifts: Tensors) -> dict[str, Tensor]:
-    for name, drift in drifts.items():
-        if name not in base or base[name].shape != drift.shape:
-            raise ValueError(f"{name!r} of shape {tuple(drift.shape)} was not asked for")
-    return {name: base[name] + drift for name, drift in drifts.items()}
+def _worded(key: str) -> str:
+    kind, _, name = key[:200].partition("/")
+    return f"{kind} of {name!r}"
+
+
+def _whole(name: str, value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{name}: expected a whole number, got {str(value)[:40]!r}")
+    return value
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     """Metrics by name; names are shown to people, so they are plain and few."""
     if len(found) > _MOST_NUMBERS or not all(_NAME.fullmatch(name) for name in found):
         raise ValueError("metrics with strange names, or too many")
+    for name, value in found.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{name}: expected a number, got {str(value)[:40]!r}")
     return {name: float(value) for name, value in found.items()}
 
 
@@ -337,17 +295,27 @@ def ledger_from(tensors: Tensors, meta: Mapping[str, object]) -> Ledger:
     return Ledger(entries, increments.get("snapshot", {}), meta["snapshot"])  # type: ignore
 
 
-def _reference(start: AdapterState) -> dict[str, Tensor]:
+def update_nbytes(update: Update, dtype: torch.dtype = torch.float32) -> int:
+    """Length of `encode_update`, which is not made."""
+    tensors, meta = update_parts(update, dtype)
+    tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    return sum(len(piece) for piece in pieces(tensors, metadata({**meta, "about": {}})))
+
+
+def reference(start: AdapterState) -> dict[str, Tensor]:
+    """What a client trains, as it was at the start, by flat name."""
     a = {name: f.A for name, f in start.sites.items()}
     b = {name: f.B for name, f in start.sites.items()}
-    return _flat(A=a, B=b, head=start.head)
+    return flat(A=a, B=b, head=start.head)
 
 
-def _flat(**parts: Tensors) -> dict[str, Tensor]:
+def flat(**parts: Tensors) -> dict[str, Tensor]:
+    """Tensors by PART/NAME."""
     return {f"{kind}/{name}": value for kind, part in parts.items() for name, value in part.items()}
 
 
-def _unflat(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+def unflat(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    """The factors and the head among flat tensors, by part and name."""
     parts: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "head": {}}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
@@ -366,25 +334,5 @@ def _save(tensors: Tensors, meta: Mapping[str, object]) -> bytes:
     return b"".join(pieces(tensors, metadata(meta)))
 
 
-def _load(blob: bytes) -> tuple[dict[str, Tensor], dict]:
-    with _reading(blob):
-        tensors, meta = load(blob), _meta(blob)
-        for name, value in tensors.items():
-            if value.dtype not in _ON_THE_WIRE:
-                raise ValueError(f"{name!r} has dtype {value.dtype}; expected float32 or bfloat16")
-        return {name: value.float() for name, value in tensors.items()}, meta
-
-
-def _meta(blob: bytes) -> dict:
-    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-    return json.loads(header["__metadata__"]["fedex"])
-
-
-@contextmanager
-def _reading(blob: bytes) -> Iterator[None]:
-    """Whatever is wrong with a message that somebody sent is told in the same way."""
-    try:
-        yield
-    except _UNREADABLE as error:
-        what = f"{type(error).__name__}: {error}"[:300]
-        raise UserError(f"message of {len(blob)} bytes cannot be read: {what}") from None
+def _floats(blob: bytes) -> dict[str, Tensor]:
+    return {name: value.float() for name, value in load(blob).items()}

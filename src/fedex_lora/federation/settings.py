@@ -29,6 +29,10 @@ class Settings:
         flush: Whether the last round sends the residual whole.
         oversample: How many times as many clients are asked as are needed; the first win.
         max_norm: Bound of an update's norm.
+        norm_ratio: Bound of an update's norm in medians of the round's other norms.
+        max_share: Bound of one client's share of the weights.
+        examples: Rows by client, as declared before round 1; they hold for the run. Empty where
+            what an update says is believed.
     """
 
     method: Method
@@ -47,11 +51,19 @@ class Settings:
     wire_dtype: torch.dtype = torch.float32
     oversample: float = 1.0
     max_norm: float | None = None
+    norm_ratio: float | None = None
+    max_share: float | None = None
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     def sites_of(self, client: str) -> dict[str, Site]:
         """The sites at this client's rank."""
         rank = self.ranks.get(client)
         return {n: s if rank is None else s.at_rank(rank) for n, s in self.sites.items()}
+
+    def shares(self) -> dict[str, float]:
+        """wᵢ = nᵢ / Σn if every client that declared its rows takes part."""
+        n = {c: 1 if self.weights == "uniform" else rows for c, rows in self.examples.items()}
+        return {client: count / sum(n.values()) for client, count in n.items()}
 
     def sample(self, round: int) -> list[str]:
         """The clients of a round, sorted: a function of (seed, round)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fedex_lora.engines.guests import Guests
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.remote import RemoteEngine
 from fedex_lora.engines.wire import Identity, facts
+from fedex_lora.federation.checks import check_shares
 from fedex_lora.listing import some, tally
 from fedex_lora.recipe import Recipe
 from fedex_lora.run import Assemble
@@ -37,7 +39,11 @@ def across_machines(courier: Courier, audit: Audit = Audit()) -> Assemble:  # no
         least = recipe.federation.min_clients
         names = engine.guests.gather(recipe.federation.clients, least)
         known = clients or roster(recipe) or names
-        settings = replace(federation.settings, clients=tuple(sorted(known)))
+        settings = replace(
+            federation.settings, clients=tuple(sorted(known)), examples=engine.examples
+        )
+        check_shares(settings)
+        engine.guests.began = True
         engine.settings = engine.server.settings = settings
         for note in _notes(engine):
             watcher.note(note)
@@ -63,15 +69,17 @@ def _engine(
 ) -> RemoteEngine:
     recipe, fed = federation.recipe, federation.recipe.federation
     evaluates = recipe.evaluation.where != "server"
-    names = roster(recipe)
+    names, (known, declared) = roster(recipe), identity(out)
     guests = Guests(
         courier,
         facts(recipe, federation.task, federation.model, federation.initial),
-        identity(out),
+        known,
         Waits(fed.round_timeout, fed.wait_for_clients),
         None if names is None else frozenset(names),
         versions(),
         watcher.note,
+        federation.settings,
+        declared,
         audit,
     )
     return RemoteEngine(
@@ -87,26 +95,29 @@ def _engine(
         ),
         recipe.evaluation.every if evaluates else 0,
         watcher.turn,
-        lambda known: remember(out, known),
+        lambda known, examples: remember(out, known, examples),
     )
 
 
-def identity(out: Path) -> Identity:
-    """The run's, with one more start of the coordinator; a new one for a new run."""
+def identity(out: Path) -> tuple[Identity, dict[str, int]]:
+    """The run's, with one more start of the coordinator, and the rows that clients declared; a new
+    one for a new run."""
     mark = secrets.token_hex(8)
     directory = RunDir(out)
     stored = directory.read_json(FILE) if directory.is_run() else None
     if stored is None:
-        return Identity(secrets.token_hex(16), ((0, mark),))
+        return Identity(secrets.token_hex(16), ((0, mark),)), {}
     state = directory.newest()[0]
     version = state.version if state is not None else 0
     before = tuple((int(v), str(m)) for v, m in stored["lineage"])
-    return Identity(stored["federation"], (*before, (version, mark)))
+    known = Identity(stored["federation"], (*before, (version, mark)))
+    return known, dict(stored.get("examples", {}))
 
 
-def remember(out: Path, known: Identity) -> None:
-    """Writes the identity into the run's directory."""
-    value = {"federation": known.federation, "lineage": [list(part) for part in known.lineage]}
+def remember(out: Path, known: Identity, examples: Mapping[str, int]) -> None:
+    """Writes the identity and the declared rows into the run's directory."""
+    lineage = [list(part) for part in known.lineage]
+    value = {"federation": known.federation, "lineage": lineage, "examples": dict(examples)}
     write_atomic(out / FILE, json.dumps(value).encode())
 
 

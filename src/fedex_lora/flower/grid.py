@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
@@ -10,8 +10,11 @@ from flwr.serverapp import Grid
 
 from fedex_lora.engines.courier import Failed
 from fedex_lora.errors import UserError
+from fedex_lora.federation.header import WORDS
+from fedex_lora.flower.bounds import TOO_LARGE, bound_replies
 
 _KEY = "blob"
+_ENVELOPE = 1 << 20  # bytes of Flower's own around a message
 _REASONS = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "it cannot load the app; is fedex-lora[flower] installed?",
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its program failed; its own log says why",
@@ -48,14 +51,33 @@ def unpack(content: RecordDict) -> bytes:
 
 
 class FlowerCourier:
-    """Nodes are SuperNodes, by the text of their number."""
+    """Nodes are SuperNodes, by the text of their number.
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    Args:
+        keys: The clients' names by public key, as PEM; empty where nodes have no keys.
+    """
+
+    def __init__(self, grid: Grid, keys: Mapping[bytes, str] | None = None) -> None:
+        self._grid, self._keys = grid, keys or {}
+        self._owners: dict[str, str] = {}
+        self._most = WORDS.whole
+        bound_replies(lambda: self._most + _ENVELOPE)
+
+    def bound(self, most: int) -> None:
+        """From now on no larger reply is taken in, in bytes."""
+        self._most = most
 
     def nodes(self) -> list[str]:
         """Those connected now, by the SuperLink's account."""
-        return [str(node) for node in self._grid.get_node_ids()]
+        nodes = list(self._grid.get_nodes())
+        for node in nodes:
+            if self._keys:  # the SuperLink has checked that the node has the private key
+                self._owners[str(node.node_id)] = self._keys.get(node.public_key, "?")
+        return [str(node.node_id) for node in nodes]
+
+    def owner(self, node: str) -> str | None:
+        """The client by its node's key; None without keys."""
+        return self._owners.get(node)
 
     def send(self, node: str, blob: bytes, round: int, seconds: float) -> str | Failed:
         """Pushes one message. The time to live is Flower's: without one a client that hangs blocks
@@ -84,6 +106,8 @@ def _opened(message: Message) -> bytes | Failed:
     if message.has_error():
         code = message.error.code
         reason = _REASONS.get(code, f"Flower's error {code}")
+        if TOO_LARGE in (message.error.reason or ""):
+            reason = TOO_LARGE
         return Failed(reason, gone=code in _MAY_MEND)
     try:
         return unpack(message.content)

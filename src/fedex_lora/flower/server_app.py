@@ -17,6 +17,7 @@ from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.flower.coordinator import across_machines
 from fedex_lora.flower.grid import FlowerCourier
 from fedex_lora.flower.progress import Recorder
+from fedex_lora.flower.refusals import known_keys
 from fedex_lora.recipe_yaml import load_recipe
 from fedex_lora.run import resume_run, start_run
 
@@ -45,9 +46,11 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, config: Mapping[str, Any], recorder: Recorder) -> dict[str, Any]:
     show_rows(bool(config.get("show-rows")))
     os.chdir(str(config["folder"]))  # paths in the recipe are relative to where it was started
-    out, recipe = Path(str(config["out"])), load_recipe(Path(str(config["recipe"])))
+    path = Path(str(config["recipe"]))
+    out, recipe = Path(str(config["out"])), load_recipe(path)
+    keys = known_keys(path.parent.parent / "clients")  # of the deployment; a simulation has none
     audit = Audit(Path(str(config["progress"])).parents[1] / AUDIT)
-    assemble = across_machines(FlowerCourier(grid), audit)
+    assemble = across_machines(FlowerCourier(grid, keys), audit)
     if config["resume"]:
         return resume_run(out, recipe, recorder, assemble)
     return start_run(recipe, out, recorder, assemble)

@@ -5,7 +5,7 @@ asks for no credentials for the last: whoever reaches the port could start a run
 at the coordinator. Here only what clients need answers to others than this machine, and the control
 paths ask for the deployment's secret besides, a file that its owner alone can read.
 
-Who may be a client is decided in `refusals`.
+Who may be a client is decided in `refusals`, and how much one may send in `bounds`.
 
 Flower gives up on its database after five seconds. Large messages keep it busy for longer on a slow
 disk, and what then fails is a message, or the whole run; here it is given the time that it takes.
@@ -26,6 +26,7 @@ from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.cli import flower_superlink
 
+from fedex_lora.flower.bounds import bounded, check_senders
 from fedex_lora.flower.control import HEADER, READY, read_secret
 from fedex_lora.flower.refusals import Asgi, Keys, Scope, Send, admitting
 
@@ -100,12 +101,14 @@ def main() -> None:
     def run_guarded(app: Any, **options: Any) -> None:
         # asyncio would listen to IPv6 alone, and the coordinator itself uses IPv4
         options["host"] = _BOTH.get(options["host"], options["host"])
-        app = guarded(admitting(app, keys, partial(print, flush=True)), secret)
+        told = admitting(bounded(app), keys, partial(print, flush=True))
+        app = guarded(told, secret)
         # forwarded headers would let anybody claim to be this machine
         run(app, proxy_headers=False, **options)
 
     uvicorn.run = run_guarded  # type: ignore[assignment]
     sql_mixin.SQLITE_PRAGMAS = (*SQLITE_PRAGMAS, PATIENCE)  # pyright: ignore[reportPrivateImportUsage]
+    check_senders()
     flower_superlink()
 
 

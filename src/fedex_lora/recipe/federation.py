@@ -49,6 +49,9 @@ class FederationSpec(Part):
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     partition: PartitionSpec = PartitionSpec()
     max_norm: float | None = Field(default=None, gt=0)  # bound of an update's norm
+    # the same in medians of the round's other norms, from three clients on
+    max_norm_ratio: float | None = Field(default=10.0, gt=1)
+    max_share: float = Field(default=0.9, gt=0, le=1)  # of the weights, from three clients on
     # across machines (engine flower):
     names: list[str] | None = None  # of the institutions; others are then refused
     round_timeout: float = Field(default=3600, gt=0)  # seconds until a round goes on without

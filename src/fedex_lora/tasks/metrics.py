@@ -69,6 +69,32 @@ def mean_loss(nll: ArrayLike, tokens: ArrayLike) -> float:
     return float(np.sum(nll, dtype=np.float64) / np.sum(tokens))
 
 
+RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("accuracy", "f1", "macro_f1", "exact_match"), (0.0, 1.0)),
+    **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
+    **dict.fromkeys(("BLEU", "METEOR", "ROUGE_L"), (0.0, 1.0)),
+    "CIDEr": (0.0, 10.0),
+    "NIST": (0.0, 100.0),
+    "loss": (0.0, math.inf),
+    "perplexity": (1.0, math.inf),
+}
+
+
+def out_of_range(name: str, value: float) -> str | None:
+    """The range of a metric's values in words, if `value` is not in it; None too for a metric
+    whose range is not known, as long as the value is finite.
+
+    Example:
+        >>> out_of_range("accuracy", 1e300), out_of_range("accuracy", 1.0)
+        ('0 to 1', None)
+    """
+    if name not in RANGES:
+        return None if math.isfinite(value) else "a finite number"
+    low, high = RANGES[name]
+    slack = 1e-6  # of rounding
+    return None if low - slack <= value <= high + slack else f"{low:g} to {high:g}"
+
+
 METRICS: Mapping[str, Metric] = {
     "accuracy": accuracy,
     "f1": f1,

@@ -1,0 +1,177 @@
+"""What may be aggregated: an update by itself, beside the round's others, and what comes of it.
+
+A client may be broken or hostile. Its numbers are looked at before they become state, so that no
+round ends in a state from which the run cannot go on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fedex_lora.adapter import AdapterState, Factors
+from fedex_lora.errors import UpdateRefused, UserError
+from fedex_lora.federation.messages import Tensors, Update, flat, reference
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState
+from fedex_lora.lowrank import LowRank
+
+LARGEST = 1e12  # of an entry: no network uses such weights; sums of their squares are still finite
+SEVERAL = 3  # clients from which on one can be compared with the others
+
+
+def check(
+    update: Update, start: AdapterState, trained: frozenset[str], round: int, settings: Settings
+) -> float:
+    """The norm of an update that by itself may be aggregated.
+
+    That is ‖end − start‖ over all that the client trained, factors and head, in float64.
+
+    Raises:
+        UpdateRefused: Another round, other layers or shapes, another dtype, a number that is not
+            finite, other examples than were declared, a norm above `settings.max_norm`.
+    """
+    if update.round != round:
+        raise UpdateRefused(f"sent an update of round {update.round}; expected round {round}")
+    if not update.examples > 0:
+        raise UpdateRefused(f"trained on {update.examples} examples; expected at least 1")
+    declared = settings.examples.get(update.client, update.examples)
+    if update.examples != declared:
+        raise UpdateRefused(
+            f"trained on {update.examples} examples; it declared {declared} before round 1, and "
+            "that holds for the run"
+        )
+    for name, value in update.metrics.items():
+        if not math.isfinite(value):
+            raise UpdateRefused(f"its training {name} is {value}; expected a finite number")
+    a = {name: f.A for name, f in start.sites.items()}
+    b = {name: f.B for name, f in start.sites.items()}
+    _check_tensors("A", update.A, a if "A" in trained else {})
+    _check_tensors("B", update.B, b if "B" in trained else {})
+    _check_tensors("head", update.head, start.head)
+    norm = _norm(update, start)
+    if settings.max_norm is not None and norm > settings.max_norm:
+        raise UpdateRefused(
+            f"it changed by {norm:.4g}; federation.max_norm is {settings.max_norm:g}"
+        )
+    return norm
+
+
+def ended(start: AdapterState, update: Update) -> AdapterState:
+    """Where a client ended: what it trained, and the factors that were frozen as they were."""
+    end = {
+        name: Factors(update.A.get(name, f.A), update.B.get(name, f.B), f.scale)
+        for name, f in start.sites.items()
+    }
+    return AdapterState(end, update.head)
+
+
+def _check_tensors(kind: str, got: Tensors, expected: Tensors) -> None:
+    if got.keys() != expected.keys():
+        wrong = sorted(got.keys() ^ expected.keys())[0]
+        what = "is missing" if wrong in expected else "was not asked for"
+        raise UpdateRefused(f"{kind} of {wrong[:200]!r} {what}")
+    for name, tensor in got.items():
+        where, like = f"{kind} of {name!r}", expected[name]
+        if tensor.shape != like.shape:
+            raise UpdateRefused(
+                f"{where} has shape {tuple(tensor.shape)}; expected {tuple(like.shape)}"
+            )
+        if tensor.dtype != like.dtype:
+            raise UpdateRefused(f"{where} has dtype {tensor.dtype}; expected {like.dtype}")
+        largest = _magnitude(tensor)
+        if not math.isfinite(largest):
+            raise UpdateRefused(f"{where} has entries that are NaN or infinite")
+        if largest > LARGEST:
+            raise UpdateRefused(
+                f"{where} has entries of {largest:.3g}; at most {LARGEST:g} are taken"
+            )
+
+
+def _norm(update: Update, start: AdapterState) -> float:
+    base = reference(start)
+    tensors = flat(A=update.A, B=update.B, head=update.head)
+    norms = [
+        torch.linalg.vector_norm(value - base[name], dtype=torch.float64).item()
+        for name, value in tensors.items()
+    ]
+    return math.hypot(*norms)
+
+
+def outliers(norms: Mapping[str, float], ratio: float | None) -> dict[str, str]:
+    """Clients whose norm is more than `ratio` times the median of the others', and why.
+
+    From three clients on. The median withstands liars as long as they are fewer than half.
+
+    Example:
+        >>> list(outliers({"a": 1.0, "b": 2.0, "c": 90.0}, 10.0))
+        ['c']
+        >>> list(outliers({"a": 1.0, "b": 90.0}, 10.0))
+        []
+    """
+    if ratio is None or len(norms) < SEVERAL:
+        return {}
+    found = {}
+    for client, norm in norms.items():
+        median = statistics.median(n for other, n in norms.items() if other != client)
+        if 0 < median * ratio < norm:
+            found[client] = (
+                f"it changed by {norm:.4g}, the median of the others is {median:.4g}; "
+                f"federation.max_norm_ratio is {ratio:g}"
+            )
+    return found
+
+
+def check_shares(settings: Settings) -> None:
+    """Raises a `UserError` if one of several clients would all but decide the mean by itself."""
+    shares = settings.shares()
+    heaviest = max(shares, key=lambda client: shares[client], default="")
+    most = settings.max_share
+    if most is None or len(shares) < SEVERAL or shares[heaviest] <= most:
+        return
+    rows = sum(settings.examples.values())
+    raise UserError(
+        f"client {heaviest} declares {settings.examples[heaviest]:,} of {rows:,} rows, a share of "
+        f"{shares[heaviest]:.4g} of the weights; federation.max_share is {most:g}. If the number "
+        "is right, set federation.weights: uniform, or raise federation.max_share; else leave "
+        "that client out"
+    )
+
+
+def too_large(state: ServerState) -> str | None:
+    """The first tensor of the newest version with entries that nobody could train from.
+
+    That is, NaN, infinite or larger than `LARGEST`; None if there is none. Of a factored increment
+    r·max|left|·max|right| bounds the entries.
+    """
+    for name, magnitude in _magnitudes(state):
+        if not magnitude <= LARGEST:
+            return name
+    return None
+
+
+def _magnitudes(state: ServerState) -> Iterator[tuple[str, float]]:
+    for name, f in state.factors.items():
+        yield f"A of {name!r}", _magnitude(f.A)
+        yield f"B of {name!r}", _magnitude(f.B)
+        yield f"B·A of {name!r}", _bound(f.delta())
+    for name, value in state.head.items():
+        yield f"head of {name!r}", _magnitude(value)
+    for part in (state.ledger.newest(), state.carry):
+        for name, w in part.items():
+            yield f"increment of {name!r}", _bound(w)
+
+
+def _bound(w: LowRank | Tensor) -> float:
+    if isinstance(w, LowRank):
+        return w.rank * _magnitude(w.left) * _magnitude(w.right) if w.rank else 0.0
+    return _magnitude(w)
+
+
+def _magnitude(tensor: Tensor) -> float:
+    """The largest |entry|; NaN where there is a NaN."""
+    return torch.linalg.vector_norm(tensor, math.inf).item() if tensor.numel() else 0.0

@@ -1,0 +1,123 @@
+"""The header of a message: read before anything else of it, within bounds, and strictly.
+
+A message is a safetensors blob: 8 bytes that give the header's length, the header (JSON), tensors.
+Whoever sent it may have put anything into it, so its size is looked at before it is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fedex_lora.errors import UserError
+
+_WIDTHS = {"F32": 4, "BF16": 2}  # bytes of the dtypes that may cross
+_SLACK = 1 << 16  # bytes of a header besides what it says of tensors
+_ENTRY = 512  # bytes of a header for each tensor
+_UNREADABLE = (
+    SafetensorError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bytes above which a message is refused unread: of its header, and of the whole."""
+
+    header: int
+    whole: int
+
+    @classmethod
+    def of(cls, numbers: int, tensors: int) -> Limit:
+        """For a message of at most so many numbers in float32 and so many tensors.
+
+        Example:
+            >>> Limit.of(numbers=1000, tensors=2)
+            Limit(header=66560, whole=70568)
+        """
+        header = _SLACK + _ENTRY * tensors
+        return cls(header, 8 + header + 4 * numbers)
+
+
+WORDS = Limit.of(0, 0)  # of a message without tensors
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a message says of itself.
+
+    Attributes:
+        shapes: Of its tensors, by name.
+        meta: The program's own JSON.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    meta: Mapping[str, Any]
+
+
+def read_header(blob: bytes, limit: Limit) -> Header:
+    """The header of a message that is within its limit.
+
+    Raises:
+        UserError: It is too large, or no such message: a key twice, another dtype, sizes that do
+            not fit together.
+    """
+    length = int.from_bytes(blob[:8], "little")
+    if len(blob) > limit.whole:
+        raise UserError(f"a message of {len(blob):,} bytes; at most {limit.whole:,} are expected")
+    if length > len(blob) - 8:
+        raise UserError(f"message of {len(blob):,} bytes cannot be read: its header is cut off")
+    if length > limit.header:
+        raise UserError(f"a header of {length:,} bytes; at most {limit.header:,} are expected")
+    with reading(blob):
+        found = _parsed(blob[8 : 8 + length])
+        meta = _parsed(found.pop("__metadata__")["fedex"])
+        return Header({name: _shape(name, entry) for name, entry in found.items()}, meta)
+
+
+@contextmanager
+def reading(blob: bytes) -> Iterator[None]:
+    """Whatever is wrong with a message that somebody sent is told in the same way."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        what = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(f"message of {len(blob):,} bytes cannot be read: {what}") from None
+
+
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    value = json.loads(text, object_pairs_hook=_once)
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key that is given twice")
+    return found
+
+
+def _shape(name: str, entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of one tensor, if dtype, shape and place fit together."""
+    width, shape = _WIDTHS.get(entry["dtype"]), tuple(entry["shape"])
+    if width is None:
+        raise ValueError(f"{name!r} has dtype {entry['dtype']}; expected float32 or bfloat16")
+    begin, end = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"the shape or place of {name!r} is none")
+    if end - begin != width * prod(shape):
+        raise ValueError(f"{name!r} of shape {shape} takes {end - begin} bytes")
+    return shape
