@@ -138,10 +138,10 @@ class Guests:
             if isinstance(reply, Failed):
                 self._met.discard(node)  # it may come back
                 self.unfit[node] = f"a client did not answer the first message: {reply.reason}"
-                self.received(None, 0, b"", reply.reason, f"node {node}")
+                self.received(None, 0, b"", reply.reason, self._peer(node))
             else:
                 self._meet(node, reply)
-                self.received("hello", 0, reply, self.unfit.get(node, "admitted"), f"node {node}")
+                self.received("hello", 0, reply, self.unfit.get(node, "admitted"), self._peer(node))
 
     def _send_hello(self, node: str) -> None:
         about = self.say("hello") | {
@@ -150,7 +150,7 @@ class Guests:
         }
         blob = encode_about(about)
         ticket = self.courier.send(node, blob, 0, self.waits.round)
-        self.sent("hello", 0, blob, ticket, f"node {node}")
+        self.sent("hello", 0, blob, ticket, self._peer(node))
         if isinstance(ticket, Failed):
             self._met.discard(node)
         else:
@@ -176,7 +176,7 @@ class Guests:
             self.unfit[node] = f"{sender or 'a client'}: {error}"[:1000]
             self.note(str(error)[:1000])
             blob = encode_about(self.say("refused") | {"reason": str(error)[:1000]})
-            self.sent("refused", 0, blob, self.courier.send(node, blob, 0, 60.0), f"node {node}")
+            self.sent("refused", 0, blob, self.courier.send(node, blob, 0, 60.0), self._peer(node))
             return
         self.unfit.pop(node, None)
         self.known[name] = Guest(node, hello.rows, hello.validation, hello.held)
@@ -244,6 +244,10 @@ class Guests:
         guest = self.known.get(name)
         broke = None if guest is None else self._broke.get(guest.node)
         return broke is not None and time.monotonic() - broke < SOON
+
+    def _peer(self, node: str) -> str:
+        """Whose node it is, for the audit log."""
+        return self.courier.owner(node) or f"node {node}"
 
     def sent(self, kind: str, round: int, blob: bytes, ticket: str | Failed, peer: str) -> None:
         """A message that was sent, or not, into the audit log."""
