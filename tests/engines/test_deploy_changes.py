@@ -328,3 +328,25 @@ def test_a_hundred_institutions_are_not_a_hundred_lines(command, tmp_path, monke
     code, told, _ = command("deploy", "init", tmp_path / "d", "--clients", ",".join(names))
     assert code == 0 and len(told.splitlines()) == 3 and "and 92 more" in told
     assert json.loads((tmp_path / "d" / "deployment.json").read_text())["clients"] == names
+
+
+def test_what_cannot_be_written_is_told_in_words(command, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    code, _, errors = command("deploy", "init", tmp_path / "file" / "d", "--clients", "ann")
+    assert code == 2 and "cannot be written: Not a directory" in errors
+    init(tmp_path / "d", Deployment("127.0.0.1", free_port(), ("ann", "bob")))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x")
+
+    def full(path, *_):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedex_lora.deploy.init.write_key_pair", full)
+        code, _, errors = command("deploy", "add", tmp_path / "d", "cleo")
+        assert code == 2 and "No space left on device" in errors
+    assert read_deployment(tmp_path / "d").clients == ("ann", "bob")
+    assert command("deploy", "add", tmp_path / "d", "cleo")[0] == 0  # nothing is in its way
+    (tmp_path / "d" / ".lock").mkdir()
+    code, _, errors = command("deploy", "server", tmp_path / "d")
+    assert code == 2 and "run this under the account that owns it" in errors

@@ -12,7 +12,7 @@ from flwr.supercore.error import FlowerError
 from fedex_lora.deploy import changes
 from fedex_lora.deploy.init import Deployment, init
 from fedex_lora.flower import control
-from fedex_lora.flower.control import HEADER, READY, read_secret, with_secret
+from fedex_lora.flower.control import HEADER, read_secret, with_secret
 from fedex_lora.flower.refusals import Keys, admitting, known_keys
 from fedex_lora.flower.superlink import guarded
 
@@ -71,18 +71,16 @@ OURS = ((HEADER.encode(), SECRET),)
 def test_the_network_reaches_the_fleet_and_only_the_secret_the_control(
     path, client, headers, passes
 ):
-    guard = guarded(answering(200), SECRET)
-    assert status(called(guard, READY, headers=OURS)) == 200
+    guard = guarded(answering(200), SECRET, lambda: True)
     assert status(called(guard, path, client, headers)) == (200 if passes else 403)
 
 
 def test_clients_are_let_in_when_all_are_registered():
-    guard = guarded(answering(200), SECRET)
-    for headers in ((), ((HEADER.encode(), b"x"),)):
-        called(guard, READY, headers=headers)
-    called(guard, READY, "10.0.0.9", OURS)
+    ready = [False]
+    guard = guarded(answering(200), SECRET, lambda: ready[0])
     assert status(called(guard, "/v1/fleet/activate-node")) == 503  # SuperNodes try again
-    called(guard, READY, headers=OURS)
+    assert status(called(guard, "/v1/control/x", headers=OURS)) == 200
+    ready[0] = True
     assert status(called(guard, "/v1/fleet/activate-node")) == 200
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +10,13 @@ from datetime import datetime
 from pathlib import Path
 
 from fedex_lora.deploy import commands
-from fedex_lora.deploy.init import init_client, new_folders, read_deployment, write_deployment
+from fedex_lora.deploy.init import (
+    init_client,
+    new_folders,
+    read_deployment,
+    write_deployment,
+    writing,
+)
 from fedex_lora.deploy.keys import renew_certificate
 from fedex_lora.deploy.names import check_client_names
 from fedex_lora.deploy.processes import listens, run_to_end
@@ -30,11 +36,18 @@ def add(path: Path, names: Sequence[str], say: Callable[[str], object]) -> list[
     for name in names:
         if (path / "clients" / name).exists():
             raise UserError(f"{path / 'clients' / name}: is there already; move it away first")
-    for name in names:
-        init_client(path, deployment, name)
-    write_deployment(path, replace(deployment, clients=(*deployment.clients, *names)))
+    folders = [path / "clients" / name for name in names]
+    try:
+        with writing(path):
+            for name in names:
+                init_client(path, deployment, name)
+            write_deployment(path, replace(deployment, clients=(*deployment.clients, *names)))
+    except UserError:
+        for folder in folders:  # nobody has them yet
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     tell_server(path, say)
-    return [path / "clients" / name for name in names]
+    return folders
 
 
 def revoke(path: Path, name: str, say: Callable[[str], object]) -> None:
@@ -49,17 +62,16 @@ def revoke(path: Path, name: str, say: Callable[[str], object]) -> None:
     if name not in deployment.clients:
         known = ", ".join(deployment.clients[:10]) or "nobody"
         raise UserError(f"{name!r} is not in this deployment, which has {known}")
-    new_folders(path / REVOKED)
-    left = tuple(other for other in deployment.clients if other != name)
-    write_deployment(path, replace(deployment, clients=left))
-    folder = path / "clients" / name
-    if folder.exists():
-        kept = path / REVOKED / name
-        if kept.exists():
-            kept = kept.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(kept)
-        with contextlib.suppress(OSError):  # the change of the folder is what the server looks at
-            (kept / "key").unlink()
+    folder, kept = path / "clients" / name, path / REVOKED / name
+    if kept.exists():
+        kept = kept.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    with writing(path):
+        new_folders(path / REVOKED)
+        if folder.exists():
+            folder.rename(kept)  # which the server sees
+            (kept / "key").unlink(missing_ok=True)
+        left = tuple(other for other in deployment.clients if other != name)
+        write_deployment(path, replace(deployment, clients=left))
     tell_server(path, say)
 
 
@@ -82,8 +94,9 @@ def renew(path: Path, hosts: Sequence[str], authority: Path | None = None) -> da
     if hosts:
         deployment = replace(deployment, host=hosts[0], others=tuple(hosts[1:]))
     key = authority or path / "ca" / "ca.key"
-    until = renew_certificate(key, path / "server", deployment.hosts)
-    write_deployment(path, deployment)
+    with writing(path):
+        until = renew_certificate(key, path / "server", deployment.hosts)
+        write_deployment(path, deployment)
     return until
 
 

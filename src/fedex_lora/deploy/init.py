@@ -8,6 +8,8 @@ import json
 import secrets
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from fedex_lora import __version__
 from fedex_lora.deploy import templates
 from fedex_lora.deploy.keys import write_certificates, write_key_pair, write_secret
 from fedex_lora.deploy.names import check_client_names
-from fedex_lora.disk import write_atomic
+from fedex_lora.disk import reason, write_atomic
 from fedex_lora.errors import UserError
 
 FILE = "deployment.json"
@@ -106,6 +108,22 @@ def init(path: Path, deployment: Deployment) -> None:
         UserError: It is in use, a name is none, or `insecure` for a host that others can reach.
     """
     _check(path, deployment)
+    with writing(path):
+        _write(path, deployment)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the disk or the account does not allow into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {reason(error)}; name a directory of yours with room"
+        ) from None
+
+
+def _write(path: Path, deployment: Deployment) -> None:
     server = path / "server"
     new_folders(path, server, path / "clients")
     if not deployment.insecure:

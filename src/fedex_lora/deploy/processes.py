@@ -46,6 +46,7 @@ def serve(path: Path, deployment: Deployment, say: Say) -> None:
     make_private(path)
     link, executor = commands.superlink(path, deployment), commands.superexec(path, deployment)
     log = path / "server" / "flower.log"
+    (path / "server" / "ready").unlink(missing_ok=True)  # see `fedex_lora.flower.control`
     with _until_interrupted(), running([link], say, log) as link_ended:
         await_port(deployment.port, link_ended)
         register = commands.members(path, deployment)
@@ -107,9 +108,15 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     """While this process is at it, no other one does `what` with the folder.
 
     Raises:
-        UserError: Another one does; its number is named.
+        UserError: Another one does; its number is named. Or the folder is another account's.
     """
-    with (folder / ".lock").open("a+") as file:
+    try:
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written: {reason(error)}; run this under the account that owns it"
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

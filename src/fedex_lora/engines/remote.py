@@ -311,7 +311,7 @@ class RemoteEngine:
         start = start_of(run.state, self.settings, client)
         about = about_reply(reply, self.guests.identity, client, most_up(start))
         kind = about.get("kind")
-        if kind == "failed":
+        if kind in ("failed", "undecided"):
             return self._lost(run, client, text(said(Failure, about).reason))
         if kind == "lacks" and not sent.again:
             version = said(Lacking, about).version

@@ -29,7 +29,6 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from fedex_lora.flower.refusals import known_keys
 
 HEADER = "fedex-lora-secret"
-READY = "/fedex-lora/ready"
 SECRET = "FEDEX_LORA_CONTROL"  # environment: the file
 
 
@@ -69,10 +68,9 @@ def members(client: ControlHttpClient, clients: Path) -> None:
         print("forgot a node whose key is none of this deployment's", flush=True)
 
 
-def ready(client: ControlHttpClient) -> None:
-    """Lets clients in."""
-    url, headers = client._base_url + READY, {HEADER: read_secret().decode()}
-    client._client.post(url, headers=headers).raise_for_status()
+def ready_file() -> Path:
+    """Is there when clients may come in; `deploy server` takes it away before it starts."""
+    return Path(os.environ[SECRET]).with_name("ready")
 
 
 def main() -> None:
@@ -82,10 +80,10 @@ def main() -> None:
     if what not in ("members", "ready"):
         flwr()
         return
-    with init_http_client_from_connection(read_superlink_connection(None)) as client:
-        if what == "members":
+    if what == "members":
+        with init_http_client_from_connection(read_superlink_connection(None)) as client:
             members(client, Path(sys.argv[2]))
-        ready(client)
+    ready_file().touch()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.cli import flower_superlink
 
 from fedex_lora.flower.bounds import bounded, check_senders
-from fedex_lora.flower.control import HEADER, READY, read_secret
+from fedex_lora.flower.control import HEADER, read_secret, ready_file
 from fedex_lora.flower.refusals import Asgi, Keys, Scope, Send, admitting
 
 PUBLIC = ("/v1/fleet/", "/health")  # what SuperNodes need
@@ -38,25 +39,20 @@ CLIENTS = "FEDEX_LORA_CLIENTS"  # environment: the folder with the institutions'
 _REFUSED = "only from the coordinator itself, by the account that has the deployment's secret\n"
 
 
-def guarded(app: Asgi, secret: bytes) -> Asgi:
+def guarded(app: Asgi, secret: bytes, ready: Callable[[], bool]) -> Asgi:
     """The same app; clients reach `PUBLIC` of it, this machine `LOCAL`, and who has the secret all.
 
-    Until somebody with the secret has said at `READY` that all institutions are registered, their
-    nodes are asked to come again.
+    Args:
+        ready: Whether all institutions are registered; before, nodes are asked to come again.
     """
-    ready = False
 
     async def guard(scope: Scope, receive: Any, send: Send) -> None:
-        nonlocal ready
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
         path, local = scope["path"], _is_local((scope.get("client") or [""])[0])
         own = local and _has(scope, secret)
-        if own and path == READY:
-            ready = True
-            await _answer(send, 200, "ready\n")
-        elif path.startswith("/v1/fleet/") and not ready:
+        if path.startswith("/v1/fleet/") and not ready():
             await _answer(send, 503, "not ready yet\n")
         elif own or (".." not in path and path.startswith(PUBLIC + (LOCAL if local else ()))):
             await app(scope, receive, send)
@@ -102,7 +98,7 @@ def main() -> None:
         # asyncio would listen to IPv6 alone, and the coordinator itself uses IPv4
         options["host"] = _BOTH.get(options["host"], options["host"])
         told = admitting(bounded(app), keys, partial(print, flush=True))
-        app = guarded(told, secret)
+        app = guarded(told, secret, ready_file().exists)
         # forwarded headers would let anybody claim to be this machine
         run(app, proxy_headers=False, **options)
 
