@@ -26,7 +26,7 @@ from fedex_lora.deploy import changes, commands, templates
 from fedex_lora.deploy.init import read_deployment
 from fedex_lora.deploy.keys import write_key_pair
 from fedex_lora.deploy.launch import launch, start
-from fedex_lora.deploy.processes import free_port, run_to_end
+from fedex_lora.deploy.processes import free_port, listens, run_to_end
 from fedex_lora.engines.consent import FILE as RUNS
 from fedex_lora.engines.consent import Consent
 from fedex_lora.flower.control import HEADER
@@ -316,6 +316,12 @@ def test_an_institution_s_day(tmp_path):
         shutil.copytree(folder / "clients" / "bob", handed_over)
         deployment.start_client("bob", folder / "recipe.yaml", bob, handed_over)
         deployment.wait_for("bob", "connected to the server")
+        # a server that is started again lets clients in
+        assert deployment.kill("fedex_lora.flower.superlink", "server")
+        deployment.wait_for("server", "SuperLink ended (-9)")
+        until, port = time.monotonic() + 60, read_deployment(folder).port
+        while not listens(port) and time.monotonic() < until:
+            time.sleep(0.5)
         launch(coordinator, tmp_path / "third", folder, False, Silent())
         assert list(timeless(tmp_path / "third")[0]["clients"]) == ["bob"]
         changes.revoke(folder, "bob", said.append)
