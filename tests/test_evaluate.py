@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from commands import command
+from safetensors.torch import load_file, save_file
 from small_runs import recipe
 from tiny import TEXT, tiny
 
@@ -66,11 +67,44 @@ def test_a_run_and_its_exports_have_the_run_s_own_scores(folder, what, tmp_path)
     own = json.loads((folder / "run" / "results.json").read_text())["best"]["scores"]
     task = {} if what == "run" else {"task": "text-classification", "data": folder / "data"}
     sets = [] if what == "run" else [*XYZ, "task.max_length=32"]
+    sets += [f"model.name={folder / 'roberta'}"] if what == "adapter" else []
     found = scored(folder / what, tmp_path / "out", **task, sets=sets)["scores"]
     assert found.keys() == own.keys() == {"validation", "test"}
     tolerance = 0 if what == "run" else 1e-6
     for split, metrics in own.items():
         assert found[split] == pytest.approx(metrics, abs=tolerance, rel=tolerance)
+
+
+def test_an_adapter_in_its_run_s_directory_finds_its_base(folder, tmp_path):
+    sets, task = [*XYZ, "task.max_length=32"], ("text-classification", folder / "data")
+    inside = folder / "run" / "final" / "adapter"
+    here, there = (
+        scored(what, tmp_path / str(i), *task, sets=[*sets, *more])["scores"]
+        for i, (what, more) in enumerate(
+            [(inside, []), (folder / "adapter", [f"model.name={folder / 'roberta'}"])]
+        )
+    )
+    assert here == there
+
+
+def test_adapters_as_others_save_them(folder, tmp_path):
+    shutil.copytree(folder / "adapter", tmp_path / "outer" / "hospital")
+    task = ("text-classification", folder / "data", [*XYZ, f"model.name={folder / 'roberta'}"])
+    expected = scored(folder / "adapter", tmp_path / "a", *task)["scores"]
+    assert scored(tmp_path / "outer", tmp_path / "b", *task)["scores"] == expected
+    file = tmp_path / "outer" / "hospital" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    named = {
+        k.replace(".weight", ".default.weight") if ".lora_" in k else k: t
+        for k, t in tensors.items()
+    }
+    save_file(named, file)
+    with pytest.raises(UserError, match=r"named as in a model's state.*fedex-lora merge"):
+        scored(tmp_path / "outer", tmp_path / "c", *task)
+    key = next(iter(tensors))
+    save_file(tensors | {key: torch.empty(0)}, file)
+    with pytest.raises(UserError, match=r"is empty, of size \(0,\).*ZeRO-3"):
+        scored(tmp_path / "outer", tmp_path / "c", *task)
 
 
 def test_other_rows_are_scored_as_plain_transformers_does(folder, tmp_path):
@@ -138,7 +172,8 @@ def test_classes_without_names_are_taken_in_the_task_s_order_and_that_is_said(fo
     config["id2label"] = {i: f"LABEL_{i}" for i in range(3)}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     for i, what in enumerate((tmp_path / "model", folder / "adapter", folder / "model")):
-        task = ("text-classification", folder / "other.jsonl", XYZ)
+        base = [f"model.name={folder / 'roberta'}"] if what == folder / "adapter" else []
+        task = ("text-classification", folder / "other.jsonl", [*XYZ, *base])
         (*notes,) = scored(what, tmp_path / str(i), *task)["notes"]
         said = [f"{what} has no names for its classes; taken as x, y, z, in this order"]
         assert notes == (said if i < 2 else [])

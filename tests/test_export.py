@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import peft
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_runs import StopAfter, recipe
 from tiny import tiny
 
 from fedex_lora import cli
+from fedex_lora.adapter import Factors
 from fedex_lora.card import loading_lines
 from fedex_lora.errors import UserError
 from fedex_lora.export import default_name, export_adapter, export_model
@@ -177,28 +179,113 @@ def test_the_printed_lines_load_the_export(command, run, tmp_path, monkeypatch, 
 def test_regression_loads_with_one_label_and_a_language_model_with_none(tmp_path):
     (tmp_path / "adapter_config.json").touch()
     stsb = {"kind": "glue", "name": "stsb", "labels": None}
-    regression = loading_lines(recipe(tmp_path / "one", "roberta", task=stsb), tmp_path)
-    assert (
-        "AutoModelForSequenceClassification" in regression[1] and "num_labels=1," in regression[1]
-    )
-    language = loading_lines(recipe(tmp_path / "two", "gpt2"), tmp_path)
-    assert "AutoModelForCausalLM" in language[1] and "num_labels" not in language[1]
+    *_, line, _ = loading_lines(recipe(tmp_path / "one", "roberta", task=stsb), tmp_path)
+    assert "AutoModelForSequenceClassification" in line and "num_labels=1," in line
+    *_, line, _ = loading_lines(recipe(tmp_path / "two", "gpt2"), tmp_path)
+    assert "AutoModelForCausalLM" in line and "num_labels" not in line
 
 
-def test_a_base_inside_a_package_is_written_as_a_path(tmp_path, monkeypatch):
+def test_class_names_are_written_as_python_reads_them(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    labels = ["it's", 'a "quote"', "naïve 🙂"]
+    spec = recipe(tmp_path, task={"labels": labels})
+    line = loading_lines(spec, tmp_path)[2]
+    named = eval(line[line.index("{") : line.index("}") + 1])
+    assert named == dict(enumerate(labels))
+
+
+def test_the_lines_of_a_quantised_base_quantise_it(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    spec = recipe(tmp_path, model={"quantisation": "nf4", "placement": "side"})
+    line = loading_lines(spec, tmp_path)[2]
+    config = eval(line[line.index("transformers.Bits") : -1], {"transformers": transformers})
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"
+    assert {"lm_head", "classifier"} <= set(config.llm_int8_skip_modules)
+
+
+def test_an_adapter_names_its_base_and_no_place_on_this_machine(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "models_of_mine").mkdir()
     (tmp_path / "models_of_mine" / "__init__.py").touch()
     base = tiny("roberta", tmp_path / "models_of_mine" / "small")
-    spec = recipe(tmp_path, model={"name": "package:models_of_mine/small"})
+    name = "package:models_of_mine/small"
+    spec = recipe(tmp_path, model={"name": name})
     start_run(spec, tmp_path / "run")
     adapter = tmp_path / "run" / "final" / "adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(base.resolve())
-    assert f"base_model: {base.resolve()}\n" in (adapter / "README.md").read_text()
-    assert f'"{base.resolve()}", num_labels=3' in loading_lines(spec, adapter)[1]
-    auto = peft.AutoPeftModelForSequenceClassification
-    assert auto.from_pretrained(adapter, num_labels=3).config.num_labels == 3
+    assert config["base_model_name_or_path"] == name
+    texts = [f.read_text() for f in adapter.iterdir() if f.suffix in (".json", ".md")]
+    assert len(texts) >= 4 and not any(str(tmp_path) in text for text in texts)
+    # the lines that are printed are for this machine
+    assert f'"{base.resolve()}", num_labels=3' in loading_lines(spec, adapter)[2]
+    code, _, err = command(tmp_path / "run", "--base-name", "org/small", "--out", tmp_path / "x")
+    assert code == 0, err
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/small"
+    assert 'base_model: "org/small"' in (tmp_path / "x" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_an_export_has_all_that_goes_with_it(run, tmp_path, kind):
+    write = export_adapter if kind == "adapter" else export_model
+    out = write(open_run(run), tmp_path / kind).path
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.pad_token == "<pad>" and tokenizer("The fox")["input_ids"]
+    # the run cut texts to 32 tokens
+    assert json.loads((out / "tokenizer.json").read_text())["truncation"] is None
+    names = {"0": "x", "1": "y", "2": "z"}
+    stored = json.loads((out / ("base.json" if kind == "adapter" else "config.json")).read_text())
+    assert stored["id2label"] == names and stored["pad_token_id"] == tokenizer.pad_token_id
+    card = (out / "README.md").read_text()
+    assert "Classes: 0: x, 1: y, 2: z." in card and "from_pretrained" in card
+
+
+def test_the_card_has_scores_where_clients_evaluate(tmp_path):
+    results = start_run(recipe(tmp_path, evaluation={"where": "clients"}), tmp_path / "run")
+    card = (tmp_path / "run" / "final" / "adapter" / "README.md").read_text()
+    best = results["best"]
+    assert f"| clients' own, mean | accuracy | {best['score']:.4f} |" in card
+    for name, scores in best["client_scores"].items():
+        assert f"| {name}'s own | accuracy | {scores['accuracy']:.4f} |" in card
+    # those that came after the checkpoint are in the run's records alone
+    directory = RunDir(tmp_path / "run")
+    records = directory.records()
+    for record in records:
+        record["client_scores"]["ann"]["accuracy"] = 0.123
+    directory.write_records(records)
+    out = export_adapter(open_run(tmp_path / "run"), tmp_path / "again").path
+    assert "| ann's own | accuracy | 0.1230 |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_printed_lines_work_for_a_batch_of_two(kind, capsys, tmp_path):
+    """GPT-2's and Llama's tokenizers have no padding token."""
+    task = {"kind": "text-classification", "labels": ["x", "y", "z"]}
+    spec = recipe(tmp_path, kind, task=task, federation={"rounds": 1})
+    start_run(spec, tmp_path / "run")
+    adapter = tmp_path / "run" / "final" / "adapter"
+    names: dict = {}
+    exec("\n".join(loading_lines(spec, adapter)), names)
+    tokenizer, model = names["tokenizer"], names["model"].eval()
+    texts = ["The quick brown fox jumps over", "A file"]
+    with torch.no_grad():
+        both = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+        alone = [model(**tokenizer(t, return_tensors="pt")).logits[0] for t in texts]
+    torch.testing.assert_close(both, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
+
+
+def test_a_state_that_is_not_finite_is_not_exported(trained, tmp_path):
+    site = next(iter(trained.model.sites))
+    factors = dict(trained.state.factors)
+    for bad in (float("nan"), float("inf")):
+        b = factors[site].B.clone()
+        b[0, 0] = bad
+        state = replace(trained.state, factors=factors | {site: Factors(factors[site].A, b, 1.0)})
+        for write in (export_adapter, export_model):
+            with pytest.raises(UserError, match="is not finite"):
+                write(replace(trained, state=state), tmp_path / "out")
+            assert not list(tmp_path.iterdir())
 
 
 def test_the_best_record():
@@ -299,4 +386,4 @@ def test_an_adapter_of_a_bf16_base_tells_how_the_run_rounded_it(tmp_path):
         assert (done.rounding > 1e-4) == (placement == "fold")
         assert ("rounded its base to bfloat16" in " ".join(done.notes)) == (placement == "fold")
         lines = loading_lines(open_run(tmp_path / placement).recipe, done.path)
-        assert 'dtype="bfloat16"' in lines[1]
+        assert 'dtype="bfloat16"' in lines[2]

@@ -10,7 +10,7 @@ from adapted import CASES, assert_equal, batch, increments, logits, path, random
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
-from fedex_lora.adapter import AdapterState, Factors
+from fedex_lora.adapter import AdapterState, Factors, uniform
 from fedex_lora.errors import UserError
 from fedex_lora.model import load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
@@ -63,7 +63,8 @@ def test_a_saved_adapter_names_the_base_and_is_the_same_every_time(path, tmp_pat
     fields = json.loads(config)
     assert fields["base_model_name_or_path"] == "org/model"
     assert fields["target_modules"] == sorted(fields["target_modules"])
-    assert (fields["r"], fields["lora_alpha"], fields["use_rslora"]) == (3, 5, True)
+    assert (fields["r"], fields["use_rslora"]) == (3, False)
+    assert fields["lora_alpha"] == pytest.approx(5 * 3**0.5)  # 5 / √3 as alpha / r
     assert fields["rank_pattern"] == fields["alpha_pattern"] == {}
 
 
@@ -111,6 +112,21 @@ def test_a_run_can_start_from_a_saved_adapter(name, path, tmp_path):
     model.save_adapter(state, tmp_path / "a", base_name=str(path(case.kind)))
     again = case.load(path(case.kind), lora={"init": tmp_path / "a"}, seed=5)
     assert_equal(again.initial(5), state)
+
+
+def test_a_run_can_start_from_padded_factors(path, tmp_path):
+    """At the rank with the padding and, where only zeros go, at that without."""
+    case = CASES["llama"]  # k_proj has rank 2, the others 3
+    lora = {"lora_alpha": 3, "alpha_pattern": {"k_proj": 2}}  # scale 1 everywhere
+    model = case.load(path("llama"), lora=lora)
+    state = random_state(model)
+    padded = AdapterState(uniform(state.sites), state.head)
+    model.save_adapter(padded, tmp_path / "a", base_name="org/model")
+    again = case.load(path("llama"), lora={**lora, "init": tmp_path / "a"})
+    assert_equal(again.initial(0), state)
+    whole = {"rank_pattern": {}, "alpha_pattern": {}, "lora_alpha": 3}
+    again = case.load(path("llama"), lora={**whole, "init": tmp_path / "a"})
+    assert_equal(again.initial(0), padded)
 
 
 @pytest.mark.parametrize("name", ["roberta", "gpt2", "llama-embedding"])
@@ -175,6 +191,34 @@ def test_an_adapter_that_changes_more_is_refused(path, adapter):
         start(path, adapter)
     with pytest.raises(UserError, match="is no PEFT adapter"):
         start(path, adapter / "nowhere")
+
+
+def test_adapters_as_others_save_them(path, adapter, tmp_path):
+    """Under the names of a state dict, in a subfolder, or with other ways to begin."""
+    expected = start(path, adapter)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    named = {
+        k.replace(".weight", ".default.weight") if ".lora_" in k else k: t
+        for k, t in tensors.items()
+    }
+    save_file(named, file)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert_equal(start(path, adapter), expected)
+    (tmp_path / "outer").mkdir()
+    adapter.rename(tmp_path / "outer" / "hospital")
+    assert_equal(start(path, tmp_path / "outer"), expected)
+
+
+def test_an_empty_tensor_is_refused_with_its_cause(path, adapter):
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if "classifier" in k)
+    save_file(tensors | {key: torch.empty(0)}, file)
+    with pytest.raises(UserError, match=rf"{key} is empty, of size \(0,\).*ZeRO-3"):
+        start(path, adapter)
 
 
 def test_an_adapter_of_another_model_is_refused(path, adapter, tmp_path):

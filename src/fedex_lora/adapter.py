@@ -79,6 +79,26 @@ class AdapterState:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def uniform(sites: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same changes at one rank for all sites, the largest, and at scale 1: padded with zeros.
+
+    Example:
+        >>> one = Factors(torch.ones(1, 3), torch.ones(2, 1), 2.0)
+        >>> two = Factors(torch.ones(2, 3), torch.ones(2, 2), 1.0)
+        >>> padded = uniform({"q": one, "v": two})["q"]
+        >>> padded.rank, padded.scale, padded.delta().dense()[0].tolist()
+        (2, 1.0, [2.0, 2.0, 2.0])
+    """
+    rank = max((f.rank for f in sites.values()), default=0)
+    padded = {}
+    for name, f in sites.items():
+        more = rank - f.rank
+        a = torch.nn.functional.pad(f.A, (0, 0, 0, more))
+        b = torch.nn.functional.pad(f.B if f.scale == 1 else f.B * f.scale, (0, more))
+        padded[name] = Factors(a, b, 1.0)
+    return padded
+
+
 def fresh(sites: Mapping[str, Site], seed: int, version: int = 0) -> dict[str, Factors]:
     """New factors: A random, a function of (seed, version, site) alone, and B = 0 (eq. 10).
 

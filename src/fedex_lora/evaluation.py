@@ -22,7 +22,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.export import final_state
 from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.model import AdaptedModel
-from fedex_lora.model.files import CONFIG
+from fedex_lora.model.files import CONFIG, adapter_folder, published
 from fedex_lora.model.ready import base_of, load_ready
 from fedex_lora.recipe import Recipe
 from fedex_lora.rundir import RunDir, environment, plain
@@ -65,6 +65,8 @@ def kind_of(what: str) -> Kind:
         for file, kind in files.items():
             if (path / file).is_file():
                 return kind
+        if (adapter_folder(path) / CONFIG).is_file():
+            return "adapter"
         raise UserError(f"{what}: no run there, no model and no adapter (no {_or(files)})")
     looks_local = what.startswith((".", "/", "~")) or what.count("/") > 1 or path.is_file()
     if looks_local and not what.startswith("package:"):
@@ -117,8 +119,19 @@ def load_subject(
 
 
 def model_block(what: str) -> dict[str, str]:
-    """The `model` block for a model, or for the base that an adapter's config names."""
-    return base_of(Path(what).expanduser()) if kind_of(what) == "adapter" else {"name": what}
+    """The `model` block for a model, or for the base that an adapter's config names.
+
+    An adapter in a run's own directory is on the run's base, wherever that lies.
+    """
+    if kind_of(what) != "adapter":
+        return {"name": what}
+    folder = adapter_folder(Path(what).expanduser().resolve())
+    run = RunDir(folder.parent.parent)
+    block = base_of(folder)
+    if run.final == folder.parent and run.is_run():
+        own = run.recipe().model.name
+        return {**block, "name": own} if published(own) == block.get("name") else block
+    return block
 
 
 def _run(path: Path, recipe: Recipe, task: Task, which: Which | int, client: str | None) -> Subject:

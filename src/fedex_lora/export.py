@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -12,14 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState, Factors
-from fedex_lora.card import model_card
+from fedex_lora.adapter import AdapterState, Factors, uniform
+from fedex_lora.card import base_options, loading_lines, model_card
 from fedex_lora.disk import new_directory
 from fedex_lora.engines.local import base_increment
 from fedex_lora.errors import UserError
 from fedex_lora.federation.state import global_factors, start_of
 from fedex_lora.lowrank import LowRank, concat, dense, factored
-from fedex_lora.model.files import CONFIG
+from fedex_lora.model.files import (
+    CONFIG,
+    SERVER_LIMITS,
+    above_limits,
+    misread,
+    published,
+)
+from fedex_lora.setup import recipe_task
 from fedex_lora.trained import Trained
 
 EPS = torch.finfo(torch.float32).eps  # what the run's own arithmetic could tell from zero
@@ -92,17 +101,21 @@ def export_model(
         UserError: `out` is not empty or cannot be written, or `client` does not fit the method.
     """
     state = final_state(trained, client)
+    check_finite(state.head)
     to = dtype or getattr(torch, trained.recipe.model.dtype)
     rounding = _rounding(trained, state, to)
     notes = list(_notes(trained))
     if rounding:
         notes.append(f"rounding the weights to {to} changed them by {rounding:.2g} (relative)")
     with _fresh(out) as new:
-        _merged(trained, state, dtype).save_pretrained(new)
-        trained.model.tokenizer.save_pretrained(new)
+        merged = _merged(trained, state, dtype)
+        names = [f"{site}.weight" for site in trained.model.sites] + list(state.head)
+        check_finite({name: merged.get_parameter(name) for name in names})
+        merged.save_pretrained(new)
+        _save_tokenizer(trained.model.tokenizer, new)
         for file in new.glob("*.safetensors"):  # safetensors lets only the owner read
             shutil.copymode(new / "config.json", file)
-        _write_card(trained, new, "merged model", notes)
+        _write_card(trained, new, out, "merged model", notes, published(trained.recipe.model.name))
     return Exported(out, rounding=rounding, notes=(*trained.notes, *notes))
 
 
@@ -118,43 +131,96 @@ def _merged(trained: Trained, state: AdapterState, dtype: torch.dtype | None) ->
 
 
 def export_adapter(
-    trained: Trained, out: Path, rank: int | None = None, client: str | None = None
+    trained: Trained,
+    out: Path,
+    rank: int | None = None,
+    client: str | None = None,
+    *,
+    error: float = 0.0,
+    tight: bool = False,
+    base_name: str | None = None,
 ) -> Exported:
     """Writes one PEFT adapter relative to the pretrained model that carries the whole ledger.
 
+    All layers get one rank, the largest that one of them needs, padded with zeros, at scale 1: so
+    programs that know no rank and alpha patterns read it as PEFT does.
+
     Args:
         rank: None for the numerical rank of each site, else the best of that rank.
+        error: Without a rank: how much of a site's change may be missed, relative in Frobenius
+            norm; the smallest rank that keeps to it is taken.
+        tight: Every site keeps its own rank, with patterns.
+        base_name: What the adapter calls its base; see `published`.
 
     Raises:
-        UserError: `out` is not empty or cannot be written, or `client` does not fit the method.
+        UserError: `out` is not empty or cannot be written, `client` does not fit the method, or
+            a weight is no finite number.
     """
     state, spec = final_state(trained, client), trained.recipe.model
-    sites, errors, error = _as_adapter(trained, state, rank)
+    check_finite(state.head)
+    cut = _as_adapter(trained, state, rank, error)
+    sites = cut.sites if tight else uniform(cut.sites)
     folds = spec.placement == "fold"
     rounding = _rounding(trained, state, getattr(torch, spec.dtype)) if folds else 0.0
-    notes = [*_notes(trained), *_adapter_notes(trained, sites, rounding)]
-    cut = [f"cut to rank {rank}: it misses {error:.3g} of the change"] if rank else []
-    with _fresh(out) as new:
-        adapter = AdapterState(sites, state.head)
-        trained.model.save_adapter(adapter, new, base_name=spec.name)
-        _write_card(trained, new, "PEFT adapter", [*notes, *cut])
     widest = max((f.rank for f in sites.values()), default=0)
-    return Exported(out, widest, error, errors, rounding, (*trained.notes, *notes))
+    notes = [*_notes(trained), *_adapter_notes(trained, cut.sites, rounding)]
+    notes += above_limits(widest, cut.would_miss)
+    told = [f"cut to rank {widest}: it misses {cut.error:.3g} of the change"] if cut.error else []
+    base_name = base_name or published(spec.name)
+    with _fresh(out) as new:
+        trained.model.save_adapter(AdapterState(sites, state.head), new, base_name=base_name)
+        _save_tokenizer(trained.model.tokenizer, new)
+        notes += [f"--tight: {who}" for who in misread(new)]
+        _write_card(trained, new, out, "PEFT adapter", [*notes, *told], base_name)
+        _write_loading(trained, new, base_name)
+    return Exported(out, widest, cut.error, cut.errors, rounding, (*trained.notes, *notes))
 
 
-def _as_adapter(
-    trained: Trained, state: AdapterState, rank: int | None
-) -> tuple[dict[str, Factors], dict[str, float], float]:
-    """The change as factors, and what they miss of it: by site and in total, relative."""
-    sites, errors, squares = {}, {}, [0.0, 0.0]
+@dataclass(frozen=True)
+class _Cut:
+    """The change as factors, and what they miss of it, relative: by site and in total.
+
+    Attributes:
+        would_miss: The same in total at other ranks.
+    """
+
+    sites: Mapping[str, Factors]
+    errors: Mapping[str, float]
+    error: float
+    would_miss: Mapping[int, float]
+
+
+def _as_adapter(trained: Trained, state: AdapterState, rank: int | None, error: float) -> _Cut:
+    sites, missed, sizes, at = {}, {}, {}, dict.fromkeys(SERVER_LIMITS, 0.0)
     for site in trained.model.sites:
         whole = change(trained, state, site)
-        kept, left = (whole.compress(EPS), None) if rank is None else whole.split(rank)
-        missed, size = (0.0 if left is None else left.norm().item()), whole.norm().item()
-        errors[site] = missed / size if size else 0.0
-        squares = [squares[0] + missed**2, squares[1] + size**2]
+        check_finite({site: whole.left}, {site: whole.right})
+        kept = whole.compress(EPS)
+        # what is missed at rank 0, 1, ..., the kept one
+        tails = [*kept.singular_values().square().flip(0).cumsum(0).sqrt().flip(0).tolist(), 0.0]
+        least = next(r for r, tail in enumerate(tails) if tail <= error * tails[0])
+        keep = min(least if rank is None else rank, kept.rank)
+        kept = kept.truncate(keep) if keep < kept.rank else kept
+        missed[site], sizes[site] = tails[keep], tails[0]
+        at = {r: math.hypot(lost, tails[min(r, len(tails) - 1)]) for r, lost in at.items()}
         sites[site] = Factors(kept.right.float(), kept.left.float(), 1.0)
-    return sites, errors, (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
+    total = math.hypot(*sizes.values())
+    return _Cut(
+        sites,
+        {site: missed[site] / size if size else 0.0 for site, size in sizes.items()},
+        math.hypot(*missed.values()) / total if total else 0.0,
+        {r: lost / total if total else 0.0 for r, lost in at.items()},
+    )
+
+
+def check_finite(*tensors: Mapping[str, Tensor]) -> None:
+    """Raises a `UserError` if one of these holds NaN or infinity."""
+    for name, tensor in (pair for part in tensors for pair in part.items()):
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{name} is not finite (in {tensor.dtype}): this round's training went wrong, or "
+                "its weights are too large for that. Nothing is written; take an earlier --round"
+            )
 
 
 def _adapter_notes(
@@ -177,7 +243,9 @@ def _adapter_notes(
             f"{rounding:.2g} (relative); on the unchanged base logits differ by as much"
         )
     if model.quantisation:
-        yield f"the adapter belongs on the base quantised to {model.quantisation}; load it so"
+        way = f"merge --into-base BASE --base-quantised {model.quantisation}"
+        more = "" if model.quantisation == "int8" else f", or {way}"
+        yield f"the adapter belongs on the base quantised to {model.quantisation}; load it so{more}"
 
 
 def _notes(trained: Trained) -> Iterator[str]:
@@ -223,6 +291,8 @@ def default_name(
     dtype: torch.dtype | None = None,
     client: str | None = None,
     round: int | None = None,
+    error: float = 0.0,
+    tight: bool = False,
 ) -> str:
     """The folder of an export under final/; one that is not the best round's says its round.
 
@@ -233,7 +303,8 @@ def default_name(
         'model-float32-ann'
     """
     parts = [kind, str(dtype).removeprefix("torch.") if dtype else None]
-    parts += [f"rank{rank}" if rank else None, client, f"round{round}" if round else None]
+    parts += [f"rank{rank}" if rank else None, f"error{error:g}" if error else None]
+    parts += ["tight" if tight else None, client, f"round{round}" if round else None]
     return "-".join(part for part in parts if part)
 
 
@@ -242,5 +313,32 @@ def is_export(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / CONFIG).is_file()
 
 
-def _write_card(trained: Trained, out: Path, what: str, notes: list[str]) -> None:
-    (out / "README.md").write_text(model_card(trained, what, notes), encoding="utf-8")
+def _save_tokenizer(tokenizer: Any, new: Path) -> None:
+    """Or the image processor. Without the truncation and padding of the last batch, which others
+    than transformers would keep to."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(new)
+
+
+LOADING = "base.json"  # transformers would take a config.json here for that of a whole model
+
+
+def _write_loading(trained: Trained, new: Path, base_name: str) -> None:
+    """What the base has to be loaded with: an adapter's own config has no place for it."""
+    task = recipe_task(trained.recipe)
+    options = {"class": task.auto_model, "base": base_name, **base_options(trained.recipe, task)}
+    pad = getattr(trained.model.tokenizer, "pad_token_id", None)
+    options |= {} if pad is None else {"pad_token_id": pad}
+    text = json.dumps(options, indent=1, ensure_ascii=False) + "\n"
+    (new / LOADING).write_text(text, encoding="utf-8")
+
+
+def _write_card(
+    trained: Trained, new: Path, out: Path, what: str, notes: list[str], base: str
+) -> None:
+    usage = loading_lines(trained.recipe, new, base, out.name)
+    card = model_card(trained, what, base, notes, usage)
+    (new / "README.md").write_text(card, encoding="utf-8")

@@ -71,7 +71,17 @@ def read_round(path: Path, which: Which | int = "best") -> Round:
     if round != state.version:
         state, extra = _load_round(directory, round)
     told = tuple(note.partition("; going on")[0] for note in notes)
-    return Round(recipe, state, extra, told)
+    record = {**extra["record"], **_later_scores(directory, round)}
+    return Round(recipe, state, {**extra, "record": record}, told)
+
+
+def _later_scores(directory: RunDir, round: int) -> dict[str, Any]:
+    """Scores of a round that came after its checkpoint was written: the clients' own."""
+    try:
+        found = [r for r in directory.records() if isinstance(r, dict) and r.get("round") == round]
+    except UserError:  # damaged; the checkpoint's record will do
+        return {}
+    return {k: r[k] for r in found for k in ("scores", "client_scores", "score") if k in r}
 
 
 def open_run(path: Path, which: Which | int = "best", workdir: Path | None = None) -> Trained:

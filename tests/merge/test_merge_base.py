@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from merging import CASES, CLS, LM, WEIGHTS, Case, base, command, logits, oracle, plain, save, saved
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 __all__ = ["base", "command"]
@@ -133,9 +133,9 @@ def test_damaged_or_quantised_models_are_refused(base, one, command, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(base("llama"), model)
     config = json.loads((model / "config.json").read_text())
-    quantised = config | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (model / "config.json").write_text(json.dumps(quantised))
-    refused(command, tmp_path, one, model, "is quantised")
+    refused(command, tmp_path, one, model, "is quantised by gptq, which is not undone here")
     (model / "config.json").write_text(json.dumps(config))
     file = model / "model.safetensors"
     os.truncate(file, file.stat().st_size - 8)
@@ -148,6 +148,57 @@ def test_damaged_or_quantised_models_are_refused(base, one, command, tmp_path):
     index = {"weight_map": {"x": "shard-1.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(command, tmp_path, one, model, "missing, truncated or damaged")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"eos_token_id": "x"}, "no model that transformers knows: Validation error"),
+        ({"dtype": []}, "no model that transformers knows"),
+        ({"num_attention_heads": 0}, "no model that transformers knows"),
+        ({"pad_token_id": 10**9}, "no model that transformers knows: Padding_idx"),
+        ({"architectures": 1.5}, ""),
+        ({"architectures": ["os"]}, ""),
+    ],
+)
+def test_configs_that_are_none(base, one, command, tmp_path, fields, text):
+    model = tmp_path / "model"
+    shutil.copytree(base("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | fields))
+    if text:
+        refused(command, tmp_path, one, model, text)
+    else:  # the task type names the class
+        assert command(one, "--into-base", model, "--out", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t.flatten(), "is (256,) in the files of"),
+        (lambda t: t.to(torch.int8), "has dtype torch.int8, to which no update can be added"),
+        (lambda t: t.to(torch.complex64), "has dtype C64"),
+        (None, "hold no tensor for model.layers.0.self_attn.q_proj.weight"),
+    ],
+)
+def test_weights_that_are_none(base, one, command, tmp_path, change, text):
+    model = tmp_path / "model"
+    shutil.copytree(base("llama"), model)
+    file, key = model / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(file)
+    weight = tensors.pop(key)
+    save_file(tensors | ({key: change(weight)} if change else {}), file)
+    refused(command, tmp_path, one, model, text)
+
+
+@pytest.mark.parametrize("state", [b"nonsense", b"[1]", b"{}", b'{"dtype":"x","shape":[1]}'])
+def test_a_damaged_state_of_a_quantised_weight(base, one, command, tmp_path, state):
+    model = tmp_path / "model"
+    shutil.copytree(base("llama"), model)
+    file = model / "model.safetensors"
+    key = "model.norm.weight.quant_state.bitsandbytes__nf4"
+    save_file(load_file(file) | {key: torch.tensor(list(state), dtype=torch.uint8)}, file)
+    refused(command, tmp_path, one, model, f"{key} is no state of a quantised weight")
 
 
 def test_a_head_for_other_labels_sets_them_and_another_size_is_refused(base, command, tmp_path):

@@ -50,7 +50,10 @@ def edit(folder, **fields):
 def test_a_merge_and_what_it_says(adapters, command, tmp_path):
     code, out, err = command(*adapters, "--weights", "3,1,1", "--out", tmp_path / "out", "--report")
     assert code == 0, err
-    assert "Rank: 7 to 9, of 6 layers" in out and "Averaging the factors would miss" in out
+    assert (
+        "Rank: 7 to 9, of 6 layers; all are padded to 9" in out
+        and "Averaging the factors would miss" in out
+    )
     assert "model.layers.0.mlp.down_proj" in out and "PeftModel.from_pretrained" in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
@@ -70,7 +73,7 @@ def test_a_merge_and_what_it_says(adapters, command, tmp_path):
 def test_weights_and_ranks_that_make_no_sense(adapters, refused):
     for weights, text in (
         ("1,1", "2 weights for 3 adapters"),
-        ("1,-1,1", "-1.0 is no weight"),
+        ("1,-1,1", "-1 is negative, and a mean has no negative weights; --sum takes them"),
         ("1,nan,1", "nan is no weight"),
         ("1,inf,1", "inf is no weight"),
         ("0,0,0", "sum is 0"),
@@ -118,6 +121,10 @@ def test_a_layer_of_another_shape_is_refused_even_without_strict(adapters, refus
         ({"lora_alpha": float("nan")}, "has the scale nan"),
         ({"lora_alpha": 10**400}, "not what PEFT writes"),
         ({"lora_alpha": 1e39}, "is too large for float32"),
+        ({"task_type": ["CAUSAL_LM"]}, "task_type is ['CAUSAL_LM']; expected a text"),
+        ({"auto_mapping": "x"}, "auto_mapping is 'x'; expected an object"),
+        ({"target_parameters": [1]}, "target_parameters is [1]; expected a list of names"),
+        ({"r": -2, "rank_pattern": {}}, "has rank 2 in the file and -2"),
         ({"modules_to_save": 5}, "modules_to_save is 5; expected a list of names"),
         ({"modules_to_save": "head"}, "modules_to_save is 'head'; expected a list of names"),
     ],

@@ -65,6 +65,11 @@ ShowRows = Annotated[
 ]
 Client = Annotated[str | None, typer.Option(help="Whose model, where nothing is exchanged.")]
 
+RankError = Annotated[
+    float | None,
+    typer.Option("--error", help="With --rank auto: relative error allowed in a layer."),
+]
+
 
 def read_recipe(path: Path, sets: list[str]) -> Recipe:
     recipe, places = load_recipe_with_places(path, sets)
@@ -118,6 +123,22 @@ def whole_number(text: str, option: str) -> int:
 
 def comma_separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def rank_option(text: str, error: float | None) -> tuple[int | None, float]:
+    """A rank (None for as many as there are), and a relative error that it may cost in a layer."""
+    if text == "auto":
+        if error is None or not 0 < error < 1:
+            raise UserError("--rank auto: needs --error, above 0 and below 1, e.g. --error 1e-3")
+        return None, error
+    if error is not None:
+        raise UserError("--error: goes with --rank auto only")
+    if not text:
+        return None, 0.0
+    rank = whole_number(text, "--rank")
+    if rank < 1:
+        raise UserError("--rank: expected a number of at least 1, or auto")
+    return rank, 0.0
 
 
 def say(text: str) -> None:

@@ -8,12 +8,20 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from fedex_lora.cli.common import app, comma_separated, console, say, whole_number
+from fedex_lora.cli.common import (
+    RankError,
+    app,
+    comma_separated,
+    console,
+    rank_option,
+    say,
+)
 from fedex_lora.display import show_table
 from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.base import merge_into_base
 from fedex_lora.merge.plan import make_plan
+from fedex_lora.merge.quantised import KINDS
 from fedex_lora.merge.write import REPORT, Merged, Options, merge_adapters, share
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -25,15 +33,31 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="New directory to write.")],
     weights: Annotated[str, typer.Option(help="One each, e.g. 3,1,1; equal by default.")] = "",
     rank: Annotated[str, typer.Option(help="Largest rank of a layer, or auto with --error.")] = "",
-    error: Annotated[
-        float | None, typer.Option(help="With --rank auto: relative error allowed in a layer.")
-    ] = None,
+    error: RankError = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of what is written; float32, or as in the base model.")
     ] = None,
     into_base: Annotated[
         str | None, typer.Option(help="Add to this full model instead (folder or hub id).")
     ] = None,
+    base_quantised: Annotated[
+        str | None,
+        typer.Option(help="With --into-base: the 4 bits it had in training, e.g. nf4-double."),
+    ] = None,
+    sum: Annotated[
+        bool, typer.Option("--sum", help="Take the weights as they are, negative ones too.")
+    ] = False,
+    tight: Annotated[
+        bool,
+        typer.Option("--tight", help="Every layer at its own rank: smaller, not for all readers."),
+    ] = False,
+    embeddings: Annotated[
+        str,
+        typer.Option(help="Those saved along: equal in all, mean, or of adapter 1, 2, ..."),
+    ] = "equal",
+    ignore_base_name: Annotated[
+        bool, typer.Option("--ignore-base-name", help="Pass over names of base models alone.")
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Every layer, and how far averaging factors is off.")
     ] = False,
@@ -44,38 +68,39 @@ def merge(
         bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too.")
     ] = False,
 ) -> None:
-    """Merge LoRA adapters: the exact weighted mean of their updates, without the base model."""
-    limit, tolerance = _rank(rank, error)
-    plan = make_plan([open_adapter(a, allow_pickle) for a in adapters], _weights(weights), strict)
+    """Merge LoRA adapters: the exact weighted mean (or sum) of their updates."""
+    limit, tolerance = rank_option(rank, error)
+    if base_quantised is not None and (into_base is None or base_quantised not in KINDS):
+        raise UserError(
+            f"--base-quantised: goes with --into-base, and is one of {', '.join(KINDS)}"
+        )
+    for option, given in (("report", report), ("tight", tight)):
+        if into_base is not None and given:
+            raise UserError(f"--{option}: is about a merged adapter; leave out --into-base or it")
+    opened = [open_adapter(a, allow_pickle) for a in adapters]
+    plan = make_plan(
+        opened,
+        _weights(weights),
+        strict,
+        is_sum=sum,
+        ignore_base_name=ignore_base_name,
+        embeddings=embeddings,
+    )
+    for adapter in opened:
+        if Path(adapter.name).is_dir() and adapter.folder != Path(adapter.name).expanduser():
+            say(f"Found: {adapter.folder}")
     to = getattr(torch, dtype) if dtype else None
     for line in plan.left_out:
         say(f"Passed over: {line}")
     if into_base is not None:
-        if report:
-            raise UserError("--report: is about a merged adapter; leave out --into-base or it")
-        written = merge_into_base(plan, into_base, out, limit, tolerance, to)
+        written = merge_into_base(plan, into_base, out, limit, tolerance, to, base_quantised)
         say(f"Written: {out}")
         _show_model(out, written)
         return
-    options = Options(limit, tolerance, to or torch.float32, compare=report)
+    options = Options(limit, tolerance, to or torch.float32, compare=report, tight=tight)
     merged = merge_adapters(plan, out, options)
     say(f"Written: {out}")
     _show_adapter(merged, report)
-
-
-def _rank(text: str, error: float | None) -> tuple[int | None, float]:
-    if text == "auto":
-        if error is None or not 0 < error < 1:
-            raise UserError("--rank auto: needs --error, above 0 and below 1, e.g. --error 1e-3")
-        return None, error
-    if error is not None:
-        raise UserError("--error: goes with --rank auto only")
-    if not text:
-        return None, 0.0
-    rank = whole_number(text, "--rank")
-    if rank < 1:
-        raise UserError("--rank: expected a number of at least 1, or auto")
-    return rank, 0.0
 
 
 def _weights(text: str) -> list[float] | None:
@@ -90,7 +115,8 @@ def _weights(text: str) -> list[float] | None:
 def _show_adapter(merged: Merged, report: bool) -> None:
     ranks = sorted({layer.rank for layer in merged.layers.values()})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    say(f"Rank: {shown}, of {len(merged.layers)} layers")
+    padded = f"; all are padded to {merged.rank}" if len(ranks) > 1 and merged.rank else ""
+    say(f"Rank: {shown}, of {len(merged.layers)} layers{padded}")
     for what, get in (
         ("Cut off", lambda layer: layer.missed),
         ("Rounded off", lambda layer: layer.rounding),
@@ -105,6 +131,8 @@ def _show_adapter(merged: Merged, report: bool) -> None:
             )
     if report:
         show_table(console, ["layer", "rank", "cut off", "rounded off", "averaging"], _rows(merged))
+    for note in merged.notes:
+        say(f"Note: {note}")
     say(f"By layer: {merged.path / REPORT}")
     say("In Python:\nfrom peft import PeftModel")
     say(f"PeftModel.from_pretrained(base, {str(merged.path)!r})")
@@ -116,7 +144,7 @@ def _rows(merged: Merged) -> list[list[str]]:
             name,
             str(layer.rank),
             *(
-                f"{share(part or 0.0, layer.norm):.3g}"
+                "-" if part is None else f"{share(part, layer.norm):.3g}"
                 for part in (layer.missed, layer.rounding, layer.averaging)
             ),
         ]

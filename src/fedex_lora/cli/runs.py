@@ -14,6 +14,7 @@ from fedex_lora.card import loading_lines
 from fedex_lora.cli.common import (
     Client,
     Out,
+    RankError,
     RecipeFile,
     Round,
     RunPath,
@@ -23,6 +24,7 @@ from fedex_lora.cli.common import (
     comma_separated,
     console,
     displays,
+    rank_option,
     read_recipe,
     say,
     this_command,
@@ -136,23 +138,34 @@ def _exact_for_all(name: str) -> bool:
 def export(
     run: RunPath,
     as_: Annotated[Literal["model", "adapter"], typer.Option("--as")] = "adapter",
-    rank: Annotated[int | None, typer.Option(min=1, help="Best adapter of this rank.")] = None,
+    rank: Annotated[
+        str, typer.Option(help="Best adapter of this rank, or auto with --error.")
+    ] = "",
+    error: RankError = None,
+    tight: Annotated[
+        bool,
+        typer.Option("--tight", help="Every layer at its own rank: smaller, not for all readers."),
+    ] = False,
+    base_name: Annotated[
+        str | None, typer.Option(help="Hub id that the adapter names as its base.")
+    ] = None,
     dtype: Annotated[Literal["base", "float32"], typer.Option(help="Of a merged model.")] = "base",
     round: Round = "best",
     client: Client = None,
     out: Out = None,
 ) -> None:
     """Write a run's model as a merged model or as a PEFT adapter."""
-    if as_ == "model" and rank is not None:
-        raise UserError(
-            "--rank: only an adapter is cut to a rank; use --as adapter or leave it out"
-        )
+    limit, tolerance = rank_option(rank, error)
+    for option, given in (("rank", rank), ("tight", tight), ("base-name", base_name)):
+        if as_ == "model" and given:
+            raise UserError(f"--{option}: is about an adapter; use --as adapter or leave it out")
     trained = open_run(run, which_round(round))
     to = torch.float32 if as_ == "model" and dtype == "float32" else None
     # before a run is finished its best round may become another one
     settled = round == "best" and (run / "results.json").is_file()
     version = None if settled else trained.state.version
-    path = out or run / "final" / default_name(as_, rank, to, client, version)
+    name = default_name(as_, limit, to, client, version, tolerance, tight)
+    path = out or run / "final" / name
     if out is None and is_export(path):
         say(f"Already there: {path}")
         exported = Exported(path, notes=trained.notes)
@@ -160,9 +173,17 @@ def export(
         if as_ == "model":
             exported = export_model(trained, path, to, client)
         else:
-            exported = export_adapter(trained, path, rank, client)
+            exported = export_adapter(
+                trained,
+                path,
+                limit,
+                client,
+                error=tolerance,
+                tight=tight,
+                base_name=base_name,
+            )
         say(f"Written: {path}")
-    _show_export(exported, rank, trained.recipe)
+    _show_export(exported, trained.recipe)
 
 
 @app.command()
@@ -240,10 +261,10 @@ def _offer(path: Path) -> None:
         say(f"Merged model: fedex-lora export {shlex.quote(str(path))} --as model{whose}")
 
 
-def _show_export(exported: Exported, rank: int | None, recipe: Recipe) -> None:
+def _show_export(exported: Exported, recipe: Recipe) -> None:
     if exported.rank is not None:
         say(f"Largest rank of a layer: {exported.rank}")
-    if rank is not None and exported.errors:
+    if exported.error and exported.errors:
         worst = max(exported.errors, key=lambda site: exported.errors[site])  # type: ignore[index]
         say(
             f"Relative error of the change: {exported.error:.3g} in total, at most "

@@ -19,10 +19,18 @@ from torch import Tensor
 from fedex_lora.adapter import Site
 from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
+from fedex_lora.merge.experts import Form, forms
 from fedex_lora.merge.factors import Term, finite
-from fedex_lora.model.files import CONFIG, NAMES, PREFIX, WEIGHTS, configured, unsupported
+from fedex_lora.merge.tokens import indices, of_tokens
+from fedex_lora.model.files import CONFIG, WEIGHTS, adapter_folder, empty
+from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
+from fedex_lora.model.plain import unsupported
 
 PICKLE = "adapter_model.bin"
+# trained biases and tokens are averaged, experts merged one by one, tied factors apart
+_DEALT_WITH = frozenset(
+    {"bias", "trainable_token_indices", "target_parameters", "ensure_weight_tying"}
+)
 _SUFFIXES = {f".{n}": i for names in NAMES.values() for i, n in enumerate(names)}
 Shape = tuple[int, ...]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,12 +41,15 @@ class Place:
     """One adapted layer in the file.
 
     Attributes:
-        site: ΔW's shape, rank and scale.
-        keys: Names of A and B in the file.
+        site: ΔW's shape, rank and scale; of one expert.
+        keys: PEFT's names of A and B.
+        experts: How many matrices of that shape there are. A holds the experts' rows one after
+            the other, B's columns belong to the experts in turn.
     """
 
     site: Site
     keys: tuple[str, str]
+    experts: int = 1
 
     @property
     def embedding(self) -> bool:
@@ -55,7 +66,10 @@ class Adapter:
         file: Its weights.
         config: Its adapter_config.json.
         places: Its layers by module path in the plain model, sorted.
-        others: Shapes of all other tensors: modules trained in full, copies of embeddings.
+        others: Shapes of all other tensors, by PEFT's names: modules trained in full, copies of
+            embeddings.
+        stored: The names in the file by PEFT's.
+        left_out: How many tensors in the file belong to the base model.
     """
 
     name: str
@@ -64,9 +78,11 @@ class Adapter:
     config: Mapping[str, Any]
     places: Mapping[str, Place]
     others: Mapping[str, Shape]
+    stored: Mapping[str, str]
+    left_out: int = 0
 
-    def term(self, site: str) -> Term:
-        """(A, B, scale) of a layer.
+    def terms(self, site: str) -> list[Term]:
+        """(A, B, scale) of a layer, one for each of its experts.
 
         Raises:
             UserError: A tensor holds NaN or infinity, is none of floating point, is too large for
@@ -75,22 +91,21 @@ class Adapter:
         place = self.places[site]
         a, b = self.tensors(place.keys)
         for key, factor, scale in zip(place.keys, (a, b), (1.0, place.site.scale)):
-            if factor.dtype not in _DTYPES:
-                raise UserError(
-                    f"{self.name}: {key} in {self.file} has dtype {factor.dtype}; expected one of "
-                    f"{', '.join(map(str, _DTYPES))}"
-                )
+            self._check_dtype(key, factor)
             if not finite(factor.to(torch.float32) * scale):
                 raise UserError(
                     f"{self.name}: {key} in {self.file}, times its scale {scale:g}, is too large "
                     "for float32; its training went wrong, leave this adapter out"
                 )
-        return a, b, place.site.scale
+        n, scale = place.experts, place.site.scale
+        return [(a[i * len(a) // n :][: len(a) // n], b[:, i::n], scale) for i in range(n)]
 
     def tensors(self, keys: Sequence[str]) -> list[Tensor]:
-        """Tensors of the file, finite; the file is mapped only as long as they live."""
-        found = _read(self.file, keys, self.name)
+        """Tensors by PEFT's names, finite; the file is mapped only as long as they live."""
+        found = _read(self.file, [self.stored[key] for key in keys], self.name)
         for key, tensor in zip(keys, found):
+            if tensor.is_floating_point():
+                self._check_dtype(key, tensor)
             if not finite(tensor):
                 raise UserError(
                     f"{self.name}: {key} in {self.file} holds NaN or infinity; its training went "
@@ -98,56 +113,84 @@ class Adapter:
                 )
         return found
 
+    def _check_dtype(self, key: str, tensor: Tensor) -> None:
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                f"{self.name}: {key} in {self.file} has dtype {tensor.dtype}; expected one of "
+                f"{', '.join(map(str, _DTYPES))}"
+            )
+
 
 def open_adapter(name: str, allow_pickle: bool = False) -> Adapter:
     """Reads an adapter's config and the shapes of its tensors.
 
     Args:
-        name: A folder, or a hub id where there is no such folder.
+        name: A folder (or one with a subfolder that has the adapter), or a hub id where there is
+            no such folder, with `:SUBFOLDER` if need be.
         allow_pickle: Whether adapter_model.bin may be read (with torch's weights_only).
 
     Raises:
         UserError: It is no adapter, is damaged, or does more than add B·A to a frozen base.
     """
-    folder = locate(name, [CONFIG, WEIGHTS, *([PICKLE] if allow_pickle else [])], CONFIG)
+    folder = _find(name, allow_pickle)
     config = _config(folder)
-    refused = unsupported(config)
+    refused = unsupported(config, _DEALT_WITH)
     if refused:
         raise UserError(
-            f"{name}: uses {refused}, for which merging is not exact; expected a plain LoRA adapter"
+            f"{name}: uses {refused}: the mean of such adapters is not the mean of their B·A; "
+            "expected a plain LoRA adapter"
         )
     file = _weights(folder, allow_pickle)
-    shapes = _shapes(file, name)
+    found = _shapes(file, name)
+    keys = adapter_keys(found, name)
+    shapes = {key: found[stored] for key, stored in keys.stored.items()}
+    for key, shape in shapes.items():
+        if 0 in shape:
+            raise empty(name, key, shape)
     try:
-        places = _places(name, config, shapes)
+        places = _places(name, config, shapes, file)
     except (TypeError, AttributeError, ArithmeticError, re.error) as error:
         raise UserError(f"{folder / CONFIG}: not what PEFT writes: {error}") from None
     taken = {key for place in places.values() for key in place.keys}
     others = {key: shape for key, shape in shapes.items() if key not in taken}
-    _check_others(name, others)
-    return Adapter(name, folder, file, config, places, others)
+    _check_others(name, config, others)
+    return Adapter(name, folder, file, config, places, others, keys.stored, len(keys.left_out))
 
 
-def locate(name: str, files: Sequence[str], needed: str, revision: str | None = None) -> Path:
-    """The local folder called `name`, or the hub's files downloaded (from its cache if there).
+def _find(name: str, allow_pickle: bool) -> Path:
+    files = [CONFIG, WEIGHTS, *([PICKLE] if allow_pickle else [])]
+    path = Path(name).expanduser()
+    if path.exists() or is_local(name):
+        path = adapter_folder(path)
+    else:
+        repository, _, within = name.partition(":")
+        path = download(repository, [f"{within}/{f}" if within else f for f in files]) / within
+        if not within and not (path / CONFIG).is_file():
+            there = adapter_folder(download(name, [f"*/{CONFIG}"])).name
+            path = download(name, [f"{there}/{file}" for file in files]) / there
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{name}: there is no {path / CONFIG}; expected a folder with it")
+    return path
+
+
+def is_local(name: str) -> bool:
+    """Whether that can be no hub id (which may be followed by `:SUBFOLDER`)."""
+    return name.startswith((".", "/", "~")) or name.partition(":")[0].count("/") != 1
+
+
+def download(name: str, files: Sequence[str], revision: str | None = None) -> Path:
+    """A hub repository's files, from the hub or its cache.
 
     Args:
         files: Patterns of what to download.
-        needed: A file without which it is nothing.
     """
-    path = Path(name).expanduser()
-    local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if not path.exists() and not local:
-        try:
-            path = Path(snapshot_download(name, allow_patterns=list(files), revision=revision))
-        except (OSError, ValueError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"{name}: no such folder, and not to be had from the hub: {first}"
-            ) from (None)
-    if not (path / needed).is_file():
-        raise UserError(f"{name}: there is no {path / needed}; expected a folder with it")
-    return path
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), revision=revision))
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name}: no such folder, and not to be had from the hub: {first}"
+        ) from None
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -157,16 +200,27 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG}: cannot be read: {reason(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG}: not what PEFT writes: expected a JSON object")
-    modules = config.get("modules_to_save")
-    if not (modules is None or _names(modules)):
-        raise UserError(
-            f"{folder / CONFIG}: modules_to_save is {modules!r}; expected a list of names"
-        )
+    for fields, expected, fits in _FORMS:
+        for field in fields:
+            value = config.get(field)
+            if not (value is None or fits(value)):
+                raise UserError(f"{folder / CONFIG}: {field} is {value!r}; expected {expected}")
     return config
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+_FORMS = (
+    (
+        ("modules_to_save", "target_parameters"),
+        "a list of names",
+        lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    ),
+    (
+        ("task_type", "base_model_name_or_path", "revision", "bias"),
+        "a text",
+        lambda value: isinstance(value, str),
+    ),
+    (("auto_mapping",), "an object", lambda value: isinstance(value, dict)),
+)
 
 
 def _weights(folder: Path, allow_pickle: bool) -> Path:
@@ -183,7 +237,9 @@ def _weights(folder: Path, allow_pickle: bool) -> Path:
     raise UserError(f"{folder}: there is no {WEIGHTS}; expected it beside {CONFIG}")
 
 
-def _places(name: str, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Place]:
+def _places(
+    name: str, config: Mapping[str, Any], shapes: Mapping[str, Shape], file: Path
+) -> dict[str, Place]:
     halves: dict[str, dict[int, str]] = {}
     for key in shapes:
         suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
@@ -191,36 +247,46 @@ def _places(name: str, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -
             site = key.removeprefix(PREFIX).removesuffix(suffix)
             halves.setdefault(site, {})[_SUFFIXES[suffix]] = key
     if not halves:
-        raise UserError(f"{name}: holds no LoRA factors")
-    return {site: _place(name, config, site, halves[site], shapes) for site in sorted(halves)}
+        raise UserError(f"{name}: {file} holds no LoRA factors ({_content(shapes)})")
+    rows = {site: _rows(name, site, halves[site], shapes) for site in sorted(halves)}
+    found = forms(name, config, rows)
+    return {site: _place(name, site, halves[site], shapes, found[site]) for site in rows}
 
 
-def _place(
-    name: str,
-    config: Mapping[str, Any],
-    site: str,
-    keys: Mapping[int, str],
-    shapes: Mapping[str, Shape],
-) -> Place:
+def _content(shapes: Mapping[str, Shape]) -> str:
+    if not shapes:
+        return "it has no tensors: their saving went wrong"
+    return f"but {min(shapes)}, ...; expected names such as {PREFIX}LAYER.lora_A.weight"
+
+
+def _rows(name: str, site: str, keys: Mapping[int, str], shapes: Mapping[str, Shape]) -> int:
     if len(keys) != 2:
         raise UserError(f"{name}: {site} has only one of its two factors: {keys}; it is damaged")
     a, b = shapes[keys[0]], shapes[keys[1]]
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise UserError(
             f"{name}: {site} has factors A {a} and B {b}; expected A (r, in) and B (out, r) of a "
             "Linear, Conv1D or Embedding layer"
         )
-    rank, scale = configured(config, site, a[0])
-    if rank != a[0]:
-        raise UserError(
-            f"{name}: {site} has rank {a[0]} in the file and {rank} in {CONFIG}; it is damaged"
-        )
-    if not math.isfinite(scale):
-        raise UserError(f"{name}: {site} has the scale {scale} by {CONFIG}; it is damaged")
-    return Place(Site(b[0], a[1], rank, float(scale)), (keys[0], keys[1]))
+    return a[0]
 
 
-def _check_others(name: str, others: Mapping[str, Shape]) -> None:
+def _place(
+    name: str, site: str, keys: Mapping[int, str], shapes: Mapping[str, Shape], form: Form
+) -> Place:
+    if not math.isfinite(form.scale):
+        raise UserError(f"{name}: {site} has the scale {form.scale} by {CONFIG}; it is damaged")
+    out, inp = shapes[keys[1]][0], shapes[keys[0]][1]
+    return Place(Site(out, inp, form.rank, form.scale), (keys[0], keys[1]), form.experts)
+
+
+def _check_others(name: str, config: Mapping[str, Any], others: Mapping[str, Shape]) -> None:
+    for key in filter(of_tokens, others):
+        if len(indices(name, config, key)) != others[key][0]:
+            raise UserError(
+                f"{name}: {key} has {others[key][0]} rows, trainable_token_indices in {CONFIG} "
+                "another number of tokens; they are not of one adapter"
+            )
     unknown = sorted(key for key in others if ".lora_" in key)
     if unknown:
         raise UserError(

@@ -1,30 +1,28 @@
-"""The weighted mean of adapters' updates added to a full model, one tensor at a time."""
+"""The weighted mean (or sum) of adapters' updates added to a full model, one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fedex_lora.disk import new_directory
-from fedex_lora.errors import UserError
-from fedex_lora.lowrank import LowRank
-from fedex_lora.merge.factors import Reduced, finite, reduce
+from fedex_lora.merge.checkpoint import INDEX
+from fedex_lora.merge.opening import open_target
 from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.room import check_memory, check_place
-from fedex_lora.merge.target import INDEX, Target, open_target
+from fedex_lora.merge.target import Target
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
-from fedex_lora.merge.write import working_bytes
-from fedex_lora.model.files import PREFIX
+from fedex_lora.merge.tokens import of_tokens
+from fedex_lora.merge.values import Values
 
 # weights in other forms, and what is written anew
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt"}
-_ROWS = 1024  # of a weight whose rounding is measured at a time
+_TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece")
 
 
 @dataclass(frozen=True)
@@ -53,166 +51,63 @@ def merge_into_base(
     rank: int | None = None,
     error: float = 0.0,
     dtype: torch.dtype | None = None,
+    quantised: str | None = None,
 ) -> Written:
     """Writes `model` with the weighted mean of the adapters' updates in its weights.
 
-    The sum is taken in float32 (float64 for a float64 model) and rounded once. Shards keep their
-    names; one tensor is in memory at a time. A weight that was tied to another one and is changed
-    gets its own tensor, and `tie_word_embeddings` becomes false.
+    The sum is taken in float32 (float64 for a float64 model) and rounded once. Shards and tensors
+    keep their names; one tensor is in memory at a time (of a mixture's experts those that one
+    parameter is made of). A weight that was tied to another one and is changed gets its own tensor,
+    and `tie_word_embeddings` becomes false.
 
     Args:
         model: A folder or hub id.
         rank: The largest rank of a layer's update; `error`: see `merge.write.Options`.
         dtype: Of all floating tensors; by default that of each in `model`.
+        quantised: How the base was quantised when the adapters were trained (of
+            `quantised.KINDS`): its linear layers get the values that they had then.
 
     Raises:
         UserError: The adapters do not fit the model; `out` is in use, lies in an input or cannot
             be written; too little disk or memory.
     """
-    others = {_parameter(key): key for key in [*plan.heads, *plan.copies]}
-    shapes = {n: plan.adapters[0].others[key] for n, key in others.items()}
-    target = open_target(model, plan.adapters[0].config, shapes)
-    for site in plan.sites:
-        target.check_site(site, plan.adapters[0].places[site])
-    untied = _untied(target, {*others, *(f"{site}.weight" for site in plan.sites)})
-    work = _Work(plan, target, others, rank, error, dtype)
-    extra = [name for name in sorted({*others, *untied}) if name not in target.stored]
+    trained = {key: plan.saved_shape(key) for key in plan.heads if not of_tokens(key)}
+    copies = {key: plan.saved_shape(key) for key in plan.copies}
+    target = open_target(model, plan.adapters[0], plan.sites, trained, copies)
+    values = Values(plan, target, rank, error, dtype, quantised)
     inputs = [target.folder, *(adapter.folder for adapter in plan.adapters)]
-    check_place(out, inputs, work.size([*target.stored, *extra]))
-    check_memory(work.largest())
+    check_place(out, inputs, values.size())
+    check_memory(values.largest())
     with new_directory(out, "the merged model", "merge again") as new:
         _copy_files(target, new)
-        _write_shards(work, new, extra)
-        known = type(target.net).__name__ in (target.config.architectures or [])
-        if untied or target.relabelled or dtype or not known:
-            _write_config(target, new, bool(untied), dtype)
-    notes = [f"{', '.join(untied)} shared one weight; each has its own now"] if untied else []
-    return Written(target.auto_model, len(plan.sites), *work.losses(), [*plan.left_out, *notes])
+        notes = _copy_tokenizer(plan, new) if target.enlarged else []
+        _write_shards(values, new)
+        _write_config(target, new, values, dtype)
+    if values.untied:
+        notes.append(f"{', '.join(values.untied)} shared one weight; each has its own now")
+    packed = {s.packed.four_bit for s in target.stored.values() if s.packed}
+    if packed:
+        notes.append("the model was quantised; its weights are written as it multiplied with them")
+    if False in packed:
+        notes.append("its 8-bit layers rounded their inputs too, which the written model does not")
+    return Written(target.auto_model, len(plan.sites), *values.losses(), notes)
 
 
-class _Work:
-    """Values of the merged model's tensors, and what cutting and rounding lost of them."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        target: Target,
-        others: Mapping[str, str],
-        rank: int | None,
-        error: float,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.plan, self.target, self.others = plan, target, others
-        self.rank, self.error, self._dtype = rank, error, dtype
-        self.sites = {f"{site}.weight": site for site in plan.sites}
-        self._missed = self._change = self._lost = self._norm = 0.0
-
-    def value(self, name: str) -> Tensor:
-        """A tensor of the merged model in its dtype."""
-        source = self.target.source(name)
-        own = self.others.get(name)
-        if own is not None:
-            tensor = self.plan.head(own) if own in self.plan.heads else self.plan.copy(own)
-        else:
-            assert source is not None
-            tensor = source.read()
-        to = self.dtype(name, tensor.dtype)
-        return self._changed(tensor, self.sites[name], to) if name in self.sites else tensor.to(to)
-
-    def dtype(self, name: str, own: torch.dtype) -> torch.dtype:
-        """What a tensor is stored in; `own` is its dtype where the model has none like it."""
-        source, usual = self.target.source(name), getattr(self.target.config, "dtype", None)
-        own = source.dtype if source else own
-        if not own.is_floating_point:
-            return own
-        return self._dtype or (usual if not source and isinstance(usual, torch.dtype) else own)
-
-    def _changed(self, weight: Tensor, site: str, to: torch.dtype) -> Tensor:
-        update = self._update(site)
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        turned = wide.T if self.target.turned(site) else wide
-        if isinstance(update, LowRank):
-            turned.addmm_(update.left.to(wide.dtype), update.right.to(wide.dtype))
-        else:
-            turned.add_(update)
-        rounded = wide.to(to)
-        if not finite(rounded):
-            raise UserError(f"{site}: is not finite in {to} once changed; choose another --dtype")
-        if rounded.dtype != wide.dtype:
-            self._norm += wide.norm().item() ** 2
-            pairs = zip(wide.split(_ROWS), rounded.split(_ROWS))
-            self._lost += sum((w - r).norm().item() ** 2 for w, r in pairs)
-        return rounded
-
-    def _update(self, site: str) -> LowRank | Tensor:
-        whole = self.plan.sum(site)
-        if self.rank is None and not self.error:
-            return whole.update
-        found: Reduced = reduce(whole, self.rank, self.error)
-        self._missed += found.missed**2
-        self._change += found.norm**2
-        return found.factors
-
-    def losses(self) -> tuple[float, float]:
-        """What cutting lost of the update and rounding of the weights, both relative."""
-        missed = (self._missed / self._change) ** 0.5 if self._change else 0.0
-        return missed, (self._lost / self._norm) ** 0.5 if self._norm else 0.0
-
-    def size(self, names: Sequence[str]) -> int:
-        """Bytes of these tensors."""
-        return sum(
-            torch.Size(self._shape(name)).numel() * self.dtype(name, torch.float32).itemsize
-            for name in names
-        )
-
-    def largest(self) -> int:
-        """Bytes that the largest changed layer takes while it is changed."""
-        weights = [3 * 4 * torch.Size(self._shape(name)).numel() for name in self.sites]
-        return max(weights) + max(working_bytes(self.plan, site) for site in self.plan.sites)
-
-    def _shape(self, name: str) -> Sequence[int]:
-        source = self.target.source(name)
-        return source.shape if source else self.plan.adapters[0].others[self.others[name]]
-
-
-def _parameter(key: str) -> str:
-    """The model's name for what an adapter saved besides its factors."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
-
-
-def _untied(target: Target, changed: set[str]) -> list[str]:
-    """Names that share a weight of which not all will be the same any more."""
-    names = sorted({n for name in changed for n in target.tied(name) if len(target.tied(name)) > 1})
-    ends = (target.net.get_input_embeddings(), target.net.get_output_embeddings())
-    embeddings = {n for n, m in target.net.named_modules(remove_duplicate=False) if m in ends}
-    for name in names:
-        if name.removesuffix(".weight") not in embeddings:
-            raise UserError(
-                f"--into-base: {name} shares its weight with other layers of a "
-                f"{type(target.net).__name__}; it cannot be changed alone. Merge into an adapter"
-            )
-    return names
-
-
-def _write_shards(work: _Work, new: Path, extra: Sequence[str]) -> None:
-    shards: dict[str, list[str]] = {}
-    for name, stored in work.target.stored.items():
-        shards.setdefault(stored.file.name, []).append(name)
-    shards[max(shards)] += extra
-    total = 0
+def _write_shards(values: Values, new: Path) -> None:
+    shards, total = values.shards(), 0
     for file, names in shards.items():
         with tensor_file(new / file, names) as made:
-            total += _write_tensors(work, made, names)
-    if (work.target.folder / INDEX).is_file() and INDEX not in shards:
+            total += _write_tensors(values, made, names)
+    if (values.target.folder / INDEX).is_file() and INDEX not in shards:
         where = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(work: _Work, made: TensorFile, names: Sequence[str]) -> int:
+def _write_tensors(values: Values, made: TensorFile, names: Sequence[str]) -> int:
     total = 0
     for name in names:
-        tensor = work.value(name)
+        tensor = values.value(name)
         made.add(name, tensor)
         total += tensor.nbytes
     return total
@@ -226,11 +121,46 @@ def _copy_files(target: Target, new: Path) -> None:
             shutil.copyfile(file, new / file.name)
 
 
-def _write_config(target: Target, new: Path, untied: bool, dtype: torch.dtype | None) -> None:
-    config = target.config
-    config.architectures = [type(target.net).__name__]
-    if untied:
-        config.tie_word_embeddings = False
+def _copy_tokenizer(plan: Plan, new: Path) -> list[str]:
+    """The tokenizer that the adapters brought, for a vocabulary that is theirs."""
+    chosen = next((a for a in plan.copies.values() if a is not None), None)
+    for adapter in [*([chosen] if chosen else []), *plan.adapters]:
+        files = [f for f in sorted(adapter.folder.iterdir()) if f.name.startswith(_TOKENIZER)]
+        if files:
+            for file in files:
+                shutil.copyfile(file, new / file.name)
+            return [f"the vocabulary is the adapters'; the tokenizer is that of {adapter.name}"]
+    return [
+        "the vocabulary is the adapters', and no tokenizer lies beside them: the model's own is "
+        "there; put that in its place with which they were trained"
+    ]
+
+
+def _write_config(target: Target, new: Path, values: Values, dtype: torch.dtype | None) -> None:
+    """The model's config with what has changed; else it is left byte for byte."""
+    file = new / "config.json"
+    own = json.loads(file.read_text(encoding="utf-8"))
+    text = target.config.get_text_config()
+    within = [k for k in target.config.sub_configs if getattr(target.config, k, None) is text]
+    parts = [own, *(own[key] for key in within if isinstance(own.get(key), dict))]
+    changed = json.dumps(own)
+    if values.untied:
+        for part in parts:
+            part["tie_word_embeddings"] = False
+    if target.enlarged:
+        for part in parts:
+            if "vocab_size" in part or part is parts[-1]:
+                part["vocab_size"] = text.vocab_size
+    if target.relabelled:
+        own["id2label"] = {str(i): name for i, name in target.config.id2label.items()}
+        own["label2id"] = target.config.label2id
     if dtype:
-        config.dtype = dtype
-    config.save_pretrained(new)
+        for part in parts:
+            key = "torch_dtype" if "torch_dtype" in part else "dtype"
+            part[key] = str(dtype).removeprefix("torch.")
+    if any(stored.packed for stored in target.stored.values()):
+        own.pop("quantization_config", None)
+    if set(values.added.values()) - set(values.untied) or not own.get("architectures"):
+        own["architectures"] = [type(target.net).__name__]
+    if json.dumps(own) != changed:
+        file.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

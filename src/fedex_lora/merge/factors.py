@@ -150,6 +150,11 @@ def reduce(total: Sum, rank: int | None = None, error: float = 0.0) -> Reduced:
     return Reduced(kept, missed, norm)
 
 
+def singular_values(w: LowRank) -> Tensor:
+    """Of factors, descending, in float64; those up to 1e-8 of the largest may be missing."""
+    return torch.linalg.svdvals(_Roots.of(_gram(w.left), _gram(w.right.mT)).core())
+
+
 def _reduce_dense(w: Tensor, noise: float, rank: int | None, error: float) -> Reduced:
     """`reduce` of a dense W by WWᵀ = Q Λ Qᵀ (or WᵀW, if that is smaller): W = (Q S)(S⁻¹ Qᵀ W)."""
     if w.shape[0] > w.shape[1]:

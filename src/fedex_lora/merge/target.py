@@ -1,73 +1,67 @@
-"""A full model on disk: its tensors, and what they are called in the model that adapters change."""
+"""A full model on disk, and where in its files the updates of adapters' layers belong."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
-from fedex_lora.merge.adapters import Place, Shape, locate
-from fedex_lora.merge.tensor_file import DTYPES
+from fedex_lora.merge.adapters import Adapter, Place, Shape
+from fedex_lora.merge.checkpoint import Stored
+from fedex_lora.merge.experts import module_of, targeted
+from fedex_lora.merge.names import Group, Names
+from fedex_lora.model.keys import PREFIX
 from fedex_lora.model.layer import transposed
-from fedex_lora.model.load import quiet
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
-AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file."""
+class Spot:
+    """Where a layer's update belongs.
 
-    file: Path
-    key: str
-    shape: Shape
-    dtype: torch.dtype
+    Attributes:
+        key: The tensor on disk that it is added to, if it is one.
+        parameter: The model's parameter, by which tied weights are found; None for a tensor on
+            disk that is only a part of one.
+        group: If the parameter is made of several tensors (or of a part of one): how.
+        turned: Whether the weight is kept as in × out.
+    """
 
-    def read(self) -> Tensor:
-        with safe_open(self.file, framework="pt") as f:
-            return f.get_tensor(self.key)
+    key: str | None
+    parameter: str | None
+    group: Group | None
+    turned: bool
 
 
-@dataclass(frozen=True)
 class Target:
     """A model to add updates to.
 
     Attributes:
         folder: Where it lies.
-        config: Its transformers config.
-        auto_model: The class in transformers to load it with.
+        config: Its transformers config, with as many labels and tokens as the adapters have.
+        auto_model: The class in transformers that the adapters were trained on.
         net: The model on the meta device: names, shapes and kinds, no numbers.
-        stored: Every tensor on disk by its name in `net` (or its own, if `net` has none such).
-        relabelled: Whether its number of labels was set to that of the adapters' head.
+        stored: Every tensor on disk, by its name there.
+        names: Which parameters of `net` they become.
+        relabelled: Whether the number of labels was set to that of the adapters' head.
+        enlarged: Whether the vocabulary was.
     """
 
-    folder: Path
-    config: Any
-    auto_model: str
-    net: Any
-    stored: Mapping[str, Stored]
-    relabelled: bool
+    def __init__(
+        self, folder: Path, config: Any, auto_model: str, net: Any, stored: Mapping[str, Stored]
+    ) -> None:
+        self.folder, self.config, self.auto_model, self.net = folder, config, auto_model, net
+        self.stored = stored
+        self.names = Names(net, {key: s.shape for key, s in stored.items()})
+        self.relabelled = self.enlarged = False
 
     @cached_property
     def _tied(self) -> dict[str, list[str]]:
@@ -80,160 +74,155 @@ class Target:
         """All names of the parameter called `name`, that one included."""
         return self._tied.get(name, [name])
 
-    def source(self, name: str) -> Stored | None:
-        """Where the parameter's pretrained value is; a tied one is under one of its names."""
-        found = [n for n in (name, *self.tied(name)) if n in self.stored]
-        return self.stored[found[0]] if found else None
+    def source(self, name: str) -> str | None:
+        """Where on disk the parameter's value is; a tied one is under one of its names."""
+        found = [n for n in (name, *self.tied(name)) if n in self.names.direct]
+        return self.names.direct[found[0]] if found else None
 
-    def check_site(self, site: str, place: Place) -> None:
-        """Raises a `UserError` if the model has no such layer, or one of another shape or kind."""
+    def parameter(self, key: str) -> str:
+        """The model's name for what an adapter saved besides its factors."""
+        plain = key.removeprefix(PREFIX)
+        for wrapper in (".token_adapter.", ".base_layer."):
+            plain = plain.replace(wrapper, ".")
+        known = self.names.shape(plain) is not None
+        return plain if known else self.names.parameter(plain)
+
+    def spot(self, adapter: Adapter, site: str) -> Spot:
+        """Where a layer is.
+
+        Raises:
+            UserError: The model has no such layer, or one of another shape or kind.
+        """
+        place, spot = adapter.places[site], next(self._spots(adapter, site), None)
+        if spot is not None:
+            self._check_shape(site, place, spot)
+            return self._turned(place, spot)
+        ending = site.rpartition(".")[2]
+        like = [n for n, _ in self.net.named_modules() if n.rpartition(".")[2] == ending][:1]
+        like = [f"; there is {like[0]}"] if like else []
+        raise UserError(
+            f"--into-base: {self.folder} as {type(self.net).__name__} has no layer {site}, and no "
+            f"tensor of that name in its files{''.join(like)}. Name the model that the adapters "
+            "were trained on"
+        )
+
+    def _spots(self, adapter: Adapter, site: str) -> Iterator[Spot]:
+        """Where it may be: in the model, in its files, under a new name, deeper within it."""
+        leaves = self._leaves(adapter, site)
+        module = module_of(site)
+        for name in (f"{module}.{leaf}" for leaf in leaves):
+            if self.names.shape(name) is not None:
+                yield self._of_parameter(name)
+        key = f"{site}.weight"
+        if key in self._parts:
+            yield Spot(key, None, None, False)
+        for name in (self.names.parameter(f"{module}.{leaf}") for leaf in leaves):
+            if self.names.shape(name) is not None and name not in self.names.groups:
+                yield self._of_parameter(name)
+        for leaf in leaves:
+            deeper = [n for n in self._parameters if n.endswith(f".{module}.{leaf}")]
+            if len(deeper) == 1:
+                yield self._of_parameter(deeper[0])
+        on_disk = [k for k in self.stored if k == key or k.endswith(f".{key}")]
+        if len(on_disk) == 1:
+            yield Spot(on_disk[0], None, None, False)
+
+    def _leaves(self, adapter: Adapter, site: str) -> list[str]:
+        """Names of the parameter that the layer's factors are for, within its module."""
+        module, depth = module_of(site), site.count(".base_layer")
+        named = targeted(adapter.config, module)
+        if not named or (adapter.places[site].experts == 1 and not depth and site == module):
+            return ["weight", *named]
         try:
-            layer = self.net.get_submodule(site)
+            own = [n for n, _ in self.net.get_submodule(module).named_parameters(recurse=False)]
         except AttributeError:
-            raise UserError(
-                f"--into-base: {self.folder} as {self.auto_model} has no layer {site}; name the "
-                "model that the adapters were trained on"
-            ) from None
-        if not isinstance(layer, nn.Linear | nn.Embedding | transformers.pytorch_utils.Conv1D):
-            raise UserError(f"--into-base: {site} is a {type(layer).__name__}; cannot be changed")
-        shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
-        out, inp = reversed(shape) if transposed(layer) else shape
-        if (out, inp) != (place.site.out, place.site.inp):
-            raise UserError(
-                f"--into-base: {site} is {out} × {inp} in {self.folder} and {place.site.out} × "
-                f"{place.site.inp} in the adapters; name the model that they were trained on"
-            )
-        if self.source(f"{site}.weight") is None:
-            raise UserError(
-                f"--into-base: the files of {self.folder} hold no tensor for {site}.weight: "
-                "transformers fuses or renames it when loading. Save the model once more with "
-                "save_pretrained of this transformers version"
-            )
+            own = []
+        # the first parameter of the module lies deepest within PEFT's wrappers
+        order = [name for name in own if name in named] or named
+        return [order[-1 - depth]] if depth < len(order) else []
 
-    def turned(self, site: str) -> bool:
-        """Whether the layer holds its weight as in × out."""
-        return transposed(self.net.get_submodule(site))
+    @cached_property
+    def _parts(self) -> set[str]:
+        """Names on disk of what is only a part of a parameter."""
+        groups = {id(group): group for group in self.names.groups.values()}
+        return {key for group in groups.values() for key in group.keys}
 
+    @cached_property
+    def _parameters(self) -> list[str]:
+        return [name for name, _ in self.net.named_parameters(remove_duplicate=False)]
 
-def open_target(name: str, adapter: Mapping[str, Any], heads: Mapping[str, Shape]) -> Target:
-    """The model `name`, as the class that the adapters were trained on.
-
-    Args:
-        name: A folder or hub id.
-        adapter: An adapter's config; its task type names the class.
-        heads: Shapes of tensors that will replace or join the model's own.
-
-    Raises:
-        UserError: There is no such model, its files are not safetensors or damaged, it is
-            quantised, or heads do not fit it.
-    """
-    revision = adapter.get("revision") if adapter.get("base_model_name_or_path") == name else None
-    folder = locate(name, _FILES, "config.json", revision)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        if getattr(config, "quantization_config", None):
-            raise UserError(f"--into-base: {folder} is quantised; name the model it was made from")
-        auto_model = _auto_model(adapter, config)
-        net, relabelled = _skeleton(auto_model, config, heads)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    def _of_parameter(self, name: str) -> Spot:
+        owner = self.net.get_submodule(name.rpartition(".")[0])
+        turned = name.endswith(".weight") and transposed(owner)
+        source = self.source(name)
+        if source is not None:
+            return Spot(source, name, None, turned)
+        if name in self.names.groups:
+            return Spot(None, name, self.names.groups[name], turned)
         raise UserError(
-            f"--into-base: {folder} is no model that transformers knows: {first}"
-        ) from (None)
-    known, prefix = set(net.state_dict()), f"{net.base_model_prefix}."
-    stored = {_named(key, known, prefix): s for key, s in _stored(folder).items()}
-    return Target(folder, config, auto_model, net, stored, relabelled)
-
-
-def _auto_model(adapter: Mapping[str, Any], config: Any) -> str:
-    task, mapped = adapter.get("task_type"), adapter.get("auto_mapping") or {}
-    architectures = config.architectures or ["AutoModel"]
-    return AUTO.get(task or "") or mapped.get("base_model_class") or architectures[0]
-
-
-def _skeleton(auto_model: str, config: Any, heads: Mapping[str, Shape]) -> tuple[Any, bool]:
-    """The model without numbers, its labels as many as the heads have."""
-    net = _build(auto_model, config)
-    labels = {shape[0] for shape in _misfits(net, heads).values() if shape}
-    if len(labels) == 1 and auto_model in (AUTO["SEQ_CLS"], AUTO["TOKEN_CLS"]):
-        config.num_labels = labels.pop()
-        net = _build(auto_model, config)
-        relabelled = True
-    else:
-        relabelled = False
-    for name, shape in _misfits(net, heads).items():
-        own = net.state_dict().get(name)
-        raise UserError(
-            f"--into-base: {name} is {shape} in the adapters and "
-            f"{'absent' if own is None else tuple(own.shape)} in a {type(net).__name__}; expected "
-            "the model that they were trained on (with as many tokens and labels)"
+            f"--into-base: the files of {self.folder} hold no tensor for {name}, or not all parts "
+            f"of it: they are not complete, or not those of a {type(self.net).__name__}"
         )
-    return net, relabelled
 
+    def _held(self, spot: Spot) -> Shape:
+        """The shape of what the update is added to."""
+        shape = None if spot.parameter is None else self.names.shape(spot.parameter)
+        if shape is None:
+            assert spot.key is not None
+            return self.stored[spot.key].shape
+        return shape
 
-def _build(auto_model: str, config: Any) -> Any:
-    cls = getattr(transformers, auto_model)
-    with quiet(), torch.device("meta"):
-        return cls.from_config(config) if auto_model.startswith("Auto") else cls(config)
-
-
-def _misfits(net: Any, heads: Mapping[str, Shape]) -> dict[str, Shape]:
-    own = {name: tuple(t.shape) for name, t in net.state_dict().items()}
-    return {name: shape for name, shape in heads.items() if own.get(name) != shape}
-
-
-def _named(key: str, known: set[str], prefix: str) -> str:
-    """A tensor's name in the model: a checkpoint may have or lack the prefix of its main part.
-
-    Example:
-        >>> _named("h.0.weight", {"transformer.h.0.weight"}, "transformer.")
-        'transformer.h.0.weight'
-    """
-    for name in (key, prefix + key, key.removeprefix(prefix)):
-        if name in known:
-            return name
-    return key
-
-
-def _stored(folder: Path) -> dict[str, Stored]:
-    files = _shards(folder)
-    found: dict[str, Stored] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                for key in f.keys():  # noqa: SIM118
-                    view = f.get_slice(key)
-                    found[key] = Stored(file, key, tuple(view.get_shape()), _dtype(file, key, view))
-        except (OSError, SafetensorError) as error:
+    def _check_shape(self, site: str, place: Place, spot: Spot) -> None:
+        held = self._held(spot)
+        own = [place.site.out, place.site.inp]
+        for key in [spot.key] if spot.key else spot.group.keys if spot.group else []:
+            if not self.stored[key].dtype.is_floating_point:
+                raise UserError(
+                    f"--into-base: {key} in {self.folder} has dtype {self.stored[key].dtype}, to "
+                    "which no update can be added; name the model that it was made from"
+                )
+        if len(held) not in (2, 3):
+            kind = "x".join(map(str, held))
+            raise UserError(f"--into-base: {site} has a weight of {kind}; cannot be changed")
+        experts, sides = (1, held) if len(held) == 2 else (held[0], held[1:])
+        fits = [list(sides), list(sides)[::-1]] if len(held) == 3 else [list(sides)]
+        fits = [list(sides)[::-1]] if spot.turned else fits
+        if experts != place.experts or own not in fits:
+            times = f"{place.experts} × " if place.experts > 1 else ""
+            has = " × ".join(map(str, ([experts] if len(held) == 3 else []) + fits[0]))
             raise UserError(
-                f"--into-base: {file} cannot be read ({reason(error)}); it is missing, truncated "
-                "or damaged"
-            ) from None
-    return found
+                f"--into-base: {site} is {has} in {self.folder} and {times}{own[0]} × {own[1]} in "
+                f"the adapters; name the model that they were trained on{self._vocabulary(site)}"
+            )
 
-
-def _dtype(file: Path, key: str, view: Any) -> torch.dtype:
-    name = view.get_dtype()
-    if name not in DTYPES:
-        raise UserError(f"--into-base: {key} in {file} has dtype {name}; name an unquantised model")
-    return DTYPES[name]
-
-
-def _shards(folder: Path) -> Sequence[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        raise UserError(
-            f"--into-base: {folder} has no {SINGLE} and no {INDEX}; expected a model saved as "
-            "safetensors"
+    def _vocabulary(self, site: str) -> str:
+        ends = (self.net.get_input_embeddings(), self.net.get_output_embeddings())
+        embeddings = [n for n, m in self.net.named_modules(remove_duplicate=False) if m in ends]
+        if site not in embeddings:
+            return ""
+        return (
+            "; if the vocabulary was enlarged, save the adapters with save_embedding_layers=True: "
+            "they have no rows for the new tokens"
         )
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--into-base: {folder / INDEX} cannot be read: {error}") from None
-    wrong = [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[\w.-]+", n)]
-    if wrong:
-        raise UserError(f"--into-base: {folder / INDEX} names {wrong[0]!r}; expected a file beside")
-    return [folder / name for name in names]
+
+    def _turned(self, place: Place, spot: Spot) -> Spot:
+        """With the layout of stacked matrices, as PEFT takes it."""
+        held = self._held(spot)
+        if len(held) != 3:
+            return spot
+        turned = held[1:] != (place.site.out, place.site.inp)
+        if held[1] == held[2] and spot.parameter is not None:
+            owner = self.net.get_submodule(spot.parameter.rpartition(".")[0])
+            turned = bool(getattr(owner, "is_transposed", False))
+        return Spot(spot.key, spot.parameter, spot.group, turned)
+
+    def is_turned(self, name: str) -> bool:
+        """Whether a layer holds its weight, the parameter of that name, as in × out."""
+        return transposed(self.net.get_submodule(name.removesuffix(".weight")))
+
+    def quantisable(self) -> set[str]:
+        """Parameters that transformers would quantise with `load_in_4bit`: linear layers but the
+        last one."""
+        kept = get_keys_to_not_convert(self.net)
+        linear = [n for n, m in self.net.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+        return {f"{name}.weight" for name in linear if should_convert_module(name, kept)}

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from fedex_lora.adapter import AdapterState, Factors, Site
 from fedex_lora.aggregate import Aggregator
 from fedex_lora.disk import new_directory
 from fedex_lora.errors import UserError
-from fedex_lora.merge.factors import finite, reduce, rounded
-from fedex_lora.merge.plan import Plan
+from fedex_lora.lowrank import LowRank
+from fedex_lora.merge.adapters import Place
+from fedex_lora.merge.experts import of_parameter
+from fedex_lora.merge.factors import Reduced, finite, reduce, rounded, singular_values
+from fedex_lora.merge.plan import Plan, within
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
 from fedex_lora.methods import METHODS
-from fedex_lora.model.files import CONFIG, WEIGHTS, with_patterns
+from fedex_lora.model.files import (
+    CONFIG,
+    SERVER_LIMITS,
+    WEIGHTS,
+    above_limits,
+    misread,
+    with_ranks,
+)
 from fedex_lora.model.load import quiet
 
 REPORT = "merge.json"
@@ -38,25 +50,29 @@ class Options:
             rank that keeps to it is taken.
         dtype: Of the stored factors.
         compare: Whether to measure how far averaging the factors would be off.
+        tight: Every layer keeps its own rank. If not, all get the largest one, padded with zeros:
+            not every program that reads adapters knows ranks by layer.
     """
 
     rank: int | None = None
     error: float = 0.0
     dtype: torch.dtype = torch.float32
     compare: bool = False
+    tight: bool = False
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What became of one layer. All but the rank are Frobenius norms.
+    """What became of one layer (of all its experts). All but the rank are Frobenius norms.
 
     Attributes:
-        rank: Of the stored factors.
+        rank: What it needs; of the expert that needs most.
         norm: ‖W‖ of the exact mean update W.
         missed: What cutting to the rank lost.
         rounding: What storing the factors in another dtype lost.
         averaging: ‖W − B̄Ā‖ with B̄ = Σ wᵢsᵢBᵢ, Ā = Σ wᵢAᵢ (zero-padded to the largest rank): what
-            averaging the factors would miss. None where it was not asked for.
+            averaging the factors would miss. None where it was not asked for, and of a sum.
+        at_limit: By rank that servers stop at: what cutting to that would miss.
     """
 
     rank: int
@@ -64,21 +80,28 @@ class Layer:
     missed: float
     rounding: float
     averaging: float | None = None
+    at_limit: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged adapter on disk."""
+    """A merged adapter on disk.
+
+    Attributes:
+        rank: Of all layers' tensors; None if they have ranks of their own.
+    """
 
     path: Path
     layers: Mapping[str, Layer]
+    rank: int | None = None
     left_out: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def relative(self, get: Callable[[Layer], float | None]) -> float:
         """√Σ x² / √Σ norm² over all layers for one of their norms x."""
         return share(
-            sum((get(layer) or 0.0) ** 2 for layer in self.layers.values()) ** 0.5,
-            sum(layer.norm**2 for layer in self.layers.values()) ** 0.5,
+            math.hypot(*(get(layer) or 0.0 for layer in self.layers.values())),
+            math.hypot(*(layer.norm for layer in self.layers.values())),
         )
 
 
@@ -88,7 +111,7 @@ def share(part: float, whole: float) -> float:
 
 
 def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Merged:
-    """Writes the weighted mean of the adapters' updates as one PEFT adapter.
+    """Writes the weighted mean (or sum) of the adapters' updates as one PEFT adapter.
 
     Every layer gets the exact mean at its numerical rank, or its best approximation of
     `options.rank`; every scale is 1. One layer of all adapters is in memory at a time.
@@ -109,44 +132,114 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
                 file.add(key, plan.head(key))
             for key in plan.copies:
                 file.add(key, plan.copy(key))
-        _config(plan, config, layers).save_pretrained(str(new))
+        ranks = {site: max(1, layer.rank) for site, layer in layers.items()}
+        if not options.tight or any(plan.experts(site) > 1 for site in plan.sites):
+            ranks = _pad(plan, new / WEIGHTS, ranks, options.tight)
+        _config(plan, config, ranks).save_pretrained(str(new))
         _write(new / REPORT, json.dumps(_report(plan, options, layers), indent=1) + "\n")
         _write(new / "README.md", _card(plan))
-    return Merged(out, layers, plan.left_out)
+        misled = [f"--tight: {who}" for who in misread(new)]
+        same = max(ranks.values()) if len(set(ranks.values())) == 1 else None
+        merged = Merged(out, layers, same, plan.left_out, misled)
+    at = {r: merged.relative(partial(_missed_at, r)) for r in SERVER_LIMITS}
+    return replace(merged, notes=[*above_limits(max(ranks.values()), at), *merged.notes])
+
+
+def _missed_at(rank: int, layer: Layer) -> float:
+    return layer.at_limit.get(rank, layer.missed)
 
 
 def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> Layer:
-    found = reduce(plan.sum(site), options.rank, options.error)
-    stored, rounding = rounded(found.factors, options.dtype)
-    key_a, key_b = plan.adapters[0].places[site].keys
-    for key, factor in ((key_a, stored.right), (key_b, stored.left)):
-        if not finite(factor):
+    kept, parts = [], []
+    averaging = _averaging(plan, site) if options.compare and not plan.is_sum else None
+    for whole in plan.sums(site):
+        found = reduce(whole, options.rank, options.error)
+        stored, rounding = rounded(found.factors, options.dtype)
+        if not finite(stored.left) or not finite(stored.right):
             raise UserError(f"{site}: is too large for {options.dtype}; choose another --dtype")
-        file.add(key, _at_least_rank_1(factor, 0 if key == key_a else 1))
-    averaging = _averaging(plan, site) if options.compare else None
-    return Layer(stored.rank, found.norm, found.missed, rounding, averaging)
+        kept.append(stored)
+        parts.append(Layer(stored.rank, found.norm, found.missed, rounding, None, _at(found)))
+    rank = max(stored.rank for stored in kept)
+    _write_factors(plan.adapters[0].places[site], kept, file)
+
+    def total(get: Callable[[Layer], float]) -> float:
+        return math.hypot(*(get(part) for part in parts))
+
+    limits = {r for part in parts for r in part.at_limit}
+    return Layer(
+        rank,
+        total(lambda p: p.norm),
+        total(lambda p: p.missed),
+        total(lambda p: p.rounding),
+        averaging,
+        {r: total(lambda p, r=r: p.at_limit.get(r, p.missed)) for r in sorted(limits)},
+    )
 
 
-def _at_least_rank_1(factor: Tensor, dim: int) -> Tensor:
-    """PEFT knows no rank 0: such a layer gets factors of zeros."""
-    if factor.shape[dim]:
-        return factor
-    shape = [1 if i == dim else size for i, size in enumerate(factor.shape)]
-    return factor.new_zeros(shape)
+def _write_factors(place: Place, parts: Sequence[LowRank], file: TensorFile) -> None:
+    """Of one layer, or of a mixture's experts in PEFT's order; see `Place`."""
+    rank = max(1, *(part.rank for part in parts))  # PEFT knows no rank 0
+    if len(parts) == 1 and parts[0].rank == rank:
+        a, b = parts[0].right, parts[0].left
+    else:
+        a = torch.cat([_longer(part.right.mT, rank).mT for part in parts])
+        b = torch.stack([_longer(part.left, rank) for part in parts], dim=-1).flatten(1)
+    file.add(place.keys[0], a)
+    file.add(place.keys[1], b)
+
+
+def _longer(w: Tensor, columns: int) -> Tensor:
+    """With columns of zeros."""
+    return nn.functional.pad(w, (0, columns - w.shape[-1]))
+
+
+def _at(found: Reduced) -> dict[int, float]:
+    """What cutting to the ranks that servers stop at would miss, where that is less than it has."""
+    limits = [r for r in SERVER_LIMITS if r < found.factors.rank]
+    values = singular_values(found.factors) if limits else torch.empty(0)
+    return {r: math.hypot(values[r:].norm().item(), found.missed) for r in limits}
+
+
+def _pad(plan: Plan, file: Path, ranks: Mapping[str, int], tight: bool) -> dict[str, int]:
+    """Gives all layers in the file the largest rank (if tight: those that have experts, whose
+    ranks no pattern can name). Returns their ranks."""
+    wide = [site for site in plan.sites if not tight or plan.experts(site) > 1]
+    rank = max(ranks[site] for site in wide)
+    if {ranks[site] for site in wide} == {rank}:
+        return dict(ranks)
+    owner = {key: site for site in wide for key in plan.adapters[0].places[site].keys}
+    old = file.rename(file.with_suffix(".unpadded"))
+    with safe_open(old, framework="pt") as stored, tensor_file(file, stored.keys()) as new:
+        for key in stored.keys():  # noqa: SIM118
+            tensor = stored.get_tensor(key)
+            if key in owner:
+                place = plan.adapters[0].places[owner[key]]
+                if key == place.keys[0]:
+                    blocks = tensor.unflatten(0, (place.experts, -1)).mT
+                    tensor = _longer(blocks, rank).mT.flatten(0, 1)
+                else:  # a rank's columns of all experts are side by side
+                    tensor = _longer(tensor, rank * place.experts)
+            new.add(key, tensor)
+    old.unlink()
+    return {site: rank if site in wide else own for site, own in ranks.items()}
 
 
 def _averaging(plan: Plan, site: str) -> float:
     """‖Σ wᵢsᵢBᵢAᵢ − B̄Ā‖_F, as a federated round of factor averaging would leave it."""
     ranks = [adapter.places[site].site.rank for adapter in plan.adapters]
     whole = Site(*plan.shape(site), max(ranks), scale=1.0)
-    aggregator = Aggregator(METHODS["fedit"], {site: whole}, frozenset("AB"))
     zero = Factors(torch.zeros(whole.rank, whole.inp), torch.zeros(whole.out, whole.rank), 1.0)
     start = AdapterState({site: zero})
-    for weight, (a, b, scale) in zip(plan.weights, plan.terms(site)):
-        if weight:
-            end = Factors(a.float(), b.float(), scale)
-            aggregator.add(weight, start, AdapterState({site: end}))
-    return aggregator.finish().deviation[site]
+    aggregators = [
+        Aggregator(METHODS["fedit"], {site: whole}, frozenset("AB"))
+        for _ in range(plan.experts(site))
+    ]
+    for weight, adapter in zip(plan.weights, plan.adapters):
+        for aggregator, (a, b, scale) in zip(aggregators, adapter.terms(site)):
+            if weight:
+                end = Factors(a.float(), b.float(), scale)
+                aggregator.add(weight, start, AdapterState({site: end}))
+    return math.hypot(*(a.finish().deviation[site] for a in aggregators))
 
 
 def _first_config(plan: Plan) -> LoraConfig:
@@ -164,23 +257,32 @@ def _first_config(plan: Plan) -> LoraConfig:
     return config
 
 
-def _config(plan: Plan, config: Any, layers: Mapping[str, Layer]) -> LoraConfig:
-    """The first adapter's, with the merged ranks and a scale of 1 everywhere."""
+def _config(plan: Plan, config: Any, ranks: Mapping[str, int]) -> LoraConfig:
+    """The first adapter's, with the merged ranks and a scale of 1 everywhere.
+
+    How factors are drawn at first goes: PEFT draws them before it loads these, and not at any rank.
+    """
     first = plan.adapters[0]
-    ranks = {site: max(1, layer.rank) for site, layer in layers.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    config = replace(config, r=rank, lora_alpha=rank, use_rslora=False)
-    if set(plan.sites) != set(first.places):
-        config.target_modules, config.exclude_modules = list(plan.sites), None
+    config.init_lora_weights = True
+    for name in ("eva_config", "corda_config", "lora_ga_config", "velora_config"):
+        if hasattr(config, name):  # PEFT warns of one without its init_lora_weights
+            setattr(config, name, None)
+    tied = config.ensure_weight_tying and any(p.embedding for p in first.places.values())
+    if tied:
+        config.ensure_weight_tying = False  # two layers' factors are no longer each other's
+    if tied or set(plan.sites) != set(first.places):
+        whole = [site for site in plan.sites if not of_parameter(first.config, site)]
+        config.target_modules, config.exclude_modules = whole, None
         config.layers_to_transform = config.layers_pattern = None
     if set(plan.heads) != {key for key in first.others if key not in plan.copies}:
         config.modules_to_save = _still_saved(config.modules_to_save, plan.heads)
         config.task_type = None  # PEFT adds a head to some task types
-    return with_patterns(config, {site: (rank, 1.0) for site, rank in ranks.items()})
+    like = next((site for site in ranks if plan.experts(site) > 1), None)
+    return with_ranks(config, {site: (rank, 1.0) for site, rank in ranks.items()}, like)
 
 
 def _still_saved(modules: Any, heads: Sequence[str]) -> list[str] | None:
-    kept = [m for m in modules or [] if any(f".{m}." in f".{key}" for key in heads)]
+    kept = [m for m in modules or [] if any(within(key, [m]) for key in heads)]
     return kept or None
 
 
@@ -188,6 +290,7 @@ def _report(plan: Plan, options: Options, layers: Mapping[str, Layer]) -> dict[s
     return {
         "adapters": [adapter.name for adapter in plan.adapters],
         "weights": list(plan.weights),
+        "sum": plan.is_sum,
         "rank": options.rank,
         "error": options.error,
         "dtype": str(options.dtype).removeprefix("torch."),
@@ -208,7 +311,8 @@ def _card(plan: Plan) -> str:
             "tags: [lora, merge]",
             "---",
             "",
-            "The weighted mean of the updates of these adapters, made by `fedex-lora merge`.",
+            f"The weighted {'sum' if plan.is_sum else 'mean'} of the updates of these adapters, "
+            "made by `fedex-lora merge`.",
             f"Ranks and errors by layer are in {REPORT}.",
             "",
             "| adapter | weight |",
@@ -229,20 +333,28 @@ def _write(path: Path, text: str) -> None:
 
 
 def _bytes(plan: Plan, options: Options) -> int:
-    """The most that the output can take."""
+    """The most that the output can take, and while it is padded what it takes besides."""
     size = torch.finfo(options.dtype).bits // 8
-    total = 0
+    ranks, sides = {}, {}
     for site in plan.sites:
         shape = plan.shape(site)
-        total += min(plan.rank(site), *shape, options.rank or min(shape)) * sum(shape) * size
-    first = plan.adapters[0].others
-    return total + sum(4 * torch.Size(first[key]).numel() for key in [*plan.heads, *plan.copies])
+        ranks[site] = min(plan.rank(site), *shape, options.rank or min(shape))
+        sides[site] = sum(shape) * plan.experts(site) * size
+    total = sum(ranks[site] * sides[site] for site in plan.sites)
+    if not options.tight and len(set(ranks.values())) > 1:
+        total += max(ranks.values()) * sum(sides.values())
+    return total + sum(
+        4 * torch.Size(plan.saved_shape(key)).numel() for key in [*plan.heads, *plan.copies]
+    )
 
 
 def working_bytes(plan: Plan, site: str) -> int:
     """What one layer takes while it is merged: its factors, or a few dense float64 matrices: the
-    sum, the Gram matrix of its shorter side, and what that one's eigenvectors take."""
-    shape, rank = plan.shape(site), plan.rank(site)
+    sum, the Gram matrix of its shorter side, and what that one's eigenvectors take. Of experts the
+    factors of all."""
+    shape, rank, experts = plan.shape(site), plan.rank(site), plan.experts(site)
+    factors = 4 * rank * sum(shape) * 3
+    kept = 0 if experts == 1 else experts * factors
     if rank >= min(shape):
-        return 8 * (shape[0] * shape[1] + 6 * min(shape) ** 2)
-    return 4 * 3 * rank * sum(shape) + 8 * 8 * rank**2
+        return kept + 8 * (shape[0] * shape[1] + 6 * min(shape) ** 2)
+    return kept + factors + 8 * 8 * rank**2

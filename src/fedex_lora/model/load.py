@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from fedex_lora.padding import with_padding
 from fedex_lora.recipe import ModelSpec
 
 # what transformers and safetensors raise for a folder, name or file that is no usable model
-_NO_MODEL = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
+_NO_MODEL = (OSError, ValueError, RuntimeError, ImportError, LookupError, SafetensorError)
+_NO_MODEL += (TypeError, AttributeError, ArithmeticError, AssertionError, StrictDataclassError)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.model.files import CONFIG, WEIGHTS
+from fedex_lora.model.files import CONFIG, WEIGHTS, adapter_folder, empty
+from fedex_lora.model.keys import PREFIX, adapter_keys
 from fedex_lora.model.load import load_base, quiet
 from fedex_lora.recipe import ModelSpec
-
-_PREFIX = "base_model.model."
 
 
 def load_ready(
@@ -42,9 +41,10 @@ def load_ready(
         UserError: If there is no such model or adapter, they do not go together, or weights that
             the class needs are in neither.
     """
+    adapter = None if adapter is None else adapter_folder(adapter)
     keys = set() if adapter is None else _keys(adapter)
     base = load_base(spec, auto_model, {} if adapter is None else model_kwargs, seed, [], images)
-    if absent := sorted(base.missing - {key.removeprefix(_PREFIX) for key in keys}):
+    if absent := sorted(base.missing - {key.removeprefix(PREFIX) for key in keys}):
         neither = f"{spec.name!r}" + (f" nor {adapter}" if adapter else "")
         raise UserError(
             f"{absent[0]} of a {type(base.model).__name__} is not in {neither}, so that it would "
@@ -71,11 +71,21 @@ def base_of(adapter: Path) -> dict[str, str]:
 def _keys(adapter: Path) -> set[str]:
     try:
         with safe_open(adapter / WEIGHTS, framework="pt") as file:
-            return set(file.keys())
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{adapter}: no adapter's weights: {error}; expected {WEIGHTS} beside {CONFIG}"
         ) from error
+    for key, shape in shapes.items():
+        if 0 in shape:
+            raise empty(str(adapter), key, shape)
+    names = adapter_keys(shapes, str(adapter)).stored.items()
+    if any(not stored.endswith(key.removeprefix(PREFIX)) for key, stored in names):
+        raise UserError(
+            f"{adapter}: its tensors are named as in a model's state ({min(shapes)}, ...), and "
+            f"PEFT does not find them; `fedex-lora merge {adapter} --out NEW` renames them"
+        )
+    return set(shapes)
 
 
 def _adapted(model: Any, adapter: Path, keys: set[str], base_name: str) -> PeftModel:
