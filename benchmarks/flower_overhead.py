@@ -53,7 +53,7 @@ publisher = "fedex-lora"
 
 [tool.flwr.app.components]
 serverapp = "benchmarks.flower_echo:server"
-clientapp = "benchmarks.flower_echo:client"
+clientapp = "benchmarks.chaos_client:app"
 
 [tool.flwr.app.config]
 down = 0
@@ -157,7 +157,8 @@ def echo(deployment: Deployed, down: int, up: int, rounds: int, folder: Path) ->
     (folder / "app" / "pyproject.toml").write_text(
         re.split(r"\n\[tool\.flwr\.app\]", project)[0] + ECHO
     )
-    (folder / "flower").symlink_to(deployment.folder / "flower")
+    for name in ("flower", "server"):  # the connection, and the secret
+        (folder / name).symlink_to(deployment.folder / name)
     values: Mapping[str, Any] = {
         "down": down, "up": up, "nodes": NODES, "rounds": rounds, "result": str(folder / "result"),
     }  # fmt: skip

@@ -7,9 +7,11 @@ import yaml
 from small_runs import recipe
 
 from fedex_lora import __version__, cli
+from fedex_lora.errors import QuorumLost
 from fedex_lora.federation import checkpoint
 from fedex_lora.methods import METHODS
 from fedex_lora.recipe_yaml import dump_recipe
+from fedex_lora.rundir import RunDir
 
 
 @pytest.fixture
@@ -77,6 +79,7 @@ def test_compare_prints_and_writes_mean_and_deviation(command, folder, tmp_path)
 def test_methods_recipes_and_version(command, folder):
     assert all(name in command("methods")[1] for name in METHODS)
     assert command("version")[1].strip() == __version__
+    assert command("--version")[:2] == (0, f"{__version__}\n")
     code, out, _ = command("recipes", "--directory", "recipes")
     assert code == 0 and "sst2" in out
 
@@ -180,7 +183,28 @@ def test_ctrl_c_says_how_to_go_on(command, folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cli.runs, "start_run", stop)
     code, _, err = command("run", folder / "recipe.yaml", "--out", tmp_path / "run")
-    assert code == 130 and "resume" in err
+    assert code == 130 and f"run {folder / 'recipe.yaml'} --out {tmp_path / 'run'}" in err
+
+    def stop_later(recipe, out, *_):
+        RunDir(out).create(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.runs, "start_run", stop_later)
+    run = tmp_path / "a run"
+    code, _, err = command("run", folder / "recipe.yaml", "--out", run)
+    assert code == 130 and f"fedex-lora resume '{run}'" in err
+
+    def too_few(*_):
+        raise QuorumLost("1 client")
+
+    monkeypatch.setattr(cli.runs, "resume_run", too_few)
+    code, _, err = command("resume", run)
+    assert code == 2 and "1 client" in err and f"fedex-lora resume '{run}'" in err
+    monkeypatch.setattr("fedex_lora.deploy.launch.launch", stop)
+    text = (run / "recipe.yaml").read_text().replace("kind: local", "kind: flower")
+    (run / "recipe.yaml").write_text(text)
+    code, _, err = command("resume", run, "--deployment", tmp_path / "d")
+    assert code == 130 and f"fedex-lora resume '{run}' --deployment {tmp_path / 'd'}" in err
 
 
 def test_files_of_a_run_that_a_hand_got_at(command, folder, tmp_path):

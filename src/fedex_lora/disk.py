@@ -97,6 +97,15 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def append_private(path: Path, text: str) -> None:
+    """Appends to a file that its owner alone may read; one that is new is made so."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(handle, text.encode(errors="replace"))
+    finally:
+        os.close(handle)
+
+
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # which Windows neither opens nor needs
         return

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedex_lora.compare import size
 from fedex_lora.federation.loop import Record
+from fedex_lora.listing import some, tally
 from fedex_lora.rundir import number
 from fedex_lora.watch import Start
 
@@ -37,7 +38,7 @@ class Display:
         self._task: TaskID | None = None
 
     def started(self, start: Start) -> None:
-        examples = ", ".join(f"{name}: {count}" for name, count in start.examples.items())
+        examples = tally(start.examples)
         self.console.print(
             f"{self.label or start.name}: {start.method}, seed {start.seed}, "
             f"{start.rounds} rounds, training examples {examples}  →  {start.out}",
@@ -59,9 +60,12 @@ class Display:
     def round_done(self, record: Record) -> None:
         self._clear()
         self.console.print("  " + round_line(record), highlight=False, markup=False, soft_wrap=True)
+        by_reason: dict[str, list[str]] = {}
         for name, why in {**record["refused"], **record["lost"]}.items():
+            by_reason.setdefault(why, []).append(name)
+        for why, names in by_reason.items():
             self.console.print(
-                f"    without {name}: {why}", style="yellow", highlight=False, markup=False
+                f"    without {some(names)}: {why}", style="yellow", highlight=False, markup=False
             )
 
     def scored(self, record: Record) -> None:
@@ -70,7 +74,9 @@ class Display:
         self.console.print(text, highlight=False, markup=False)
 
     def note(self, text: str) -> None:
-        self.console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
+        self.console.print(
+            f"note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         """Takes the bar away, whatever happened."""

@@ -1,5 +1,9 @@
 """What the user can mend is a `UserError`; everything else is a fault of this program."""
 
+import re
+
+_KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*: ")  # of a recipe, at the beginning of a message
+
 
 class UserError(ValueError):
     """Something the user gave is wrong. The text says what, where, what was expected, what to do.
@@ -21,17 +25,82 @@ class QuorumLost(UserError):
 
 
 SHOWN = 40  # characters of a value that an error shows
+_whole = False
+
+
+def show_rows(whole: bool) -> None:
+    """Whether errors show values from rows as a whole, from now on (`--show-rows`)."""
+    global _whole
+    _whole = whole
+
+
+def shows_rows() -> bool:
+    """Whether they do."""
+    return _whole
 
 
 def shown(value: object) -> str:
-    """A value from somebody's data in an error: its first characters.
+    """A value from somebody's data in an error: its first characters, unless more is asked for.
 
     Example:
         >>> shown("yes"), shown("x" * 1000)
         ("'yes'", "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'... (1000 characters)")
     """
     text = value if isinstance(value, str) else repr(value)
-    if len(text) <= SHOWN:
+    if _whole or len(text) <= SHOWN:
         return repr(value)
     head = repr(text[:SHOWN]) if isinstance(value, str) else text[:SHOWN]
     return f"{head}... ({len(text)} characters)"
+
+
+def foreign(error: BaseException) -> list[BaseException]:
+    """Exceptions of other programs that led to this one, itself among them; none of the operating
+    system's, whose words are a few and quote nothing but paths.
+
+    Example:
+        >>> try:
+        ...     int("Mrs Miller")
+        ... except ValueError as cause:
+        ...     error = UserError(f"no number: {cause}")
+        ...     error.__context__ = cause
+        >>> [type(one).__name__ for one in foreign(error)]
+        ['ValueError']
+    """
+    found: list[BaseException] = []
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        left += [one.__context__, one.__cause__]
+        of_the_system = isinstance(one, OSError) and one.errno is not None
+        if not isinstance(one, UserError) and not of_the_system:
+            found.append(one)
+    return found
+
+
+def for_others(error: BaseException) -> str:
+    """What an error may say beyond the machine where it arose: our own words.
+
+    Of another program's exception it is the kind alone: its text may quote anything, a row too. The
+    key of the recipe with which our text begins is kept.
+
+    Example:
+        >>> for_others(UserError("a message for 'bob', not for this client"))
+        "a message for 'bob', not for this client"
+        >>> for_others(KeyError("Mrs Miller")), for_others(Withheld("line 3: 'Mrs Miller'"))
+        ('KeyError; its own log says why', 'its data cannot be used; its own log says why')
+    """
+    chain, one = [error], error.__cause__ or error.__context__
+    while one is not None and one not in chain:
+        chain.append(one)
+        one = one.__cause__ or one.__context__
+    if any(isinstance(one, Withheld) for one in chain):
+        return "its data cannot be used; its own log says why"
+    others = foreign(error)
+    if not others:
+        return str(error)
+    key = _KEY.match(str(error)) if isinstance(error, UserError) else None
+    return f"{key[0] if key else ''}{type(others[-1]).__name__}; its own log says why"

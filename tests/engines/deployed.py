@@ -16,7 +16,6 @@ from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from unittest.mock import patch
 
 from fedex_lora import cli
 from fedex_lora.deploy import commands
@@ -26,7 +25,6 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-APP, SABOTAGED = "fedex_lora.flower.client_app:app", "benchmarks.chaos_client:app"
 FORKS = "multiprocessing.forkserver"
 forkserver.set_forkserver_preload(["fedex_lora.cli"])  # so that it is imported once for all
 
@@ -34,8 +32,8 @@ forkserver.set_forkserver_preload(["fedex_lora.cli"])  # so that it is imported 
 class Deployed:
     """A folder of `deploy init`, and the processes of `deploy server` and `deploy client`."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.folder, self.names = folder, names
+    def __init__(self, folder: Path, names: Sequence[str], runs: int = 100) -> None:
+        self.folder, self.names, self.runs = folder, names, runs
         self.processes: dict[str, ForkServerProcess] = {}
         self.host = own_address()
         init(folder, Deployment(self.host, free_port(), tuple(names)))
@@ -51,26 +49,26 @@ class Deployed:
         self._start("server", ["deploy", "server", str(self.folder)])
         self.wait_for("server", "ready for clients")
 
-    def start_client(self, name: str, recipe: Path, data: Path) -> None:
-        common = ["deploy", "client", str(self.folder), "--name", name, "--no-check"]
+    def start_client(
+        self, name: str, recipe: Path, data: Path, handed_over: Path | None = None
+    ) -> None:
+        folder = str(handed_over or self.folder)
+        common = ["deploy", "client", folder, "--name", name, "--no-check"]
+        common += ["--runs", str(self.runs)]
         self._start(name, [*common, "--recipe", str(recipe), "--data", str(data)])
 
     @contextmanager
     def sabotage(self, client: str, round: int, what: str) -> Iterator[None]:
-        """In runs begun within, `client` does `what` (see benchmarks/chaos_client.py) in a round.
+        """While it lasts `client` does `what` (see benchmarks/chaos_client.py) in a round.
 
         A client that "waits" is at work on the round's message until it is let go or killed.
         """
         self.at_work.unlink(missing_ok=True)
         self.plan.write_text(json.dumps({"client": client, "round": round, "what": what}))
-        app = self.folder / "app" / "pyproject.toml"
-        before = app.read_text()
-        app.write_text(before.replace(APP, SABOTAGED))
         try:
-            with patch.dict(os.environ, self.environment):  # Flower looks for the app's code here
-                yield
+            yield
         finally:
-            app.write_text(before)
+            self.plan.unlink()
             self.let_go()
 
     def await_at_work(self, seconds: float = 300) -> None:
@@ -140,6 +138,8 @@ def program(arguments: list[str], log: Path, environment: Mapping[str, str]) -> 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    if "client" in arguments:
+        commands.EXECUTOR = "benchmarks.chaos_superexec"
     sys.argv = ["fedex-lora", *arguments]
     cli.main()
 
@@ -162,9 +162,11 @@ def own_address() -> str:
 
 
 @contextmanager
-def deployed(folder: Path, recipe: Recipe, files: Sequence[Path]) -> Iterator[Deployed]:
-    """All of it; ended whatever happens."""
-    deployment = Deployed(folder, [file.stem for file in files])
+def deployed(
+    folder: Path, recipe: Recipe, files: Sequence[Path], runs: int = 100
+) -> Iterator[Deployed]:
+    """All of it; ended whatever happens. Clients take part in so many runs."""
+    deployment = Deployed(folder, [file.stem for file in files], runs)
     with interrupted_by_signals():
         try:
             deployment.start_server()

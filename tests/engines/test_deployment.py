@@ -6,23 +6,30 @@ Left out by default; `make deployment` runs it. All tests share the deployment.
 import json
 import shutil
 import ssl
+import stat
 import subprocess
+import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from small_runs import recipe as tiny_recipe
 
 from engines.deployed import deployed, traffic
 from engines.in_process import without, without_files
-from engines.test_wire import same_bits, timeless
+from engines.test_wire import CLIENTS, same_bits, timeless
 from fedex_lora.data.stdlib_docs import LABELS, stdlib_docs
-from fedex_lora.deploy import commands
+from fedex_lora.deploy import changes, commands, templates
 from fedex_lora.deploy.init import read_deployment
 from fedex_lora.deploy.keys import write_key_pair
-from fedex_lora.deploy.launch import launch
-from fedex_lora.deploy.processes import free_port
+from fedex_lora.deploy.launch import launch, start
+from fedex_lora.deploy.processes import free_port, listens, run_to_end
+from fedex_lora.engines.consent import FILE as RUNS
+from fedex_lora.engines.consent import Consent
+from fedex_lora.flower.control import HEADER
 from fedex_lora.recipe import Recipe
 from fedex_lora.run import start_run
 from fedex_lora.watch import Silent
@@ -153,15 +160,13 @@ def test_a_node_that_is_killed_in_a_round_costs_its_update_of_that_round(federat
     watcher, run = Kills(), tmp_path / "run"
     waits = {"min_clients": 2, "round_timeout": 240.0}
     with deployment.sabotage(NAMES[1], 1, "waits"):
-        launch(across(spec, rounds=2, **waits), run, deployment.folder, False, watcher)
+        launch(across(spec, **waits), run, deployment.folder, False, watcher)
     assert watcher.killed > 0
     records = timeless(run)
     assert sorted(records[0]["clients"]) == [NAMES[0], NAMES[2]]
     assert records[0]["lost"] == {NAMES[1]: "the connection to it was lost"}
     gone = {r["round"]: [*r["lost"], *r["refused"]] for r in records}
-    fewer = spec.federation.model_copy(update={"rounds": 2})
-    same = spec.model_copy(update={"federation": fewer})
-    start_run(same, tmp_path / "local", None, without(gone))
+    start_run(spec, tmp_path / "local", None, without(gone))
     same_bits(tmp_path / "local", run)
 
 
@@ -170,30 +175,156 @@ def test_the_network_reaches_nothing_but_what_clients_need(federation):
     told = read_deployment(deployment.folder)
     context = ssl.create_default_context(cafile=str(deployment.folder / "server" / "ca.crt"))
 
-    def answer(host):
+    secret = (deployment.folder / "server" / "control.secret").read_text()
+
+    def answer(host, **headers):
         url = f"https://{host}:{told.port}/v1/control/list-runs"
-        request = urllib.request.Request(url, data=b"", headers={"content-type": "application/x"})
+        headers["content-type"] = "application/x"
+        request = urllib.request.Request(url, data=b"", headers=headers)
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, context=context)
         return refused.value.code
 
-    assert answer("127.0.0.1") != 403  # reached; it is the body that is wrong
+    assert answer("127.0.0.1") == 403  # another account of this machine
+    assert answer("127.0.0.1", **{HEADER: secret}) != 403  # reached; it is the body that is wrong
     if told.host == "127.0.0.1":
         pytest.skip("this machine has no address but loopback")
-    assert answer(told.host) == 403
+    assert answer(told.host) == answer(told.host, **{HEADER: secret}) == 403
 
 
-def test_a_node_whose_key_is_not_registered_is_refused(federation, tmp_path):
-    deployment, _ = federation
-    own = tmp_path / "client"
-    shutil.copytree(deployment.folder / "clients" / NAMES[0], own)
-    for file in ("key", "key.pub"):
-        (own / file).unlink()
-    write_key_pair(own / "key")
-    told, recipe = read_deployment(own), deployment.folder / "recipe.yaml"
-    node = commands.supernode(own, told, NAMES[0], recipe, None, free_port())
+def node_output(own: Path, name: str, recipe: Path) -> str:
+    """What a SuperNode prints that is refused."""
+    node = commands.supernode(own, read_deployment(own), name, recipe, None, free_port())
     done = subprocess.run(
         node.argv, env=node.environment(), capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode != 0 and "305" in done.stdout + done.stderr
-    assert "its key is none of those that `deploy init` made" in deployment.log("server")
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+def test_who_is_refused_is_told_why_on_both_sides(federation, tmp_path):
+    """A key that nobody knows; and one with which a node is connected already."""
+    deployment, _ = federation
+    own = tmp_path / "client"
+    shutil.copytree(deployment.folder / "clients" / NAMES[0], own)
+    recipe, words = deployment.folder / "recipe.yaml", "a node with this key is connected already"
+    assert words in node_output(own, NAMES[0], recipe)
+    assert f"refused {NAMES[0]} at " in deployment.log("server")
+    for file in ("key", "key.pub"):
+        (own / file).unlink()
+    write_key_pair(own / "key")
+    words = "its key is none of those that `deploy init` or `deploy add` made"
+    assert words in node_output(own, NAMES[0], recipe) and words in deployment.log("server")
+
+
+HOSTILE = """
+from pathlib import Path
+from flwr.app import Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+client = ClientApp()
+server = ServerApp()
+@client.train()
+def take(message, context):
+    Path({taken!r}).write_text(Path(context.node_config["data"]).read_text())
+    return Message(RecordDict(), reply_to=message)
+@server.main()
+def main(grid, context):
+    send = [Message(RecordDict(), dst_node_id=n, message_type=MessageType.TRAIN, ttl=60)
+            for n in grid.get_node_ids()]
+    Path({replied!r}).write_text(str(len(list(grid.send_and_receive(send, timeout=60)))))
+"""
+
+
+def test_a_program_that_the_coordinator_sends_is_not_run_at_a_client(federation, tmp_path):
+    """A small app that reads the rows, started by somebody who has the control of the server."""
+    deployment, _ = federation
+    taken, replied = tmp_path / "taken", tmp_path / "replied"
+    app = tmp_path / "evil" / "app"
+    app.mkdir(parents=True)
+    for name in ("flower", "server"):  # the connection, and the secret
+        (app.parent / name).symlink_to(deployment.folder / name)
+    project = templates.APP.replace("fedex-lora-app", "app").replace('"fedex-lora"', '"mallory"')
+    for side in ("client", "server"):
+        project = project.replace(f"fedex_lora.flower.{side}_app:app", f"task:{side}")
+    (app / "pyproject.toml").write_text(project)
+    (app / "task.py").write_text(HOSTILE.format(taken=str(taken), replied=str(replied)))
+    (tmp_path / "config.toml").write_text('folder = ""')
+    without = replace(commands.start(app.parent, tmp_path / "config.toml"), env={
+        **commands.environment(app.parent / "flower"), "FEDEX_LORA_CONTROL": "/dev/null"
+    })  # fmt: skip
+    assert run_to_end(without).returncode != 0  # by another account
+    start(app.parent, tmp_path / "config.toml")
+    until = time.monotonic() + 120
+    while not replied.exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    assert replied.read_text() == "3" and not taken.exists()
+    for name in NAMES:
+        assert "brought a program ('task:client', 2 files" in deployment.log(name)
+        assert not list((deployment.folder / "clients" / name / "flower").rglob("*.py"))
+        log = (deployment.folder / "clients" / name / "audit.jsonl").read_text().splitlines()
+        assert "another program" in json.loads(log[-1])["outcome"]
+
+
+def test_an_institution_s_day(tmp_path):
+    """One run, as was told, and no other; a word, and another; a new institution; one revoked."""
+    spec = tiny_recipe(tmp_path, federation={"clients": 3, "rounds": 1}, evaluation=CLIENTS)
+    raw = across(spec, clients=1, names=None, min_clients=1, wait_for_clients=120.0).model_dump()
+    raw["federation"].pop("partition")
+    coordinator = Recipe.model_validate(raw)
+    ann, bob = (tmp_path / "data" / f"{name}.jsonl" for name in ("ann", "bob"))
+    with deployed(tmp_path / "d", coordinator, [ann], runs=1) as deployment:
+        folder = deployment.folder
+        home = folder / "clients" / "ann"
+        launch(coordinator, tmp_path / "first", folder, False, Silent())
+        notes: list[str] = []
+
+        class Allows(Silent):
+            """The coordinator is told that the operator has yet to speak; then it speaks."""
+
+            def note(self, text):
+                notes.append(text)
+                if "not said yet" in text and len(notes) == 1:
+                    Consent(home / RUNS).allow()
+
+        launch(coordinator, tmp_path / "second", folder, False, Allows())
+        assert notes[0].startswith("client ann: its operator has not said yet")
+        assert len(Consent(home / RUNS).joined()) == 2
+        log = deployment.log("ann")
+        for text in (
+            "connected to the server; waiting",
+            "round 1 of 1: ",
+            " rows here",
+            "trained, loss ",
+            " kB to send",
+            "sent; waiting",
+            "took part in 1, which is as many runs as it was told; for another one: fedex-lora",
+        ):
+            assert text in log, text
+        assert "WARNING" not in log and "RuntimeWarning" not in log and "305" not in log
+        audit = [json.loads(line) for line in (home / "audit.jsonl").read_text().splitlines()]
+        here = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+        assert [one["digest"] for one in audit] == [one["digest"] for one in here]
+        assert len({one["run"] for one in audit}) == 2
+        server = folder / "server"
+        for file in (*server.glob("state.db*"), server / "control.secret"):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+        said: list[str] = []
+        changes.add(folder, ["bob"], said.append)
+        assert said == ["registered bob"]
+        handed_over = tmp_path / "bob"
+        shutil.copytree(folder / "clients" / "bob", handed_over)
+        deployment.start_client("bob", folder / "recipe.yaml", bob, handed_over)
+        deployment.wait_for("bob", "connected to the server")
+        # a server that is started again lets clients in
+        assert deployment.kill("fedex_lora.flower.superlink", "server")
+        deployment.wait_for("server", "SuperLink ended (-9)")
+        until, port = time.monotonic() + 60, read_deployment(folder).port
+        while not listens(port) and time.monotonic() < until:
+            time.sleep(0.5)
+        launch(coordinator, tmp_path / "third", folder, False, Silent())
+        assert list(timeless(tmp_path / "third")[0]["clients"]) == ["bob"]
+        changes.revoke(folder, "bob", said.append)
+        assert said[1:] == ["forgot a node whose key is none of this deployment's"]
+        deployment.wait_for("bob", "the server refuses this client: its key was revoked")
+        assert "refused bob at " in deployment.log("server")

@@ -72,7 +72,7 @@ SITE = "roberta.encoder.layer.0.attention.self.query"
         ({"client": "bob"}, None, "a message for 'bob'"),
         ({"recipe": "0"}, None, "the recipe has changed"),
         ({"federation": "../../etc"}, None, "without a federation's number"),
-        ({"version": 3}, None, "messages are mixed up"),
+        ({"version": 1}, None, "messages are mixed up"),
         ({"held": "x"}, None, "without its held"),
         ({"kind": "exec"}, None, "of unknown kind"),
         ({}, Broadcast(1, A={SITE: torch.zeros(3, 17)}), "does not fit the model"),

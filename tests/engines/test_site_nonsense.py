@@ -268,7 +268,7 @@ def test_unusable_rows_are_told_in_full_at_the_client_alone(text, log, tmp_path,
     rows = tmp_path / "rows.jsonl"
     if text is not None:
         rows.write_text(text)
-    node = {"client": "ann", "recipe": tmp_path / "recipe.yaml", "data": rows, "cache": tmp_path}
+    node = {"client": "ann", "recipe": tmp_path / "recipe.yaml", "data": rows, "home": tmp_path}
     hello = encode_about({"protocol": PROTOCOL, "kind": "hello", "federation": FEDERATION})
     told = about(reply_to(hello, {k: str(v) for k, v in node.items()}, {}))
     assert told["kind"] == "unfit" and told["client"] == "ann"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from fedex_lora import __version__
 from fedex_lora.client import training_problems
 from fedex_lora.display import Display
-from fedex_lora.errors import UserError
+from fedex_lora.errors import QuorumLost, UserError, show_rows
 from fedex_lora.preflight import beforehand
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe_with_places
@@ -21,16 +24,46 @@ from fedex_lora.recipe_yaml import load_recipe_with_places
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Federated LoRA: the global model is exactly the weighted mean of what clients learned.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it, and end.")
+    ] = False,
+) -> None:
+    """Federated LoRA: the global model is exactly the weighted mean of what clients learned."""
+
+
 console = Console()
 errors = Console(stderr=True, soft_wrap=True)
+
+
+def _show_rows(whole: bool) -> bool:
+    show_rows(whole)
+    return whole
+
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a YAML file.")]
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Override a key: a.b=c. May be repeated.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Directory to write.")]
 Round = Annotated[str, typer.Option("--round", help="best, last, or a round's number.")]
+ShowRows = Annotated[
+    bool,
+    typer.Option(
+        "--show-rows",
+        callback=_show_rows,
+        help="Errors about rows show whole values, not 40 characters.",
+    ),
+]
 Client = Annotated[str | None, typer.Option(help="Whose model, where nothing is exchanged.")]
 
 RankError = Annotated[
@@ -47,8 +80,9 @@ def read_recipe(path: Path, sets: list[str]) -> Recipe:
 
 
 @contextmanager
-def displays() -> Iterator[Callable[[str], Display]]:
-    """Makes displays, takes them away whatever happens, and says how to go on after Ctrl-C."""
+def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display]]:
+    """Makes displays, takes them away whatever happens, and says how to go on after Ctrl-C or with
+    too few clients: by the command that `go_on` gives."""
     made: list[Display] = []
 
     def show(label: str) -> Display:
@@ -58,8 +92,15 @@ def displays() -> Iterator[Callable[[str], Display]]:
     try:
         yield show
     except KeyboardInterrupt:
-        complain("interrupted; `fedex-lora resume RUN` goes on after the last finished round")
+        complain(f"interrupted; this goes on after the last finished round:\n  {go_on()}")
         raise typer.Exit(130) from None
+    except QuorumLost as error:
+        complain(f"stopped: {error}")
+        complain(
+            "What was finished before is intact. Mend the cause (for a loss that is nan: a lower "
+            f"learning rate, in a new run), then go on:\n  {go_on()}"
+        )
+        raise typer.Exit(2) from None
     finally:
         for display in made:
             display.close()
@@ -73,6 +114,11 @@ def runs_folder(name: str) -> Path:
         'runs/..-sst2-fedex-seed0'
     """
     return Path("runs") / re.sub(r"[/\\\x00-\x1f\x7f]+", "-", name)
+
+
+def this_command() -> str:
+    """The command line as it was given."""
+    return shlex.join(["fedex-lora", *sys.argv[1:]])
 
 
 def which_round(text: str) -> Literal["best", "last"] | int:

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedex_lora.cli.common import app, comma_separated, read_recipe, say
+from fedex_lora.cli.common import (
+    ShowRows,
+    app,
+    comma_separated,
+    complain,
+    read_recipe,
+    say,
+    this_command,
+)
 from fedex_lora.errors import UserError
+from fedex_lora.listing import MOST, some
 from fedex_lora.setup import client_rows, recipe_task
 
 deploys = typer.Typer(no_args_is_help=True, help="Across machines: see docs/deploy.md.")
 app.add_typer(deploys, name="deploy")
 
 Folder = Annotated[Path, typer.Argument(help="The deployment's folder.")]
+ClientFolder = Annotated[Path, typer.Argument(help="The folder that the coordinator handed over.")]
+Hosts = Annotated[
+    list[str],
+    typer.Option(help="The server's name or address; repeat it for each that clients use."),
+]
+INSECURE = "warning: no TLS and no keys; anybody on this machine can take part and read along"
 
 
 @deploys.command("init")
 def init_command(
     folder: Folder,
     clients: Annotated[str, typer.Option(help="Names of the institutions, comma-separated.")],
-    host: Annotated[str, typer.Option(help="The server's name or address.")] = "127.0.0.1",
+    host: Hosts = ["127.0.0.1"],  # noqa: B006
     port: Annotated[int, typer.Option(help="The server's port.")] = 9443,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS, no keys: to try things on one machine.")
@@ -29,18 +47,73 @@ def init_command(
 ) -> None:
     """Make certificates, keys, and everything else that a deployment needs."""
     from fedex_lora.deploy.init import Deployment, init  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.deploy.names import host_names  # noqa: PLC0415
 
-    deployment = Deployment(host, port, tuple(comma_separated(clients)), insecure)
-    init(folder, deployment)
+    first, *others = host_names(host)
+    names = tuple(comma_separated(clients))
+    init(folder, Deployment(first, port, names, insecure, tuple(others)))
     if insecure:
-        say("warning: no TLS and no keys; anybody on this machine can take part and read along")
+        say(INSECURE)
     say(f"Coordinator:  fedex-lora deploy server {folder}")
-    for name in deployment.clients:
+    _say_hand_over(folder, names)
+    if not insecure:
+        say(f"Keep {folder / 'ca' / 'ca.key'} off this machine once all is set up.")
+
+
+def _say_hand_over(folder: Path, names: Sequence[str]) -> None:
+    there = "fedex-lora deploy client FOLDER --name {} --recipe RECIPE --data FILE"
+    for name in names if len(names) <= MOST else ():
+        say(f"{name}: hand over {folder / 'clients' / name}; there: {there.format(name)}")
+    if len(names) > MOST:
         say(
-            f"{name}: hand over {folder / 'clients' / name}; there: fedex-lora deploy client "
-            f"FOLDER --name {name} --recipe RECIPE --data FILE"
+            f"{some(names)}: hand over {folder / 'clients'}/NAME to each institution; there: "
+            f"{there.format('NAME')}"
         )
-    say(f"Keep {folder / 'ca' / 'ca.key'} off this machine once all is set up.")
+
+
+@deploys.command("add")
+def add_command(
+    folder: Folder,
+    names: Annotated[list[str], typer.Argument(help="Names of the institutions.")],
+) -> None:
+    """Make folders for more institutions; a server that runs lets them in at once."""
+    from fedex_lora.deploy.changes import add  # noqa: PLC0415 (needs Flower)
+
+    add(folder, names, say)
+    _say_hand_over(folder, names)
+    say("Where the recipe names the institutions (federation.names), name these there too.")
+
+
+@deploys.command("revoke")
+def revoke_command(
+    folder: Folder,
+    names: Annotated[list[str], typer.Argument(help="Names of the institutions.")],
+) -> None:
+    """Take institutions out: from now on the server refuses their keys."""
+    from fedex_lora.deploy.changes import revoke  # noqa: PLC0415 (needs Flower)
+
+    for name in names:
+        revoke(folder, name, say)
+        say(f"{name} is revoked; what was its folder lies in {folder / 'revoked'}")
+
+
+@deploys.command("renew")
+def renew_command(
+    folder: Folder,
+    host: Annotated[
+        list[str], typer.Option(help="Other names or addresses of the server; repeat it.")
+    ] = [],  # noqa: B006
+    ca_key: Annotated[
+        Path | None, typer.Option(help="The authority's ca.key, where it is kept elsewhere.")
+    ] = None,
+) -> None:
+    """Make a new server certificate by the same authority; institutions need nothing new."""
+    from fedex_lora.deploy.changes import renew  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.deploy.names import host_names  # noqa: PLC0415
+
+    until = renew(folder, host_names(host) if host else [], ca_key)
+    say(f"{folder / 'server' / 'server.pem'} is good until {until:%Y-%m-%d}.")
+    say("Start `deploy server` anew: clients and runs wait for it.")
 
 
 @deploys.command("server")
@@ -48,42 +121,91 @@ def server_command(folder: Folder) -> None:
     """Serve clients and runs until Ctrl-C (prints the Flower commands it runs)."""
     from fedex_lora.deploy.init import read_deployment  # noqa: PLC0415 (needs Flower)
     from fedex_lora.deploy.keys import check_certificate  # noqa: PLC0415
-    from fedex_lora.deploy.processes import serve  # noqa: PLC0415
+    from fedex_lora.deploy.processes import alone, serve  # noqa: PLC0415
 
     deployment = read_deployment(folder)
     if deployment.insecure:
-        say("warning: no TLS and no keys; anybody on this machine can take part and read along")
-    else:
-        check_certificate(folder / "server" / "server.pem", deployment.host)
-    serve(folder.resolve(), deployment, say)
+        say(INSECURE)
+    elif (soon := check_certificate(folder / "server", deployment.hosts)) is not None:
+        say(f"warning: {soon}")
+    with alone(folder, "deploy server"):
+        serve(folder.resolve(), deployment, say)
+    _say_ended()
 
 
 @deploys.command("client")
 def client_command(
-    folder: Folder,
+    folder: ClientFolder,
     recipe: Annotated[Path, typer.Option(help="The agreed recipe, on this machine.")],
     name: Annotated[str, typer.Option(help="The institution's name.")],
     data: Annotated[Path | None, typer.Option(help="Its rows: JSON Lines, CSV or Parquet.")] = None,
+    runs: Annotated[
+        int, typer.Option(min=0, help="In how many runs it takes part in all; see deploy allow.")
+    ] = 1,
+    ask: Annotated[bool, typer.Option("--ask", help="Ask here before every run.")] = False,
+    host: Annotated[
+        str | None, typer.Option(help="Another of the server's names than the first.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Read all rows before connecting.")] = True,
     port: Annotated[int, typer.Option(help="A free port of this machine; 0 finds one.")] = 0,
+    show_rows: ShowRows = False,
 ) -> None:
     """Take part as one institution until Ctrl-C (prints the Flower commands it runs)."""
     from fedex_lora.deploy import commands, processes  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.deploy.init import FILE, read_deployment  # noqa: PLC0415
+    from fedex_lora.deploy.asking import Asking, said_so_far  # noqa: PLC0415
+    from fedex_lora.deploy.init import client_folder, new_folders, read_deployment  # noqa: PLC0415
+    from fedex_lora.deploy.keys import check_private_key  # noqa: PLC0415
+    from fedex_lora.deploy.names import host_name  # noqa: PLC0415
+    from fedex_lora.engines.consent import FILE, Consent  # noqa: PLC0415
 
-    own = folder if (folder / "key").exists() else folder / "clients" / name
-    own = (own if (own / FILE).exists() else folder).resolve()
+    own = client_folder(folder, name)
     deployment = read_deployment(own)
+    if host is not None:
+        deployment = replace(deployment, host=host_name(host))
     if name not in deployment.clients:
-        raise UserError(f"--name: {name!r}; this folder is for {', '.join(deployment.clients)}")
+        raise UserError(f"--name: {name!r}; this folder is for {some(deployment.clients)}")
+    if ask and not sys.stdin.isatty():
+        raise UserError("--ask: nobody can answer here; start it at a terminal, or use --runs")
+    if not deployment.insecure:
+        check_private_key(own / "key")
     spec = read_recipe(recipe, [])
     if check:
         client_rows(spec, recipe_task(spec), name, data)
         say("the rows can be used")
     if port:
         processes.check_port(port)
-    if not deployment.insecure:
-        processes.check_server(deployment, own / "ca.crt", say)
-    rows, port = None if data is None else data.resolve(), port or processes.free_port()
-    node = commands.supernode(own, deployment, name, recipe.resolve(), rows, port)
-    processes.attend([node, commands.client_superexec(own, port)], say)
+    with processes.alone(own, "deploy client"):
+        if not deployment.insecure:
+            processes.check_server(deployment, own / "ca.crt", say)
+        new_folders(own, own / "cache", own / "flower")
+        consent = Consent(own / FILE, runs, ask)
+        say(said_so_far(consent, folder))
+        rows, port = None if data is None else data.resolve(), port or processes.free_port()
+        settings = {"runs": runs, "ask": int(ask), "show-rows": int(show_rows)}
+        node = commands.supernode(own, deployment, name, recipe.resolve(), rows, port, **settings)
+        programs = [node, commands.client_superexec(own, port)]
+        processes.attend(programs, say, own / "flower.log", Asking(consent, say).look)
+    _say_ended()
+
+
+def _say_ended() -> None:
+    """After Ctrl-C."""
+    complain(f"ended; this goes on:\n  {this_command()}")
+
+
+@deploys.command("allow")
+def allow_command(
+    folder: ClientFolder,
+    runs: Annotated[int, typer.Option(min=1, help="How many more.")] = 1,
+    name: Annotated[str, typer.Option(help="The institution's, in a folder of several.")] = "",
+) -> None:
+    """Say that this institution takes part in one more run; `deploy client` need not be stopped."""
+    from fedex_lora.deploy.init import client_folder, read_deployment  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.engines.consent import FILE, Consent  # noqa: PLC0415
+
+    own = client_folder(folder, name)
+    if len(names := read_deployment(own).clients) != 1 or (own / "server").exists():
+        raise UserError(f"{own}: not one institution's folder; name it with --name: {some(names)}")
+    consent = Consent(own / FILE)
+    consent.allow(runs)
+    say(f"{own}: takes part in {runs} more run{'s' if runs > 1 else ''}")

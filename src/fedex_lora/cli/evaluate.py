@@ -10,7 +10,19 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedex_lora.cli.common import Client, Out, Round, Sets, app, complain, console, say, which_round
+from fedex_lora.cli.common import (
+    Client,
+    Out,
+    Round,
+    Sets,
+    ShowRows,
+    app,
+    complain,
+    console,
+    say,
+    this_command,
+    which_round,
+)
 from fedex_lora.data.load import SOURCES
 from fedex_lora.data.read import SUFFIXES, kind
 from fedex_lora.display import show_table
@@ -50,6 +62,7 @@ def evaluate(
     round: Round = "best",
     client: Client = None,
     out: Out = None,
+    show_rows: ShowRows = False,
 ) -> None:
     """Score a run on its own evaluation rows, or any model on a task and data.
 
@@ -180,5 +193,5 @@ def _progress() -> Iterator[OnProgress]:
         with bar:
             yield tell
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from there")
+        complain(f"interrupted; this goes on from there:\n  {this_command()}")
         raise typer.Exit(130) from None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedex_lora.cli.common import Out, Sets, app, complain, console, say
+from fedex_lora.cli.common import Out, Sets, app, complain, console, say, this_command
 from fedex_lora.display import show_table
 from fedex_lora.grid.plan import Plan, left, plan, standing, told
 from fedex_lora.grid.table import write_comparison, write_tables
@@ -42,7 +42,7 @@ def grid(
                 todo, path, jobs, _tell, lambda run: write_comparison(found, run.cell, path)
             )
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on after the last finished rounds")
+        complain(f"interrupted; this goes on after the last finished rounds:\n  {this_command()}")
         raise typer.Exit(130) from None
     _show_tables(found, path / f"{file.stem}.md")
     for name, why in failed.items():

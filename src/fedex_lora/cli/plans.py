@@ -11,7 +11,7 @@ import typer
 
 from fedex_lora.analysis.cost import Table, millions
 from fedex_lora.analysis.memory import total
-from fedex_lora.cli.common import RecipeFile, Sets, app, console, read_recipe, say
+from fedex_lora.cli.common import RecipeFile, Sets, ShowRows, app, console, read_recipe, say
 from fedex_lora.compare import size
 from fedex_lora.display import show_table
 from fedex_lora.plan import Plan, Round, plan
@@ -28,6 +28,7 @@ def plan_command(
         bool, typer.Option("--measure/--no-measure", help="Train a few steps to tell the time.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    show_rows: ShowRows = False,
 ) -> None:
     """Say what a recipe's run will send, hold, write and take, before it starts."""
     spec = read_recipe(recipe, set)

@@ -19,6 +19,7 @@ from fedex_lora.cli.common import (
     Round,
     RunPath,
     Sets,
+    ShowRows,
     app,
     comma_separated,
     console,
@@ -27,6 +28,7 @@ from fedex_lora.cli.common import (
     read_recipe,
     runs_folder,
     say,
+    this_command,
     which_round,
     whole_number,
 )
@@ -57,6 +59,7 @@ def run(
         str | None, typer.Option(help="local, flower or flower-simulation: as engine.kind.")
     ] = None,
     deployment: Deployment = Path("deployment"),
+    show_rows: ShowRows = False,
 ) -> None:
     """Run a recipe in a new directory (or continue it there with --resume)."""
     spec = read_recipe(recipe, [*set, *([f"engine.kind={engine}"] if engine else [])])
@@ -65,14 +68,23 @@ def run(
 
 
 @app.command()
-def resume(run: RunPath, deployment: Deployment = Path("deployment")) -> None:
+def resume(
+    run: RunPath, deployment: Deployment = Path("deployment"), show_rows: ShowRows = False
+) -> None:
     """Continue a run after its last finished round."""
     _run(RunDir(run).recipe(), run, True, deployment)
 
 
 def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
     """With the engine that the recipe names."""
-    with displays() as show:
+
+    def go_on() -> str:
+        if not RunDir(path).is_run():
+            return this_command()
+        where = ["--deployment", str(deployment)] if spec.engine.kind == "flower" else []
+        return shlex.join(["fedex-lora", "resume", str(path), *where])
+
+    with displays(go_on) as show:
         shown = show("")
         if spec.engine.kind == "local":
             results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
@@ -94,12 +106,13 @@ def compare_command(
     set: Sets = [],  # noqa: B006
     out: Out = None,
     export: Annotated[bool, typer.Option(help="Write a merged model too.")] = False,
+    show_rows: ShowRows = False,
 ) -> None:
     """Run several methods (and seeds) on one recipe and print the table."""
     spec = read_recipe(recipe, set)
     path = out or runs_folder(f"{spec.name}-comparison")
     numbers = [whole_number(s, "--seeds") for s in comma_separated(seeds)] or [spec.seed]
-    with displays() as show:
+    with displays(this_command) as show:
         results = compare(
             spec, comma_separated(methods), numbers, path, lambda method, _: show(method)
         )

@@ -12,9 +12,11 @@ from datasets import Dataset, DatasetDict
 
 from fedex_lora.data import digits, stdlib_docs
 from fedex_lora.data.images import read_folder, with_images
+from fedex_lora.data.quoted import about_rows
 from fedex_lora.data.read import SUFFIXES, kind, line_of, read
 from fedex_lora.disk import reason
 from fedex_lora.errors import UserError, shown
+from fedex_lora.listing import tally
 from fedex_lora.recipe import DataSpec, did_you_mean
 from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
@@ -71,6 +73,7 @@ def _readable() -> Iterator[None]:
 
 
 @_readable()
+@about_rows()
 def load(spec: DataSpec, task: Task, seed: int) -> Data:
     """Read, check and sample what the recipe's `data` block names.
 
@@ -110,6 +113,7 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
 
 
 @_readable()
+@about_rows()
 def load_evaluation(
     spec: DataSpec, task: Task, seed: int, only: str | None = None
 ) -> dict[str, Dataset]:
@@ -150,6 +154,7 @@ def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) ->
 
 
 @_readable()
+@about_rows()
 def load_client(spec: DataSpec, task: Task, seed: int, name: str, file: Path) -> Dataset:
     """One client's own rows, checked and sampled as `load` does for a client of that name.
 
@@ -303,7 +308,7 @@ def _describe(
     parts += [f"config {spec.config}"] if spec.config else []
     parts += [f"revision {spec.revision}"] if spec.revision else []
     parts += [f"train: {len(train)} rows"] if train is not None else []
-    parts += [f"{name}: {len(rows)} rows" for name, rows in (clients or {}).items()]
+    parts += [tally({n: len(rows) for n, rows in clients.items()}) + " rows"] if clients else []
     for name, rows in evaluation.items():
         source = f" of {spec.evaluation[name]}" if name in spec.evaluation else ""
         parts.append(f"{name}: {len(rows)} rows{source}")

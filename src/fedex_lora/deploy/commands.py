@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedex_lora.deploy.init import Deployment
+from fedex_lora.deploy.init import Deployment, is_loopback
 from fedex_lora.errors import UserError
 
 CONNECTION = "fedex"  # of Flower's config.toml
+EXECUTOR = "fedex_lora.flower.superexec"
+_FLWR = (sys.executable, "-m", "fedex_lora.flower.control")  # flwr, with the secret
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ def superlink(path: Path, deployment: Deployment) -> Command:
     """The SuperLink, behind the guard of `fedex_lora.flower.superlink`."""
     server = path / "server"
     argv = [sys.executable, "-m", "fedex_lora.flower.superlink"]
-    host = "127.0.0.1" if deployment.insecure else _bind(deployment)
-    argv += ["--host", host, "--port", str(deployment.port)]
+    argv += ["--host", _bind(deployment), "--port", str(deployment.port)]
     argv += ["--isolation", "process", "--database", str(server / "state.db")]
     argv += ["--superexec-auth-secret-file", str(server / "runtime.secret")]
     argv += ["--disable-runtime-dependency-installation"]
@@ -50,8 +51,8 @@ def superlink(path: Path, deployment: Deployment) -> Command:
         argv += ["--ssl-ca-certfile", str(server / "ca.crt"), "--enable-supernode-auth"]
         argv += ["--ssl-certfile", str(server / "server.pem")]
         argv += ["--ssl-keyfile", str(server / "server.key")]
-    keys = {"FEDEX_LORA_CLIENTS": str(path / "clients")}  # to name whom it refuses
-    return Command("SuperLink", tuple(argv), {**environment(path / "flower"), **keys})
+    keys = {} if deployment.insecure else {"FEDEX_LORA_CLIENTS": str(path / "clients")}
+    return Command("SuperLink", tuple(argv), {**control(path), **keys})
 
 
 def superexec(path: Path, deployment: Deployment) -> Command:
@@ -64,11 +65,12 @@ def superexec(path: Path, deployment: Deployment) -> Command:
 def client_superexec(path: Path, port: int) -> Command:
     """What starts a process for every message that the SuperNode at `port` receives."""
     argv = [*_superexec(path, f"127.0.0.1:{port}"), "--insecure"]  # loopback, with a secret
+    argv += ["--parent-pid", str(os.getpid())]  # ends with this process, however that ends
     return Command("SuperExec", tuple(argv), environment(path / "flower"))
 
 
 def _superexec(folder: Path, address: str) -> list[str]:
-    argv = [sys.executable, "-m", "fedex_lora.flower.superexec", "--runtime-api-address", address]
+    argv = [sys.executable, "-m", EXECUTOR, "--runtime-api-address", address]
     return [*argv, "--superexec-auth-secret-file", str(folder / "runtime.secret")]
 
 
@@ -79,13 +81,20 @@ def supernode(
     recipe: Path,
     data: Path | None,
     port: int,
+    **own: int,
 ) -> Command:
-    """One institution's SuperNode; what its client app needs comes from its own configuration."""
-    place = {"client": name, "recipe": str(recipe), "cache": str(path / "cache")}
+    """One institution's SuperNode; what its client app needs comes from its own configuration.
+
+    Args:
+        own: `runs`, `ask` and `show-rows` of `fedex_lora.flower.client_app.reply_to`.
+    """
+    place = {"client": name, "recipe": str(recipe), "home": str(path)}
     if data is not None:
         place["data"] = str(data)
     config = " ".join(f"{key}={_quoted(value)}" for key, value in place.items())
-    argv = [_script("flower-supernode"), "--superlink", deployment.address]
+    config += "".join(f" {key}={value}" for key, value in own.items())
+    argv = [sys.executable, "-m", "fedex_lora.flower.supernode"]
+    argv += ["--superlink", deployment.address]
     argv += _trust(deployment, path)
     if not deployment.insecure:
         argv += ["--auth-supernode-private-key", str(path / "key")]
@@ -95,40 +104,39 @@ def supernode(
     return Command("SuperNode", tuple(argv), environment(path / "flower"))
 
 
-def register(path: Path, name: str) -> Command:
-    """Tells the SuperLink an institution's public key."""
-    key = path / "clients" / name / "key.pub"
-    argv = [_script("flwr"), "supernode", "register", str(key), CONNECTION, "--name", name]
-    return Command("registration", tuple(argv), environment(path / "flower"))
+def members(path: Path, deployment: Deployment) -> Command:
+    """Tells the SuperLink the institutions' public keys, and to let them in."""
+    what = ["ready"] if deployment.insecure else ["members", str(path / "clients")]
+    return Command("registration", (*_FLWR, *what), control(path))
 
 
 def simulation(path: Path, port: int) -> Command:
     """A SuperLink that simulates nodes, for this machine alone."""
-    argv = [_script("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
-    argv += ["--host", "127.0.0.1", "--port", str(port)]
+    argv = [sys.executable, "-m", "fedex_lora.flower.superlink", "--insecure", "--simulation"]
+    argv += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--disable-runtime-dependency-installation"]
     quiet = {"RAY_DISABLE_DOCKER_CPU_WARNING": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    return Command("SuperLink", tuple(argv), {**environment(path / "flower"), **quiet})
+    return Command("SuperLink", tuple(argv), {**control(path), **quiet})
 
 
 def start(path: Path, config: Path, options: str | None = None) -> Command:
     """Starts a run with the configuration in a TOML file; `options` are a simulation's."""
-    argv = [_script("flwr"), "run", str(path / "app"), CONNECTION]
+    argv = [*_FLWR, "run", str(path / "app"), CONNECTION]
     argv += ["--run-config", str(config), "--format", "json"]
     argv += ["--federation-config", options] if options else []
-    return Command("start of the run", tuple(argv), environment(path / "flower"))
+    return Command("start of the run", tuple(argv), control(path))
 
 
 def status(path: Path, run: int) -> Command:
     """Asks what became of a run."""
-    argv = [_script("flwr"), "list", CONNECTION, "--run-id", str(run), "--format", "json"]
-    return Command("status of the run", tuple(argv), environment(path / "flower"))
+    argv = [*_FLWR, "list", CONNECTION, "--run-id", str(run), "--format", "json"]
+    return Command("status of the run", tuple(argv), control(path))
 
 
 def stop(path: Path, run: int) -> Command:
     """Stops a run."""
-    argv = [_script("flwr"), "stop", str(run), CONNECTION]
-    return Command("stopping the run", tuple(argv), environment(path / "flower"))
+    argv = [*_FLWR, "stop", str(run), CONNECTION]
+    return Command("stopping the run", tuple(argv), control(path))
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -145,23 +153,25 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
+def control(path: Path) -> dict[str, str]:
+    """The environment with the secret that the SuperLink's control paths ask for."""
+    secret = path / "server" / "control.secret"
+    return {**environment(path / "flower"), "FEDEX_LORA_CONTROL": str(secret)}
+
+
 def _bind(deployment: Deployment) -> str:
-    """An address of this machine, where one was named for it; else all of them."""
-    return "127.0.0.1" if deployment.host in ("127.0.0.1", "localhost") else "0.0.0.0"
+    """Loopback, where nothing else was named for the server; else all of this machine's addresses,
+    those of IPv6 too where one was named."""
+    six = any(":" in host for host in deployment.hosts)
+    if all(map(is_loopback, deployment.hosts)):
+        return "::1" if six else "127.0.0.1"
+    return "::" if six else "0.0.0.0"
 
 
 def _trust(deployment: Deployment, folder: Path) -> list[str]:
     if deployment.insecure:
         return ["--insecure"]
     return ["--root-certificates", str(folder / "ca.crt")]
-
-
-def _script(name: str) -> str:
-    """A program of Flower's that was installed with this Python."""
-    found = Path(sys.executable).parent / name
-    if not found.exists():
-        raise UserError(f"{name} is missing; install it: pip install 'fedex-lora[flower]'")
-    return str(found)
 
 
 def _quoted(value: str) -> str:

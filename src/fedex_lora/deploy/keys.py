@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
 
 try:
     from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -22,6 +24,7 @@ except ImportError:  # comes with Flower
 
 _CA_DAYS, _SERVER_DAYS = 3650, 730
 _EARLIER = timedelta(hours=1)  # clocks differ
+_SOON = 30  # days before the end of a certificate
 
 
 def write_certificates(ca: Path, server: Path, hosts: Sequence[str]) -> None:
@@ -33,17 +36,63 @@ def write_certificates(ca: Path, server: Path, hosts: Sequence[str]) -> None:
     ca_key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedex-lora certificate authority")
     ca_certificate = _certificate(name, name, ca_key.public_key(), ca_key, _CA_DAYS, None)
-    key = ec.generate_private_key(ec.SECP384R1())
-    alternatives = _alternatives([*hosts, "localhost", "127.0.0.1", "::1"])
-    certificate = _certificate(
-        _name(hosts[0]), name, key.public_key(), ca_key, _SERVER_DAYS, alternatives
-    )
     write_secret(ca / "ca.key", _pem(ca_key))
-    write_secret(server / "server.key", _pem(key))
     public = ca_certificate.public_bytes(serialization.Encoding.PEM)
     for path in (ca / "ca.crt", server / "ca.crt"):
         path.write_bytes(public)
-    (server / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    _certify(server, hosts, ca_certificate, ca_key)
+
+
+def renew_certificate(ca_key: Path, server: Path, hosts: Sequence[str]) -> datetime:
+    """Writes server/server.key and server/server.pem anew, by the authority of server/ca.crt.
+
+    Returns:
+        Until when the certificate is good.
+
+    Raises:
+        UserError: The authority's key cannot be read, is not that of ca.crt, or has expired.
+    """
+    authority = x509.load_pem_x509_certificate((server / "ca.crt").read_bytes())
+    try:
+        key = serialization.load_pem_private_key(ca_key.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise UserError(
+            f"{ca_key}: no key of the certificate authority: {reason(error)}. Put ca.key there for "
+            "this once, or name it with --ca-key"
+        ) from None
+    if key.public_key() != authority.public_key():
+        raise UserError(f"{ca_key}: not the key of {server / 'ca.crt'}, which the clients trust")
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    until = authority.not_valid_after_utc
+    if datetime.now(UTC) > until:
+        raise UserError(
+            f"{server / 'ca.crt'}: the authority itself expired on {until:%Y-%m-%d}; run deploy "
+            "init for another directory and hand out its folders"
+        )
+    _certify(server, hosts, authority, key)
+    new = x509.load_pem_x509_certificate((server / "server.pem").read_bytes())
+    return new.not_valid_after_utc
+
+
+def _certify(
+    server: Path,
+    hosts: Sequence[str],
+    authority: x509.Certificate,
+    signer: ec.EllipticCurvePrivateKey,
+) -> None:
+    """A new key and certificate of the server; those before are replaced when both are written."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    alternatives = _alternatives([*hosts, "localhost", "127.0.0.1", "::1"])
+    certificate = _certificate(
+        _name(hosts[0]), authority.subject, key.public_key(), signer, _SERVER_DAYS, alternatives
+    )
+    new = [server / f"server.{suffix}.new" for suffix in ("key", "pem")]
+    for path in new:
+        path.unlink(missing_ok=True)
+    write_secret(new[0], _pem(key))
+    new[1].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    for path in new:
+        path.replace(path.with_suffix(""))
 
 
 def write_key_pair(path: Path) -> None:
@@ -68,32 +117,80 @@ def write_secret(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def check_certificate(path: Path, host: str) -> None:
-    """That a server certificate can be used now, under that name.
+def check_certificate(server: Path, hosts: Sequence[str]) -> str | None:
+    """That the server's certificate can be used now, under its names, with its key.
+
+    Returns:
+        What to know before long: that it expires soon.
 
     Raises:
-        UserError: It is expired, not valid yet (or this machine's clock is wrong), or for others.
+        UserError: It is expired, not valid yet (or this machine's clock is wrong), for others, or
+            not of server.key.
     """
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    path = server / "server.pem"
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        key = serialization.load_pem_private_key((server / "server.key").read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise UserError(
+            f"{server}: its server.pem or server.key cannot be read: {reason(error)}; "
+            "`fedex-lora deploy renew` makes new ones"
+        ) from None
     now = datetime.now(UTC)
     until, since = certificate.not_valid_after_utc, certificate.not_valid_before_utc
     if now > until:
         raise UserError(
-            f"{path}: expired on {until:%Y-%m-%d}; run deploy init for another directory "
-            "and hand out its folders"
+            f"{path}: expired on {until:%Y-%m-%d}; `fedex-lora deploy renew` makes a new one, and "
+            "the institutions need nothing new"
         )
     if now < since:
         raise UserError(
             f"{path}: valid from {since:%Y-%m-%d %H:%M} UTC, but this machine's clock says "
             f"{now:%Y-%m-%d %H:%M}; set the clock"
         )
+    if key.public_key() != certificate.public_key():
+        raise UserError(f"{path}: not of server.key; `fedex-lora deploy renew` makes a new pair")
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     known = {str(n.value) for n in names}
-    if host not in known:
+    for host in hosts:
+        if host not in known:
+            raise UserError(
+                f"{path}: made for {', '.join(sorted(known))}, not for {host}; "
+                f"`fedex-lora deploy renew` with --host {host} makes one for it"
+            )
+    left = (until - now).days
+    if left < _SOON:
+        return f"{path}: expires in {left} days; `fedex-lora deploy renew` makes a new one"
+    return None
+
+
+def check_private_key(path: Path) -> None:
+    """That an institution's key can be read, is one of those made here, and belongs to key.pub.
+
+    Raises:
+        UserError: It is missing, may not be read, is damaged, or is another.
+    """
+    fetch = "take the folder that the coordinator handed over once more, or ask for a new one"
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the private key is missing; {fetch}") from None
+    except OSError as error:
         raise UserError(
-            f"{path}: made for {', '.join(sorted(known))}, not for {host}; init another directory "
-            f"with --host {host}"
-        )
+            f"{path}: the private key cannot be read: {reason(error)}; run this under the account "
+            "that owns it"
+        ) from None
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        kind = type(error).__name__
+        raise UserError(f"{path}: no private key, or a damaged one ({kind}); {fetch}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise UserError(f"{path}: a key of another kind, not EC P-384; {fetch}")
+    public = path.with_name(path.name + ".pub")
+    derived = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    if public.exists() and public.read_bytes().split()[:2] != derived.split()[:2]:
+        raise UserError(f"{path}: does not belong to {public.name}; {fetch}")
 
 
 def _name(text: str) -> x509.Name:

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.deploy import commands
-from fedex_lora.deploy.init import read_deployment, write_app
+from fedex_lora.deploy import commands, templates
+from fedex_lora.deploy.init import new_folders, read_deployment, write_app
+from fedex_lora.deploy.keys import write_secret
 from fedex_lora.deploy.processes import await_port, free_port, run_to_end, running
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, shows_rows
 from fedex_lora.flower.progress import follow
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import dump_recipe
@@ -63,6 +64,8 @@ def simulate(recipe: Recipe, out: Path, resume: bool, watcher: Watcher) -> dict[
     with tempfile.TemporaryDirectory(prefix="fedex-lora-") as temporary:
         folder, port = Path(temporary), free_port()
         write_app(folder, f"127.0.0.1:{port}", None)
+        new_folders(folder / "server")
+        write_secret(folder / "server" / "control.secret", secrets.token_hex(32).encode())
         link = commands.simulation(folder, port)
         with running([link], lambda text: None, folder / "flower.log") as ended:
             await_port(port, ended)
@@ -103,6 +106,8 @@ def _prepare(recipe: Recipe, out: Path, deployment: Path, resume: bool) -> tuple
     """The files by which the coordinator's process knows what to do, and tells how it goes."""
     stem = deployment / "runs" / secrets.token_hex(8)
     stem.parent.mkdir(exist_ok=True)
+    # one that an earlier version made lacks keys
+    write_atomic(deployment / "app" / "pyproject.toml", templates.APP.encode())
     text, progress, config = (stem.with_suffix(s) for s in (".yaml", ".jsonl", ".toml"))
     write_atomic(text, dump_recipe(recipe).encode())
     write_atomic(progress, b"")
@@ -112,6 +117,7 @@ def _prepare(recipe: Recipe, out: Path, deployment: Path, resume: bool) -> tuple
         "out": str(out),
         "progress": str(progress),
         "resume": resume,
+        "show-rows": shows_rows(),
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     write_atomic(config, "\n".join(lines).encode())

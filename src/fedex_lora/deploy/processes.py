@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import secrets
 import shlex
 import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +22,12 @@ from pathlib import Path
 from fedex_lora.deploy import commands
 from fedex_lora.deploy.commands import Command
 from fedex_lora.deploy.init import Deployment
+from fedex_lora.deploy.keys import write_secret
+from fedex_lora.deploy.words import Log
+from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
 
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 
 _OFTEN = 0.5  # seconds
 _PAUSE = 5.0  # seconds before a process that ended is started again
@@ -37,43 +43,113 @@ def serve(path: Path, deployment: Deployment, say: Say) -> None:
         UserError: The port is in use, or a process does not stay up.
     """
     check_port(deployment.port)
+    make_private(path)
     link, executor = commands.superlink(path, deployment), commands.superexec(path, deployment)
-    with running([link, executor], say) as ended:
-        await_port(deployment.port, ended)
-        if not deployment.insecure:
-            for name in deployment.clients:
-                _register(path, name, say)
-        say(f"ready for clients at {deployment.address}")
-        _supervise(ended)
+    log = path / "server" / "flower.log"
+    (path / "server" / "ready").unlink(missing_ok=True)  # see `fedex_lora.flower.control`
+    with _until_interrupted(), running([link], say, log) as link_ended:
+        await_port(deployment.port, link_ended)
+        register = commands.members(path, deployment)
+        say(f"$ {shlex.join(register.argv)}")
+        done = run_to_end(register)
+        if done.returncode:
+            told = (done.stdout + done.stderr).strip()[-600:]
+            raise UserError(f"the institutions' keys cannot be registered: {told}")
+        with running([executor], say, log) as executor_ended:
+            say(f"ready for clients at {deployment.address}")
+            _supervise(lambda: [*link_ended(), *executor_ended()])
 
 
-def attend(programs: Sequence[Command], say: Say) -> None:
+def make_private(path: Path) -> None:
+    """Closes a deployment to other accounts, also one that an earlier version made.
+
+    Raises:
+        UserError: It belongs to another account.
+    """
+    folders = [path, *(folder for folder in path.iterdir() if folder.is_dir())]
+    try:
+        for folder in folders:
+            folder.chmod(0o700)
+        for file in (path / "server").iterdir():
+            file.chmod(0o600)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be closed to other accounts: {reason(error)}; run this under the "
+            "account that owns it"
+        ) from None
+    secret = path / "server" / "control.secret"
+    if not secret.exists():
+        write_secret(secret, secrets.token_hex(32).encode())
+
+
+def attend(
+    programs: Sequence[Command], say: Say, log: Path, now_and_then: Callable[[], object]
+) -> None:
     """Runs a SuperNode and its SuperExec until a signal comes; starts them again if they end.
+
+    Args:
+        log: Of all that they print.
+        now_and_then: Called twice a second.
 
     Raises:
         UserError: One does not stay up.
     """
-    with running(programs, say) as ended:
-        _supervise(ended)
+    with _until_interrupted(), running(programs, say, log) as ended:
+
+        def look() -> list[str]:
+            now_and_then()
+            return ended()
+
+        _supervise(look)
 
 
 @contextmanager
-def running(
-    programs: Sequence[Command], say: Say, log: Path | None = None
-) -> Iterator[Callable[[], list[str]]]:
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """While this process is at it, no other one does `what` with the folder.
+
+    Raises:
+        UserError: Another one does; its number is named. Or the folder is another account's.
+    """
+    try:
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written: {reason(error)}; run this under the account that owns it"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            other = file.read().strip() or "?"
+            raise UserError(
+                f"{folder}: process {other} runs `{what}` with this folder already; end that one, "
+                "or let it go on"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def running(programs: Sequence[Command], say: Say, log: Path) -> Iterator[Callable[[], list[str]]]:
     """Starts processes, each in a session of its own, and ends them and their children after.
 
     Args:
-        log: Where their output goes; by default where this process's goes.
+        say: Is told what people should see of their output, in our words (`words`).
+        log: A file for all of it.
 
     Yields:
         A function that starts again whatever has ended, after a pause, and names what keeps ending.
     """
-    kept = [_Kept(program, say, log) for program in programs]
+    told = Log(say, log)
+    kept = [_Kept(program, told) for program in programs]
     try:
         for one in kept:
+            say(f"$ {shlex.join(one.command.argv)}")
             one.start()
-        yield lambda: [one.command.name for one in kept if one.look()]
+        yield lambda: [f"{one.command.name} ({told.last})" for one in kept if one.look()]
     finally:
         for one in kept:
             one.end()
@@ -82,31 +158,35 @@ def running(
 class _Kept:
     """One process that is started again when it ends."""
 
-    def __init__(self, command: Command, say: Say, log: Path | None) -> None:
-        self.command, self.say, self.log = command, say, log
+    def __init__(self, command: Command, log: Log) -> None:
+        self.command, self.log = command, log
         self.process: subprocess.Popen[bytes] | None = None
         self.started = self.ended = 0.0
         self.failures = 0
 
     def start(self) -> None:
-        self.say(f"$ {shlex.join(self.command.argv)}")
         self.started = time.monotonic()
-        with contextlib.ExitStack() as files:
-            output = files.enter_context(self.log.open("ab")) if self.log else None
-            self.process = subprocess.Popen(
-                self.command.argv,
-                env=self.command.environment(),
-                start_new_session=True,
-                stdout=output,
-                stderr=output,
-            )
+        self.process = subprocess.Popen(
+            self.command.argv,
+            env=self.command.environment(),
+            start_new_session=True,
+            umask=0o077,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.log.take(line.decode(errors="replace"), self.command.name)
 
     def look(self) -> bool:
         """Starts it again if need be; whether it has failed too often."""
         if self.process is not None and self.process.poll() is not None:
             code, self.ended = self.process.returncode, time.monotonic()
             self.failures = self.failures + 1 if self.ended - self.started < _QUICK else 0
-            self.say(f"{self.command.name} ended with {code}; starting it again in {_PAUSE:g} s")
+            self.log.say(f"{self.command.name} ended ({code}); starting it again", trouble=True)
             self.end()
         due = time.monotonic() - self.ended > _PAUSE
         if self.process is None and self.failures < _FAILURES and due:
@@ -157,37 +237,47 @@ def _parents() -> dict[int, tuple[int, int]]:
 
 
 def _supervise(look: Callable[[], list[str]]) -> None:
-    with interrupted_by_signals(), contextlib.suppress(KeyboardInterrupt):
-        while not (failing := look()):
-            time.sleep(_OFTEN)
-        raise UserError(
-            f"{' and '.join(failing)} does not stay up; what it printed above says why (a client "
-            "that is refused: is its key among those of `deploy init`, is its clock right?)"
-        )
+    while not (failing := look()):
+        time.sleep(_OFTEN)
+    raise UserError(f"{' and '.join(failing)} does not stay up")
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Ctrl-C and the like are how this ends."""
+    with contextlib.suppress(KeyboardInterrupt), interrupted_by_signals():
+        yield
 
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does."""
+    """SIGTERM, and the end of the terminal, end this process as Ctrl-C does."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def check_port(port: int) -> None:
     """Raises a `UserError` if somebody listens there already."""
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise UserError(
-                f"port {port} is in use; end the program that listens there, or choose another "
-                "with --port (of deploy init for a server)"
-            )
+    if listens(port):
+        raise UserError(
+            f"port {port} is in use; end the program that listens there, or choose another "
+            "with --port (of deploy init for a server)"
+        )
 
 
 def free_port() -> int:
@@ -246,9 +336,8 @@ def await_port(port: int, look: Callable[[], list[str]], seconds: float = 120.0)
     while time.monotonic() < until:
         if look():
             break
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if listens(port):
+            return
         time.sleep(_OFTEN)
     raise UserError("the SuperLink does not come up; what it printed above says why")
 
@@ -263,12 +352,3 @@ def run_to_end(command: Command) -> subprocess.CompletedProcess[str]:
         check=False,
         start_new_session=True,
     )
-
-
-def _register(path: Path, name: str, say: Say) -> None:
-    command = commands.register(path, name)
-    say(f"$ {shlex.join(command.argv)}")
-    done = run_to_end(command)
-    told = (done.stdout + done.stderr).strip()
-    if done.returncode and "already" not in told.lower():
-        raise UserError(f"the key of {name} cannot be registered: {told}")

@@ -32,6 +32,7 @@ recipe = ""
 out = ""
 progress = ""
 resume = false
+show-rows = false
 """
 
 CONNECTION = """\
@@ -81,6 +82,7 @@ WorkingDirectory=/srv/fedex-lora/{name}
 ExecStart={program} deploy client /srv/fedex-lora/{name} --name {name} \\
     --recipe /srv/fedex-lora/{name}/recipe.yaml --data /srv/fedex-lora/{name}/rows.jsonl
 # a coordinator that is down or refuses a node which it still takes for online: try again
+# (it takes part in one run for all that; for another: fedex-lora deploy allow FOLDER, or --runs)
 Restart=always
 RestartSec=20
 KillMode=control-group
@@ -121,4 +123,7 @@ This folder is for {name} alone: `key` is its private key. Hand it over by a way
 
 The recipe is the coordinator's, on your own disk: read it before you agree to it. Only model.name
 (where the same model lies on your machine) and engine.threads may differ.
+
+That is one run. For another one: fedex-lora deploy allow . (or --runs 2, or --ask). All messages
+are in audit.jsonl.
 """

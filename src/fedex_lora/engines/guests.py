@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedex_lora.engines.audit import Audit
 from fedex_lora.engines.courier import Courier, Failed, Waits
 from fedex_lora.engines.replies import Failure, Hello, about_reply, said, text
 from fedex_lora.engines.wire import PROTOCOL, Facts, Identity
@@ -15,9 +16,13 @@ from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.header import WORDS
 from fedex_lora.federation.messages import encode_about
 from fedex_lora.federation.settings import Settings
+from fedex_lora.listing import MOST, some
 
 OFTEN = 0.5  # seconds between two looks for replies
 SOON = 30.0  # seconds that a client gets at a round's start after its connection broke
+AGAIN = 10.0  # seconds until a client whose operator has yet to speak is greeted again
+PATIENT = 5.0  # seconds that are waited without a word
+_REMIND = 60.0  # seconds until it is said again for whom is waited
 _CLOCKS = 30.0  # seconds by which clocks may differ without a note
 
 
@@ -51,6 +56,7 @@ class Guests:
         note: Is told what the user should know.
         settings: How much of the weights one client may have.
         declared: Rows by client as they were declared before, in a run that is resumed.
+        audit: Of every message.
 
     Attributes:
         declared: Rows by client. They hold for the run: who declares others later is refused.
@@ -69,10 +75,12 @@ class Guests:
         note: Callable[[str], None] = lambda text: None,
         settings: Settings | None = None,
         declared: Mapping[str, int] | None = None,
+        audit: Audit = Audit(),  # noqa: B008
     ) -> None:
         self.courier, self.facts, self.identity, self.waits = courier, facts, identity, waits
         self.roster, self.versions, self.note = roster, versions or {}, note
         self.settings, self.declared = settings, dict(declared or {})
+        self.audit = audit
         self.began = bool(self.declared)
         self.known: dict[str, Guest] = {}
         self.unfit: dict[str, str] = {}  # by node, why
@@ -80,6 +88,7 @@ class Guests:
         self._met: set[str] = set()
         self._present: set[str] = set()  # nodes, when last looked
         self._broke: dict[str, float] = {}  # by node, when
+        self._undecided: dict[str, float] = {}  # by node, when it is greeted again
 
     def gather(self, wanted: int, least: int) -> list[str]:
         """Waits until `wanted` fit clients are there, or at least `least` after the time for it.
@@ -91,14 +100,16 @@ class Guests:
             QuorumLost: Fewer than `least`; the text says who was found unfit, and why.
         """
         began = time.monotonic()
+        waiting = _Waiting(self, wanted, began)
         while len(self.known) < wanted:
             self.greet()
+            waiting.tell()
             left = began + self.waits.clients - time.monotonic()
             if len(self.known) >= wanted or (left <= 0 and not self._still_arriving(began)):
                 break
             time.sleep(OFTEN)
         if len(self.known) < least:
-            reasons = "; ".join(self.unfit.values()) or "nobody else is connected"
+            reasons = "; ".join([*self.unfit.values()][:MOST]) or "nobody else is connected"
             raise QuorumLost(
                 f"{len(self.known)} clients are ready after {self.waits.clients:g} s "
                 f"(federation.wait_for_clients), federation.min_clients is {least}: {reasons}"
@@ -114,6 +125,10 @@ class Guests:
         """Sends a hello to new nodes and takes in what the earlier ones answered."""
         self._present = set(self.courier.nodes())
         self._met &= self._present  # who comes back is greeted again: it may have been mended
+        for node, when in list(self._undecided.items()):
+            if time.monotonic() >= when:
+                del self._undecided[node]
+                self._met.discard(node)
         for node in sorted(self._present):
             if node not in self._met:
                 self._met.add(node)
@@ -123,15 +138,19 @@ class Guests:
             if isinstance(reply, Failed):
                 self._met.discard(node)  # it may come back
                 self.unfit[node] = f"a client did not answer the first message: {reply.reason}"
+                self.received(None, 0, b"", reply.reason, self._peer(node))
             else:
                 self._meet(node, reply)
+                self.received("hello", 0, reply, self.unfit.get(node, "admitted"), self._peer(node))
 
     def _send_hello(self, node: str) -> None:
         about = self.say("hello") | {
             "agreed": dict(self.facts.agreed),
             "digests": dict(self.facts.digests),
         }
-        ticket = self.courier.send(node, encode_about(about), 0, self.waits.round)
+        blob = encode_about(about)
+        ticket = self.courier.send(node, blob, 0, self.waits.round)
+        self.sent("hello", 0, blob, ticket, self._peer(node))
         if isinstance(ticket, Failed):
             self._met.discard(node)
         else:
@@ -142,6 +161,10 @@ class Guests:
         try:
             about = about_reply(reply, self.identity, sender, WORDS)
             name = about["client"]
+            if about.get("kind") == "undecided":
+                why = text(said(Failure, about).reason)[:300]
+                self._await_word(node, f"client {name}: {why}")
+                return
             if about.get("kind") == "unfit":
                 raise UserError(f"client {name} is not ready: {text(said(Failure, about).reason)}")
             if about.get("kind") != "hello":
@@ -152,8 +175,8 @@ class Guests:
         except (UserError, LookupError, TypeError) as error:
             self.unfit[node] = f"{sender or 'a client'}: {error}"[:1000]
             self.note(str(error)[:1000])
-            refused = self.say("refused") | {"reason": str(error)[:1000]}
-            self.courier.send(node, encode_about(refused), 0, 60.0)
+            blob = encode_about(self.say("refused") | {"reason": str(error)[:1000]})
+            self.sent("refused", 0, blob, self.courier.send(node, blob, 0, 60.0), self._peer(node))
             return
         self.unfit.pop(node, None)
         self.known[name] = Guest(node, hello.rows, hello.validation, hello.held)
@@ -172,6 +195,13 @@ class Guests:
             check_shares(replace(self.settings, examples=declared))
         self.declared = declared
 
+    def _await_word(self, node: str, why: str) -> None:
+        """Its operator has yet to say whether it takes part: it is asked again."""
+        if self.unfit.get(node) != why:
+            self.unfit[node] = why
+            self.note(why)
+        self._undecided[node] = time.monotonic() + AGAIN
+
     def _check_name(self, name: str, node: str) -> None:
         before = self.known.get(name)
         if before is not None and before.node != node and before.node in self._present:
@@ -180,7 +210,7 @@ class Guests:
                 "(deploy client --name)"
             )
         if self.roster is not None and name not in self.roster:
-            known = ", ".join(sorted(self.roster))
+            known = some(sorted(self.roster))
             raise UserError(f"client {name} is none of this federation's: {known}")
 
     def _compare(self, name: str, hello: Hello) -> None:
@@ -215,6 +245,19 @@ class Guests:
         broke = None if guest is None else self._broke.get(guest.node)
         return broke is not None and time.monotonic() - broke < SOON
 
+    def _peer(self, node: str) -> str:
+        """Whose node it is, for the audit log."""
+        return self.courier.owner(node) or f"node {node}"
+
+    def sent(self, kind: str, round: int, blob: bytes, ticket: str | Failed, peer: str) -> None:
+        """A message that was sent, or not, into the audit log."""
+        outcome = f"not sent: {ticket.reason}" if isinstance(ticket, Failed) else "sent"
+        self.audit.write("out", kind, self.identity.federation, round, blob, outcome, peer)
+
+    def received(self, kind: object, round: int, blob: bytes, outcome: str, peer: str) -> None:
+        """A reply, and what became of it, into the audit log."""
+        self.audit.write("in", kind, self.identity.federation, round, blob, outcome, peer)
+
     def say(self, kind: str) -> dict[str, Any]:
         """What every message begins with."""
         return {
@@ -223,3 +266,36 @@ class Guests:
             "federation": self.identity.federation,
             "lineage": [list(part) for part in self.identity.lineage],
         }
+
+
+class _Waiting:
+    """Says for whom is waited and until when: after a moment, when that changes, and now and then.
+
+    Args:
+        guests: Who is there.
+        wanted: How many are waited for.
+        began: When the wait began.
+    """
+
+    def __init__(self, guests: Guests, wanted: int, began: float) -> None:
+        self.guests, self.wanted, self.began = guests, wanted, began
+        self.until = time.time() + guests.waits.clients
+        self.told, self.when = "", 0.0
+
+    def tell(self) -> None:
+        now, text = time.monotonic(), self.text()
+        if now - self.began >= PATIENT and (text != self.told or now - self.when >= _REMIND):
+            if len(self.guests.known) < self.wanted:
+                self.guests.note(text)
+            self.told, self.when = text, now
+
+    def text(self) -> str:
+        """Such as "2 of 3 ready, waiting for c until 18:52"."""
+        guests, known = self.guests, self.guests.known
+        missing = sorted((guests.roster or frozenset()) - known.keys())
+        who = some(missing) if missing else f"{self.wanted - len(known)} more"
+        until = time.strftime("%H:%M", time.localtime(self.until))
+        text = f"{len(known)} of {self.wanted} ready, waiting for {who} until {until}"
+        if guests.unfit:
+            text += "; not ready: " + "; ".join([*guests.unfit.values()][:MOST])
+        return text

@@ -35,6 +35,7 @@ from fedex_lora.federation.messages import (
 )
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, broadcast_to, start_of
+from fedex_lora.listing import some
 
 OFTEN = 0.5  # seconds between two looks for replies
 _UNUSABLE = (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -165,6 +166,8 @@ class RemoteEngine:
             self._offer(run, client)
         while run.under_way or run.waiting:
             lacking = run.good + len(run.under_way) < needed
+            if run.waiting and lacking and patience.since is None:
+                self._tell_waiting(run, needed)
             if run.waiting and not patience.holds(lacking):
                 yield from self._give_up(run)
             if run.waiting:
@@ -187,6 +190,12 @@ class RemoteEngine:
         if self.progress is not None and done != run.told:
             run.told = done
             self.progress(run.state.version + 1, "replies", done, total)
+
+    def _tell_waiting(self, run: _Exchange, needed: int) -> None:
+        why = some([f"{client} ({reason})" for client, reason in run.waiting.items()])
+        until = time.strftime("%H:%M", time.localtime(time.time() + self.waits.clients))
+        number = run.state.version + 1
+        self.note(f"round {number} needs {needed} clients; waiting for {why} until {until}")
 
     def _give_up(self, run: _Exchange) -> Iterator[Lost]:
         """Of those who wait; who was cut off just before the round may still make it."""
@@ -225,6 +234,8 @@ class RemoteEngine:
         }
         blob = encode_broadcast(message, self.settings.wire_dtype, about)
         ticket = self.courier.send(node, blob, state.version + 1, self.waits.round)
+        kind, number = ("final", state.version) if run.final else ("round", state.version + 1)
+        self.guests.sent(kind, number, blob, ticket, client)
         if isinstance(ticket, Failed):
             run.waiting[client] = ticket.reason
             return
@@ -245,6 +256,7 @@ class RemoteEngine:
         for ticket, reply in self.courier.collect(list(run.under_way)):
             sent = run.under_way.pop(ticket)
             found = self._opened(run, sent, reply)
+            self._audit(run, sent, reply, found)
             if found is not None:
                 yield found
         now = time.monotonic()
@@ -261,6 +273,21 @@ class RemoteEngine:
             sent = self._late.pop(ticket)
             if not isinstance(reply, Failed):
                 self.note(f"an update of {sent.client} came too late and was dropped")
+                self.guests.received(None, 0, reply, "too late: dropped", sent.client)
+
+    def _audit(
+        self, run: _Exchange, sent: _Sent, reply: bytes | Failed, found: Update | Lost | None
+    ) -> None:
+        """A line on a reply: what was made of it."""
+        kind, outcome = "scores" if run.final else "update", "taken"
+        if isinstance(reply, Failed):
+            kind, outcome, reply = None, reply.reason, b""
+        elif found is None:
+            kind, outcome = "lacks", "asked once more"
+        elif isinstance(found, Lost):
+            kind, outcome = None if found.refused else "failed", found.reason
+        number = run.state.version + (not run.final)
+        self.guests.received(kind, number, reply, outcome, sent.client)
 
     def _lost(self, run: _Exchange, client: str, reason: str, refused: bool = False) -> Lost:
         return Lost(client, reason, refused, self._resent(run, client))
@@ -284,7 +311,7 @@ class RemoteEngine:
         start = start_of(run.state, self.settings, client)
         about = about_reply(reply, self.guests.identity, client, most_up(start))
         kind = about.get("kind")
-        if kind == "failed":
+        if kind in ("failed", "undecided"):
             return self._lost(run, client, text(said(Failure, about).reason))
         if kind == "lacks" and not sent.again:
             version = said(Lacking, about).version

@@ -30,8 +30,7 @@ from fedex_lora.engines.wire import (
     facts,
     most_down,
 )
-from fedex_lora.errors import UserError
-from fedex_lora.federation.header import Limit
+from fedex_lora.errors import UserError, for_others
 from fedex_lora.federation.messages import (
     Broadcast,
     Update,
@@ -99,26 +98,46 @@ def handle(blob: bytes, institution: Institution) -> bytes:
         if kind == "hello":
             return _hello(about, institution)
         if kind == "refused":
-            raise UserError(
-                f"the coordinator refuses this client: {_field(about, 'reason', str)[:500]!r}"
-            )
+            return refused(about, institution.name)
         if kind in ("round", "final"):
             return _turn(blob, about, institution)
         raise UserError(f"a message of unknown kind {str(kind)[:40]!r}; install the same version")
     except Lacks as lacks:
         log.warning("%s %s; asking the coordinator for the rest", institution.name, lacks)
         return _say(about, institution.name, "lacks", version=lacks.version)
-    except UserError as error:
-        log.error("%s", error)
-        kind = "unfit" if about.get("kind") == "hello" else "failed"
-        return _say(about, institution.name, kind, reason=str(error)[:2000])
+    except Exception as error:
+        return unable(about, institution.name, error)
 
 
-def unfit(blob: bytes, name: str, reason: str) -> bytes:
-    """The reply of a client that cannot be brought to life."""
-    about = read_about(blob, Limit(1 << 20, 1 << 62))  # what its tensors may be is not known here
+def unable(about: Mapping[str, Any], name: str, error: Exception) -> bytes:
+    """The reply of a client that cannot do what it is asked to: `error` is logged here as a whole,
+    and told the coordinator as far as it may be."""
+    log.error("%s", error, exc_info=None if isinstance(error, UserError) else error)
     kind = "unfit" if about.get("kind") == "hello" else "failed"
-    return _say(about, name, kind, reason=reason)
+    return _say(about, name, kind, reason=for_others(error)[:2000])
+
+
+def refused(about: Mapping[str, Any], name: str) -> bytes:
+    """The reply to a coordinator that does not take this client, which is said here."""
+    why = "".join(c if c.isprintable() else " " for c in str(about.get("reason"))[:500])
+    return unable(about, name, UserError(f"the coordinator refuses this client: {why!r}"))
+
+
+def undecided(about: Mapping[str, Any], name: str, reason: str) -> bytes:
+    """The reply of a client whose operator has not said yet whether it takes part."""
+    return _say(about, name, "undecided", reason=reason)
+
+
+def run_of(about: Mapping[str, Any]) -> str:
+    """The run that a message belongs to, by its number.
+
+    Raises:
+        UserError: It has none.
+    """
+    federation = _field(about, "federation", str)
+    if len(federation) != 32 or not set(federation) <= set("0123456789abcdef"):
+        raise UserError("a message without a federation's number")
+    return federation
 
 
 def _common(about: Mapping[str, Any], client: str) -> dict[str, Any]:
@@ -144,7 +163,10 @@ def _hello(about: Mapping[str, Any], institution: Institution) -> bytes:
             f"not the coordinator's recipe: {'; '.join(different)}. Take the coordinator's recipe "
             "or agree with it on another"
         )
-    held = _load(Cache(_folder(institution, _identity(about))), _identity(about))
+    identity = _identity(about)
+    held = _load(Cache(_folder(institution, identity)), identity)
+    rows = len(institution.rows)
+    log.info("run %s: greeted, ready with %d rows", identity.federation[:8], rows)
     return _say(
         about,
         institution.name,
@@ -164,6 +186,7 @@ def _turn(blob: bytes, about: Mapping[str, Any], institution: Institution) -> by
         raise UserError(f"a message for {str(about.get('client'))[:80]!r}, not for this client")
     if about.get("recipe") != agreement(agreed(institution.recipe, institution.task)):
         raise UserError("the recipe has changed since the run began; begin a new run")
+    _check_round(about, institution.recipe.federation.rounds)
     cache = Cache(_folder(institution, identity))
     settings = replace(institution.settings, clients=(institution.name,))
     held = _caught_up(blob, about, cache, identity, institution, settings)
@@ -171,11 +194,30 @@ def _turn(blob: bytes, about: Mapping[str, Any], institution: Institution) -> by
     state = _view(held, settings, institution.name)
     engine = _engine(institution, settings)
     scores: dict[str, float] = {}
+    what, final = f"run {identity.federation[:8]}", about["kind"] == "final"
+    what += ": the last model" if final else f", round {state.version + 1} of {settings.rounds}"
+    log.info("%s: %s received, %d rows here", what, _size(blob), len(institution.rows))
     if about.get("evaluate") and institution.validation is not None:
         scores = engine.score(state, institution.name)
-    if about["kind"] == "final":
+    if final:
         return _say(about, institution.name, "scores", scores=scores, version=held.version)
-    return _train(about, engine, state, held, scores, cache)
+    reply, loss = _train(about, engine, state, held, scores, cache)
+    log.info("%s: trained, loss %.4g, %s to send", what, loss, _size(reply))
+    return reply
+
+
+def _check_round(about: Mapping[str, Any], rounds: int) -> None:
+    """No round is taken part in but those of this client's own recipe."""
+    version = _field(about, "version", int)
+    if version > rounds - (about["kind"] == "round"):
+        raise UserError(
+            f"asked for round {version + 1}; this client's recipe has {rounds} rounds "
+            "(federation.rounds), which is what it agreed to"
+        )
+
+
+def _size(blob: bytes) -> str:
+    return f"{len(blob) / 1e3:.1f} kB" if len(blob) < 1e6 else f"{len(blob) / 1e6:.1f} MB"
 
 
 def _train(
@@ -185,7 +227,8 @@ def _train(
     held: Held,
     scores: Mapping[str, float],
     cache: Cache,
-) -> bytes:
+) -> tuple[bytes, float]:
+    """The update's message, and the training loss."""
     settings = engine.settings
     (client,) = settings.clients
     update = next(engine.exchange(state, {client: Broadcast(state.version + 1)}))
@@ -195,7 +238,7 @@ def _train(
     blob = encode_update(replace(update, scores=scores), start, settings.wire_dtype, said)
     if settings.method.assignment == "keep":
         cache.save(replace(held, ends={**held.ends, update.round: _end(blob, start, client)}))
-    return blob
+    return blob, update.metrics["loss"]
 
 
 def _end(blob: bytes, start: AdapterState, client: str) -> dict:
@@ -221,14 +264,11 @@ def _engine(institution: Institution, settings: Settings) -> LocalEngine:
 
 
 def _identity(about: Mapping[str, Any]) -> Identity:
-    federation = _field(about, "federation", str)
-    if len(federation) != 32 or not set(federation) <= set("0123456789abcdef"):
-        raise UserError("a message without a federation's number")
     try:
         lineage = tuple((int(v), str(mark)[:64]) for v, mark in _field(about, "lineage", list))
     except (ValueError, TypeError, OverflowError):
         raise UserError("a message whose lineage cannot be read") from None
-    return Identity(federation, lineage or ((0, ""),))
+    return Identity(run_of(about), lineage or ((0, ""),))
 
 
 def _field(about: Mapping[str, Any], name: str, kind: type[Value]) -> Value:

@@ -1,8 +1,9 @@
 """What is said across machines besides tensors: who speaks, about which run, and what must agree.
 
 Every message is one safetensors blob (`federation.messages`) with a JSON object `about` in its
-header. Requests are of kind hello, round, final or refused; replies of kind hello, unfit, update,
-lacks, scores, failed. Nothing of it is ever used as a path, as a format or as code.
+header. Requests are of kind hello, round, final or refused; replies of kind hello, unfit,
+undecided, update, lacks, scores, failed. Nothing of it is ever used as a path, as a format or as
+code.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def agreed(recipe: Recipe, task: Task) -> dict[str, Any]:
         "method": raw["method"],
         "task": raw["task"],
         "training": raw["training"],
-        "federation": _only(raw["federation"], "wire_dtype"),
+        "federation": _only(raw["federation"], "rounds", "wire_dtype"),
         "evaluation": _only(raw["evaluation"], "where", "client_fraction", "batch_size"),
         "data": _only(raw["data"], "train_examples"),
         "labels": list(task.labels or ()),

@@ -1,1 +1,1 @@
-"""Runs across machines. `grid`, `server_app`, `client_app` and `superlink` alone know Flower."""
+"""Runs across machines; the only part that knows Flower. `coordinator` and `progress` do not."""

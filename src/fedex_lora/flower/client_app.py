@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedex_lora.data.partition import client_names
-from fedex_lora.engines.site import Institution, handle, unfit
-from fedex_lora.errors import UserError, Withheld
+from fedex_lora.engines.audit import FILE as AUDIT
+from fedex_lora.engines.audit import Audit
+from fedex_lora.engines.consent import FILE as RUNS
+from fedex_lora.engines.consent import Consent, Undecided
+from fedex_lora.engines.site import Institution, handle, refused, run_of, unable, undecided
+from fedex_lora.errors import UserError, show_rows
+from fedex_lora.federation.header import Limit
+from fedex_lora.federation.messages import read_about
 from fedex_lora.flower.grid import pack, unpack
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe
@@ -24,6 +31,9 @@ from fedex_lora.rundir import versions
 from fedex_lora.setup import roster, set_up_client
 
 app = ClientApp()
+# of a message that is looked at before the model is there, which says how large one may be: the
+# longest header of a ledger of many rounds and layers
+_LOOK = Limit(header=64 << 20, whole=1 << 62)
 log = logging.getLogger("fedex_lora")
 
 
@@ -31,7 +41,11 @@ log = logging.getLogger("fedex_lora")
 def answer(message: Message, context: Context) -> Message:
     """One message of the coordinator, one reply."""
     with in_time(message, context):
-        reply = reply_to(unpack(message.content), context.node_config, context.run_config)
+        try:
+            blob = unpack(message.content)
+        except UserError:
+            blob = b""  # of a program that is not run here; it is logged as any other message
+        reply = reply_to(blob, context.node_config, context.run_config)
         return Message(pack(reply), reply_to=message)
 
 
@@ -55,34 +69,102 @@ def reply_to(blob: bytes, node: Mapping[str, Any], run: Mapping[str, Any]) -> by
     """The reply of the client that this node's own configuration describes.
 
     Args:
-        node: `client` (its name), `recipe`, `data`, `cache`: all from this node's own disk.
+        node: `client` (its name), `recipe`, `data`, `home`, `runs`, `ask`, `show-rows`: all from
+            this node's own disk and its own command line.
         run: What the coordinator configured; heard only in a simulation, where both are one.
     """
     place = dict(node) if "client" in node else _simulated(node, run)
-    name = str(place["client"])
+    name, home = str(place["client"]), Path(str(place["home"]))
+    audit = Audit(None if "partition-id" in node else home / AUDIT)
+    about: dict[str, Any] = {}
     try:
-        client = institution(place)
-    except Withheld as error:
-        log.error("%s", error)
-        return unfit(blob, name, "its data cannot be used; its own log says why")
-    except UserError as error:
-        log.error("%s", error)
-        return unfit(blob, name, str(error))
-    return handle(blob, client)
+        if not blob:
+            raise UserError("a message of another program than fedex-lora")
+        about = read_about(blob, _LOOK)
+        _note(audit, "in", about, about, blob)
+        reply = _reply(blob, about, place, None if "partition-id" in node else _consent(place))
+    except Exception as error:
+        if not about:
+            _note(audit, "in", about, about, blob)
+        reply = unable(about, name, error)
+    _note(audit, "out", read_about(reply, _LOOK), about, reply)
+    return reply
 
 
-def institution(place: Mapping[str, Any]) -> Institution:
+def _note(
+    audit: Audit, direction: str, said: Mapping[str, Any], asked: Mapping[str, Any], blob: bytes
+) -> None:
+    """A line of the audit log; `asked` is the coordinator's message, `said` this one."""
+    version, kind = asked.get("version"), asked.get("kind")
+    round = version + 1 if type(version) is int and kind == "round" else version
+    round = 0 if kind == "hello" else round
+    outcome = str(said.get("reason", "received" if direction == "in" else "answered"))
+    run = asked.get("federation")
+    audit.write(direction, said.get("kind"), run, round, blob, outcome, "coordinator")
+
+
+def _reply(
+    blob: bytes, about: Mapping[str, Any], place: Mapping[str, Any], consent: Consent | None
+) -> bytes:
+    """The reply to one message, if this client's operator wants it to be answered.
+
+    Raises:
+        UserError, or anything: It cannot be answered.
+    """
+    name, kind = str(place["client"]), about.get("kind")
+    if kind == "refused":
+        return refused(about, name)
+    show_rows(bool(place.get("show-rows")))
+    recipe = load_recipe(Path(str(place["recipe"])))
+    try:
+        if consent is not None and kind == "hello":
+            consent.greeted(run_of(about))
+        elif consent is not None:
+            consent.turn(run_of(about), most_turns(recipe))
+    except Undecided as error:
+        if error.first and consent is not None and not consent.ask:
+            log.warning(
+                "run %s: took part in %d, which is as many runs as it was told; to take part in "
+                "this one: fedex-lora deploy allow %s",
+                run_of(about)[:8],
+                len(consent.joined()),
+                shlex.quote(str(place["home"])),
+            )
+        return undecided(about, name, str(error))
+    reply = handle(blob, institution(place, recipe))
+    if consent is not None and kind == "final" and not consent.ask and not consent.left():
+        log.info(
+            "took part in %d, which is as many runs as it was told; for another one: "
+            "fedex-lora deploy allow %s",
+            len(consent.joined()),
+            shlex.quote(str(place["home"])),
+        )
+    return reply
+
+
+def most_turns(recipe: Recipe) -> int:
+    """How many messages of a run are answered: its rounds, their repetitions where the coordinator
+    or a connection failed, and the last model."""
+    return 2 * recipe.federation.rounds + 10
+
+
+def _consent(place: Mapping[str, Any]) -> Consent:
+    path = Path(str(place["home"])) / RUNS
+    return Consent(path, int(place.get("runs", 1)), bool(place.get("ask")))
+
+
+def institution(place: Mapping[str, Any], recipe: Recipe) -> Institution:
     """The client, brought to life.
 
     Raises:
-        UserError: Its recipe, model or rows cannot be used.
+        UserError: Its model or rows cannot be used.
     """
-    recipe, name = load_recipe(Path(str(place["recipe"]))), str(place["client"])
+    name = str(place["client"])
     file = Path(str(place["data"])) if place.get("data") else None
     federation = set_up_client(recipe, name, file)
     return Institution(
         name,
-        Path(str(place["cache"])),
+        Path(str(place["home"])) / "cache",
         recipe,
         federation.task,
         federation.model,
@@ -100,7 +182,7 @@ def _simulated(node: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any
     path = Path(str(run["recipe"]))
     names = simulated_names(load_recipe(path))
     name = names[int(node["partition-id"])]
-    return {"client": name, "recipe": path, "cache": path.parent / "simulated"}
+    return {"client": name, "recipe": path, "home": path.parent / "simulated"}
 
 
 def simulated_names(recipe: Recipe) -> list[str]:

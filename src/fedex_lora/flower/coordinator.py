@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedex_lora.disk import write_atomic
+from fedex_lora.engines.audit import Audit
 from fedex_lora.engines.courier import Courier, Waits
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.guests import Guests
@@ -16,6 +17,7 @@ from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.remote import RemoteEngine
 from fedex_lora.engines.wire import Identity, facts
 from fedex_lora.federation.checks import check_shares
+from fedex_lora.listing import some, tally
 from fedex_lora.recipe import Recipe
 from fedex_lora.run import Assemble
 from fedex_lora.rundir import OUTPUTS, RunDir, versions
@@ -26,14 +28,14 @@ FILE = "federation.json"
 FEW = 3  # clients with whom a peer's adapter, or nearly, follows from the averages
 
 
-def across_machines(courier: Courier) -> Assemble:
-    """Runs whose clients are reached through `courier`."""
+def across_machines(courier: Courier, audit: Audit = Audit()) -> Assemble:  # noqa: B008
+    """Runs whose clients are reached through `courier`; `audit` is the log of all messages."""
 
     def assemble(
         recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
     ) -> tuple[Federation, Engine]:
         federation = set_up_server(recipe, clients)
-        engine = _engine(federation, courier, out, watcher)
+        engine = _engine(federation, courier, out, watcher, audit)
         least = recipe.federation.min_clients
         names = engine.guests.gather(recipe.federation.clients, least)
         known = clients or roster(recipe) or names
@@ -45,8 +47,7 @@ def across_machines(courier: Courier) -> Assemble:
         engine.settings = engine.server.settings = settings
         for note in _notes(engine):
             watcher.note(note)
-        told = ", ".join(f"{n}: {rows} rows" for n, rows in engine.examples.items())
-        description = f"{federation.description} ({told})"
+        description = f"{federation.description} ({tally(engine.examples)} rows)"
         held = {name: _Rows(rows) for name, rows in engine.examples.items()}
         return replace(federation, settings=settings, description=description, clients=held), engine
 
@@ -63,7 +64,9 @@ class _Rows:
         return self.count
 
 
-def _engine(federation: Federation, courier: Courier, out: Path, watcher: Watcher) -> RemoteEngine:
+def _engine(
+    federation: Federation, courier: Courier, out: Path, watcher: Watcher, audit: Audit
+) -> RemoteEngine:
     recipe, fed = federation.recipe, federation.recipe.federation
     evaluates = recipe.evaluation.where != "server"
     names, (known, declared) = roster(recipe), identity(out)
@@ -77,6 +80,7 @@ def _engine(federation: Federation, courier: Courier, out: Path, watcher: Watche
         watcher.note,
         federation.settings,
         declared,
+        audit,
     )
     return RemoteEngine(
         guests,
@@ -120,7 +124,7 @@ def remember(out: Path, known: Identity, examples: Mapping[str, int]) -> None:
 def _notes(engine: RemoteEngine) -> list[str]:
     """What those who run it should know before round 1."""
     absent = [name for name in engine.settings.clients if name not in engine.guests.known]
-    notes = [f"not here yet: {', '.join(absent)}"] if absent else []
+    notes = [f"not here yet: {some(absent)}"] if absent else []
     count = len(engine.settings.clients)
     if count <= FEW:
         notes.append(

@@ -1,7 +1,13 @@
-"""Says at the server which client Flower refused, and why: Flower itself tells the client alone."""
+"""Who may speak to the server as a client, and why somebody else may not: said on both sides.
+
+Flower itself asks whether a node's key is registered, and tells a refused client no reason. Here
+the folder of the institutions' public keys decides, at every request: a key that is taken out of it
+is refused at once. Reasons are printed here, and sent to the client, whose SuperNode shows them.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from base64 import b64decode
 from binascii import Error
@@ -10,11 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.error import ApiErrorCode
 
+REVOKED = "revoked"  # the folder of keys that were taken out, beside that of the others
+_OFTEN = 1.0  # seconds between two looks at the folder
 _SELDOM = 60.0  # seconds between two equal lines: clients try again and again
+_ACTIVATE = "/v1/fleet/activate-node"
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -25,7 +36,10 @@ def known_keys(clients: Path) -> dict[bytes, str]:
     """Names of the institutions by public key, as PEM; from `clients`/NAME/key.pub."""
     found = {}
     for file in sorted(clients.glob("*/key.pub")):
-        key = serialization.load_ssh_public_key(file.read_bytes())
+        try:
+            key = serialization.load_ssh_public_key(file.read_bytes())
+        except (OSError, ValueError, UnsupportedAlgorithm):
+            continue  # nobody has it
         pem = key.public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
@@ -33,44 +47,115 @@ def known_keys(clients: Path) -> dict[bytes, str]:
     return found
 
 
-def telling(app: Asgi, keys: Mapping[bytes, str], say: Callable[[str], object] = print) -> Asgi:
-    """The same app; `say` is told of clients that are refused, each reason once a minute."""
+class Keys:
+    """The institutions' public keys, as they were on disk a second ago.
+
+    Args:
+        clients: Their folder; None where nodes have no keys.
+    """
+
+    def __init__(self, clients: Path | None) -> None:
+        self.clients = clients
+        self._looked = -_OFTEN
+        self._known: dict[bytes, str] = {}
+        self._revoked: dict[bytes, str] = {}
+
+    def name(self, key: bytes) -> str | None:
+        """Whose key it is; None for one that may not take part."""
+        now = time.monotonic()
+        if self.clients is not None and now - self._looked >= _OFTEN:
+            self._known = known_keys(self.clients)
+            self._revoked = known_keys(self.clients.with_name(REVOKED))
+            self._looked = now
+        return self._known.get(key)
+
+    def revoked(self, key: bytes) -> str | None:
+        """Whose key it was."""
+        return self._revoked.get(key)
+
+
+def admitting(app: Asgi, keys: Keys, say: Callable[[str], object] = print) -> Asgi:
+    """The same app for the institutions' nodes, and a reason for all others.
+
+    Args:
+        say: Is told of clients that come, go, or are refused, each reason once a minute.
+    """
     told: dict[str, float] = {}
 
-    async def watched(scope: Scope, receive: Any, send: Send) -> None:
+    def tell(text: str) -> None:
+        now = time.monotonic()
+        if now - told.get(text, -_SELDOM) >= _SELDOM and len(told) < 1000:
+            told[text] = now
+            say(text)
+
+    async def admitted(scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/fleet/"):
+            await app(scope, receive, send)
+            return
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope.get("headers", ())}
+        key, where = _key(headers), (scope.get("client") or ["?"])[0]
+        name = keys.name(key)
+        if keys.clients is not None and name is None:
+            was = keys.revoked(key)
+            tell(f"refused {was or 'a client'} at {where}: {_unknown(was)}")
+            await _refuse(send, scope["path"], _unknown(was))
+            return
+        swallowed = False
+
         async def look(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                text = _refused(scope, message["status"], keys)
-                now = time.monotonic()
-                if now - told.get(text, -_SELDOM) >= _SELDOM and len(told) < 1000:
-                    told[text] = now
-                    say(text)
-            await send(message)
+            nonlocal swallowed
+            if message["type"] == "http.response.start":
+                if message["status"] >= 400:
+                    why = _why(headers, message["status"])
+                    tell(f"refused {name or 'a client'} at {where}: {why}")
+                    if scope["path"] == _ACTIVATE:
+                        swallowed = True
+                        await _refuse(send, _ACTIVATE, why)
+                elif scope["path"] == _ACTIVATE and name is not None:
+                    say(f"{name} is connected, from {where}")
+                elif scope["path"].endswith("/deactivate-node") and name is not None:
+                    say(f"{name} has left")
+            if not swallowed:
+                await send(message)
 
-        fleet = scope["type"] == "http" and scope["path"].startswith("/v1/fleet/")
-        await app(scope, receive, look if fleet else send)
+        await app(scope, receive, look)
 
-    return watched
+    return admitted
 
 
-def _refused(scope: Scope, status: int, keys: Mapping[bytes, str]) -> str:
-    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope.get("headers", ())}
-    where = (scope.get("client") or ["?"])[0]
-    name = keys.get(_key(headers))
-    if name is None and _key(headers):
-        return f"refused a client at {where}: its key is none of those that `deploy init` made"
+def _unknown(was: str | None) -> str:
+    if was is not None:
+        return "its key was revoked (deploy revoke)"
+    return "its key is none of those that `deploy init` or `deploy add` made here"
+
+
+def _why(headers: Mapping[str, str], status: int) -> str:
     off = _clock(headers)
-    who = f"refused {'a client' if name is None else name} at {where}"
     if off is not None and not -TIMESTAMP_TOLERANCE - SYSTEM_TIME_TOLERANCE < off < (
         SYSTEM_TIME_TOLERANCE
     ):
         way = "ahead of" if off > 0 else "behind"
         # to tens of seconds: else each try would be another line
-        return f"{who}: its clock is some {abs(round(off, -1)):.0f} s {way} this machine's"
-    return (
-        f"{who}: status {status}; one that was killed is refused until it counts as offline, "
-        "up to a minute"
-    )
+        return f"its clock is some {abs(round(off, -1)):.0f} s {way} the server's"
+    if status == 412:
+        return (
+            "a node with this key is connected already: does `deploy client` run twice, here or "
+            "elsewhere? (one that was killed counts as connected for up to a minute)"
+        )
+    return f"status {status}; Flower's log has more"
+
+
+async def _refuse(send: Send, path: str, why: str) -> None:
+    """A refusal whose text the client's SuperNode shows; one that runs already ends itself."""
+    status = 412 if path == _ACTIVATE else 401
+    code = int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED)
+    body = json.dumps({"code": code, "detail": "refused", "extra": f"refused: {why}"}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _key(headers: Mapping[str, str]) -> bytes:

@@ -10,7 +10,9 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.engines.audit import FILE as AUDIT
+from fedex_lora.engines.audit import Audit
+from fedex_lora.errors import QuorumLost, UserError, show_rows
 from fedex_lora.flower.coordinator import across_machines
 from fedex_lora.flower.grid import FlowerCourier
 from fedex_lora.flower.progress import Recorder
@@ -41,11 +43,13 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run(grid: Grid, config: Mapping[str, Any], recorder: Recorder) -> dict[str, Any]:
+    show_rows(bool(config.get("show-rows")))
     os.chdir(str(config["folder"]))  # paths in the recipe are relative to where it was started
     path = Path(str(config["recipe"]))
     out, recipe = Path(str(config["out"])), load_recipe(path)
     keys = known_keys(path.parent.parent / "clients")  # of the deployment; a simulation has none
-    assemble = across_machines(FlowerCourier(grid, keys))
+    audit = Audit(Path(str(config["progress"])).parents[1] / AUDIT)
+    assemble = across_machines(FlowerCourier(grid, keys), audit)
     if config["resume"]:
         return resume_run(out, recipe, recorder, assemble)
     return start_run(recipe, out, recorder, assemble)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, Withheld
 
 _JAVA = ["java", "-Dfile.encoding=UTF-8"]  # whatever the locale says
 
@@ -138,7 +138,7 @@ def _ask(stdin: IO[bytes], stdout: IO[bytes], errors: IO[bytes], line: str | Non
 
 def _failed(what: str, errors: bytes) -> UserError:
     lines = errors.decode(errors="replace").strip().splitlines() or ["no message"]
-    return UserError(
+    return Withheld(
         f"task.generate: {what}, a program in Java, ended while texts were scored: {lines[-1]}. It "
         "needs Java 8 or later and 2 GB of free memory; without any Java the scores that need it "
         "are left out"
