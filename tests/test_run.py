@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,26 @@ def test_placements_agree(tmp_path):
         runs[placement] = newest(tmp_path / placement)
     for site, f in runs["fold"].factors.items():
         torch.testing.assert_close(f.A, runs["side"].factors[site].A, rtol=1e-3, atol=1e-4)
+
+
+def test_going_back_to_a_round_gives_the_same_run_once_more(tmp_path):
+    spec = recipe(tmp_path, federation={"rounds": 4})
+    results = start_run(spec, tmp_path / "run")
+    copied = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    directory = RunDir(copied)
+    aside = directory.go_back(3)
+    assert {p.name for p in aside.iterdir()} == {
+        "round-0004.safetensors",
+        "round-0004.sha256",
+        "results.json",
+        "final",
+    }
+    with pytest.raises(UserError, match=r"no checkpoint of round 2; there are: .*3"):
+        directory.go_back(2)
+    again = resume_run(copied)
+    assert again["best_round"] == results["best_round"] and again["last"] == results["last"]
+    same_bits(tmp_path / "run", copied)
+    assert timeless(tmp_path / "run") == timeless(copied)
 
 
 def test_early_stopping_and_the_best_round_s_checkpoint(tmp_path):

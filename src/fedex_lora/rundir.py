@@ -19,7 +19,7 @@ from safetensors.torch import save
 from fedex_lora.adapter import AdapterState
 from fedex_lora.disk import parsed, reason, write_atomic
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import latest
+from fedex_lora.federation.checkpoint import by_round, latest, load_checkpoint
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.federation.state import ServerState
@@ -228,6 +228,38 @@ class RunDir:
         if notes:
             notes.append(f"{self.checkpoints}: none is intact; the run begins again")
         return None, {}, notes
+
+    def go_back(self, round: int) -> Path:
+        """Sets aside all that came after a round, so that the run goes on from there.
+
+        Returns:
+            The folder in the run's directory in which it lies now.
+
+        Raises:
+            UserError: There is no intact checkpoint of that round; the others are named.
+        """
+        with self.held():
+            self.recipe()
+            there = by_round(self.checkpoints)
+            try:
+                load_checkpoint(there[round])
+            except KeyError:
+                known = ", ".join(map(str, sorted(there))) or "none"
+                raise UserError(
+                    f"{self.path}: no checkpoint of round {round}; there are: {known}"
+                ) from None
+            moved = [path for n, path in there.items() if n > round]
+            moved += [path.with_suffix(".sha256") for path in moved]
+            taken = len(list(self.path.glob("set-aside-*")))
+            aside = self.path / f"set-aside-{taken + 1}"
+            try:
+                aside.mkdir()
+                for path in [*moved, self.path / "results.json", self.final]:
+                    if path.exists():
+                        path.rename(aside / path.name)
+            except OSError as error:
+                raise UserError(f"{aside}: cannot be written: {reason(error)}") from None
+            return aside
 
     def save_update(
         self, model: AdaptedModel, base: str, round: int, name: str, state: AdapterState, info: Any

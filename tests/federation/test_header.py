@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.spoil import whole
 from fedex_lora.errors import UserError
-from fedex_lora.federation.header import WORDS, Limit, read_header
+from fedex_lora.federation.header import WORDS, Limit, first_of, read_header
 
 
 def blob(header, tensors=b""):
@@ -77,5 +77,21 @@ def test_nor_does_one_that_is_refused_while_its_header_is_read(filling):
         with pytest.raises(UserError, match="cannot be read"):
             read_header(message, limit)
         assert tracemalloc.get_traced_memory()[1] < 2 * limit.whole
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_first_words_are_read_whatever_follows_them():
+    message = whole({f"t{i}": torch.zeros(1) for i in range(9)}, {"about": {"kind": "round"}})
+    assert first_of(message) == {"about": {"kind": "round"}}
+    for bad in (b"", blob(b"[]"), blob({"a": 1, **header()}), blob(b"{")):
+        with pytest.raises(UserError, match="cannot be read"):
+            first_of(bad)
+    long = blob({"__metadata__": {"fedex": "x" * (1 << 21)}})
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="cannot be read"):
+            first_of(long)
+        assert tracemalloc.get_traced_memory()[1] < 5 << 20
     finally:
         tracemalloc.stop()

@@ -69,9 +69,16 @@ def run(
 
 @app.command()
 def resume(
-    run: RunPath, deployment: Deployment = Path("deployment"), show_rows: ShowRows = False
+    run: RunPath,
+    deployment: Deployment = Path("deployment"),
+    round: Annotated[
+        int | None, typer.Option(min=1, help="Go back to this round; the later ones are set aside.")
+    ] = None,
+    show_rows: ShowRows = False,
 ) -> None:
     """Continue a run after its last finished round."""
+    if round is not None:
+        say(f"What came after round {round} lies in {RunDir(run).go_back(round)}")
     _run(RunDir(run).recipe(), run, True, deployment)
 
 

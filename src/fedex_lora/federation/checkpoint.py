@@ -100,12 +100,16 @@ def _meta_in(path: Path) -> dict[str, Any]:
         return parsed(file.metadata()["fedex"])
 
 
+def by_round(directory: Path) -> dict[int, Path]:
+    """Checkpoints that were finished, by round, newest first."""
+    found = {path: _NAMED.fullmatch(path.name) for path in directory.glob("round-*.safetensors")}
+    rounds = {int(name[1]): path for path, name in found.items() if name}
+    return {n: rounds[n] for n in sorted(rounds, reverse=True) if _digest_path(rounds[n]).exists()}
+
+
 def checkpoints(directory: Path) -> list[Path]:
     """Checkpoints that were finished, newest first."""
-    found = {path: _NAMED.fullmatch(path.name) for path in directory.glob("round-*.safetensors")}
-    rounds = {path: int(name[1]) for path, name in found.items() if name}
-    newest = sorted(rounds, key=lambda path: rounds[path], reverse=True)
-    return [path for path in newest if _digest_path(path).exists()]
+    return list(by_round(directory).values())
 
 
 def prune(directory: Path, keep: set[int]) -> None:

@@ -20,6 +20,7 @@ from fedex_lora.errors import UserError
 _WIDTHS = {"F32": 4, "BF16": 2}  # bytes of the dtypes that may cross
 _SLACK = 1 << 16  # bytes of a header besides what it says of tensors
 _ENTRY = 512  # bytes of a header for each tensor
+_METADATA, _FIRST = b'{"__metadata__":', 1 << 20
 _UNREADABLE = (
     SafetensorError,
     LookupError,
@@ -86,6 +87,27 @@ def read_header(blob: bytes, limit: Limit) -> Header:
         return Header({name: _shape(name, entry) for name, entry in found.items()}, meta)
 
 
+def first_of(blob: bytes) -> Mapping[str, Any]:
+    """The program's own JSON of a message, for who cannot know yet how long its header may be.
+
+    It stands first in the header; no more than `_FIRST` bytes are looked at.
+
+    Raises:
+        UserError: It does not stand there, or is longer.
+
+    Example:
+        >>> text = b'{"__metadata__":{"fedex":"{}"},"a":'
+        >>> first_of(len(text).to_bytes(8, "little") + text)
+        {}
+    """
+    with reading(blob):
+        begin = 8 + len(_METADATA)
+        if blob[8:begin] != _METADATA:
+            raise ValueError("its header does not begin with its own words")
+        text = bytes(blob[begin : begin + _FIRST]).decode(errors="ignore")
+        return _parsed(_DECODER.raw_decode(text)[0]["fedex"])
+
+
 @contextmanager
 def reading(blob: bytes) -> Iterator[None]:
     """Whatever is wrong with a message that somebody sent is told in the same way."""
@@ -108,6 +130,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key that is given twice")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _shape(name: str, entry: Mapping[str, Any]) -> tuple[int, ...]:

@@ -22,8 +22,7 @@ from fedex_lora.engines.consent import FILE as RUNS
 from fedex_lora.engines.consent import Consent, Undecided
 from fedex_lora.engines.site import Institution, handle, refused, run_of, unable, undecided
 from fedex_lora.errors import UserError, show_rows
-from fedex_lora.federation.header import Limit
-from fedex_lora.federation.messages import read_about
+from fedex_lora.federation.header import first_of
 from fedex_lora.flower.grid import pack, unpack
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe_yaml import load_recipe
@@ -31,9 +30,6 @@ from fedex_lora.rundir import versions
 from fedex_lora.setup import roster, set_up_client
 
 app = ClientApp()
-# of a message that is looked at before the model is there, which says how large one may be: the
-# longest header of a ledger of many rounds and layers
-_LOOK = Limit(header=64 << 20, whole=1 << 62)
 log = logging.getLogger("fedex_lora")
 
 
@@ -80,14 +76,14 @@ def reply_to(blob: bytes, node: Mapping[str, Any], run: Mapping[str, Any]) -> by
     try:
         if not blob:
             raise UserError("a message of another program than fedex-lora")
-        about = read_about(blob, _LOOK)
+        about = dict(first_of(blob)["about"])
         _note(audit, "in", about, about, blob)
         reply = _reply(blob, about, place, None if "partition-id" in node else _consent(place))
     except Exception as error:
         if not about:
             _note(audit, "in", about, about, blob)
         reply = unable(about, name, error)
-    _note(audit, "out", read_about(reply, _LOOK), about, reply)
+    _note(audit, "out", first_of(reply)["about"], about, reply)
     return reply
 
 
