@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.results import RESULTS, goal, read, row_of, shown
 from benchmarks.rows import measure, rows
-from fedex_lora.display import show_table
+from fedex_lora.cli.display import show_table
 
 
 def main() -> None:

@@ -29,11 +29,11 @@ from engines.deployed import Deployed, deployed
 from engines.in_process import without, without_files
 from small_runs import recipe as tiny_recipe
 
-from fedex_lora.deploy.launch import launch
 from fedex_lora.errors import UserError
+from fedex_lora.flower.deploy.launch import launch
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import start_run
-from fedex_lora.watch import Silent
+from fedex_lora.runs.run import start_run
+from fedex_lora.runs.watch import Silent
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "chaos.json"

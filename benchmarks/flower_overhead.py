@@ -35,10 +35,10 @@ from engines.in_process import remote, without_files
 from small_runs import recipe as small_recipe
 from tiny import tiny
 
-from fedex_lora.deploy.launch import launch, start
+from fedex_lora.flower.deploy.launch import launch, start
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.watch import Silent
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.watch import Silent
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "flower.json"

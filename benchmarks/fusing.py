@@ -7,13 +7,13 @@ from pathlib import Path
 from benchmarks.results import Figure, Row
 from benchmarks.rounds import recipe
 from benchmarks.timing import in_turn, ratio
-from fedex_lora.client import quick_collections
+from fedex_lora.engines.setup import Federation, set_up
+from fedex_lora.engines.training import quick_collections
 from fedex_lora.federation.state import begin, broadcast_to
-from fedex_lora.fusing import as_fused
-from fedex_lora.precision import as_named
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import local_engine
-from fedex_lora.setup import Federation, set_up
+from fedex_lora.runs.fusing import as_fused
+from fedex_lora.runs.precision import as_named
+from fedex_lora.runs.run import local_engine
 
 STEPS = 6
 BATCHES = {3: (1, 4), 8: (1, 4)}  # by the number of clients

@@ -8,10 +8,10 @@ from benchmarks.residual import RANK, one_layer, ours, published
 from benchmarks.results import Figure, Row, seconds
 from benchmarks.shapes import MISTRAL_LAYERS
 from benchmarks.timing import in_turn
-from fedex_lora.adapter import AdapterState, Factors
-from fedex_lora.aggregate import wire_form
-from fedex_lora.ledger import Increment
-from fedex_lora.lowrank import LowRank, dense
+from fedex_lora.aggregation.adapter import AdapterState, Factors
+from fedex_lora.aggregation.aggregator import wire_form
+from fedex_lora.aggregation.ledger import Increment
+from fedex_lora.aggregation.lowrank import LowRank, dense
 
 TITLE = "On a GPU: one decoder layer of Mistral-7B, rank 32, 3 clients"
 

@@ -21,8 +21,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 import psutil
-from fedex_lora.recipe_yaml import load_recipe
-from fedex_lora.run import start_run
+from fedex_lora.recipe.reader import load_recipe
+from fedex_lora.runs.run import start_run
 before = psutil.Process().memory_info().rss
 recipe = load_recipe(Path(sys.argv[1]), sys.argv[3:])
 Path("/proc/self/clear_refs").write_text("5")  # peak = now; ru_maxrss would be the parent's

@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.spoil import parts, whole
-from fedex_lora.adapter import AdapterState, Factors, Site, fresh
-from fedex_lora.engines.courier import Failed, Waits
-from fedex_lora.engines.guests import Guest, Guests
-from fedex_lora.engines.remote import RemoteEngine
-from fedex_lora.engines.wire import PROTOCOL, Facts, Identity
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site, fresh
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.engines.remote.courier import Failed, Waits
+from fedex_lora.engines.remote.engine import RemoteEngine
+from fedex_lora.engines.remote.guests import Guest, Guests
+from fedex_lora.engines.remote.wire import PROTOCOL, Facts, Identity
 from fedex_lora.federation.loop import Record, run_round
 from fedex_lora.federation.messages import Update, encode_about, encode_update
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, begin, start_of
-from fedex_lora.methods import METHODS
 
 PAIRS = (
     ("fedex", "float32"),

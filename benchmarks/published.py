@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import get_linear_schedule_with_warmup
 
-from fedex_lora.setup import Federation
+from fedex_lora.engines.setup import Federation
 
 
 class PublishedRound:

@@ -8,11 +8,11 @@ from torch import Tensor
 from benchmarks.results import Figure, Row, seconds
 from benchmarks.shapes import MISTRAL, MISTRAL_LAYERS, end, sites, start
 from benchmarks.timing import Times, in_turn, ratio, timed
-from fedex_lora.adapter import AdapterState
-from fedex_lora.aggregate import Aggregator, wire_form
-from fedex_lora.ledger import Increment
-from fedex_lora.lowrank import LowRank, dense
-from fedex_lora.methods import METHODS
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.aggregator import Aggregator, wire_form
+from fedex_lora.aggregation.ledger import Increment
+from fedex_lora.aggregation.lowrank import LowRank, dense
+from fedex_lora.aggregation.methods import METHODS
 
 CLIENTS, RANK = 3, 32
 DENSE, FACTORS, NORMS = "dense formula", "as factors", "as factors, deviation measured too"

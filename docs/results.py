@@ -12,9 +12,10 @@ from statistics import mean
 
 from results_why import EXACT, REFERENCE, against_reference
 
-from fedex_lora.analysis.claims import CLAIMS, findings
-from fedex_lora.analysis.runs import Run, read_runs
-from fedex_lora.analysis.scores import (
+from fedex_lora.errors import UserError
+from fedex_lora.experiments.analysis.claims import CLAIMS, findings
+from fedex_lora.experiments.analysis.runs import Run, read_runs
+from fedex_lora.experiments.analysis.scores import (
     ArmScores,
     arm_scores,
     chose_itself,
@@ -23,15 +24,14 @@ from fedex_lora.analysis.scores import (
     judged_split,
     paired,
 )
-from fedex_lora.analysis.statistics import Paired, estimate, what_seeds_show
-from fedex_lora.analysis.study import Study, metric_of, study
-from fedex_lora.analysis.unused import unused
-from fedex_lora.compare import markdown_table, size, spread
-from fedex_lora.errors import UserError
-from fedex_lora.recipe_yaml import differences as differing
-from fedex_lora.report.scores import significant
-from fedex_lora.report.setting import without_folder
-from fedex_lora.report.words import change
+from fedex_lora.experiments.analysis.statistics import Paired, estimate, what_seeds_show
+from fedex_lora.experiments.analysis.study import Study, metric_of, study
+from fedex_lora.experiments.analysis.unused import unused
+from fedex_lora.experiments.compare import markdown_table, size, spread
+from fedex_lora.experiments.report.scores import significant
+from fedex_lora.experiments.report.setting import without_folder
+from fedex_lora.experiments.report.words import change
+from fedex_lora.recipe.reader import differences as differing
 
 ABOUT = """\
 # Results

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from fedex_lora.analysis.runs import Run
-from fedex_lora.analysis.scores import paired
-from fedex_lora.analysis.statistics import Paired
-from fedex_lora.analysis.study import Study
-from fedex_lora.compare import markdown_table, spread
-from fedex_lora.report.words import change
+from fedex_lora.experiments.analysis.runs import Run
+from fedex_lora.experiments.analysis.scores import paired
+from fedex_lora.experiments.analysis.statistics import Paired
+from fedex_lora.experiments.analysis.study import Study
+from fedex_lora.experiments.compare import markdown_table, spread
+from fedex_lora.experiments.report.words import change
 
 REFERENCE = "fedit"  # what is compared with
 EXACT = "fedex"

@@ -14,8 +14,8 @@ from tiny import TEXT, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedex_lora.adapter import AdapterState, Factors
-from fedex_lora.lowrank import LowRank
+from fedex_lora.aggregation.adapter import AdapterState, Factors
+from fedex_lora.aggregation.lowrank import LowRank
 from fedex_lora.model import AdaptedModel, load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
 

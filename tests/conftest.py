@@ -10,8 +10,8 @@ import pytest
 import torch
 from small_runs import recipe
 
-from fedex_lora.run import start_run
-from fedex_lora.trained import open_run
+from fedex_lora.runs.reopened import open_run
+from fedex_lora.runs.run import start_run
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.methods import METHODS
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import dump_recipe
+from fedex_lora.recipe.reader import dump_recipe
 
 SITES = {f"m.layer.{i}.{kind}": None for i in range(4) for kind in ("query", "value")}
 CLIENTS = {"ann": 60, "bob": 30, "cleo": 10}

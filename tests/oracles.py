@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
 
 SITES = {"q": Site(out=7, inp=5, rank=3, scale=1.7), "v": Site(out=6, inp=9, rank=2, scale=0.6)}
 

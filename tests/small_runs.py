@@ -16,7 +16,7 @@ from tiny import ENCODERS, TEXT, tiny
 from torch import Tensor
 
 from fedex_lora.recipe import Recipe
-from fedex_lora.watch import Silent
+from fedex_lora.runs.watch import Silent
 
 LORA = {
     "roberta": {"target_modules": ["query", "value"]},

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedex_lora.adapter import Site, fresh
+from fedex_lora.aggregation.adapter import Site, fresh
 
 
 @pytest.mark.parametrize("inp", [5, 40])

@@ -18,10 +18,10 @@ from oracles import (
     trained_by,
 )
 
-from fedex_lora.adapter import Factors, Site, fresh
-from fedex_lora.aggregate import Aggregator, orthonormal_rows, wire_form
-from fedex_lora.lowrank import LowRank
-from fedex_lora.methods import METHODS
+from fedex_lora.aggregation.adapter import Factors, Site, fresh
+from fedex_lora.aggregation.aggregator import Aggregator, orthonormal_rows, wire_form
+from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.methods import METHODS
 
 EXCHANGING = [name for name, m in METHODS.items() if m.exchanges]
 federations = given(

@@ -7,10 +7,10 @@ import pytest
 import transformers
 from tiny import tiny
 
-from fedex_lora.architectures import architecture, count, natural_task, read_config
 from fedex_lora.errors import UserError
 from fedex_lora.model import load_model
-from fedex_lora.presets import PRESETS
+from fedex_lora.model.architectures import architecture, count, natural_task, read_config
+from fedex_lora.model.presets import PRESETS
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
 # parameters of the published checkpoints; of RoBERTa with a head for two classes instead of MLM

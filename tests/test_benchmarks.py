@@ -10,7 +10,7 @@ from benchmarks.page import page
 from benchmarks.results import Figure, Row, goal, read, row_of, shown, store
 from benchmarks.shapes import end, sites, start
 from benchmarks.timing import Times, in_turn, ratio
-from fedex_lora.lowrank import dense
+from fedex_lora.aggregation.lowrank import dense
 from fedex_lora.merge.factors import merge_factors
 
 

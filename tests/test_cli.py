@@ -7,11 +7,11 @@ import yaml
 from small_runs import recipe
 
 from fedex_lora import __version__, cli
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import QuorumLost
-from fedex_lora.federation import checkpoint
-from fedex_lora.methods import METHODS
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.rundir import RunDir
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs import checkpoint
+from fedex_lora.runs.rundir import RunDir
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_ctrl_c_says_how_to_go_on(command, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.runs, "resume_run", too_few)
     code, _, err = command("resume", run)
     assert code == 2 and "1 client" in err and f"fedex-lora resume '{run}'" in err
-    monkeypatch.setattr("fedex_lora.deploy.launch.launch", stop)
+    monkeypatch.setattr("fedex_lora.flower.deploy.launch.launch", stop)
     text = (run / "recipe.yaml").read_text().replace("kind: local", "kind: flower")
     (run / "recipe.yaml").write_text(text)
     code, _, err = command("resume", run, "--deployment", tmp_path / "d")

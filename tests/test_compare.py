@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedex_lora.compare import difference_table, markdown
+from fedex_lora.experiments.compare import difference_table, markdown
 
 
 def results(**scores):

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from fedex_lora.display import Display, show_table
-from fedex_lora.watch import Start
+from fedex_lora.cli.display import Display, show_table
+from fedex_lora.runs.watch import Start
 
 HEADER = ["method", "up a round", "ROUGE_L of the validation rows", "total"]
 ROWS = [["fedex-reinit", "3,553.618M", "0.1282", "369.816M"], ["full", "-", "0.0", "[1]"]]

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from small_runs import recipe
 from tiny import TEXT, tiny
 
-from fedex_lora import evaluation
 from fedex_lora.cli.evaluate import asked
 from fedex_lora.errors import UserError
-from fedex_lora.evaluation import evaluate, load_subject
-from fedex_lora.export import export_adapter, export_model
-from fedex_lora.run import start_run
-from fedex_lora.trained import open_run
+from fedex_lora.runs import evaluation
+from fedex_lora.runs.evaluation import evaluate, load_subject
+from fedex_lora.runs.export import export_adapter, export_model
+from fedex_lora.runs.reopened import open_run
+from fedex_lora.runs.run import start_run
 
 __all__ = ["command"]
 

@@ -15,14 +15,14 @@ from small_runs import StopAfter, recipe
 from tiny import tiny
 
 from fedex_lora import cli
-from fedex_lora.adapter import Factors
-from fedex_lora.card import loading_lines
+from fedex_lora.aggregation.adapter import Factors
 from fedex_lora.errors import UserError
-from fedex_lora.export import default_name, export_adapter, export_model
 from fedex_lora.model import files
-from fedex_lora.run import start_run
-from fedex_lora.rundir import RunDir, best_record, comparable
-from fedex_lora.trained import open_run
+from fedex_lora.runs.card import loading_lines
+from fedex_lora.runs.export import default_name, export_adapter, export_model
+from fedex_lora.runs.reopened import open_run
+from fedex_lora.runs.run import start_run
+from fedex_lora.runs.rundir import RunDir, best_record, comparable
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,18 @@ from tiny import TEXT, tiny
 from torch import nn
 from torch.nn import functional
 
-from fedex_lora.adapter import AdapterState, Factors
-from fedex_lora.client import train_client
+from fedex_lora.aggregation.adapter import AdapterState, Factors
+from fedex_lora.engines.fused import Turn, train_fused
+from fedex_lora.engines.fused.batches import Rows, together
+from fedex_lora.engines.fused.losses import client_losses
+from fedex_lora.engines.fused.stack import Stack
+from fedex_lora.engines.setup import set_up
+from fedex_lora.engines.training import train_client
 from fedex_lora.errors import UserError
-from fedex_lora.fused import Turn, train_fused
-from fedex_lora.fused.batches import Rows, together
-from fedex_lora.fused.losses import client_losses
-from fedex_lora.fused.stack import Stack
-from fedex_lora.recipe_yaml import differences
-from fedex_lora.run import start_run
-from fedex_lora.rundir import RunDir
-from fedex_lora.setup import set_up
-from fedex_lora.watch import Silent
+from fedex_lora.recipe.reader import differences
+from fedex_lora.runs.run import start_run
+from fedex_lora.runs.rundir import RunDir
+from fedex_lora.runs.watch import Silent
 
 NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -268,7 +268,7 @@ def test_auto_takes_what_is_faster(tmp_path, monkeypatch):
             told.append(text)
 
     measured = iter([0.3, 0.1, 0.3, 0.29])
-    monkeypatch.setattr("fedex_lora.fusing.few_steps", lambda _: next(measured))
+    monkeypatch.setattr("fedex_lora.runs.fusing.few_steps", lambda _: next(measured))
     auto = made(tmp_path, engine={"fuse": "auto"})
     for name, chosen in (("faster", 3), ("no-faster", 1)):
         start_run(auto, tmp_path / name, Notes())

@@ -12,14 +12,14 @@ from small_runs import recipe
 
 from fedex_lora import cli
 from fedex_lora.errors import UserError
-from fedex_lora.grid import plan as planning
-from fedex_lora.grid import work as working
-from fedex_lora.grid.plan import left, plan, standing, told
-from fedex_lora.grid.spec import is_grid
-from fedex_lora.grid.table import tables, write_comparison
-from fedex_lora.grid.work import work
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.rundir import RunDir
+from fedex_lora.experiments.grid import plan as planning
+from fedex_lora.experiments.grid import work as working
+from fedex_lora.experiments.grid.plan import left, plan, standing, told
+from fedex_lora.experiments.grid.spec import is_grid
+from fedex_lora.experiments.grid.table import tables, write_comparison
+from fedex_lora.experiments.grid.work import work
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.rundir import RunDir
 
 GRID = """\
 recipes: [tiny.yaml]

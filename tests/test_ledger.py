@@ -2,8 +2,8 @@ import pytest
 import torch
 from oracles import dense64, relative
 
-from fedex_lora.ledger import Ledger
-from fedex_lora.lowrank import LowRank
+from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.aggregation.lowrank import LowRank
 
 
 def ledger_of(versions, sites=("q", "v"), rank=2, m=12, n=9):

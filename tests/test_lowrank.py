@@ -3,8 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedex_lora.aggregation.lowrank import (
+    LowRank,
+    concat,
+    from_dense,
+    partial_norms,
+    smaller,
+    thin_qr,
+)
 from fedex_lora.errors import UserError
-from fedex_lora.lowrank import LowRank, concat, from_dense, partial_norms, smaller, thin_qr
 
 DTYPES = [torch.float32, torch.float64]
 sizes = st.integers(1, 9)

@@ -8,9 +8,9 @@ from adapted import CASES, Case, assert_equal, batch, increments, logits, oracle
 from tiny import tiny
 from transformers import BertModel
 
-from fedex_lora.adapter import AdapterState, Factors, fresh
+from fedex_lora.aggregation.adapter import AdapterState, Factors, fresh
+from fedex_lora.aggregation.lowrank import LowRank
 from fedex_lora.errors import UserError
-from fedex_lora.lowrank import LowRank
 from fedex_lora.model import load_model
 from fedex_lora.recipe import ModelSpec
 

@@ -10,7 +10,7 @@ from adapted import CASES, assert_equal, batch, increments, logits, path, random
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
-from fedex_lora.adapter import AdapterState, Factors, uniform
+from fedex_lora.aggregation.adapter import AdapterState, Factors, uniform
 from fedex_lora.errors import UserError
 from fedex_lora.model import load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec

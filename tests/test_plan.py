@@ -14,12 +14,12 @@ from peft import LoraConfig, get_peft_model
 from small_runs import SIZES, recipe
 
 from fedex_lora import cli
-from fedex_lora.analysis.memory import activations
 from fedex_lora.errors import UserError
-from fedex_lora.plan import foreseen, plan
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import dump_recipe, load_recipe
-from fedex_lora.run import start_run
+from fedex_lora.recipe.reader import dump_recipe, load_recipe
+from fedex_lora.runs.plan.memory import activations
+from fedex_lora.runs.plan.plan import foreseen, plan
+from fedex_lora.runs.run import start_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -7,12 +7,12 @@ import yaml
 from commands import command  # noqa: F401
 from small_runs import recipe
 
-from fedex_lora import setup
+from fedex_lora.engines import setup
 from fedex_lora.errors import UserError
-from fedex_lora.preflight import beforehand, check
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.run import start_run
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.preflight import beforehand, check
+from fedex_lora.runs.run import start_run
 
 
 @pytest.fixture(scope="module")

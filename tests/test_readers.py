@@ -18,15 +18,15 @@ from small_runs import products, recipe
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedex_lora import export as export_module
 from fedex_lora.engines.local import LocalEngine
-from fedex_lora.export import export_adapter
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.plan import make_plan
 from fedex_lora.merge.write import Options, merge_adapters
 from fedex_lora.model import files
-from fedex_lora.run import start_run
-from fedex_lora.trained import open_run
+from fedex_lora.runs import export as export_module
+from fedex_lora.runs.export import export_adapter
+from fedex_lora.runs.reopened import open_run
+from fedex_lora.runs.run import start_run
 
 __all__ = ["command"]
 IDS = torch.arange(3, 19).reshape(2, 8)

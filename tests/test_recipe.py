@@ -17,11 +17,10 @@ from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from fedex_lora.errors import UserError
-from fedex_lora.grid.spec import is_grid
+from fedex_lora.experiments.grid.spec import is_grid
 from fedex_lora.recipe import FederationSpec, LoraSpec, Recipe, limits
 from fedex_lora.recipe.limits import TRAINING
-from fedex_lora.recipe_refused import REFUSED_LORA, REFUSED_TRAINING
-from fedex_lora.recipe_yaml import (
+from fedex_lora.recipe.reader import (
     differences,
     dump_recipe,
     load_recipe,
@@ -29,6 +28,7 @@ from fedex_lora.recipe_yaml import (
     load_stored_recipe,
     unknown_keys,
 )
+from fedex_lora.recipe.refused import REFUSED_LORA, REFUSED_TRAINING
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if not is_grid(path))

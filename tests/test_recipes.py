@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from tiny import tiny
 
-from fedex_lora.grid.plan import plan
-from fedex_lora.grid.spec import is_grid
+from fedex_lora.engines.setup import set_up
+from fedex_lora.experiments.grid.plan import plan
+from fedex_lora.experiments.grid.spec import is_grid
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import load_recipe
-from fedex_lora.run import start_run
-from fedex_lora.setup import set_up
+from fedex_lora.recipe.reader import load_recipe
+from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import nlg
 from fedex_lora.tasks.classification import GLUE
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from small_runs import recipe
 
-from fedex_lora.analysis.statistics import Paired, estimate
 from fedex_lora.errors import UserError
-from fedex_lora.rundir import RunDir
+from fedex_lora.experiments.analysis.statistics import Paired, estimate
+from fedex_lora.runs.rundir import RunDir
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "results.py"
 

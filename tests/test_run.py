@@ -17,19 +17,19 @@ import transformers
 from safetensors.torch import load_file
 from small_runs import SIZES, StopAfter, oracle, products, recipe
 
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.export import export_adapter, export_model
-from fedex_lora.federation.checkpoint import load_checkpoint
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
-from fedex_lora.methods import METHODS
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.run import resume_run, start_run
-from fedex_lora.rundir import RunDir
-from fedex_lora.setup import set_up
-from fedex_lora.trained import open_run
-from fedex_lora.watch import Silent
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.checkpoint import load_checkpoint
+from fedex_lora.runs.export import export_adapter, export_model
+from fedex_lora.runs.reopened import open_run
+from fedex_lora.runs.run import resume_run, start_run
+from fedex_lora.runs.rundir import RunDir
+from fedex_lora.runs.watch import Silent
 
 EXACT = [
     name

@@ -11,7 +11,7 @@ from small_runs import SIZES, StopAfter, recipe
 
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import resume_run, start_run
+from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.tasks.outputs import VerdictFile
 
 ASKED = {

@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 from small_runs import StopAfter, recipe
 
 from fedex_lora.errors import UserError
-from fedex_lora.federation import shelf
-from fedex_lora.federation.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from fedex_lora.lock import LOCK, OWNER, locked
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.run import resume_run, start_run
-from fedex_lora.rundir import RunDir
-from fedex_lora.trained import read_round
-from fedex_lora.watch import Silent
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs import shelf
+from fedex_lora.runs.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fedex_lora.runs.lock import LOCK, OWNER, locked
+from fedex_lora.runs.reopened import read_round
+from fedex_lora.runs.run import resume_run, start_run
+from fedex_lora.runs.rundir import RunDir
+from fedex_lora.runs.watch import Silent
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from fedex_lora.lock import locked
+from fedex_lora.runs.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedex_lora.lowrank import LowRank
-from fedex_lora.running_sum import RunningSum
+from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.running_sum import RunningSum
 
 
 def dense(w):

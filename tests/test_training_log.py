@@ -5,11 +5,11 @@ import types
 import pytest
 from small_runs import SIZES, recipe
 
-from fedex_lora import training_log
+from fedex_lora.engines import training_log
+from fedex_lora.engines.setup import set_up
+from fedex_lora.engines.training_log import TrainingLog, reported
 from fedex_lora.errors import UserError
-from fedex_lora.run import resume_run, start_run
-from fedex_lora.setup import set_up
-from fedex_lora.training_log import TrainingLog, reported
+from fedex_lora.runs.run import resume_run, start_run
 
 LOGGING = {"report_to": "tensorboard", "logging_steps": 1}
 

@@ -3,9 +3,9 @@
 import pytest
 from made_up import grid, made_up, spec
 
-from fedex_lora.analysis.claims import CLAIMS, findings
-from fedex_lora.analysis.runs import read_runs
-from fedex_lora.analysis.study import study
+from fedex_lora.experiments.analysis.claims import CLAIMS, findings
+from fedex_lora.experiments.analysis.runs import read_runs
+from fedex_lora.experiments.analysis.study import study
 
 HIGH, LOW, WILD = [0.90, 0.91, 0.92], [0.80, 0.815, 0.82], [0.99, 0.7, 0.95]
 

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from small_runs import SIZES, recipe
 
-from fedex_lora.analysis.cost import costs, reference, shapes
-from fedex_lora.analysis.cost_plot import cost_plot
-from fedex_lora.analysis.table8 import ROWS, compare_row, ratio_table, size_table
-from fedex_lora.analysis.traffic import DryRun, blob_bytes
-from fedex_lora.architectures import architecture
-from fedex_lora.compare import markdown_table
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.engines.setup import POOLED, federation_settings, recipe_task
+from fedex_lora.experiments.compare import markdown_table
+from fedex_lora.experiments.cost.cost import costs, reference, shapes
+from fedex_lora.experiments.cost.plot import cost_plot
+from fedex_lora.experiments.cost.table8 import ROWS, compare_row, ratio_table, size_table
 from fedex_lora.federation.messages import encode_broadcast
 from fedex_lora.federation.state import broadcast_to
-from fedex_lora.methods import METHODS
+from fedex_lora.model.architectures import architecture
 from fedex_lora.recipe import LoraSpec
-from fedex_lora.run import start_run
-from fedex_lora.setup import POOLED, federation_settings, recipe_task
+from fedex_lora.runs.plan.traffic import DryRun, blob_bytes
+from fedex_lora.runs.run import start_run
 
 BF16 = torch.bfloat16
 DTYPES = [torch.float32, BF16, torch.float16]

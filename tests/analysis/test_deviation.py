@@ -8,7 +8,8 @@ from made_up import made_up, spec
 from safetensors.torch import load_file
 from small_runs import LORA, recipe
 
-from fedex_lora.analysis.deviation import (
+from fedex_lora.engines.setup import recipe_model, recipe_task
+from fedex_lora.experiments.analysis.deviation import (
     across_layers,
     across_rounds,
     best_scaling,
@@ -22,8 +23,7 @@ from fedex_lora.analysis.deviation import (
     round_trend,
     table,
 )
-from fedex_lora.analysis.runs import read_run
-from fedex_lora.setup import recipe_model, recipe_task
+from fedex_lora.experiments.analysis.runs import read_run
 
 
 @pytest.mark.parametrize(

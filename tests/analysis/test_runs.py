@@ -6,11 +6,11 @@ import shutil
 import pytest
 from made_up import made_up, spec
 
-from fedex_lora.analysis.runs import head_numbers, read_run, read_runs, site_shapes
-from fedex_lora.analysis.study import study
 from fedex_lora.errors import UserError
-from fedex_lora.federation.checkpoint import latest
-from fedex_lora.rundir import RunDir
+from fedex_lora.experiments.analysis.runs import head_numbers, read_run, read_runs, site_shapes
+from fedex_lora.experiments.analysis.study import study
+from fedex_lora.runs.checkpoint import latest
+from fedex_lora.runs.rundir import RunDir
 
 
 def lines(run):

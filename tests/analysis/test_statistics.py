@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedex_lora.analysis.statistics import Paired, estimate, mirrored, what_seeds_show
+from fedex_lora.experiments.analysis.statistics import Paired, estimate, mirrored, what_seeds_show
 
 VALUES = [0.11, 0.02, 0.07, 0.05]
 

@@ -4,12 +4,12 @@ import pytest
 from made_up import grid, made_up, spec
 from safetensors.torch import load_file
 
-from fedex_lora.analysis.drawn import fewer_runs
-from fedex_lora.analysis.figures import score_by_bytes
-from fedex_lora.analysis.figures_deviation import deviation_by_round
-from fedex_lora.analysis.figures_tradeoff import ranks
-from fedex_lora.analysis.runs import read_run, read_runs
-from fedex_lora.analysis.scores import (
+from fedex_lora.experiments.analysis.drawn import fewer_runs
+from fedex_lora.experiments.analysis.figures import score_by_bytes
+from fedex_lora.experiments.analysis.figures_deviation import deviation_by_round
+from fedex_lora.experiments.analysis.figures_tradeoff import ranks
+from fedex_lora.experiments.analysis.runs import read_run, read_runs
+from fedex_lora.experiments.analysis.scores import (
     against_reference,
     arm_scores,
     bytes_ratio,
@@ -17,9 +17,9 @@ from fedex_lora.analysis.scores import (
     differences,
     scores_by,
 )
-from fedex_lora.analysis.stacking import stacked, stacked_like
-from fedex_lora.analysis.study import study
-from fedex_lora.analysis.truncation import cut_points
+from fedex_lora.experiments.analysis.stacking import stacked, stacked_like
+from fedex_lora.experiments.analysis.study import study
+from fedex_lora.experiments.analysis.truncation import cut_points
 
 
 def cut(folder):

@@ -18,11 +18,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from fedex_lora import cli
-from fedex_lora.deploy import commands
-from fedex_lora.deploy.init import Deployment, init
-from fedex_lora.deploy.processes import free_port, interrupted_by_signals, run_to_end
+from fedex_lora.flower.deploy import commands
+from fedex_lora.flower.deploy.init import Deployment, init
+from fedex_lora.flower.deploy.processes import free_port, interrupted_by_signals, run_to_end
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import dump_recipe
+from fedex_lora.recipe.reader import dump_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FORKS = "multiprocessing.forkserver"

@@ -6,17 +6,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.engines.courier import Failed
 from fedex_lora.engines.engine import Engine
-from fedex_lora.engines.site import Institution, handle
+from fedex_lora.engines.remote.courier import Failed
+from fedex_lora.engines.remote.site import Institution, handle
+from fedex_lora.engines.setup import Federation, set_up_client
 from fedex_lora.federation.header import Limit
 from fedex_lora.federation.loop import Lost
 from fedex_lora.federation.messages import Broadcast, Update
 from fedex_lora.federation.state import ServerState
 from fedex_lora.recipe import DataSpec, Recipe
-from fedex_lora.run import in_this_process
-from fedex_lora.rundir import versions
-from fedex_lora.setup import Federation, set_up_client
+from fedex_lora.runs.run import in_this_process
+from fedex_lora.runs.rundir import versions
 
 ANY = Limit(1 << 24, 1 << 30)  # of messages that tests look at
 Assembled = tuple[Federation, Engine]

@@ -4,10 +4,10 @@ import stat
 import sys
 import time
 
-from fedex_lora.deploy import words
-from fedex_lora.deploy.commands import Command
-from fedex_lora.deploy.processes import running
-from fedex_lora.deploy.words import Log, shown
+from fedex_lora.flower.deploy import words
+from fedex_lora.flower.deploy.commands import Command
+from fedex_lora.flower.deploy.processes import running
+from fedex_lora.flower.deploy.words import Log, shown
 
 # as flower-supernode and its apps print it
 SESSION = """\

@@ -13,21 +13,21 @@ from benchmarks.spoil import about as about_of
 from engines.in_process import InProcess, institution, institutions, remote, without_files
 from engines.test_site import Notes, about
 from engines.test_wire import quick, timeless  # noqa: F401 (a fixture)
-from fedex_lora.deploy.asking import Asking
-from fedex_lora.deploy.init import Deployment, init
-from fedex_lora.engines import audit as audit_module
-from fedex_lora.engines import guests, site
-from fedex_lora.engines.audit import Audit
-from fedex_lora.engines.consent import Consent, Undecided
-from fedex_lora.engines.site import handle
-from fedex_lora.engines.wire import facts
+from fedex_lora.engines.remote import audit as audit_module
+from fedex_lora.engines.remote import guests, site
+from fedex_lora.engines.remote.audit import Audit
+from fedex_lora.engines.remote.consent import Consent, Undecided
+from fedex_lora.engines.remote.site import handle
+from fedex_lora.engines.remote.wire import facts
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.federation.messages import Broadcast, encode_about, encode_broadcast
 from fedex_lora.flower import client_app
 from fedex_lora.flower.client_app import most_turns, reply_to
-from fedex_lora.flower.coordinator import across_machines
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.run import start_run
+from fedex_lora.flower.deploy.asking import Asking
+from fedex_lora.flower.deploy.init import Deployment, init
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.across_machines import across_machines
+from fedex_lora.runs.run import start_run
 
 __all__ = ["command"]
 SECRET = "Mrs Miller, born 1950"
@@ -98,7 +98,7 @@ def test_every_run_is_asked_about_at_a_terminal(tmp_path, monkeypatch):
     lines = ["perhaps\n", "y\n", "n\n"]
     ready = [False]
     monkeypatch.setattr(
-        "fedex_lora.deploy.asking.select.select", lambda *_: (["it"] if ready.pop() else [],)
+        "fedex_lora.flower.deploy.asking.select.select", lambda *_: (["it"] if ready.pop() else [],)
     )
     monkeypatch.setattr("sys.stdin.readline", lambda: lines.pop(0), raising=False)
     asking = Asking(consent, said.append)
@@ -374,7 +374,7 @@ def test_rows_that_cannot_be_used_are_shown_by_place_and_forty_characters(
     command, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "fedex_lora.deploy.processes.attend", lambda *_: pytest.fail("a node was started")
+        "fedex_lora.flower.deploy.processes.attend", lambda *_: pytest.fail("a node was started")
     )
     init(tmp_path / "d", Deployment("127.0.0.1", 9443, ("ann",)))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(remote(without_files(recipe(tmp_path)))))

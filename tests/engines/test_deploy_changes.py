@@ -12,12 +12,12 @@ from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedex_lora.deploy import commands, keys, processes
-from fedex_lora.deploy.init import Deployment, init, read_deployment
-from fedex_lora.deploy.keys import check_certificate
-from fedex_lora.deploy.names import check_client_names, host_name
-from fedex_lora.deploy.processes import alone, free_port, make_private
 from fedex_lora.errors import UserError
+from fedex_lora.flower.deploy import commands, keys, processes
+from fedex_lora.flower.deploy.init import Deployment, init, read_deployment
+from fedex_lora.flower.deploy.keys import check_certificate
+from fedex_lora.flower.deploy.names import check_client_names, host_name
+from fedex_lora.flower.deploy.processes import alone, free_port, make_private
 from fedex_lora.flower.refusals import known_keys
 
 __all__ = ["command"]
@@ -323,7 +323,7 @@ def test_two_programs_do_not_share_a_folder(tmp_path):
 
 
 def test_a_hundred_institutions_are_not_a_hundred_lines(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedex_lora.deploy.init.write_key_pair", lambda path: path.touch())
+    monkeypatch.setattr("fedex_lora.flower.deploy.init.write_key_pair", lambda path: path.touch())
     names = [f"hospital-{i}" for i in range(100)]
     code, told, _ = command("deploy", "init", tmp_path / "d", "--clients", ",".join(names))
     assert code == 0 and len(told.splitlines()) == 3 and "and 92 more" in told
@@ -342,7 +342,7 @@ def test_what_cannot_be_written_is_told_in_words(command, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedex_lora.deploy.init.write_key_pair", full)
+        patch.setattr("fedex_lora.flower.deploy.init.write_key_pair", full)
         code, _, errors = command("deploy", "add", tmp_path / "d", "cleo")
         assert code == 2 and "No space left on device" in errors
     assert read_deployment(tmp_path / "d").clients == ("ann", "bob")

@@ -19,14 +19,14 @@ from cryptography.hazmat.primitives import serialization
 from small_runs import recipe as tiny_recipe
 
 from engines.in_process import remote, without_files
-from fedex_lora.deploy import commands, keys, processes
-from fedex_lora.deploy.init import Deployment, init, read_deployment
-from fedex_lora.deploy.keys import check_certificate
-from fedex_lora.deploy.processes import check_server, free_port
 from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.flower.deploy import commands, keys, processes
+from fedex_lora.flower.deploy.init import Deployment, init, read_deployment
+from fedex_lora.flower.deploy.keys import check_certificate
+from fedex_lora.flower.deploy.processes import check_server, free_port
 from fedex_lora.flower.progress import Recorder, follow
-from fedex_lora.recipe_yaml import dump_recipe, load_recipe
-from fedex_lora.watch import Silent, Start
+from fedex_lora.recipe.reader import dump_recipe, load_recipe
+from fedex_lora.runs.watch import Silent, Start
 
 __all__ = ["command"]
 

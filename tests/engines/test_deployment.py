@@ -22,17 +22,17 @@ from engines.deployed import deployed, traffic
 from engines.in_process import without, without_files
 from engines.test_wire import CLIENTS, same_bits, timeless
 from fedex_lora.data.stdlib_docs import LABELS, stdlib_docs
-from fedex_lora.deploy import changes, commands, templates
-from fedex_lora.deploy.init import read_deployment
-from fedex_lora.deploy.keys import write_key_pair
-from fedex_lora.deploy.launch import launch, start
-from fedex_lora.deploy.processes import free_port, listens, run_to_end
-from fedex_lora.engines.consent import FILE as RUNS
-from fedex_lora.engines.consent import Consent
+from fedex_lora.engines.remote.consent import FILE as RUNS
+from fedex_lora.engines.remote.consent import Consent
 from fedex_lora.flower.control import HEADER
+from fedex_lora.flower.deploy import changes, commands, templates
+from fedex_lora.flower.deploy.init import read_deployment
+from fedex_lora.flower.deploy.keys import write_key_pair
+from fedex_lora.flower.deploy.launch import launch, start
+from fedex_lora.flower.deploy.processes import free_port, listens, run_to_end
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import start_run
-from fedex_lora.watch import Silent
+from fedex_lora.runs.run import start_run
+from fedex_lora.runs.watch import Silent
 
 pytestmark = pytest.mark.deployment
 NAMES = ("hospital-a", "hospital-b", "hospital-c")

@@ -9,10 +9,10 @@ import pytest
 from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
 from flwr.supercore.error import FlowerError
 
-from fedex_lora.deploy import changes
-from fedex_lora.deploy.init import Deployment, init
 from fedex_lora.flower import control
 from fedex_lora.flower.control import HEADER, read_secret, with_secret
+from fedex_lora.flower.deploy import changes
+from fedex_lora.flower.deploy.init import Deployment, init
 from fedex_lora.flower.refusals import Keys, admitting, known_keys
 from fedex_lora.flower.superlink import guarded
 

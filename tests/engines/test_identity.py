@@ -11,8 +11,8 @@ from engines.test_site import Notes
 from engines.test_wire import quick, timeless  # noqa: F401 (a fixture)
 from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import encode_about
-from fedex_lora.flower.coordinator import across_machines
-from fedex_lora.run import resume_run, start_run
+from fedex_lora.runs.across_machines import across_machines
+from fedex_lora.runs.run import resume_run, start_run
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from small_runs import recipe
 
 from engines.deployed import command
 from engines.test_wire import CLIENTS, same_bits, timeless
-from fedex_lora.deploy.launch import simulate
+from fedex_lora.flower.deploy.launch import simulate
 from fedex_lora.recipe import Recipe
-from fedex_lora.run import start_run
-from fedex_lora.watch import Silent
+from fedex_lora.runs.run import start_run
+from fedex_lora.runs.watch import Silent
 
 pytestmark = pytest.mark.deployment
 

@@ -9,9 +9,10 @@ from small_runs import recipe
 from benchmarks.spoil import about as about_of
 from engines.in_process import ANY, InProcess, institution, institutions, remote
 from engines.test_wire import CLIENTS, quick, same_bits, timeless  # noqa: F401 (a fixture)
-from fedex_lora.engines.cache import Cache, Held
-from fedex_lora.engines.site import handle
-from fedex_lora.engines.wire import PROTOCOL, Identity, agreed, agreement, facts
+from fedex_lora.engines.remote.cache import Cache, Held
+from fedex_lora.engines.remote.site import handle
+from fedex_lora.engines.remote.wire import PROTOCOL, Identity, agreed, agreement, facts
+from fedex_lora.engines.setup import recipe_task
 from fedex_lora.federation.messages import (
     Broadcast,
     decode_broadcast,
@@ -20,10 +21,9 @@ from fedex_lora.federation.messages import (
     ledger_tensors,
 )
 from fedex_lora.federation.state import begin, start_of
-from fedex_lora.flower.coordinator import across_machines
-from fedex_lora.run import resume_run, start_run
-from fedex_lora.setup import recipe_task
-from fedex_lora.watch import Silent
+from fedex_lora.runs.across_machines import across_machines
+from fedex_lora.runs.run import resume_run, start_run
+from fedex_lora.runs.watch import Silent
 
 FEDERATION = "0" * 32
 

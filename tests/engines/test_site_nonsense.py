@@ -13,14 +13,14 @@ from benchmarks.spoil import about, parts, whole
 from engines.in_process import InProcess, institution, institutions, remote, without_files
 from engines.test_site import FEDERATION, Notes
 from engines.test_wire import CLIENTS, quick, same_bits, timeless  # noqa: F401 (a fixture)
-from fedex_lora.engines.courier import Failed
-from fedex_lora.engines.wire import PROTOCOL
+from fedex_lora.engines.remote.courier import Failed
+from fedex_lora.engines.remote.wire import PROTOCOL
 from fedex_lora.errors import QuorumLost
 from fedex_lora.federation.messages import encode_about
 from fedex_lora.flower.client_app import reply_to
-from fedex_lora.flower.coordinator import across_machines
-from fedex_lora.recipe_yaml import dump_recipe
-from fedex_lora.run import start_run
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.across_machines import across_machines
+from fedex_lora.runs.run import start_run
 
 
 def bad(kind, reply):

@@ -23,8 +23,8 @@ from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultS
 from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.spoil import about as about_of
-from fedex_lora.deploy.templates import APP as THIN
 from fedex_lora.flower import client_app, superexec, supernode, turns
+from fedex_lora.flower.deploy.templates import APP as THIN
 from fedex_lora.flower.grid import pack, unpack
 
 FLOWER = importlib.import_module("flwr.supernode.runtime.run_clientapp")

@@ -5,11 +5,11 @@ from small_runs import recipe
 
 from engines.in_process import InProcess, institutions, remote
 from engines.test_wire import quick, timeless  # noqa: F401 (a fixture)
-from fedex_lora.engines import guests
-from fedex_lora.engines.courier import Failed
+from fedex_lora.engines.remote import guests
+from fedex_lora.engines.remote.courier import Failed
 from fedex_lora.errors import QuorumLost
-from fedex_lora.flower.coordinator import across_machines
-from fedex_lora.run import start_run
+from fedex_lora.runs.across_machines import across_machines
+from fedex_lora.runs.run import start_run
 
 
 class Slow(InProcess):

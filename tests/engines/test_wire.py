@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from small_runs import recipe
 
 from engines.in_process import InProcess, institutions, remote
-from fedex_lora.engines import guests
-from fedex_lora.engines import remote as remote_module
-from fedex_lora.flower.coordinator import across_machines
-from fedex_lora.methods import METHODS
-from fedex_lora.run import start_run
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.engines.remote import engine as remote_module
+from fedex_lora.engines.remote import guests
+from fedex_lora.runs.across_machines import across_machines
+from fedex_lora.runs.run import start_run
 
 FEDERATED = [name for name, m in METHODS.items() if m.exchanges and not m.pooled]
 CLIENTS = {"where": "clients", "client_fraction": 0.4}

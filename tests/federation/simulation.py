@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from oracles import trained_by
 
-from fedex_lora.adapter import AdapterState, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.aggregation.seeding import derive
 from fedex_lora.federation.checks import check, ended
 from fedex_lora.federation.header import Limit
 from fedex_lora.federation.loop import Lost, run_round
@@ -22,8 +24,6 @@ from fedex_lora.federation.messages import (
 )
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, begin, start_of
-from fedex_lora.methods import METHODS
-from fedex_lora.seeding import derive
 
 SITES = {
     "q": Site(out=26, inp=33, rank=3, scale=1.7),

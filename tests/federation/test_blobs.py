@@ -3,10 +3,10 @@
 import torch
 from safetensors.torch import load, save
 
+from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.aggregation.lowrank import LowRank
 from fedex_lora.federation.blobs import pieces
 from fedex_lora.federation.messages import Broadcast, broadcast_nbytes, encode_broadcast
-from fedex_lora.ledger import Ledger
-from fedex_lora.lowrank import LowRank
 
 
 def test_the_pieces_are_the_file_that_safetensors_writes():

@@ -3,19 +3,13 @@ import torch
 from simulation import assert_same, settings, simulate
 
 from fedex_lora import disk
-from fedex_lora.adapter import AdapterState
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import UserError
-from fedex_lora.federation import checkpoint
-from fedex_lora.federation.checkpoint import (
-    checkpoints,
-    latest,
-    load_checkpoint,
-    prune,
-    save_checkpoint,
-)
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import start_of
-from fedex_lora.methods import METHODS
+from fedex_lora.runs import checkpoint
+from fedex_lora.runs.checkpoint import checkpoints, latest, load_checkpoint, prune, save_checkpoint
 
 
 def same_state(a, b):

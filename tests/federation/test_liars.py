@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulation import EXAMPLES, SITES, assert_same, initial, settings, simulate
 
-from fedex_lora.adapter import AdapterState
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.federation.checks import LARGEST, check_shares, outliers
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
-from fedex_lora.methods import METHODS
 
 EXCHANGING = [name for name, method in METHODS.items() if method.exchanges and not method.pooled]
 

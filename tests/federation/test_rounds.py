@@ -7,11 +7,11 @@ import torch
 from oracles import dense64, ideal_change, mean, product, relative
 from simulation import EXAMPLES, SITES, assert_same, initial, settings, simulate
 
-from fedex_lora.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import QuorumLost
 from fedex_lora.federation.loop import Lost, run_round
 from fedex_lora.federation.state import begin, global_factors, own_increment, start_of
-from fedex_lora.methods import METHODS
 
 EXCHANGING = [n for n, m in METHODS.items() if m.exchanges and m.trains != "all"]
 EXACT = [n for n in EXCHANGING if METHODS[n].residual in ("exact", "zero")]

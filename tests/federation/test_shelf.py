@@ -4,10 +4,11 @@ import pytest
 import torch
 from simulation import assert_same, settings, simulate
 
-from fedex_lora.adapter import AdapterState, Factors
+from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.errors import UserError
-from fedex_lora.federation import shelf
-from fedex_lora.federation.checkpoint import (
+from fedex_lora.federation.loop import run_round
+from fedex_lora.runs import shelf
+from fedex_lora.runs.checkpoint import (
     OWN,
     checkpoints,
     latest,
@@ -16,7 +17,6 @@ from fedex_lora.federation.checkpoint import (
     save_checkpoint,
     shelve,
 )
-from fedex_lora.federation.loop import run_round
 
 
 def adapter(seed=0):

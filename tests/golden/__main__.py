@@ -24,9 +24,9 @@ from engines.in_process import InProcess, institutions, remote, without
 from safetensors import safe_open
 from small_runs import StopAfter, recipe
 
-from fedex_lora.flower.coordinator import across_machines
-from fedex_lora.methods import METHODS
-from fedex_lora.run import in_this_process, resume_run, start_run
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.runs.across_machines import across_machines
+from fedex_lora.runs.run import in_this_process, resume_run, start_run
 
 CLIENTS = {"where": "both", "client_fraction": 0.4}
 GONE = {2: ["bob"], 3: ["ann"]}

@@ -5,7 +5,7 @@ from browser import browser
 from made_up import made_up, spec
 from test_report import EVIL, EVIL_CLIENT, broken, whole_grid
 
-from fedex_lora.report.write import write_report
+from fedex_lora.experiments.report.write import write_report
 
 WIDE = """[...document.querySelectorAll('body *')].filter(
   e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, pre')

@@ -11,13 +11,13 @@ import pytest
 from commands import command  # noqa: F401
 from made_up import CLIENTS, grid, made_up, spec
 
-from fedex_lora.analysis.drawn import Drawn
-from fedex_lora.analysis.plots import Series, lines
 from fedex_lora.cli import reports
 from fedex_lora.errors import UserError
-from fedex_lora.report.html import Html, el
-from fedex_lora.report.svg import inline, svg_file
-from fedex_lora.report.write import write_report
+from fedex_lora.experiments.analysis.drawn import Drawn
+from fedex_lora.experiments.analysis.plots import Series, lines
+from fedex_lora.experiments.report.html import Html, el
+from fedex_lora.experiments.report.svg import inline, svg_file
+from fedex_lora.experiments.report.write import write_report
 
 EVIL = '<script>alert("x")</script>'
 EVIL_CLIENT = '"><img src=x onerror=alert(1)>$\\frac{$ _日本'
@@ -48,7 +48,7 @@ class Reader(HTMLParser):
 @pytest.fixture
 def quick(monkeypatch):
     """No figures, where only the text is of interest."""
-    monkeypatch.setattr("fedex_lora.report.page.of_task", lambda study, task: [])
+    monkeypatch.setattr("fedex_lora.experiments.report.page.of_task", lambda study, task: [])
 
 
 def page(path):
@@ -257,7 +257,7 @@ def test_every_metric_of_the_judged_rows_is_there(quick, tmp_path):
 
 def test_only_reports_are_replaced_and_runs_stay_as_they_are(tmp_path, monkeypatch):
     drawn = Drawn("score-by-round", lines("", "", "", [Series("a", [1], [2])]), "")
-    monkeypatch.setattr("fedex_lora.report.page.of_task", lambda study, task: [drawn])
+    monkeypatch.setattr("fedex_lora.experiments.report.page.of_task", lambda study, task: [drawn])
     run = made_up(tmp_path / "run", spec())
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     write_report([run], run / "report.html")

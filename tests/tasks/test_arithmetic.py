@@ -10,10 +10,10 @@ import transformers
 from datasets import Dataset
 from tiny import tiny
 
+from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import Recipe, TaskSpec
-from fedex_lora.run import start_run
-from fedex_lora.setup import set_up
+from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task, latex, prompted
 from fedex_lora.tasks.arithmetic import PROMPT, answer_of, problem, same
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import COMMONSENSE, Recipe, TaskSpec
-from fedex_lora.run import start_run
+from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task, prompted
 from fedex_lora.tasks.commonsense import OPTIONS, PROMPT, choice, option_scores, options, prompt
 

@@ -16,13 +16,13 @@ from tiny import tiny
 from fedex_lora.data.digits import LABELS, digits
 from fedex_lora.data.load import load
 from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
-from fedex_lora.export import export_model
 from fedex_lora.recipe import DataSpec, Recipe, TaskSpec
-from fedex_lora.run import start_run
-from fedex_lora.setup import set_up
+from fedex_lora.runs.export import export_model
+from fedex_lora.runs.reopened import open_run
+from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task
-from fedex_lora.trained import open_run
 
 CATS = ("cat", "dog")
 TASK = build_task(TaskSpec(kind="image-classification", labels=list(CATS)))

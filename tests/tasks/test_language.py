@@ -12,8 +12,9 @@ from tiny import tiny
 from torch.nn import functional
 
 from fedex_lora.errors import UserError
+from fedex_lora.model.load import with_padding
 from fedex_lora.recipe import TaskSpec
-from fedex_lora.tasks import build_task, with_padding
+from fedex_lora.tasks import build_task
 from fedex_lora.tasks.language import fields
 
 LM = build_task(TaskSpec(kind="causal-lm"))

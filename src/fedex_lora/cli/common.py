@@ -14,12 +14,12 @@ import typer
 from rich.console import Console
 
 from fedex_lora import __version__
-from fedex_lora.client import training_problems
-from fedex_lora.display import Display
+from fedex_lora.cli.display import Display
+from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import QuorumLost, UserError, show_rows
-from fedex_lora.preflight import beforehand
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import load_recipe_with_places
+from fedex_lora.recipe.reader import load_recipe_with_places
+from fedex_lora.runs.preflight import beforehand
 
 app = typer.Typer(
     no_args_is_help=True,

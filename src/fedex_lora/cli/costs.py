@@ -12,10 +12,25 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from fedex_lora.analysis.cost import Cost, Shapes, Table, costs, millions, ratio, reference, shapes
-from fedex_lora.analysis.cost_plot import cost_plot
-from fedex_lora.analysis.plots import style
-from fedex_lora.analysis.table8 import (
+from fedex_lora.aggregation.methods import METHODS, get_method
+from fedex_lora.cli.common import app, comma_separated, console, say, whole_number
+from fedex_lora.cli.display import show_table
+from fedex_lora.disk import write_atomic
+from fedex_lora.errors import UserError
+from fedex_lora.experiments.analysis.plots import style
+from fedex_lora.experiments.compare import markdown_table, size
+from fedex_lora.experiments.cost.cost import (
+    Cost,
+    Shapes,
+    Table,
+    costs,
+    millions,
+    ratio,
+    reference,
+    shapes,
+)
+from fedex_lora.experiments.cost.plot import cost_plot
+from fedex_lora.experiments.cost.table8 import (
     CONVENTION,
     READING,
     ROWS,
@@ -23,20 +38,8 @@ from fedex_lora.analysis.table8 import (
     ratio_table,
     size_table,
 )
-from fedex_lora.architectures import count
-from fedex_lora.cli.common import (
-    app,
-    comma_separated,
-    console,
-    say,
-    whole_number,
-)
-from fedex_lora.compare import markdown_table, size
-from fedex_lora.disk import write_atomic
-from fedex_lora.display import show_table
-from fedex_lora.errors import UserError
-from fedex_lora.methods import METHODS, get_method
-from fedex_lora.presets import PRESETS
+from fedex_lora.model.architectures import count
+from fedex_lora.model.presets import PRESETS
 from fedex_lora.recipe import LoraSpec
 
 _HEADING = "# Table 8 of the paper, recomputed"

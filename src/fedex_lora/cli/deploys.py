@@ -19,9 +19,8 @@ from fedex_lora.cli.common import (
     say,
     this_command,
 )
-from fedex_lora.errors import UserError
-from fedex_lora.listing import MOST, some
-from fedex_lora.setup import client_rows, recipe_task
+from fedex_lora.engines.setup import client_rows, recipe_task
+from fedex_lora.errors import MOST, UserError, some
 
 deploys = typer.Typer(no_args_is_help=True, help="Across machines: see docs/deploy.md.")
 app.add_typer(deploys, name="deploy")
@@ -46,8 +45,8 @@ def init_command(
     ] = False,
 ) -> None:
     """Make certificates, keys, and everything else that a deployment needs."""
-    from fedex_lora.deploy.init import Deployment, init  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.deploy.names import host_names  # noqa: PLC0415
+    from fedex_lora.flower.deploy.init import Deployment, init  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.flower.deploy.names import host_names  # noqa: PLC0415
 
     first, *others = host_names(host)
     names = tuple(comma_separated(clients))
@@ -77,7 +76,7 @@ def add_command(
     names: Annotated[list[str], typer.Argument(help="Names of the institutions.")],
 ) -> None:
     """Make folders for more institutions; a server that runs lets them in at once."""
-    from fedex_lora.deploy.changes import add  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.flower.deploy.changes import add  # noqa: PLC0415 (needs Flower)
 
     add(folder, names, say)
     _say_hand_over(folder, names)
@@ -90,7 +89,7 @@ def revoke_command(
     names: Annotated[list[str], typer.Argument(help="Names of the institutions.")],
 ) -> None:
     """Take institutions out: from now on the server refuses their keys."""
-    from fedex_lora.deploy.changes import revoke  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.flower.deploy.changes import revoke  # noqa: PLC0415 (needs Flower)
 
     for name in names:
         revoke(folder, name, say)
@@ -108,8 +107,8 @@ def renew_command(
     ] = None,
 ) -> None:
     """Make a new server certificate by the same authority; institutions need nothing new."""
-    from fedex_lora.deploy.changes import renew  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.deploy.names import host_names  # noqa: PLC0415
+    from fedex_lora.flower.deploy.changes import renew  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.flower.deploy.names import host_names  # noqa: PLC0415
 
     until = renew(folder, host_names(host) if host else [], ca_key)
     say(f"{folder / 'server' / 'server.pem'} is good until {until:%Y-%m-%d}.")
@@ -119,9 +118,9 @@ def renew_command(
 @deploys.command("server")
 def server_command(folder: Folder) -> None:
     """Serve clients and runs until Ctrl-C (prints the Flower commands it runs)."""
-    from fedex_lora.deploy.init import read_deployment  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.deploy.keys import check_certificate  # noqa: PLC0415
-    from fedex_lora.deploy.processes import alone, serve  # noqa: PLC0415
+    from fedex_lora.flower.deploy.init import read_deployment  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.flower.deploy.keys import check_certificate  # noqa: PLC0415
+    from fedex_lora.flower.deploy.processes import alone, serve  # noqa: PLC0415
 
     deployment = read_deployment(folder)
     if deployment.insecure:
@@ -151,12 +150,12 @@ def client_command(
     show_rows: ShowRows = False,
 ) -> None:
     """Take part as one institution until Ctrl-C (prints the Flower commands it runs)."""
-    from fedex_lora.deploy import commands, processes  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.deploy.asking import Asking, said_so_far  # noqa: PLC0415
-    from fedex_lora.deploy.init import client_folder, new_folders, read_deployment  # noqa: PLC0415
-    from fedex_lora.deploy.keys import check_private_key  # noqa: PLC0415
-    from fedex_lora.deploy.names import host_name  # noqa: PLC0415
-    from fedex_lora.engines.consent import FILE, Consent  # noqa: PLC0415
+    from fedex_lora.engines.remote.consent import FILE, Consent  # noqa: PLC0415
+    from fedex_lora.flower.deploy import commands, processes  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.flower.deploy.asking import Asking, said_so_far  # noqa: PLC0415
+    from fedex_lora.flower.deploy.init import client_folder, new_folders, read_deployment  # noqa: PLC0415
+    from fedex_lora.flower.deploy.keys import check_private_key  # noqa: PLC0415
+    from fedex_lora.flower.deploy.names import host_name  # noqa: PLC0415
 
     own = client_folder(folder, name)
     deployment = read_deployment(own)
@@ -200,8 +199,8 @@ def allow_command(
     name: Annotated[str, typer.Option(help="The institution's, in a folder of several.")] = "",
 ) -> None:
     """Say that this institution takes part in one more run; `deploy client` need not be stopped."""
-    from fedex_lora.deploy.init import client_folder, read_deployment  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.engines.consent import FILE, Consent  # noqa: PLC0415
+    from fedex_lora.engines.remote.consent import FILE, Consent  # noqa: PLC0415
+    from fedex_lora.flower.deploy.init import client_folder, read_deployment  # noqa: PLC0415 (needs Flower)
 
     own = client_folder(folder, name)
     if len(names := read_deployment(own).clients) != 1 or (own / "server").exists():

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import (
     Client,
     Out,
@@ -23,20 +24,19 @@ from fedex_lora.cli.common import (
     this_command,
     which_round,
 )
+from fedex_lora.cli.display import show_table
 from fedex_lora.data.load import SOURCES
 from fedex_lora.data.read import SUFFIXES, kind
-from fedex_lora.display import show_table
+from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
-from fedex_lora.evaluation import OnProgress, kind_of, load_subject, model_block
-from fedex_lora.evaluation import evaluate as evaluate_subject
-from fedex_lora.methods import METHODS
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import Places, recipe_of
-from fedex_lora.run import local_engine
-from fedex_lora.rundir import RunDir, number
-from fedex_lora.scoring import evaluate as evaluate_state
-from fedex_lora.setup import set_up
-from fedex_lora.trained import read_round
+from fedex_lora.recipe.reader import Places, recipe_of
+from fedex_lora.runs.evaluation import OnProgress, kind_of, load_subject, model_block
+from fedex_lora.runs.evaluation import evaluate as evaluate_subject
+from fedex_lora.runs.reopened import read_round
+from fedex_lora.runs.run import local_engine
+from fedex_lora.runs.rundir import RunDir, number
+from fedex_lora.runs.scoring import evaluate as evaluate_state
 
 What = Annotated[str, typer.Argument(help="A run, a model (hub id or path) or a PEFT adapter.")]
 Task = Annotated[

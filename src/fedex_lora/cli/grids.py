@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from fedex_lora.cli.common import Out, Sets, app, complain, console, say, this_command
-from fedex_lora.display import show_table
-from fedex_lora.grid.plan import Plan, left, plan, standing, told
-from fedex_lora.grid.table import write_comparison, write_tables
-from fedex_lora.grid.work import ends_as_interrupts, work
+from fedex_lora.cli.display import show_table
+from fedex_lora.experiments.grid.plan import Plan, left, plan, standing, told
+from fedex_lora.experiments.grid.table import write_comparison, write_tables
+from fedex_lora.experiments.grid.work import ends_as_interrupts, work
 
 
 @app.command()

@@ -8,15 +8,8 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from fedex_lora.cli.common import (
-    RankError,
-    app,
-    comma_separated,
-    console,
-    rank_option,
-    say,
-)
-from fedex_lora.display import show_table
+from fedex_lora.cli.common import RankError, app, comma_separated, console, rank_option, say
+from fedex_lora.cli.display import show_table
 from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.base import merge_into_base

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from fedex_lora.analysis.cost import Table, millions
-from fedex_lora.analysis.memory import total
 from fedex_lora.cli.common import RecipeFile, Sets, ShowRows, app, console, read_recipe, say
-from fedex_lora.compare import size
-from fedex_lora.display import show_table
-from fedex_lora.plan import Plan, Round, plan
-from fedex_lora.preflight import check
+from fedex_lora.cli.display import show_table
+from fedex_lora.experiments.compare import size
+from fedex_lora.experiments.cost.cost import Table, millions
+from fedex_lora.runs.plan.memory import total
+from fedex_lora.runs.plan.plan import Plan, Round, plan
+from fedex_lora.runs.preflight import check
 
 _SHOWN = 10  # clients
 

@@ -12,15 +12,15 @@ from typing import Annotated
 
 import typer
 
-from fedex_lora.analysis import deviation as dev
-from fedex_lora.analysis.claims import CLAIMS, findings
-from fedex_lora.analysis.runs import read_runs
-from fedex_lora.analysis.study import study
 from fedex_lora.cli.common import app, complain, console, say
+from fedex_lora.cli.display import show_table
 from fedex_lora.disk import write_atomic
-from fedex_lora.display import show_table
 from fedex_lora.errors import UserError
-from fedex_lora.report.write import write_report
+from fedex_lora.experiments.analysis import deviation as dev
+from fedex_lora.experiments.analysis.claims import CLAIMS, findings
+from fedex_lora.experiments.analysis.runs import read_runs
+from fedex_lora.experiments.analysis.study import study
+from fedex_lora.experiments.report.write import write_report
 
 Runs = Annotated[
     list[Path],

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from fedex_lora import __version__
-from fedex_lora.card import loading_lines
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import (
     Client,
     Out,
@@ -32,17 +32,17 @@ from fedex_lora.cli.common import (
     which_round,
     whole_number,
 )
-from fedex_lora.compare import client_table, compare, difference_table, table
-from fedex_lora.display import show_table
+from fedex_lora.cli.display import show_table
 from fedex_lora.errors import UserError
-from fedex_lora.export import Exported, default_name, export_adapter, export_model, is_export
-from fedex_lora.grid.spec import grid_row, is_grid
-from fedex_lora.methods import METHODS
+from fedex_lora.experiments.compare import client_table, compare, difference_table, table
+from fedex_lora.experiments.grid.spec import grid_row, is_grid
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import load_recipe_with_places
-from fedex_lora.run import resume_run, start_run
-from fedex_lora.rundir import RunDir, number
-from fedex_lora.trained import open_run
+from fedex_lora.recipe.reader import load_recipe_with_places
+from fedex_lora.runs.card import loading_lines
+from fedex_lora.runs.export import Exported, default_name, export_adapter, export_model, is_export
+from fedex_lora.runs.reopened import open_run
+from fedex_lora.runs.run import resume_run, start_run
+from fedex_lora.runs.rundir import RunDir, number
 
 Deployment = Annotated[
     Path, typer.Option(help="Engine flower: the folder that `deploy init` made.")
@@ -96,7 +96,7 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
         if spec.engine.kind == "local":
             results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
         else:
-            from fedex_lora.deploy.launch import launch, simulate  # noqa: PLC0415 (needs Flower)
+            from fedex_lora.flower.deploy.launch import launch, simulate  # noqa: PLC0415 (needs Flower)
 
             if spec.engine.kind == "flower":
                 results = launch(spec, path, deployment, resume, shown)

@@ -10,15 +10,14 @@ import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from fedex_lora.aggregation.seeding import derive
 from fedex_lora.data import digits, stdlib_docs
 from fedex_lora.data.images import read_folder, with_images
 from fedex_lora.data.quoted import about_rows
 from fedex_lora.data.read import SUFFIXES, kind, line_of, read
 from fedex_lora.disk import reason
-from fedex_lora.errors import UserError, shown
-from fedex_lora.listing import tally
+from fedex_lora.errors import UserError, shown, tally
 from fedex_lora.recipe import DataSpec, did_you_mean
-from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import one_based
 

@@ -16,9 +16,9 @@ from flwr_datasets.partitioner import (
     ShardPartitioner,
 )
 
+from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import PartitionSpec
-from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 
 WHERE = "federation.partition"

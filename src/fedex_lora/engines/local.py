@@ -13,20 +13,20 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState, Factors
-from fedex_lora.client import train_client
+from fedex_lora.aggregation.adapter import AdapterState, Factors
+from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.aggregation.lowrank import LowRank, dense
+from fedex_lora.aggregation.seeding import derive
+from fedex_lora.engines.fused import Turn, train_fused
+from fedex_lora.engines.training import train_client
+from fedex_lora.engines.training_log import TrainingLog
 from fedex_lora.federation.loop import Lost
 from fedex_lora.federation.messages import Broadcast, Update
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, global_factors, own_increment, start_of
-from fedex_lora.fused import Turn, train_fused
-from fedex_lora.ledger import Ledger
-from fedex_lora.lowrank import LowRank, dense
 from fedex_lora.model import AdaptedModel
-from fedex_lora.seeding import derive
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.outputs import VerdictFile
-from fedex_lora.training_log import TrainingLog
 
 OnTurn = Callable[[int, str, int, int], None]  # (round, client, steps done, steps in all)
 

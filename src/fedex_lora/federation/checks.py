@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState, Factors
+from fedex_lora.aggregation.adapter import AdapterState, Factors
+from fedex_lora.aggregation.lowrank import LowRank
 from fedex_lora.errors import UpdateRefused, UserError
 from fedex_lora.federation.messages import Tensors, Update, flat, reference
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState
-from fedex_lora.lowrank import LowRank
 
 LARGEST = 1e12  # of an entry: no network uses such weights; sums of their squares are still finite
 SEVERAL = 3  # clients from which on one can be compared with the others

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState
-from fedex_lora.aggregate import Aggregate, Aggregator
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
+from fedex_lora.aggregation.lowrank import LowRank, factored
 from fedex_lora.errors import QuorumLost, UpdateRefused
 from fedex_lora.federation.checks import check, ended, outliers, too_large
 from fedex_lora.federation.messages import (
@@ -28,7 +29,6 @@ from fedex_lora.federation.messages import (
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.spool import Spool
 from fedex_lora.federation.state import ServerState, broadcast_to, start_of, step
-from fedex_lora.lowrank import LowRank, factored
 
 Record = dict[str, Any]
 

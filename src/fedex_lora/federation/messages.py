@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState, Factors, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site, fresh
+from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.aggregation.lowrank import LowRank
 from fedex_lora.federation.blobs import pieces
 from fedex_lora.federation.header import Limit, read_header, reading
-from fedex_lora.ledger import Ledger
-from fedex_lora.lowrank import LowRank
 
 Tensors = Mapping[str, Tensor]
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from fedex_lora.adapter import Site
-from fedex_lora.methods import Method
-from fedex_lora.seeding import derive
+from fedex_lora.aggregation.adapter import Site
+from fedex_lora.aggregation.methods import Method
+from fedex_lora.aggregation.seeding import derive
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState, Factors, fresh
-from fedex_lora.aggregate import Aggregate, wire_form
+from fedex_lora.aggregation.adapter import AdapterState, Factors, fresh
+from fedex_lora.aggregation.aggregator import Aggregate, wire_form
+from fedex_lora.aggregation.ledger import Increment, Ledger
+from fedex_lora.aggregation.lowrank import LowRank, concat, factored
 from fedex_lora.federation.messages import Broadcast
 from fedex_lora.federation.settings import Settings
-from fedex_lora.ledger import Increment, Ledger
-from fedex_lora.lowrank import LowRank, concat, factored
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,18 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedex_lora.data.partition import client_names
-from fedex_lora.engines.audit import FILE as AUDIT
-from fedex_lora.engines.audit import Audit
-from fedex_lora.engines.consent import FILE as RUNS
-from fedex_lora.engines.consent import Consent, Undecided
-from fedex_lora.engines.site import Institution, handle, refused, run_of, unable, undecided
+from fedex_lora.engines.remote.audit import FILE as AUDIT
+from fedex_lora.engines.remote.audit import Audit
+from fedex_lora.engines.remote.consent import FILE as RUNS
+from fedex_lora.engines.remote.consent import Consent, Undecided
+from fedex_lora.engines.remote.site import Institution, handle, refused, run_of, unable, undecided
+from fedex_lora.engines.setup import roster, set_up_client
 from fedex_lora.errors import UserError, show_rows
 from fedex_lora.federation.header import first_of
 from fedex_lora.flower.grid import pack, unpack
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe_yaml import load_recipe
-from fedex_lora.rundir import versions
-from fedex_lora.setup import roster, set_up_client
+from fedex_lora.recipe.reader import load_recipe
+from fedex_lora.runs.rundir import versions
 
 app = ClientApp()
 log = logging.getLogger("fedex_lora")

@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedex_lora.engines.courier import Failed
+from fedex_lora.engines.remote.courier import Failed
 from fedex_lora.errors import UserError
 from fedex_lora.federation.header import WORDS
 from fedex_lora.flower.bounds import TOO_LARGE, bound_replies

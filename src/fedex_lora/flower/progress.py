@@ -11,8 +11,8 @@ from typing import Any
 
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.federation.loop import Record
-from fedex_lora.rundir import plain
-from fedex_lora.watch import Start, Watcher
+from fedex_lora.runs.rundir import plain
+from fedex_lora.runs.watch import Start, Watcher
 
 _OFTEN = 0.5  # seconds
 

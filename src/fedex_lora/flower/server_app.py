@@ -10,15 +10,15 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedex_lora.engines.audit import FILE as AUDIT
-from fedex_lora.engines.audit import Audit
+from fedex_lora.engines.remote.audit import FILE as AUDIT
+from fedex_lora.engines.remote.audit import Audit
 from fedex_lora.errors import QuorumLost, UserError, show_rows
-from fedex_lora.flower.coordinator import across_machines
 from fedex_lora.flower.grid import FlowerCourier
 from fedex_lora.flower.progress import Recorder
 from fedex_lora.flower.refusals import known_keys
-from fedex_lora.recipe_yaml import load_recipe
-from fedex_lora.run import resume_run, start_run
+from fedex_lora.recipe.reader import load_recipe
+from fedex_lora.runs.across_machines import across_machines
+from fedex_lora.runs.run import resume_run, start_run
 
 app = ServerApp()
 

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedex_lora.adapter import Site
+from fedex_lora.aggregation.adapter import Site
 from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
 from fedex_lora.merge.experts import Form, forms

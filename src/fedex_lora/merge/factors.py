@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedex_lora.lowrank import LowRank, from_dense
+from fedex_lora.aggregation.lowrank import LowRank, from_dense
 
 Term = tuple[Tensor, Tensor, float]  # A (r × in), B (out × r), scale
 

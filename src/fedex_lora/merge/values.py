@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedex_lora.aggregation.lowrank import LowRank
 from fedex_lora.errors import UserError
-from fedex_lora.lowrank import LowRank
 from fedex_lora.merge.checkpoint import Stored
 from fedex_lora.merge.factors import Reduced, finite, reduce
 from fedex_lora.merge.names import Group

@@ -15,26 +15,19 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedex_lora.adapter import AdapterState, Factors, Site
-from fedex_lora.aggregate import Aggregator
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.aggregator import Aggregator
+from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.disk import new_directory
 from fedex_lora.errors import UserError
-from fedex_lora.lowrank import LowRank
 from fedex_lora.merge.adapters import Place
 from fedex_lora.merge.experts import of_parameter
 from fedex_lora.merge.factors import Reduced, finite, reduce, rounded, singular_values
 from fedex_lora.merge.plan import Plan, within
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
-from fedex_lora.methods import METHODS
-from fedex_lora.model.files import (
-    CONFIG,
-    SERVER_LIMITS,
-    WEIGHTS,
-    above_limits,
-    misread,
-    with_ranks,
-)
+from fedex_lora.model.files import CONFIG, SERVER_LIMITS, WEIGHTS, above_limits, misread, with_ranks
 from fedex_lora.model.load import quiet
 
 REPORT = "merge.json"

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fedex_lora.adapter import AdapterState, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
+from fedex_lora.aggregation.lowrank import LowRank, dense
+from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import UserError
-from fedex_lora.lowrank import LowRank, dense
 from fedex_lora.model.files import read_adapter, save_adapter
 from fedex_lora.model.inject import head_names, heads, inject
 from fedex_lora.model.layer import ADAPTER, Layer, copy_of
@@ -21,20 +22,8 @@ from fedex_lora.model.load import Base, dequantised, is_quantised, load_base, qu
 from fedex_lora.model.pretrained import Pretrained
 from fedex_lora.model.side import attach
 from fedex_lora.recipe import LoraSpec, ModelSpec
-from fedex_lora.seeding import derive
-
-_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # learned, in BERT, GPT-2, OPT
 
 Increment = Callable[[str], LowRank | Tensor | None]
-
-
-def learned_positions(model: nn.Module) -> int | None:
-    """How many tokens a model has learned positions for; None if positions are computed."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
-            # RoBERTa's positions begin after its padding index
-            return module.num_embeddings - (module.padding_idx or -1) - 1
-    return None
 
 
 class AdaptedModel:
@@ -154,11 +143,6 @@ class AdaptedModel:
         """The modules of the head that own parameters."""
         for _, module in heads(self._base.model):
             yield from (m for m in module.modules() if list(m.parameters(recurse=False)))
-
-    @property
-    def longest_input(self) -> int | None:
-        """How many tokens the model has learned positions for; None if positions are computed."""
-        return learned_positions(self._base.model)
 
     def release(self) -> None:
         """Takes off what training put on the model: the hook of gradient checkpointing."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedex_lora.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
 from fedex_lora.errors import UserError
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.layer import Layer

@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedex_lora.adapter import Factors, Site
+from fedex_lora.aggregation.adapter import Factors, Site
 from fedex_lora.errors import UserError
 from fedex_lora.model.load import is_quantised
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from fedex_lora.errors import UserError
-from fedex_lora.padding import with_padding
 from fedex_lora.recipe import ModelSpec
 
 # what transformers and safetensors raise for a folder, name or file that is no usable model
@@ -249,3 +248,23 @@ def _cannot_load(name: str, auto_model: str, images: bool, error: Exception) -> 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def with_padding(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer, its end-of-text token made its padding token if it has none.
+
+    Padding is masked everywhere, so that it does not matter which token it is.
+
+    Raises:
+        UserError: It has neither.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"model.name: the tokenizer of {tokenizer.name_or_path!r} has neither a padding "
+                "nor an end-of-text token; add a pad_token to its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from fedex_lora.lowrank import LowRank, smaller
+from fedex_lora.aggregation.lowrank import LowRank, smaller
 from fedex_lora.model.layer import Layer
 
 

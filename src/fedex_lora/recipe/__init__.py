@@ -1,6 +1,6 @@
 """Everything that determines a run, as values that are checked when they are made.
 
-`fedex_lora.recipe_yaml` reads and writes them as YAML.
+`fedex_lora.recipe.reader` reads and writes them as YAML.
 """
 
 from fedex_lora.recipe.federation import (

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.errors import UserError
-from fedex_lora.methods import METHODS, get_method
 from fedex_lora.recipe.part import LocalPath, Part, Problem, listed
 
 

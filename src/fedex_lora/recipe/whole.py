@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from fedex_lora.methods import METHODS
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, check, listed
+from fedex_lora.recipe.refused import REFUSED_TRAINING
 from fedex_lora.recipe.task import LABELLED, DataSpec, TaskSpec
-from fedex_lora.recipe_refused import REFUSED_TRAINING
 
 
 class EvaluationSpec(Part):

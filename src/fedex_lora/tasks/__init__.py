@@ -6,14 +6,14 @@ from dataclasses import replace
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import TaskSpec
 from fedex_lora.tasks.arithmetic import arithmetic
-from fedex_lora.tasks.base import Task, with_padding
+from fedex_lora.tasks.base import Task
 from fedex_lora.tasks.classification import glue, text_classification
 from fedex_lora.tasks.commonsense import commonsense
 from fedex_lora.tasks.e2e import e2e
 from fedex_lora.tasks.images import image_classification
 from fedex_lora.tasks.language import causal_lm, instruction
 
-__all__ = ["Task", "build_task", "with_padding"]
+__all__ = ["Task", "build_task"]
 
 
 def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Task:

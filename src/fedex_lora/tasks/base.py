@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.errors import UserError
-from fedex_lora.padding import with_padding
 from fedex_lora.tasks.outputs import Outputs
 
 Batch = dict[str, Tensor]
@@ -128,6 +127,18 @@ class Task:
         return {"average": {self.primary: sum(found) / len(found)}} if len(found) > 1 else {}
 
 
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # learned, in BERT, GPT-2, OPT
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many tokens a model has learned positions for; None if positions are computed."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            # RoBERTa's positions begin after its padding index
+            return module.num_embeddings - (module.padding_idx or -1) - 1
+    return None
+
+
 def check_columns(
     rows: Dataset, columns: Sequence[str], where: str, keys: Sequence[str] = ()
 ) -> None:
@@ -166,7 +177,7 @@ def pad(rows: Sequence[Mapping[str, Any]], key: str, value: int, side: str = "ri
 def pad_inputs(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The model's inputs for encoded rows, padded on the right to the longest row."""
     fill = {
-        "input_ids": with_padding(tokenizer).pad_token_id,
+        "input_ids": tokenizer.pad_token_id,
         "attention_mask": 0,
         "token_type_ids": tokenizer.pad_token_type_id,
     }

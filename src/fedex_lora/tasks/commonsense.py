@@ -16,9 +16,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.errors import UserError, shown
-from fedex_lora.model.adapted import learned_positions
 from fedex_lora.recipe import COMMONSENSE
-from fedex_lora.tasks.base import IGNORED, LineOf, Task, check_columns, one_based, refuse_first
+from fedex_lora.tasks.base import (
+    IGNORED,
+    LineOf,
+    Task,
+    check_columns,
+    learned_positions,
+    one_based,
+    refuse_first,
+)
 from fedex_lora.tasks.encoding import encode_pairs
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import (

@@ -17,9 +17,7 @@ from transformers import (
 )
 
 from fedex_lora.errors import UserError
-from fedex_lora.model.adapted import learned_positions
-from fedex_lora.padding import with_padding
-from fedex_lora.tasks.base import evaluating, longest_first, pad
+from fedex_lora.tasks.base import evaluating, learned_positions, longest_first, pad
 from fedex_lora.tasks.outputs import Outputs
 
 
@@ -121,7 +119,7 @@ def _generate(
     decoding: Decoding,
     device: torch.device,
 ) -> list[str]:
-    batch = _left_padded(prompts, cast(int, with_padding(tokenizer).pad_token_id))
+    batch = _left_padded(prompts, cast(int, tokenizer.pad_token_id))
     start = batch["input_ids"].shape[1]
     more: dict[str, Any] = {}
     if decoding.no_repeat_ngram:

@@ -14,15 +14,7 @@ from datasets import Dataset, Image, config
 from torch import nn
 
 from fedex_lora.errors import UserError
-from fedex_lora.tasks.base import (
-    Batch,
-    Collate,
-    LineOf,
-    Task,
-    check_columns,
-    evaluating,
-    one_based,
-)
+from fedex_lora.tasks.base import Batch, Collate, LineOf, Task, check_columns, evaluating, one_based
 from fedex_lora.tasks.classification import Columns, check_labels, codes, scores
 from fedex_lora.tasks.outputs import Outputs
 

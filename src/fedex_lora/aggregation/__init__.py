@@ -1,0 +1,1 @@
+"""The paper: factors, their aggregation, and what becomes of the residual. Torch alone."""

@@ -1,0 +1,131 @@
+"""LoRA adapters as values: the factors of every adapted layer ("site") and the trained head.
+
+Orientation and scale are settled before anything gets here: ΔW is out × in and equals
+scale · B · A with B (out × r) and A (r × in), whatever the layer's own layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.seeding import derive
+
+
+@dataclass(frozen=True)
+class Site:
+    """Shape of one adapted layer.
+
+    Attributes:
+        out: Rows of ΔW.
+        inp: Columns of ΔW.
+        rank: r of the model as configured; a client's own may differ.
+        scale: s at that rank (α/r, or α/√r for rsLoRA), as PEFT applies it.
+        rslora: Whether s falls with √r instead of r.
+        std: Standard deviation of a fresh A's normal entries: 1/r for PEFT's "gaussian", 1 for
+            embeddings, whose input is one-hot, so that `in` says nothing about its size. None:
+            uniform in ±1/√in, PEFT's default.
+        fixed_rank: Set by a rank pattern; clients' `ranks` do not change it.
+    """
+
+    out: int
+    inp: int
+    rank: int
+    scale: float
+    rslora: bool = False
+    std: float | None = None
+    fixed_rank: bool = False
+
+    def at_rank(self, rank: int) -> Site:
+        """The same layer for a client whose rank is `rank`; α stays, so s changes."""
+        if self.fixed_rank or rank == self.rank:
+            return self
+        ratio = self.rank / rank
+        scale = self.scale * (ratio**0.5 if self.rslora else ratio)
+        return replace(self, rank=rank, scale=scale)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """LoRA factors of one site: ΔW = scale · B · A, A (r × in), B (out × r)."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta(self) -> LowRank:
+        """scale · B · A, the change this adapter makes to its layer."""
+        return LowRank(self.B * self.scale, self.A)
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Everything a client trains: factors by site, and the head by parameter name."""
+
+    sites: Mapping[str, Factors] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors in it."""
+        tensors = [t for f in self.sites.values() for t in (f.A, f.B)] + list(self.head.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def uniform(sites: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same changes at one rank for all sites, the largest, and at scale 1: padded with zeros.
+
+    Example:
+        >>> one = Factors(torch.ones(1, 3), torch.ones(2, 1), 2.0)
+        >>> two = Factors(torch.ones(2, 3), torch.ones(2, 2), 1.0)
+        >>> padded = uniform({"q": one, "v": two})["q"]
+        >>> padded.rank, padded.scale, padded.delta().dense()[0].tolist()
+        (2, 1.0, [2.0, 2.0, 2.0])
+    """
+    rank = max((f.rank for f in sites.values()), default=0)
+    padded = {}
+    for name, f in sites.items():
+        more = rank - f.rank
+        a = torch.nn.functional.pad(f.A, (0, 0, 0, more))
+        b = torch.nn.functional.pad(f.B if f.scale == 1 else f.B * f.scale, (0, more))
+        padded[name] = Factors(a, b, 1.0)
+    return padded
+
+
+def fresh(sites: Mapping[str, Site], seed: int, version: int = 0) -> dict[str, Factors]:
+    """New factors: A random, a function of (seed, version, site) alone, and B = 0 (eq. 10).
+
+    A smaller rank gets the first rows of what a larger one gets.
+
+    Args:
+        sites: Shapes and scales.
+        seed: The run's seed.
+        version: The round after which the factors are drawn; 0 for the start.
+
+    Example:
+        >>> site = Site(out=4, inp=3, rank=2, scale=2.0)
+        >>> f = fresh({"q": site}, seed=0)["q"]
+        >>> f.A.shape, f.B.abs().sum().item()
+        (torch.Size([2, 3]), 0.0)
+    """
+    return {name: _fresh_site(s, derive(seed, "A", version, name)) for name, s in sites.items()}
+
+
+def _fresh_site(site: Site, seed: int) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    # row by row: what a row holds must not depend on how many there are
+    rows = [_fresh_row(site, generator) for _ in range(site.rank)]
+    return Factors(torch.stack(rows), torch.zeros(site.out, site.rank), site.scale)
+
+
+def _fresh_row(site: Site, generator: torch.Generator) -> Tensor:
+    if site.std is None:
+        return (torch.rand(site.inp, generator=generator) * 2 - 1) * site.inp**-0.5
+    return torch.randn(site.inp, generator=generator) * site.std

@@ -1,0 +1,313 @@
+"""From a recipe to everything a run needs: task, rows, model, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers.utils import logging as transformers_logging
+
+from fedex_lora.aggregation.adapter import AdapterState, fresh
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.data.counts import Counts, scored_on, trained_on
+from fedex_lora.data.load import known_labels, load, load_client, load_evaluation
+from fedex_lora.data.partition import partition, split_validation
+from fedex_lora.data.read import quiet
+from fedex_lora.engines.training import rehearse
+from fedex_lora.errors import UserError, Withheld
+from fedex_lora.federation.checks import check_shares
+from fedex_lora.federation.settings import Settings
+from fedex_lora.model import AdaptedModel, load_model
+from fedex_lora.model.architectures import Architecture
+from fedex_lora.recipe import Recipe
+from fedex_lora.tasks import Task, build_task
+from fedex_lora.tasks.base import Encode, learned_positions
+from fedex_lora.tasks.prompted import check_room
+
+POOLED = "all"  # the one client of a method that pools the data
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A recipe brought to life.
+
+    Attributes:
+        clients: Each training client's encoded rows.
+        validation: Each silo's own validation rows, if clients evaluate; with pooled training too.
+        evaluation: The server's evaluation rows by split, the selection split first.
+        initial: What all clients start from, at the full rank.
+        counts: How many rows there were and were not used: `training` and `own` by client,
+            `evaluation` by split.
+    """
+
+    recipe: Recipe
+    task: Task
+    model: AdaptedModel
+    settings: Settings
+    clients: Mapping[str, Dataset]
+    validation: Mapping[str, Dataset]
+    evaluation: Mapping[str, Dataset]
+    initial: AdapterState
+    description: str
+    counts: Mapping[str, Counts]
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Numbers of training examples by client."""
+        return {name: len(rows) for name, rows in self.clients.items()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of all parties before encoding."""
+
+    train: Mapping[str, Dataset]
+    validation: Mapping[str, Dataset]
+    evaluation: Mapping[str, Dataset]
+    description: str
+
+
+def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
+    """Loads data and model and checks everything that can be checked before training.
+
+    Raises:
+        UserError: Whatever is wrong with recipe, data or model.
+    """
+    task = _prepare(recipe)
+    rows = load_rows(recipe, task)
+    pooled = METHODS[recipe.method.name].pooled
+    return _bring_to_life(recipe, task, rows, [POOLED] if pooled else list(rows.train), workdir)
+
+
+def set_up_server(recipe: Recipe, clients: list[str] | None = None) -> Federation:
+    """The coordinator's part of a federation across machines: no training rows.
+
+    Args:
+        clients: The roster, in the order of `lora.ranks`; by default what the recipe says of it.
+
+    Raises:
+        UserError: Whatever is wrong with recipe, evaluation rows or model.
+    """
+    task, where = _prepare(recipe), recipe.evaluation.where
+    evaluation = {} if where == "clients" else load_evaluation(recipe.data, task, recipe.seed)
+    rows = Rows({}, {}, evaluation, "the institutions' own rows")
+    return _bring_to_life(recipe, task, rows, clients or roster(recipe) or [], None)
+
+
+def set_up_client(recipe: Recipe, name: str, file: Path | None = None) -> Federation:
+    """One client's part of a federation across machines.
+
+    Args:
+        name: The client's.
+        file: Its rows; without one they are its share of the recipe's own data.
+
+    Raises:
+        UserError: Whatever is wrong with recipe, rows or model.
+    """
+    task, known = _prepare(recipe), roster(recipe)
+    if recipe.lora.ranks is not None and name not in (known or []):
+        raise UserError(f"lora.ranks: none for {name!r}; name it in federation.names")
+    rows = client_rows(recipe, task, name, file)
+    return _bring_to_life(recipe, task, rows, known or [name], None)
+
+
+def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None) -> Rows:
+    """One client's own training and validation rows, as in a run on one machine.
+
+    Raises:
+        Withheld: They cannot be used.
+    """
+    try:
+        if file is not None:
+            mine = {name: load_client(recipe.data, task, recipe.seed, name, file)}
+            train, validation = _split(recipe, mine)
+            return Rows(train, validation, {}, "")
+        whole = load_rows(recipe, task)
+    except UserError as error:
+        raise Withheld(str(error)) from error
+    if name not in whole.train:
+        raise UserError(f"{name!r} has no share of the data: {', '.join(whole.train)} have")
+    train, validation = (
+        {n: r for n, r in part.items() if n == name} for part in (whole.train, whole.validation)
+    )
+    return Rows(train, validation, {}, "")
+
+
+def roster(recipe: Recipe) -> list[str] | None:
+    """The clients' names, if the recipe gives them."""
+    if recipe.data.clients is not None:
+        return [file.stem for file in recipe.data.clients]
+    return recipe.federation.names
+
+
+def _prepare(recipe: Recipe) -> Task:
+    torch.set_num_threads(recipe.engine.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return recipe_task(recipe)
+
+
+def _bring_to_life(
+    recipe: Recipe, task: Task, rows: Rows, names: list[str], workdir: Path | None
+) -> Federation:
+    model = recipe_model(recipe, task, workdir)
+    check_length(recipe, task, model)
+    if recipe.fused > 1:
+        model.trained_layers()
+    pooled = METHODS[recipe.method.name].pooled
+    settings = federation_settings(recipe, model, names)
+    initial = model.initial(recipe.seed)
+    if settings.ranks:
+        initial = replace(initial, sites=fresh(settings.sites, recipe.seed))
+
+    def encode(part: Mapping[str, Dataset], encoder: Encode, length: int) -> dict[str, Dataset]:
+        with quiet():
+            return {n: encoder(r, model.tokenizer, length) for n, r in part.items()}
+
+    spec = recipe.task
+    clients = encode(rows.train, task.encode, spec.max_length)
+    evaluating = task.encode_evaluation or task.encode
+    validation, evaluation = (
+        encode(r, evaluating, spec.evaluated_length) for r in (rows.validation, rows.evaluation)
+    )
+    if recipe.task.generate:
+        check_room(model.module, [*validation.values(), *evaluation.values()], recipe.task)
+    counts = {
+        "training": trained_on(rows.train, clients),
+        "own": scored_on(rows.validation, validation),
+        "evaluation": scored_on(rows.evaluation, evaluation),
+    }
+    if pooled:
+        clients = {POOLED: concatenate_datasets(list(clients.values()))}
+    if clients:
+        settings = replace(settings, examples={name: len(part) for name, part in clients.items()})
+        check_shares(settings)
+        smallest = min(clients.values(), key=len)
+        check_image(task, model, smallest)
+        rehearse(model, task, smallest, recipe.trainer_arguments)
+    return Federation(
+        recipe,
+        task,
+        model,
+        settings,
+        clients,
+        validation,
+        evaluation,
+        initial,
+        rows.description,
+        counts,
+    )
+
+
+def check_length(recipe: Recipe, task: Task, model: AdaptedModel) -> None:
+    """Learned positions end; rotary ones do not, so only the former are a limit.
+
+    Raises:
+        UserError: `task.max_length` is more than the model takes.
+    """
+    limit = None if task.image else learned_positions(model.module)
+    for key in ("max_length", "evaluation_max_length"):
+        asked = getattr(recipe.task, key)
+        if limit is not None and asked is not None and asked > limit:
+            raise UserError(
+                f"task.{key}: {asked}, but {recipe.model.name} takes at most {limit} tokens; set "
+                f"it to {limit} or less"
+            )
+
+
+def check_image(task: Task, model: AdaptedModel, rows: Dataset) -> None:
+    """Puts one image through the model: whether pixels fit shows in no config.
+
+    Raises:
+        UserError: The model does not take what its image processor makes of the image.
+    """
+    if task.image is None:
+        return
+    try:
+        task.evaluate(model.module, rows.select([0]), model.tokenizer, 1)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"model.name: the model cannot use what its image processor makes: {error}. "
+            "Expected a preprocessor_config.json that goes with config.json"
+        ) from error
+
+
+def recipe_task(recipe: Recipe) -> Task:
+    """The task; some data bring their own labels."""
+    return build_task(recipe.task, known_labels(recipe.data))
+
+
+def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> AdaptedModel:
+    """The pretrained model, adapted as the recipe's method needs it."""
+    return load_model(
+        recipe.model,
+        None if METHODS[recipe.method.name].trains == "all" else recipe.lora,
+        auto_model=task.auto_model,
+        peft_task_type=task.peft_task_type,
+        model_kwargs=task.model_kwargs(),
+        seed=recipe.seed,
+        workdir=workdir,
+        images=task.image is not None,
+    )
+
+
+def load_rows(recipe: Recipe, task: Task) -> Rows:
+    """Rows by client, dealt out or one file each, and the evaluation splits."""
+    data = load(recipe.data, task, recipe.seed)
+    fed = recipe.federation
+    train = data.clients
+    if train is None:
+        assert data.train is not None
+        train = partition(data.train, fed.partition, fed.clients, recipe.seed, task)
+    train, validation = _split(recipe, train)
+    evaluation = data.evaluation if recipe.evaluation.where != "clients" else {}
+    if not evaluation and recipe.evaluation.where != "clients":
+        raise UserError(
+            f"evaluation.where: {recipe.evaluation.where}, but the server has no labelled rows to "
+            "evaluate on; give a validation split with data.path, or set evaluation.where: clients"
+        )
+    return Rows(train, validation, evaluation, data.description)
+
+
+def _split(
+    recipe: Recipe, rows: Mapping[str, Dataset]
+) -> tuple[Mapping[str, Dataset], Mapping[str, Dataset]]:
+    """Training rows and validation rows, by client; the latter only if clients evaluate."""
+    if recipe.evaluation.where == "server":
+        return rows, {}
+    fraction = recipe.evaluation.client_fraction
+    split = {n: split_validation(r, fraction, recipe.seed, n) for n, r in rows.items()}
+    return {n: t for n, (t, _) in split.items()}, {n: v for n, (_, v) in split.items()}
+
+
+def federation_settings(
+    recipe: Recipe, model: AdaptedModel | Architecture, clients: list[str]
+) -> Settings:
+    """The settings of the federation; the one client of pooled data has no partners to wait for."""
+    fed, method = recipe.federation, METHODS[recipe.method.name]
+    ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
+    widest = max(ranks.values(), default=0)
+    sites = {n: s.at_rank(widest) if widest else s for n, s in model.sites.items()}
+    return Settings(
+        method=method,
+        seed=recipe.seed,
+        clients=tuple(sorted(clients)),
+        sites=sites,
+        rounds=fed.rounds,
+        ranks=ranks,
+        rank=recipe.method.rank,
+        carry=recipe.method.carry,
+        flush=recipe.method.flush,
+        weights=fed.weights,
+        server_learning_rate=fed.server_learning_rate,
+        clients_per_round="all" if method.pooled else fed.clients_per_round,
+        min_clients=1 if method.pooled else fed.min_clients,
+        wire_dtype=getattr(torch, fed.wire_dtype),
+        oversample=fed.oversample,
+        max_norm=fed.max_norm,
+        norm_ratio=fed.max_norm_ratio,
+        max_share=fed.max_share,
+    )

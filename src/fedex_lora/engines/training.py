@@ -1,0 +1,288 @@
+"""One client's turn in a round: write the factors, train with transformers.Trainer, read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from time import perf_counter
+from typing import Any, get_type_hints
+
+import torch
+from datasets import Dataset
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.seeding import derive
+from fedex_lora.engines.training_log import TrainingLog, named, reported
+from fedex_lora.errors import UserError, shown
+from fedex_lora.federation.messages import Update
+from fedex_lora.model import AdaptedModel
+from fedex_lora.recipe import Problem, did_you_mean
+from fedex_lora.recipe.reader import Places
+from fedex_lora.recipe.wording import in_words
+from fedex_lora.tasks import Task
+
+# what transformers and torch raise for settings they cannot use
+_REFUSED = (
+    TypeError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+)
+
+OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
+    """Raises a `UserError` with the place of every name that TrainingArguments does not know."""
+    where = places or Places("")
+    lines = [where.line(tuple(key.split(".")), text) for key, text in training_problems(training)]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
+    """The key of every name that TrainingArguments does not know and every value that is none."""
+    kinds = _kinds()
+    names = list(kinds)
+    for name, value in training.items():
+        key = f"training.{name}"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in names:
+            yield key, "unknown key" + did_you_mean(name, names)
+        elif kinds[name] in (int, float) and not is_number:
+            yield key, f"expected a number, got {shown(value)}"
+        elif is_number and not _of_64_bits(value):
+            yield key, f"expected a number that is finite, got {value}"
+        elif value is not None and kinds[name] not in (int, float) and not _is(kinds[name], value):
+            yield key, f"expected {in_words(kinds[name])}, got {shown(value)}"
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """The types of what TrainingArguments takes, by name."""
+    hints = get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
+
+
+def _of_64_bits(value: float) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
+
+
+def _is(kind: Any, value: Any) -> bool:
+    try:
+        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+def training_arguments(
+    training: Mapping[str, Any], seed: int, device: torch.device, directory: str
+) -> TrainingArguments:
+    """TrainingArguments from the recipe's `training` block and what the program settles itself.
+
+    A loss that is NaN stays NaN (the Trainer would filter it), nothing is saved, and the seed
+    decides dropout and the order of the rows.
+
+    Raises:
+        UserError: Unknown names (with the nearest valid one) or values the Trainer refuses.
+    """
+    check_training(training)
+    ours: dict[str, Any] = {
+        "output_dir": directory,
+        "seed": seed,
+        "data_seed": seed,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type != "cpu",
+    }
+    theirs = {"report_to": "none", "train_sampling_strategy": "group_by_length", **training}
+    try:
+        return TrainingArguments(**theirs, **ours)
+    except _REFUSED as error:
+        raise UserError(f"training: transformers.TrainingArguments says: {error}") from None
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """accelerate collects garbage after every turn. What is there already (libraries, the model,
+    the rows) stays, and takes long to look through."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def train_client(
+    model: AdaptedModel,
+    task: Task,
+    rows: Dataset,
+    start: AdapterState,
+    *,
+    trained: frozenset[str],
+    training: Mapping[str, Any],
+    seed: int,
+    round: int,
+    client: str,
+    on_step: OnStep | None = None,
+    log: TrainingLog | None = None,
+) -> Update:
+    """Local training from `start`; the model's base must be in place already.
+
+    Args:
+        rows: The client's rows, encoded.
+        trained: Which factors are trained this round, of "A" and "B".
+        training: The recipe's block of that name.
+        seed: The run's seed; everything random derives from (seed, round, client).
+        log: Where the Trainer's own reports go, if the recipe asks for any.
+
+    Returns:
+        The update: factors that were trained, head, number of examples, mean loss, seconds.
+    """
+    began = perf_counter()
+    model.write(start)
+    model.freeze(trained)
+    with tempfile.TemporaryDirectory() as directory:
+        local = derive(seed, "train", round, client)
+        trainer = make_trainer(model, task, rows, named(training, log), local, directory, on_step)
+        with reported(trainer, log), attention(trainer.args):
+            output = _trained(trainer)
+        _release(trainer, model)
+    end = model.read()
+    metrics = {
+        "loss": output.training_loss,
+        "steps": float(output.global_step),
+        "seconds": perf_counter() - began,
+    }
+    return made_update(round, client, end, trained, len(rows), metrics)
+
+
+def _trained(trainer: Trainer) -> Any:
+    try:
+        return trainer.train()
+    except ImportError as error:  # of what it looks for only here
+        raise UserError(f"training: {error}") from None
+
+
+def made_update(
+    round: int,
+    client: str,
+    end: AdapterState,
+    trained: frozenset[str],
+    examples: int,
+    metrics: Mapping[str, float],
+) -> Update:
+    """The update of a client that ended at `end`: its head, and the factors that were trained."""
+    return Update(
+        round,
+        client,
+        {n: f.A for n, f in end.sites.items()} if "A" in trained else {},
+        {n: f.B for n, f in end.sites.items()} if "B" in trained else {},
+        end.head,
+        examples,
+        metrics,
+    )
+
+
+def _release(trainer: Trainer, model: AdaptedModel) -> None:
+    """Takes off the model, which clients and evaluation share, what accelerate leaves there: the
+    wrapper of mixed precision, and the mark that would keep the next turn from getting one."""
+    trainer.accelerator.unwrap_model(model.module, keep_fp32_wrapper=False)
+    vars(model.module).pop("_is_accelerate_prepared", None)
+    model.release()
+
+
+def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[str, Any]) -> None:
+    """Makes everything that training needs, and trains nothing: bad settings show before round 1.
+
+    Raises:
+        UserError: What the Trainer, its optimizer, schedule or batches say of the recipe's
+            `training` block.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            trainer = make_trainer(model, task, rows, training, 0, directory)
+            steps = len(trainer.get_train_dataloader())
+            trainer.create_optimizer_and_scheduler(max(1, steps))
+            if trainer.args.torch_compile:  # compiles nothing yet, but knows its modes
+                backend = trainer.args.torch_compile_backend or "inductor"
+                torch.compile(model.module, backend=backend, mode=trainer.args.torch_compile_mode)
+        except Exception as error:  # every library that takes part has kinds of its own
+            raise UserError(f"training: {type(error).__name__}: {error}") from None
+    if not steps:
+        raise UserError(
+            "training: no batch is left of a client's rows; set dataloader_drop_last: false"
+        )
+    if task.regression and training.get("label_smoothing_factor"):
+        raise UserError(
+            "training.label_smoothing_factor: labels of a regression cannot be smoothed"
+        )
+
+
+def make_trainer(
+    model: AdaptedModel,
+    task: Task,
+    rows: Dataset,
+    training: Mapping[str, Any],
+    seed: int,
+    directory: str,
+    on_step: OnStep | None = None,
+    collate: Callable[[list[dict[str, Any]]], Any] | None = None,
+) -> Trainer:
+    trainer = Trainer(
+        model=model.module,
+        args=training_arguments(_ordered(training, task), seed, model.device, directory),
+        train_dataset=rows,
+        data_collator=collate or task.collator(model.tokenizer),
+        callbacks=[_Steps(on_step)] if on_step else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _ordered(training: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
+    """Images have no lengths by which to group them."""
+    return {"train_sampling_strategy": "random", **training} if task.image else training
+
+
+def attention(args: TrainingArguments) -> AbstractContextManager[object]:
+    """On a CPU, plain products in place of torch's fused attention, which on some is slow in
+    bfloat16 (`python -m benchmarks precision`); with dropout torch takes them by itself."""
+    return sdpa_kernel(SDPBackend.MATH) if args.use_cpu and args.bf16 else nullcontext()
+
+
+def steps_of(rows: int, args: TrainingArguments) -> int:
+    """Optimizer steps of a client's turn, as transformers.Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    count = math.floor if args.dataloader_drop_last else math.ceil
+    batches = count(rows / args.train_batch_size)
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+class _Steps(TrainerCallback):
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._on_step(state.global_step, state.max_steps)

@@ -1,0 +1,1 @@
+"""Several runs: compared, laid out as grids, analysed, reported."""

@@ -1,0 +1,186 @@
+"""Several methods and seeds on one recipe, and the table that compares them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedex_lora.aggregation.methods import METHODS, get_method
+from fedex_lora.disk import write_atomic
+from fedex_lora.errors import UserError
+from fedex_lora.experiments.analysis.scores import judged, scores_by_split
+from fedex_lora.experiments.analysis.statistics import estimate
+from fedex_lora.experiments.analysis.statistics import number as signed
+from fedex_lora.experiments.analysis.study import is_exact_average
+from fedex_lora.recipe import MethodSpec, Recipe
+from fedex_lora.runs.run import resume_run, start_run
+from fedex_lora.runs.rundir import RunDir
+from fedex_lora.runs.watch import Watcher
+
+Results = dict[str, list[dict[str, Any]]]  # by method, a result a seed
+
+
+def variant(recipe: Recipe, method: str, seed: int) -> Recipe:
+    """The recipe with another method and seed.
+
+    Args:
+        method: A name of the table; a truncated residual's rank follows a colon: `fedex-svd:8`.
+
+    Raises:
+        UserError: The method is unknown, or does not go with the recipe.
+    """
+    name, colon, rank = method.partition(":")
+    truncated = get_method(name).residual == "truncated"
+    if colon and not (truncated and rank.isdecimal()):
+        raise UserError(f"--methods: {method}: only a truncated residual has a rank: fedex-svd:8")
+    spec = recipe.method
+    if name != spec.name or rank:
+        if truncated and not rank:
+            raise UserError(f"--methods: {name} needs the rank to truncate to, e.g. {name}:8")
+        spec = MethodSpec(name=name, rank=int(rank)) if rank else MethodSpec(name=name)
+    raw = {**recipe.model_dump(exclude_unset=True), "seed": seed}
+    raw["method"] = spec.model_dump(exclude_unset=True)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        reasons = "; ".join(e["msg"] for e in error.errors())
+        raise UserError(f"--methods: {method} does not go with this recipe: {reasons}") from None
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    watcher_for: Callable[[str, int], Watcher],
+) -> Results:
+    """Runs every method with every seed; what is finished is not run again, what was begun resumes.
+
+    Writes comparison.json and comparison.md into `out`.
+    """
+    if not methods:
+        raise UserError(f"--methods: expected one or more of {', '.join(METHODS)}")
+    variants = {(m, s): variant(recipe, m, s) for m in methods for s in seeds}
+    known = RunDir(out).comparison()
+    results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}
+    for (method, seed), one in variants.items():
+        path = out / f"{method.replace(':', '-')}-seed{seed}"
+        watcher = watcher_for(method, seed)
+        begun = RunDir(path).is_run()
+        result = resume_run(path, one, watcher) if begun else start_run(one, path, watcher)
+        others = [r for r in results[method] if r["seed"] != seed]
+        results[method] = sorted([*others, result], key=lambda r: r["seed"])
+        save_results(out, results)
+    return results
+
+
+def save_results(out: Path, results: Results) -> None:
+    """Writes comparison.json and comparison.md."""
+    write_atomic(out / "comparison.json", json.dumps(results, indent=1).encode())
+    write_atomic(out / "comparison.md", markdown(results).encode())
+
+
+def table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: scores at the best round by split, deviation, bytes, seconds."""
+    done = {m: r for m, r in results.items() if r}
+    splits = list(dict.fromkeys(s for r in done.values() for s in scores_by_split(r[0])))
+    metric = next(iter(done.values()))[0]["metric"]
+    header = ["method", *(f"{s} {metric}" for s in splits)]
+    header += ["deviation", "up", "down", "seconds"]
+    rows = []
+    for method, runs in done.items():
+        row = [method]
+        row += [spread([scores_by_split(r).get(s, {}).get(metric) for r in runs]) for s in splits]
+        deviations = [r["deviation"] for r in runs if r["deviation"] is not None]
+        row.append(spread(deviations) if deviations else "-")
+        row += [size(statistics.mean(r[k] for r in runs)) for k in ("bytes_up", "bytes_down")]
+        row.append(f"{statistics.mean(r['seconds'] for r in runs):.0f}")
+        rows.append(row)
+    return header, rows
+
+
+def client_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
+    """Each client's score on its own rows, by method; None if clients were not evaluated."""
+    done = {m: r for m, r in results.items() if r and "client_scores" in r[0]["best"]}
+    if not done:
+        return None
+    metric = next(iter(done.values()))[0]["metric"]
+    clients = list(next(iter(done.values()))[0]["best"]["client_scores"])
+    rows = [
+        [
+            c,
+            *(
+                spread([r["best"]["client_scores"][c][metric] for r in runs])
+                for runs in done.values()
+            ),
+        ]
+        for c in clients
+    ]
+    return [f"{metric} on the rows of", *done], rows
+
+
+def difference_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
+    """Each method's paired difference from the exact one (else the first), by seed, on the last
+    split; None where no two runs have a seed in common, or there is one seed."""
+    scores = {m: {r["seed"]: judged(r) for r in runs} for m, runs in results.items() if runs}
+    exact = (m for m in scores if is_exact_average(METHODS[m.partition(":")[0]]))
+    reference = next(exact, next(iter(scores)))
+    rows = []
+    for method, by_seed in scores.items():
+        pairs = [(s, scores[reference].get(seed)) for seed, s in by_seed.items()]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        if method == reference or len(differences) < 2:
+            continue
+        e = estimate({"": differences})
+        told = {1: "higher", -1: "lower", 0: "none seen"}[e.sign]
+        edges = " to ".join(signed(edge) for edge in e.interval) if e.interval else "-"
+        rows.append([method, str(len(differences)), signed(e.mean, sign=True), edges, told])
+    best = next(r for runs in results.values() for r in runs)
+    split = [*scores_by_split(best)][-1]
+    what = " ".join([split, best["metric"], "against", reference])
+    return ([what, "seeds", "difference", "95 % interval", ""], rows) if rows else None
+
+
+def markdown(results: Results) -> str:
+    """The tables in Markdown."""
+    every = (table(results), difference_table(results), client_table(results))
+    tables = [t for t in every if t is not None]
+    return "\n".join(markdown_table(*t) for t in tables)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """One table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """mean ± standard deviation over seeds; the value alone if there is one; "-" if one is missing.
+
+    Example:
+        >>> spread([0.5, 0.7]), spread([0.5]), spread([0.5, None])
+        ('0.600 ± 0.141', '0.500', '-')
+    """
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return "-"
+    mean = f"{statistics.mean(known):.3f}"
+    return f"{mean} ± {statistics.stdev(known):.3f}" if len(known) > 1 else mean
+
+
+def size(count: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> size(0), size(1234), size(5_000_000)
+        ('0', '1.2 kB', '5.0 MB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,1 @@
+"""What each method sends for a model."""

@@ -1,0 +1,199 @@
+"""What each method sends, in numbers and in bytes, for a model of which only the shapes are known.
+
+Every figure comes from a `DryRun`, so it counts what a run counts: messages both ways, and the
+delivery of the final model. The pretrained model, which every client needs once before the first
+round, is counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fedex_lora.aggregation.methods import METHODS, Method, get_method
+from fedex_lora.data.partition import client_names
+from fedex_lora.engines.setup import POOLED
+from fedex_lora.experiments.analysis.study import is_exact_average
+from fedex_lora.federation.settings import Settings
+from fedex_lora.model.architectures import Architecture, architecture, natural_task, read_config
+from fedex_lora.recipe import LoraSpec
+from fedex_lora.runs.plan.traffic import DryRun, Size, summed
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One model, as LoRA and as full fine-tuning see it."""
+
+    adapted: Architecture
+    full: Architecture
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one method sends over a whole federation.
+
+    Attributes:
+        clients: How many there are; one, where the data are pooled.
+        up, down: All messages of all rounds and clients; `down` with the final delivery.
+        model: The pretrained model, once to every client.
+    """
+
+    method: str
+    clients: int
+    rounds: int
+    up: Size
+    down: Size
+    model: Size
+
+    @property
+    def total(self) -> Size:
+        """Without the pretrained model."""
+        return self.up + self.down
+
+    @property
+    def with_model(self) -> Size:
+        return self.total + self.model
+
+
+def shapes(name: str, lora: LoraSpec, labels: int | None = None) -> Shapes:
+    """A model's shapes, adapted and in full, for what it is usually fine-tuned for.
+
+    Args:
+        name: As for `fedex_lora.model.architectures.read_config`.
+        lora: What to adapt.
+        labels: Of a classification; see `natural_task`.
+    """
+    auto_model, task_type, kwargs = natural_task(read_config(name), labels)
+    adapted, full = (
+        architecture(
+            name, spec, auto_model=auto_model, peft_task_type=task_type, model_kwargs=kwargs
+        )
+        for spec in (lora, None)
+    )
+    return Shapes(adapted, full)
+
+
+def trained(method: Method, model: Shapes) -> Architecture:
+    """The view of the model that a method trains."""
+    return model.full if method.trains == "all" else model.adapted
+
+
+def settings(
+    method: Method,
+    model: Shapes,
+    *,
+    clients: int,
+    rounds: int,
+    residual_rank: int | None = None,
+    wire_dtype: torch.dtype = torch.float32,
+) -> Settings:
+    """A federation in which all clients take part in every round.
+
+    Args:
+        residual_rank: r' of a truncated residual; by default the largest rank of the adapter.
+    """
+    sites = trained(method, model).sites
+    widest = max((site.rank for site in sites.values()), default=0)
+    names = [POOLED] if method.pooled else client_names(clients)
+    return Settings(
+        method,
+        seed=0,
+        clients=tuple(names),
+        sites=sites,
+        rounds=rounds,
+        rank=widest if residual_rank is None else residual_rank,
+        wire_dtype=wire_dtype,
+    )
+
+
+def cost(name: str, model: Shapes, model_dtype: torch.dtype, federation: Settings) -> Cost:
+    """What a method sends: `federation` played by a `DryRun`.
+
+    Args:
+        name: The method's, for the record.
+        model_dtype: Of the pretrained model when it is handed out.
+    """
+    size, k = model.adapted.size, len(federation.clients)
+    run = DryRun(federation, trained(federation.method, model).head)
+    played = [run.round() for _ in range(federation.rounds)]
+    down = summed(s for _, sizes in played for s in sizes.values())
+    delivery = summed(run.down(client) for client in federation.clients)
+    return Cost(
+        name,
+        k,
+        federation.rounds,
+        summed(s for sizes, _ in played for s in sizes.values()),
+        down + delivery,
+        Size(k * size, k * size * model_dtype.itemsize),
+    )
+
+
+def costs(
+    model: Shapes,
+    methods: Iterable[str] = METHODS,
+    *,
+    clients: int,
+    rounds: int,
+    residual_rank: int | None = None,
+    wire_dtype: torch.dtype = torch.float32,
+    model_dtype: torch.dtype = torch.float32,
+) -> list[Cost]:
+    """The cost of several methods.
+
+    Raises:
+        UserError: A method is unknown.
+
+    Example:
+        >>> model = shapes("roberta-large", LoraSpec(r=4, target_modules=["query", "value"]))
+        >>> plain, exact = costs(model, ["fedit", "fedex"], clients=3, rounds=5)
+        >>> (exact.total.numbers - plain.total.numbers) // (3 * 5)  # rank (3 − 1)·4 of 48 layers
+        786432
+    """
+    found = []
+    for name in dict.fromkeys(methods):
+        method = get_method(name)
+        federation = settings(
+            method,
+            model,
+            clients=clients,
+            rounds=rounds,
+            residual_rank=residual_rank,
+            wire_dtype=wire_dtype,
+        )
+        found.append(cost(name, model, model_dtype, federation))
+    return found
+
+
+def reference() -> str:
+    """The method that others are compared with: exact averaging of both factors.
+
+    Example:
+        >>> reference()
+        'fedex'
+    """
+    return next(name for name, method in METHODS.items() if is_exact_average(method))
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def ratio(part: float, whole: float) -> str:
+    """part / whole for people; "-" if there is no whole.
+
+    Example:
+        >>> ratio(984, 1000), ratio(10396, 1000), ratio(1, 0)
+        ('.984', '10.396', '-')
+    """
+    return "-" if not whole else f"{part / whole:.3f}".removeprefix("0")
+
+
+def millions(number: float) -> str:
+    """A number of parameters for people.
+
+    Example:
+        >>> millions(393216), millions(0)
+        ('0.393M', '0')
+    """
+    return f"{number / 1e6:,.3f}M" if number else "0"

@@ -1,0 +1,186 @@
+"""Runs in processes of their own, several at once: one that fails does not stop the others."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedex_lora.errors import UserError
+from fedex_lora.experiments.grid.plan import Run, standing
+
+Tell = Callable[[str], None]
+
+PATIENCE = 30.0  # seconds that an interrupted run has to end by itself
+_PROMPT = "$ "  # before the command in a log
+
+
+def command(run: Run, out: Path) -> list[str]:
+    """Starts a run, or resumes it where it was begun."""
+    return run.command(out, resume=standing(run, out) == "begun")
+
+
+@dataclass(frozen=True)
+class _Job:
+    run: Run
+    process: subprocess.Popen[bytes]
+    log: Path
+    began: float
+
+
+def work(
+    runs: Sequence[Run],
+    out: Path,
+    jobs: int,
+    tell: Tell,
+    finished: Callable[[Run], None],
+) -> dict[str, str]:
+    """Runs all of them, `jobs` at a time.
+
+    What a run prints goes to a log beside its directory. With several GPUs each job sees one of
+    them. An interruption is passed on to the runs, which stop after what they saved last.
+
+    Args:
+        finished: Is called after each run that ended well.
+
+    Returns:
+        The runs that failed, by name, with the reason.
+
+    Raises:
+        UserError: Another process is at work in `out`.
+    """
+    waiting, busy, failed = deque(runs), dict[int, _Job](), dict[str, str]()
+    with _locked(out) as lock:
+        try:
+            while waiting or busy:
+                for slot in range(jobs):
+                    if waiting and slot not in busy:
+                        run = waiting.popleft()
+                        tell(f"started   {run.name} ({len(waiting)} more wait)")
+                        try:
+                            busy[slot] = _start(run, out, command(run, out), slot, lock)
+                        except OSError as error:
+                            failed[run.name] = f"it cannot be started: {error}"
+                time.sleep(0.1)
+                for slot, job in list(busy.items()):
+                    if (code := job.process.poll()) is not None:
+                        del busy[slot]
+                        _end(job, code, tell, finished, failed)
+        finally:
+            _stop([job.process for job in busy.values()])
+    return failed
+
+
+def _start(run: Run, out: Path, words: list[str], slot: int, lock: int) -> _Job:
+    path = out / run.name
+    log = path.with_name(path.name + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"{_PROMPT}{shlex.join(words)}\n".encode())
+        file.flush()
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **_device(run, slot)},
+            pass_fds=[lock],  # while any run lives, nobody else works here
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+        )
+    return _Job(run, process, log, time.monotonic())
+
+
+def _end(
+    job: _Job, code: int, tell: Tell, finished: Callable[[Run], None], failed: dict[str, str]
+) -> None:
+    if code == 0:
+        tell(f"finished  {job.run.name} after {time.monotonic() - job.began:.0f} s")
+        finished(job.run)
+        return
+    died = f"killed by {signal.Signals(-code).name}; " if code < 0 else ""
+    failed[job.run.name] = f"{died}{last_words(job.log)} (see {job.log})"
+    tell(f"failed    {job.run.name}: {failed[job.run.name]}")
+
+
+def last_words(log: Path) -> str:
+    """What the last run in a log died of: its error, or the last line that says anything."""
+    said: list[str] = []
+    for line in log.read_text(errors="replace").splitlines():
+        said = [] if line.startswith(_PROMPT) else [*said, line.strip()] if line.strip() else said
+    errors = [line for line in said if line.startswith(("error: ", "stopped: "))]
+    return (errors or said or ["it said nothing"])[-1]
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ctrl-C for each; those that have not ended in time are killed. Nothing saved is lost."""
+    try:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+        until = time.monotonic() + PATIENCE
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _device(run: Run, slot: int) -> dict[str, str]:
+    """One GPU for each job, in turn, where there are several and the recipe leaves it open."""
+    given: Any = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        there = [str(i) for i in range(torch.cuda.device_count())]
+    else:
+        there = [name for name in given.split(",") if name]
+    if len(there) < 2 or run.recipe.model.device not in ("auto", "cuda"):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": there[slot % len(there)]}
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[int]:
+    """Holds the lock of a grid's directory; its runs inherit it, so that orphans hold it too."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be made: {error.strerror}; name a directory that you may write "
+            "with --out"
+        ) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{out}: another grid, or a run that it left behind, is at work here; wait for "
+                "it, end it, or name another directory with --out"
+            ) from None
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def ends_as_interrupts() -> Iterator[None]:
+    """A request to end, or a terminal that is closed, counts as Ctrl-C: runs are stopped too."""
+    old = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

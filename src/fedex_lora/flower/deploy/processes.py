@@ -1,0 +1,354 @@
+"""Keeps a deployment's processes running, and ends them with this one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shlex
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPSConnection
+from pathlib import Path
+
+from fedex_lora.disk import reason
+from fedex_lora.errors import UserError
+from fedex_lora.flower.deploy import commands
+from fedex_lora.flower.deploy.commands import Command
+from fedex_lora.flower.deploy.init import Deployment
+from fedex_lora.flower.deploy.keys import write_secret
+from fedex_lora.flower.deploy.words import Log
+
+Say = Callable[[str], object]
+
+_OFTEN = 0.5  # seconds
+_PAUSE = 5.0  # seconds before a process that ended is started again
+_QUICK = 30.0  # an end within so many seconds of the start counts as a failure to start
+_AHEAD, _BEHIND = 4.0, 14.0  # seconds; a second less than what Flower allows a signature
+_FAILURES = 15  # in a row; a node that was killed is refused for up to a minute
+
+
+def serve(path: Path, deployment: Deployment, say: Say) -> None:
+    """Runs SuperLink and SuperExec until a signal comes, and registers the institutions' keys.
+
+    Raises:
+        UserError: The port is in use, or a process does not stay up.
+    """
+    check_port(deployment.port)
+    make_private(path)
+    link, executor = commands.superlink(path, deployment), commands.superexec(path, deployment)
+    log = path / "server" / "flower.log"
+    (path / "server" / "ready").unlink(missing_ok=True)  # see `fedex_lora.flower.control`
+    with _until_interrupted(), running([link], say, log) as link_ended:
+        await_port(deployment.port, link_ended)
+        register = commands.members(path, deployment)
+        say(f"$ {shlex.join(register.argv)}")
+        done = run_to_end(register)
+        if done.returncode:
+            told = (done.stdout + done.stderr).strip()[-600:]
+            raise UserError(f"the institutions' keys cannot be registered: {told}")
+        with running([executor], say, log) as executor_ended:
+            say(f"ready for clients at {deployment.address}")
+            _supervise(lambda: [*link_ended(), *executor_ended()])
+
+
+def make_private(path: Path) -> None:
+    """Closes a deployment to other accounts, also one that an earlier version made.
+
+    Raises:
+        UserError: It belongs to another account.
+    """
+    folders = [path, *(folder for folder in path.iterdir() if folder.is_dir())]
+    try:
+        for folder in folders:
+            folder.chmod(0o700)
+        for file in (path / "server").iterdir():
+            file.chmod(0o600)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be closed to other accounts: {reason(error)}; run this under the "
+            "account that owns it"
+        ) from None
+    secret = path / "server" / "control.secret"
+    if not secret.exists():
+        write_secret(secret, secrets.token_hex(32).encode())
+
+
+def attend(
+    programs: Sequence[Command], say: Say, log: Path, now_and_then: Callable[[], object]
+) -> None:
+    """Runs a SuperNode and its SuperExec until a signal comes; starts them again if they end.
+
+    Args:
+        log: Of all that they print.
+        now_and_then: Called twice a second.
+
+    Raises:
+        UserError: One does not stay up.
+    """
+    with _until_interrupted(), running(programs, say, log) as ended:
+
+        def look() -> list[str]:
+            now_and_then()
+            return ended()
+
+        _supervise(look)
+
+
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """While this process is at it, no other one does `what` with the folder.
+
+    Raises:
+        UserError: Another one does; its number is named. Or the folder is another account's.
+    """
+    try:
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written: {reason(error)}; run this under the account that owns it"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            other = file.read().strip() or "?"
+            raise UserError(
+                f"{folder}: process {other} runs `{what}` with this folder already; end that one, "
+                "or let it go on"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def running(programs: Sequence[Command], say: Say, log: Path) -> Iterator[Callable[[], list[str]]]:
+    """Starts processes, each in a session of its own, and ends them and their children after.
+
+    Args:
+        say: Is told what people should see of their output, in our words (`words`).
+        log: A file for all of it.
+
+    Yields:
+        A function that starts again whatever has ended, after a pause, and names what keeps ending.
+    """
+    told = Log(say, log)
+    kept = [_Kept(program, told) for program in programs]
+    try:
+        for one in kept:
+            say(f"$ {shlex.join(one.command.argv)}")
+            one.start()
+        yield lambda: [f"{one.command.name} ({told.last})" for one in kept if one.look()]
+    finally:
+        for one in kept:
+            one.end()
+
+
+class _Kept:
+    """One process that is started again when it ends."""
+
+    def __init__(self, command: Command, log: Log) -> None:
+        self.command, self.log = command, log
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started = self.ended = 0.0
+        self.failures = 0
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            self.command.argv,
+            env=self.command.environment(),
+            start_new_session=True,
+            umask=0o077,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.log.take(line.decode(errors="replace"), self.command.name)
+
+    def look(self) -> bool:
+        """Starts it again if need be; whether it has failed too often."""
+        if self.process is not None and self.process.poll() is not None:
+            code, self.ended = self.process.returncode, time.monotonic()
+            self.failures = self.failures + 1 if self.ended - self.started < _QUICK else 0
+            self.log.say(f"{self.command.name} ended ({code}); starting it again", trouble=True)
+            self.end()
+        due = time.monotonic() - self.ended > _PAUSE
+        if self.process is None and self.failures < _FAILURES and due:
+            self.start()
+        return self.failures >= _FAILURES
+
+    def end(self) -> None:
+        """Ends it and all of its session."""
+        process, self.process = self.process, None
+        if process is not None:
+            end_session(process)
+
+
+def end_session(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
+    """Asks a process that leads a session to end, and ends what is left of the session."""
+    members = set(_session(process.pid))
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    for number in members | set(_session(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of a session, and of the sessions that its members began."""
+    members: list[int] = []
+    parents = _parents()
+    leaders = {leader}
+    for number, (parent, session) in sorted(parents.items()):
+        if session in leaders or parent in leaders or parent in members:
+            members.append(number)
+            if session == number:
+                leaders.add(number)
+    return members
+
+
+def _parents() -> dict[int, tuple[int, int]]:
+    """Every process's parent and session; empty where there is no /proc."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            found[int(entry.parent.name)] = (int(fields[1]), int(fields[3]))
+    return found
+
+
+def _supervise(look: Callable[[], list[str]]) -> None:
+    while not (failing := look()):
+        time.sleep(_OFTEN)
+    raise UserError(f"{' and '.join(failing)} does not stay up")
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Ctrl-C and the like are how this ends."""
+    with contextlib.suppress(KeyboardInterrupt), interrupted_by_signals():
+        yield
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM, and the end of the terminal, end this process as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def check_port(port: int) -> None:
+    """Raises a `UserError` if somebody listens there already."""
+    if listens(port):
+        raise UserError(
+            f"port {port} is in use; end the program that listens there, or choose another "
+            "with --port (of deploy init for a server)"
+        )
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_server(deployment: Deployment, certificates: Path, say: Say) -> None:
+    """That the server's certificate is good from here, and the clocks agree; a server that is down
+    is only said so.
+
+    Raises:
+        UserError: It is expired, for another name, or by another authority; or a clock is off by
+            more than Flower's signatures allow.
+    """
+    context = ssl.create_default_context(cafile=str(certificates))
+    server = HTTPSConnection(deployment.host, deployment.port, timeout=5, context=context)
+    try:
+        server.request("HEAD", "/health")
+        date = server.getresponse().getheader("Date")
+    except ssl.SSLCertVerificationError as error:
+        raise UserError(
+            f"{deployment.address}: its certificate is not accepted: {error.verify_message}. "
+            "Is this machine's clock right, is ca.crt the coordinator's, and is that the address "
+            "the certificate was made for?"
+        ) from None
+    except (OSError, HTTPException) as error:
+        say(f"{deployment.address} does not answer yet ({error}); waiting for it")
+        return
+    finally:
+        server.close()
+    if date is not None:
+        _check_clock(time.time() - parsedate_to_datetime(date).timestamp())
+
+
+def _check_clock(ahead: float) -> None:
+    """`ahead` of the server's, which was given in whole seconds."""
+    if not -_BEHIND < ahead < _AHEAD + 1:
+        way = "ahead of" if ahead > 0 else "behind"
+        raise UserError(
+            f"this machine's clock is {abs(ahead):.0f} s {way} the coordinator's, which refuses "
+            f"messages that are dated so; set the clock that is wrong (here it is "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC) by a time server"
+        )
+
+
+def await_port(port: int, look: Callable[[], list[str]], seconds: float = 120.0) -> None:
+    """Waits until somebody listens there.
+
+    Raises:
+        UserError: Nobody does, for so long; or the process does not stay up.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if look():
+            break
+        if listens(port):
+            return
+        time.sleep(_OFTEN)
+    raise UserError("the SuperLink does not come up; what it printed above says why")
+
+
+def run_to_end(command: Command) -> subprocess.CompletedProcess[str]:
+    """Runs a command that ends by itself."""
+    return subprocess.run(
+        command.argv,
+        env=command.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )

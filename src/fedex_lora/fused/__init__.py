@@ -1,5 +1,0 @@
-"""Several clients trained in one forward and backward pass: they share the frozen base."""
-
-from fedex_lora.fused.train import Turn, train_fused
-
-__all__ = ["Turn", "train_fused"]

@@ -1,0 +1,1 @@
+"""A run's life: begun, resumed, scored, exported."""

@@ -1,0 +1,84 @@
+"""What is wrong with a recipe and shows before a model is loaded: all of it at once."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.engines.setup import federation_settings, load_rows, recipe_task
+from fedex_lora.engines.training import training_problems
+from fedex_lora.errors import UserError
+from fedex_lora.recipe import Problem, Recipe, limits
+from fedex_lora.recipe.reader import whole
+from fedex_lora.runs.plan.plan import architecture_of, elsewhere
+
+_log = logging.getLogger(__name__)
+_KEY = re.compile(r"[a-z_]+(\.[A-Za-z_]+)+")
+
+
+def check(recipe: Recipe) -> None:
+    """Checks values, ranks and the Trainer's settings; the rows as well if anything is wrong.
+
+    Rows take long to read, and are read and checked anyway before the model is loaded.
+
+    Raises:
+        UserError: One line for each problem.
+    """
+    found = [*limits(recipe), *training_problems(recipe.training)]
+    wrong = {key for key, _ in found}
+    raw = recipe.model_dump(exclude_unset=True)
+    rest = whole(raw, (tuple(key.split(".")) for key in wrong))[0] if wrong else recipe
+    found += [problem for problem in (_ranks(rest) if rest else ()) if problem[0] not in wrong]
+    if found:
+        found += [problem for problem in (_rows(rest) if rest else ()) if problem[0] not in wrong]
+        raise UserError("\n".join(": ".join(filter(None, problem)) for problem in found))
+
+
+def beforehand(recipe: Recipe) -> Iterator[Problem]:
+    """What does not show in the recipe alone: ranks that no layer has, rows that do not suffice."""
+    yield from _ranks(recipe)
+    yield from _rows(recipe)
+
+
+def _ranks(recipe: Recipe) -> Iterator[Problem]:
+    """Ranks above the sides of all layers that have them; where some have more, it is said."""
+    if METHODS[recipe.method.name].trains == "all":
+        return
+    try:
+        model = architecture_of(recipe, recipe_task(recipe))
+    except UserError:  # not known here, or loading the model will tell what is wrong
+        return
+    clients = [str(i) for i, _ in enumerate(recipe.lora.ranks or [])]
+    layers = federation_settings(recipe, model, clients).sites
+    by_rank: dict[int, dict[str, int]] = {}
+    for name, layer in layers.items():
+        by_rank.setdefault(layer.rank, {})[name] = min(layer.out, layer.inp)
+    for rank, sides in by_rank.items():
+        name = min(sides, key=lambda layer: sides[layer])
+        shape = f"{name} is {layers[name].out} × {layers[name].inp}"
+        if rank > max(sides.values()):
+            text = f"{rank} is more than any rank that the adapted layers can have ({shape})"
+            yield _key(recipe, rank), f"{text}; set it to {max(sides.values())} or less"
+        elif rank > sides[name]:
+            _log.warning("rank %d is more than some layers can have (%s)", rank, shape)
+
+
+def _key(recipe: Recipe, rank: int) -> str:
+    lora = recipe.lora
+    if rank in (lora.ranks or []):
+        return "lora.ranks"
+    patterns = (f"lora.rank_pattern.{name}" for name, r in lora.rank_pattern.items() if r == rank)
+    return "lora.r" if rank == lora.r else next(patterns, "lora.r")
+
+
+def _rows(recipe: Recipe) -> Iterator[Problem]:
+    """Whether the rows that are here are there, fit the task and suffice for the clients."""
+    if elsewhere(recipe):
+        return
+    try:
+        load_rows(recipe, recipe_task(recipe))
+    except UserError as error:
+        key, _, text = str(error).partition(": ")
+        yield (key, text) if _KEY.fullmatch(key) else ("", str(error))

@@ -1,0 +1,417 @@
+"""A run directory: recipe, environment, one line a round, checkpoints, updates, the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import save
+
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.disk import parsed, reason, write_atomic
+from fedex_lora.errors import UserError
+from fedex_lora.federation.loop import Record
+from fedex_lora.federation.messages import ledger_tensors
+from fedex_lora.federation.state import ServerState
+from fedex_lora.model import AdaptedModel
+from fedex_lora.recipe import Recipe
+from fedex_lora.recipe.reader import differences, dump_recipe, load_stored_recipe, recipe_of_text
+from fedex_lora.runs.checkpoint import by_round, latest, load_checkpoint
+from fedex_lora.runs.lock import LOCK, OWNER, locked
+from fedex_lora.runs.saved import (
+    COMPARISON,
+    ENDS,
+    EVALUATED,
+    MAPPING,
+    RECORD,
+    RESULTS,
+    SAVED,
+    WHOLE,
+    checked,
+)
+
+DATA = "data.json"  # what the rows were, and how many of them could not be used
+SCORES = "scores.json"  # of an evaluation
+OUTPUTS = "outputs"  # the folder of generated texts: ROUND/SPLIT.jsonl
+PACKAGES = ("fedex-lora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "numpy")
+
+
+class RunDir:
+    """The files of one run.
+
+    Attributes:
+        path: The directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+
+    def check_free(self) -> None:
+        """Raises a `UserError` if a new run may not be put here.
+
+        What is left where a process was killed before it wrote the recipe is in nobody's way.
+        """
+        if self.is_run():
+            raise UserError(
+                f"{self.path}: holds another run; name another directory with --out, or continue "
+                f"that run with `fedex-lora resume {self.path}`"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(map(_precious, self._files()))):
+            raise UserError(f"{self.path}: is in use; name a new or empty directory with --out")
+
+    def _files(self) -> list[Path]:
+        try:
+            return list(self.path.iterdir())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {reason(error)}") from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The directory, made if it is not there, while no other process may write into it.
+
+        Raises:
+            UserError: Another one does, which is named; or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unmade(error) from None
+        with locked(self.path):
+            yield
+
+    def create(self, recipe: Recipe) -> None:
+        """Makes the directory for a new run; the recipe comes first, and makes it one.
+
+        Raises:
+            UserError: It exists and is not empty, or cannot be written.
+        """
+        self.check_free()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unmade(error) from None
+        write_atomic(self.path / "recipe.yaml", dump_recipe(recipe).encode())
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Makes what a run writes into; where a new one was killed it may not be there.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._unmade(error) from None
+
+    def _unmade(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: cannot be made: {reason(error)}; name a directory that you may write "
+            "with --out"
+        )
+
+    def is_run(self) -> bool:
+        return (self.path / "recipe.yaml").is_file()
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run.
+
+        Raises:
+            UserError: The directory holds no run.
+        """
+        if not self.is_run():
+            raise UserError(f"{self.path}: no run there (no recipe.yaml); name a run's directory")
+        return load_stored_recipe(self.path / "recipe.yaml")
+
+    def write_json(self, name: str, value: object) -> None:
+        write_atomic(self.path / name, (json.dumps(plain(value), indent=1) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        """What the file holds; None if it is absent or no JSON (a crash or a hand got at it)."""
+        try:
+            return parsed((self.path / name).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def results(self, whole: bool = False) -> dict[str, Any] | None:
+        """What results.json says; None while the run is not finished, or if that is no JSON.
+
+        Args:
+            whole: Whether the last round and the rounds' numbers are needed as well.
+
+        Raises:
+            UserError: It is JSON, but no results.
+        """
+        needed = ENDS if whole else ()
+        return self._json("results.json", RESULTS, needed)
+
+    def comparison(self) -> dict[str, list[dict[str, Any]]]:
+        """What comparison.json says, by method and seed; nothing if there is none.
+
+        Raises:
+            UserError: It is JSON, but no comparison.
+        """
+        return self._json("comparison.json", COMPARISON) or {}
+
+    def evaluated(self) -> dict[str, Any] | None:
+        """What scores.json says; None if there is none.
+
+        Raises:
+            UserError: It is JSON, but no scores.
+        """
+        return self._json(SCORES, EVALUATED)
+
+    def environment(self) -> dict[str, Any] | None:
+        """What environment.json says; None if there is none.
+
+        Raises:
+            UserError: It is JSON, but no environment.
+        """
+        return self._json("environment.json", MAPPING)
+
+    def _json(self, name: str, kind: TypeAdapter[Any], needed: Sequence[str] = ()) -> Any:
+        value = self.read_json(name)
+        remedy = "delete the file; it is made anew"
+        return None if value is None else checked(kind, value, self.path / name, remedy, needed)
+
+    def records(self, whole: bool = False) -> list[Record]:
+        """One record a round.
+
+        Args:
+            whole: Whether all is needed that totals and tables are made of.
+
+        Raises:
+            UserError: A line is no record; it is named.
+        """
+        file = self.path / "metrics.jsonl"
+        try:
+            lines = file.read_bytes().split(b"\n") if file.is_file() else []
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {reason(error)}") from None
+        needed = WHOLE if whole else ()
+        records, remedy = [], "delete the lines that are no records"
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = parsed(line)
+            except ValueError as error:
+                raise UserError(f"{file}: damaged (line {number}: {error}); {remedy}") from None
+            records.append(checked(RECORD, value, f"{file}, line {number}", remedy, needed))
+        return records
+
+    def write_records(self, records: list[Record]) -> None:
+        text = "".join(json.dumps(plain(r)) + "\n" for r in records)
+        write_atomic(self.path / "metrics.jsonl", text.encode())
+
+    def newest(self) -> tuple[ServerState | None, dict[str, Any], list[str]]:
+        """The newest checkpoint that is intact, what was saved with it, and notes on worse ones."""
+        notes = []
+        for path, state, extra in latest(self.checkpoints):
+            if state is not None and isinstance(extra, dict):
+                if problem := not_of_a_run(path, extra):
+                    extra = problem
+                else:
+                    return state, extra, notes
+            notes.append(f"{extra}; going on from the one before")
+        if notes:
+            notes.append(f"{self.checkpoints}: none is intact; the run begins again")
+        return None, {}, notes
+
+    def go_back(self, round: int) -> Path:
+        """Sets aside all that came after a round, so that the run goes on from there.
+
+        Returns:
+            The folder in the run's directory in which it lies now.
+
+        Raises:
+            UserError: There is no intact checkpoint of that round; the others are named.
+        """
+        with self.held():
+            self.recipe()
+            there = by_round(self.checkpoints)
+            try:
+                load_checkpoint(there[round])
+            except KeyError:
+                known = ", ".join(map(str, sorted(there))) or "none"
+                raise UserError(
+                    f"{self.path}: no checkpoint of round {round}; there are: {known}"
+                ) from None
+            moved = [path for n, path in there.items() if n > round]
+            moved += [path.with_suffix(".sha256") for path in moved]
+            taken = len(list(self.path.glob("set-aside-*")))
+            aside = self.path / f"set-aside-{taken + 1}"
+            try:
+                aside.mkdir()
+                for path in [*moved, self.path / "results.json", self.final]:
+                    if path.exists():
+                        path.rename(aside / path.name)
+            except OSError as error:
+                raise UserError(f"{aside}: cannot be written: {reason(error)}") from None
+            return aside
+
+    def save_update(
+        self, model: AdaptedModel, base: str, round: int, name: str, state: AdapterState, info: Any
+    ) -> None:
+        """One client's update as a PEFT adapter (or its parameters), and update.json."""
+        folder = self.path / "rounds" / f"{round:04d}" / "clients" / name
+        save_state(model, folder, base, state)
+        write_atomic(folder / "update.json", json.dumps(plain(info), indent=1).encode())
+
+    def save_global(
+        self, model: AdaptedModel, base: str, state: ServerState, weights: Mapping[str, float]
+    ) -> None:
+        """What the server made of a round: factors, head, increments, weights, own factors."""
+        folder = self.path / "rounds" / f"{state.version:04d}" / "global"
+        save_state(model, folder, base, AdapterState(state.factors, state.head))
+        for client, own in state.own.items():
+            whole = AdapterState(own.sites, own.head or state.head)
+            save_state(model, folder / "own" / client, base, whole)
+        tensors = ledger_tensors(state.ledger.since(state.version - 1))
+        blob = save({k: t.clone().contiguous() for k, t in tensors.items()})
+        write_atomic(folder / "increment.safetensors", blob)
+        write_atomic(folder / "weights.json", json.dumps(dict(weights)).encode())
+
+
+_UNFINISHED = {LOCK, OWNER, *(f"{name}.new" for name in ("recipe.yaml", "evaluation.json", OWNER))}
+
+
+def _precious(file: Path) -> bool:
+    """Whether a file may be anything but the first that a run, or an evaluation, writes."""
+    empty = file.name == "checkpoints" and file.is_dir() and not any(file.iterdir())
+    return file.name not in _UNFINISHED and not empty
+
+
+def edited(recipe: Recipe, extra: Mapping[str, Any]) -> list[str]:
+    """How recipe.yaml differs from the recipe that was saved beside a state, if one was."""
+    text = extra.get("recipe")
+    return differences(recipe, recipe_of_text(text)) if text is not None else []
+
+
+def not_of_a_run(path: Path, extra: Mapping[str, Any]) -> str | None:
+    """What is wrong with what was saved beside a state; None if nothing is."""
+    try:
+        checked(SAVED, extra, path, "")
+        checked(RECORD, extra["record"], path, "", WHOLE)
+    except UserError as error:
+        return str(error).removesuffix("; ")
+    return None
+
+
+def save_state(model: AdaptedModel, folder: Path, base: str, state: AdapterState) -> None:
+    """A PEFT adapter; where there are no adapted layers, the parameters.
+
+    Raises:
+        UserError: A full disk, or a directory that cannot be written.
+    """
+    with _saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if state.sites:
+            model.save_adapter(state, folder, base_name=base)
+        else:
+            write_atomic(folder / "parameters.safetensors", save(dict(state.head)))
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: cannot be written: {reason(error)}. Free some space or choose another "
+            "directory, then `fedex-lora resume`; the checkpoints are intact"
+        ) from None
+
+
+def best_record(records: Sequence[Record], higher: bool) -> Record | None:
+    """The record with the best selection score; None if none has one.
+
+    Of equal scores the one with the lower loss, then the later round. Scores of different clients
+    cannot be compared; where rounds were scored by different ones it is the last that has a score.
+
+    Args:
+        records: In any order; a score that is absent, None or not finite does not count.
+        higher: Whether a higher score is better.
+
+    Example:
+        >>> best_record([{"round": 1, "score": None}, {"round": 2, "score": 0.5}], True)["round"]
+        2
+        >>> one = {"round": 1, "score": 0.9, "scored_by": ["a"]}
+        >>> best_record([one, {"round": 2, "score": 0.5, "scored_by": ["a", "b"]}], True)["round"]
+        2
+    """
+    scored = [r for r in records if r.get("score") is not None and math.isfinite(r["score"])]
+    if not comparable(scored):
+        return max(scored, key=lambda r: r["round"])
+    sign = 1 if higher else -1
+    return max(scored, key=lambda r: (sign * r["score"], -_loss(r), r["round"]), default=None)
+
+
+def comparable(records: Sequence[Record]) -> bool:
+    """Whether the same clients scored all of these rounds, or the server did."""
+    return len({tuple(r.get("scored_by", ())) for r in records if r.get("score") is not None}) < 2
+
+
+def _loss(record: Record) -> float:
+    """The mean loss beside the selection score; without one that of the training."""
+    told = list(record.get("scores", {}).values())[:1]
+    if "scored_by" in record:
+        own = record.get("client_scores", {})
+        told = [own.get(client, {}) for client in record["scored_by"]]
+    for name in ("loss", "perplexity"):
+        found = [scores[name] for scores in told if scores.get(name) is not None]
+        if told and len(found) == len(told):
+            return sum(found) / len(found)
+    trained = record.get("clients", {})
+    losses = {c: trained.get(c, {}).get("loss") for c in record.get("weights", {})}
+    return sum(record["weights"][c] * loss for c, loss in losses.items() if loss is not None)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads: what a run's bits depend on besides its recipe."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this package and of those its numbers depend on."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN: it becomes null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A score for people; "-" for one that is no finite number."""
+    return "-" if value is None else f"{value:.{digits}f}"
