@@ -2,8 +2,8 @@ import pytest
 import torch
 from oracles import dense64, relative
 
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Ledger
-from fedex_lora.aggregation.lowrank import LowRank
 
 
 def ledger_of(versions, sites=("q", "v"), rank=2, m=12, n=9):
@@ -11,7 +11,7 @@ def ledger_of(versions, sites=("q", "v"), rank=2, m=12, n=9):
     ledger = Ledger()
     for version in range(1, versions + 1):
         increment = {
-            s: LowRank(torch.randn(m, rank, generator=g), torch.randn(rank, n, generator=g))
+            s: Delta(torch.randn(m, rank, generator=g), torch.randn(rank, n, generator=g))
             for s in sites
         }
         ledger = ledger.append(version, increment)
@@ -62,10 +62,11 @@ def test_compaction_happens_only_where_it_saves_numbers():
 
 def test_factored_and_dense_totals_agree():
     few, many = ledger_of(2, rank=1), ledger_of(30)
-    assert isinstance(few.factored("q"), LowRank)
-    assert isinstance(many.factored("q"), torch.Tensor)
-    for ledger in (few, many):
-        assert relative(dense64(ledger.factored("q")), ledger.total("q").double()) < 1e-6
+    for ledger, is_dense in ((few, False), (many, True)):
+        found, total = ledger.factored("q"), ledger.total("q")
+        assert found is not None and total is not None
+        assert (found.right is None) == is_dense
+        assert relative(dense64(found), total.double()) < 1e-6
 
 
 def test_versions_must_ascend():

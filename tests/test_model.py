@@ -9,7 +9,6 @@ from tiny import tiny
 from transformers import BertModel
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, fresh
-from fedex_lora.aggregation.lowrank import LowRank
 from fedex_lora.errors import UserError
 from fedex_lora.model import load_model
 from fedex_lora.recipe import ModelSpec
@@ -226,9 +225,7 @@ def test_one_copy_of_the_base_is_resident(path, dtype):
     model.write(random_state(model))
     added = increments(model)
     model.place(added.get)
-    inner = [
-        t for w in added.values() for t in ([w.left, w.right] if isinstance(w, LowRank) else [w])
-    ]
+    inner = [t for w in added.values() if w is not None for t in w.parts.values()]
     known = [*model.module.state_dict().values(), *(t for t in inner if t is not None)]
     pointers = {t.data_ptr() for t in known}
     shapes = {
