@@ -18,7 +18,6 @@ from fedex_lora.data.counts import scored_on
 from fedex_lora.data.load import load_evaluation
 from fedex_lora.data.read import quiet
 from fedex_lora.engines.setup import check_image, check_length, recipe_task
-from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError
 from fedex_lora.federation.codec import ledger_tensors
 from fedex_lora.model import AdaptedModel
@@ -152,8 +151,7 @@ def _run(path: Path, recipe: Recipe, task: Task, which: Which | int, client: str
             "run and evaluate the export"
         )
     final_state(trained, client)  # says whether a client is to be named
-    stage = Stage(trained.model, task, trained.settings.method)
-    stage.show_global(trained.state, trained.settings, client)
+    trained.show(client)
     whose = f", {client}" if client else ""
     name = f"{path}, round {trained.state.version}{whose}"
     tensors = ledger_tensors(trained.state.ledger.since(0))
