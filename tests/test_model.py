@@ -84,7 +84,7 @@ def test_after_50_placements_bf16_is_one_rounding_of_the_exact_sum(name, path):
     g = torch.Generator().manual_seed(0)
     for _ in range(50):
         total = {n: t + 1e-4 * torch.randn(t.shape, generator=g) for n, t in total.items()}
-        model.place(lambda name: Delta(total[name]))
+        model.place(lambda name: Delta(total[name]))  # noqa: B023
     for name in model.sites:
         exact = (model.pretrained(name) + total[name]).bfloat16()
         plain = model.module.get_base_model().get_submodule(name).base_layer.weight

@@ -17,7 +17,7 @@ from fedex_lora.runs.watch import Silent
 
 def test_auto_takes_what_is_faster_and_the_run_is_as_if_it_had_been_named(tmp_path, monkeypatch):
     measured = iter([0.3, 0.2])
-    monkeypatch.setattr("fedex_lora.runs.precision.few_steps", lambda _: next(measured))
+    monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda _: next(measured))
     told = []
 
     class Notes(Silent):
@@ -46,7 +46,7 @@ def test_measuring_does_not_change_the_run(tmp_path):
 
 def test_a_run_that_is_resumed_keeps_its_precision(tmp_path, monkeypatch):
     measured = iter([0.3, 0.2])  # a second measurement would find nothing
-    monkeypatch.setattr("fedex_lora.runs.precision.few_steps", lambda _: next(measured))
+    monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda _: next(measured))
     auto = recipe(tmp_path, engine={"precision": "auto"})
     with pytest.raises(KeyboardInterrupt):
         start_run(auto, tmp_path / "run", StopAfter(1))
