@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from fedex_lora.aggregation.lowrank import LowRank, dense
 
 from benchmarks.residual import RANK, one_layer, ours, published
 from benchmarks.results import Figure, Row, seconds
@@ -11,7 +12,6 @@ from benchmarks.timing import in_turn
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.aggregator import wire_form
 from fedex_lora.aggregation.ledger import Increment
-from fedex_lora.aggregation.lowrank import LowRank, dense
 
 TITLE = "On a GPU: one decoder layer of Mistral-7B, rank 32, 3 clients"
 

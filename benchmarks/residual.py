@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from fedex_lora.aggregation.lowrank import LowRank, dense
 from torch import Tensor
 
 from benchmarks.results import Figure, Row, seconds
@@ -11,7 +12,6 @@ from benchmarks.timing import Times, in_turn, ratio, timed
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.aggregator import Aggregator, wire_form
 from fedex_lora.aggregation.ledger import Increment
-from fedex_lora.aggregation.lowrank import LowRank, dense
 from fedex_lora.aggregation.methods import METHODS
 
 CLIENTS, RANK = 3, 32

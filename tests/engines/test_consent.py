@@ -20,7 +20,8 @@ from fedex_lora.engines.remote.consent import Consent, Undecided
 from fedex_lora.engines.remote.site import handle
 from fedex_lora.engines.remote.wire import facts
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.federation.messages import Broadcast, encode_about, encode_broadcast
+from fedex_lora.federation.codec import encode_about, encode_broadcast
+from fedex_lora.federation.messages import Broadcast
 from fedex_lora.flower import client_app
 from fedex_lora.flower.client_app import most_turns, reply_to
 from fedex_lora.flower.deploy.asking import Asking

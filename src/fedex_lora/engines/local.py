@@ -83,9 +83,9 @@ class LocalEngine:
     def evaluate(self, exchange: Exchange) -> Iterator[Scores]:
         """Scores, on each silo's own rows, of the model that it starts the next round from."""
         for name in exchange.clients:
-            if not exchange.scored or name not in self.rows:
+            if not exchange.scored:
                 yield Scores(name, {})
-            else:
+            elif name in self.rows:
                 # a silo whose rows are pooled is given the pooled model
                 client = name if name in self.settings.clients else self.settings.clients[0]
                 message = exchange.message(client, NOTHING)

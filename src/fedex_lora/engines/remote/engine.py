@@ -227,7 +227,8 @@ class RemoteEngine:
             "evaluate": exchange.scored and not run.trains,
         }
         blob = encode_broadcast(message, self.settings.wire_dtype, about)
-        ticket = self.courier.send(node, blob, exchange.round, self.waits.round)
+        round = run.number + exchange.final  # so messages of a round are told from the last one
+        ticket = self.courier.send(node, blob, round, self.waits.round)
         self.guests.sent(run.kind, run.number, blob, ticket, client)
         if isinstance(ticket, Failed):
             run.waiting[client] = ticket.reason
