@@ -18,7 +18,7 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import load_recipe
 from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import nlg
-from fedex_lora.tasks.classification import GLUE
+from fedex_lora.tasks.kinds.glue import GLUE
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))

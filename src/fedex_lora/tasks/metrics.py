@@ -1,13 +1,15 @@
 """Metrics as pure functions of predictions and labels (scikit-learn, SciPy)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from fedex_lora.tasks.lazy import sklearn_metrics, stats
 
 NO_SUCH_CLASS: Any = 0  # what F1 is then, without a warning; the stubs know only "warn"
 Metric = Callable[[NDArray, NDArray], float]
@@ -15,32 +17,32 @@ Metric = Callable[[NDArray, NDArray], float]
 
 def accuracy(predictions: NDArray, labels: NDArray) -> float:
     """The share of predictions that are right."""
-    return float(accuracy_score(labels, predictions))
+    return float(sklearn_metrics.accuracy_score(labels, predictions))
 
 
 def f1(predictions: NDArray, labels: NDArray) -> float:
     """The F1 score of class 1 of two; 0 if there is no such label and no such prediction."""
-    return float(f1_score(labels, predictions, average="binary", zero_division=NO_SUCH_CLASS))
+    return _f1(predictions, labels, "binary")
 
 
 def macro_f1(predictions: NDArray, labels: NDArray) -> float:
     """The mean F1 score over the classes that occur in labels or predictions."""
-    return float(f1_score(labels, predictions, average="macro", zero_division=NO_SUCH_CLASS))
+    return _f1(predictions, labels, "macro")
 
 
 def matthews(predictions: NDArray, labels: NDArray) -> float:
     """Matthews' correlation coefficient; 0 if all predictions or all labels are the same."""
-    return float(matthews_corrcoef(labels, predictions))
+    return float(sklearn_metrics.matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: NDArray, labels: NDArray) -> float:
     """Pearson's correlation; 0 if all predictions or all labels are the same."""
-    return _correlation(pearsonr, predictions, labels)
+    return _correlation(stats.pearsonr, predictions, labels)
 
 
 def spearman(predictions: NDArray, labels: NDArray) -> float:
     """Spearman's rank correlation; 0 if all predictions or all labels are the same."""
-    return _correlation(spearmanr, predictions, labels)
+    return _correlation(stats.spearmanr, predictions, labels)
 
 
 def perplexity(loss: float) -> float:
@@ -80,17 +82,23 @@ RANGES: Mapping[str, tuple[float, float]] = {
 }
 
 
-def out_of_range(name: str, value: float) -> str | None:
+def out_of_range(
+    name: str, value: float, own: Mapping[str, tuple[float, float]] | None = None
+) -> str | None:
     """The range of a metric's values in words, if `value` is not in it; None too for a metric
     whose range is not known, as long as the value is finite.
+
+    Args:
+        own: Ranges of a task's own metrics, beside `RANGES`.
 
     Example:
         >>> out_of_range("accuracy", 1e300), out_of_range("accuracy", 1.0)
         ('0 to 1', None)
     """
-    if name not in RANGES:
+    ranges = {**RANGES, **(own or {})}
+    if name not in ranges:
         return None if math.isfinite(value) else "a finite number"
-    low, high = RANGES[name]
+    low, high = ranges[name]
     slack = 1e-6  # of rounding
     return None if low - slack <= value <= high + slack else f"{low:g} to {high:g}"
 
@@ -103,6 +111,13 @@ METRICS: Mapping[str, Metric] = {
     "pearson": pearson,
     "spearman": spearman,
 }
+
+
+def _f1(predictions: NDArray, labels: NDArray, average: str) -> float:
+    found = sklearn_metrics.f1_score(
+        labels, predictions, average=average, zero_division=NO_SUCH_CLASS
+    )
+    return float(found)
 
 
 def _correlation(function: Callable, predictions: NDArray, labels: NDArray) -> float:

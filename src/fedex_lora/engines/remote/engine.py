@@ -334,5 +334,5 @@ class RemoteEngine:
 
     def _scores(self, run: _Exchange, client: str, found: Mapping[str, float]) -> dict[str, float]:
         """Those that count: asked for, and of rows that were declared."""
-        checked = check_scores(found, self.server.task.primary)
+        checked = check_scores(found, self.server.task)
         return checked if run.evaluate and self.guests.known[client].validation else {}

@@ -16,6 +16,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.header import Limit
 from fedex_lora.federation.messages import read_about
 from fedex_lora.recipe import CLIENT_NAME, CLIENT_NAME_RULE
+from fedex_lora.tasks import Task
 from fedex_lora.tasks.metrics import out_of_range
 
 _MOST_SCORES = 50
@@ -124,20 +125,20 @@ def check_metrics(found: Mapping[str, float]) -> None:
         raise UserError(f"metrics {got}; expected {wanted}")
 
 
-def check_scores(found: Mapping[str, float], primary: str) -> dict[str, float]:
+def check_scores(found: Mapping[str, float], task: Task) -> dict[str, float]:
     """Scores by name; empty if none were sent. NaN may be one: of too few rows, say.
 
     Args:
-        primary: The one that must be among them.
+        task: Its primary metric must be among them.
 
     Raises:
         UserError: They are too many, lack the primary one, or one is out of its metric's range.
     """
     if len(found) > _MOST_SCORES:
         raise UserError(f"{len(found)} scores; at most {_MOST_SCORES} are expected")
-    if found and primary not in found:
-        raise UserError(f"its scores lack {primary}")
+    if found and task.primary not in found:
+        raise UserError(f"its scores lack {task.primary}")
     for name, value in found.items():
-        if not math.isnan(value) and (range := out_of_range(name, value)):
+        if not math.isnan(value) and (range := out_of_range(name, value, task.ranges)):
             raise UserError(f"its score {text(name)[:60]} is {value:g}; expected {range}")
     return {text(name)[:60]: value for name, value in found.items()}
