@@ -14,7 +14,15 @@ from fedex_lora.engines.remote.replies import check_scores
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import task as registry
 from fedex_lora.recipe.reader import dump_recipe, load_recipe, load_stored_recipe
-from fedex_lora.tasks import Task, TaskSpec, build_task, register_task, task_kinds, task_spec
+from fedex_lora.tasks import (
+    Metric,
+    Task,
+    TaskSpec,
+    build_task,
+    register_task,
+    task_kinds,
+    task_spec,
+)
 
 RECIPE = """
 name: x
@@ -74,12 +82,11 @@ def whole(**parts: Any) -> Task:
             "columns": (),
             "evaluation_splits": ("validation",),
             "primary": "bits",
-            "higher_is_better": False,
+            "metrics": {"bits": Metric(higher_is_better=False, range=(0.0, 8.0))},
             "check": print,
             "encode": print,
             "collator": print,
             "evaluate": print,
-            "ranges": {"bits": (0.0, 8.0)},
             **parts,
         }
     )

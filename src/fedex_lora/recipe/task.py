@@ -210,7 +210,11 @@ def _read(value: Any) -> Any:
         near = did_you_mean(kind, task_kinds())
         raise fault([("kind", f"expected one of {kinds}, got {kind!r}{near}")])
     own = spec.model_fields
-    rest = {k: v for k, v in value.items() if k in own or k not in _EARLIER or v != _EARLIER[k]}
+    rest = {
+        k: v
+        for k, v in value.items()
+        if k not in _EARLIER or (v is not None if k in own else v != _EARLIER[k])
+    }
     try:
         return spec.model_validate(rest)
     except ValidationError as error:

@@ -1,13 +1,25 @@
 """Tasks: how rows are checked, encoded, batched and scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from numbers import Real
+from typing import Any
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, shown
 from fedex_lora.recipe import TaskSpec, register_task, task_kinds, task_spec
 from fedex_lora.tasks.base import Task
+from fedex_lora.tasks.metrics import Metric
 
-__all__ = ["Task", "TaskSpec", "build_task", "register_task", "task_kinds", "task_spec"]
+__all__ = [
+    "Metric",
+    "Task",
+    "TaskSpec",
+    "build_task",
+    "register_task",
+    "task_kinds",
+    "task_spec",
+]
 
 
 def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Task:
@@ -36,4 +48,16 @@ def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Task:
         raise UserError(
             f"task {spec.kind!r}: build gave {task!r}; expected a fedex_lora.tasks.Task"
         )
-    return replace(task, renamed=spec.columns)
+    return replace(task, renamed=spec.columns, evaluate=partial(_evaluate, task))
+
+
+def _evaluate(task: Task, *args: Any, **kwargs: Any) -> dict[str, float]:
+    """What the task's own `evaluate` gives, refused where it is not what all else reads."""
+    scores = task.evaluate(*args, **kwargs)
+    numbers = isinstance(scores, Mapping) and all(isinstance(v, Real) for v in scores.values())
+    if not numbers or task.primary not in scores:
+        raise UserError(
+            f"task {task.name!r}: evaluate gave {shown(scores)}; expected numbers by name, "
+            f"{task.primary} among them"
+        )
+    return {name: float(value) for name, value in scores.items()}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from fedex_lora.errors import UserError, shown
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, Tensor, nn, torch
+from fedex_lora.tasks.metrics import Metric
 from fedex_lora.tasks.outputs import Outputs
 
 Batch = dict[str, Tensor]
@@ -56,7 +57,8 @@ class Task:
         evaluation_splits: All splits it can be evaluated on, in order of preference: the first
             that exists selects the best round. Test splits come last.
         primary: The metric that selects the best round.
-        higher_is_better: Whether `primary` is to grow.
+        metrics: How the numbers that `evaluate` gives are read, by name. It may give others, too:
+            those are recorded, and may be any finite numbers.
         labels: The names of the classes in the order of their numbers, if there are classes.
         regression: Whether the label is a number to be predicted.
         stratify: The label column, by which rows can be dealt out unevenly.
@@ -67,11 +69,10 @@ class Task:
         encode: `encode(rows, tokenizer, max_length)` tokenises once, in memory, without padding:
             columns `input_ids`, `attention_mask`, `labels`, and what else scoring needs.
         collator: `collator(tokenizer)` makes batches of encoded rows, padded to the longest.
-        evaluate: `evaluate(model, encoded, tokenizer, batch_size, outputs)` gives the metrics and
-            `loss`, on the model's device, and leaves the model's training mode as it was. Tasks
-            that generate texts keep them in `outputs`, if given; all others ignore it.
+        evaluate: `evaluate(model, encoded, tokenizer, batch_size, outputs)` gives named numbers,
+            `primary` among them, on the model's device, and leaves the model's training mode as it
+            was. Tasks that generate texts keep them in `outputs`, if given; all others ignore it.
         encode_evaluation: The same for rows to be evaluated on; None where `encode` does that.
-        ranges: Between which values its own metrics lie; those of `metrics.RANGES` are known.
         check_room: `check_room(model, parts)` raises a `UserError` if there is no room in the
             model for what is generated after the prompts of encoded rows; None where nothing is.
         average_over: Splits whose mean score is told too, where there are several of them.
@@ -84,7 +85,7 @@ class Task:
     columns: tuple[str, ...]
     evaluation_splits: tuple[str, ...]
     primary: str
-    higher_is_better: bool
+    metrics: Mapping[str, Metric]
     check: Check
     encode: Encode
     collator: Callable[[PreTrainedTokenizerBase], Collate]
@@ -94,7 +95,6 @@ class Task:
     stratify: str | None = None
     image: str | None = None
     encode_evaluation: Encode | None = None
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     check_room: Callable[[nn.Module, Sequence[Dataset]], None] | None = None
     average_over: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -104,6 +104,17 @@ class Task:
             if not callable(getattr(self, part)):
                 got = shown(getattr(self, part))
                 raise UserError(f"task {self.name!r}: {part} is {got}; expected a function")
+        read = self.metrics.get(self.primary) if isinstance(self.metrics, Mapping) else None
+        if not isinstance(read, Metric):
+            raise UserError(
+                f"task {self.name!r}: metrics lacks its primary one; expected "
+                f"{{{self.primary!r}: Metric(higher_is_better=..., range=...)}}"
+            )
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether `primary` is to grow."""
+        return self.metrics[self.primary].higher_is_better
 
     def model_kwargs(self) -> dict[str, Any]:
         """What the task asks of the model's config (arguments of `from_pretrained`)."""

@@ -33,7 +33,7 @@ from fedex_lora.tasks.lazy import (
     nn,
     torch,
 )
-from fedex_lora.tasks.metrics import METRICS
+from fedex_lora.tasks.metrics import LOSS, OF_LABELS, Metric
 from fedex_lora.tasks.outputs import Outputs
 
 
@@ -81,7 +81,7 @@ def classification_task(
         columns=(*columns.texts, columns.label),
         evaluation_splits=splits,
         primary=metrics[0],
-        higher_is_better=True,
+        metrics=read_as(metrics),
         check=partial(_check, columns),
         encode=partial(_encode, columns),
         collator=_collator,
@@ -90,6 +90,11 @@ def classification_task(
         regression=columns.labels is None,
         stratify=columns.label,
     )
+
+
+def read_as(metrics: Sequence[str]) -> dict[str, Metric]:
+    """How these metrics of `OF_LABELS`, and the loss, are read."""
+    return {**{name: OF_LABELS[name][1] for name in metrics}, "loss": LOSS}
 
 
 def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
@@ -225,7 +230,7 @@ def scores(
     """The metrics, and the loss: cross-entropy, or the squared error of labels that are numbers.
 
     Args:
-        metrics: Names of `METRICS`.
+        metrics: Names of `OF_LABELS`.
         logits: Rows × classes, float64; for a regression rows × 1.
         labels: One for each row.
     """
@@ -236,7 +241,7 @@ def scores(
         predictions = logits.argmax(dim=1)
         loss = functional.cross_entropy(logits, labels)
     found, wanted = predictions.numpy(), np.asarray(labels)
-    return {name: METRICS[name](found, wanted) for name in metrics} | {"loss": loss.item()}
+    return {name: OF_LABELS[name][0](found, wanted) for name in metrics} | {"loss": loss.item()}
 
 
 def _logits(

@@ -18,22 +18,35 @@ from fedex_lora.tasks.base import (
     pad_inputs,
 )
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, Tensor, functional, nn
-from fedex_lora.tasks.metrics import mean_loss, perplexity
+from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, Metric, mean_loss, perplexity
 from fedex_lora.tasks.outputs import Outputs
+
+NO_METRICS: Mapping[str, Metric] = {}
 
 logger = logging.getLogger(__name__)
 
 
-def language_task(name: str, columns: tuple[str, ...], primary: str, **functions: Any) -> Task:
-    """A task of a causal language model; `functions` are `check`, `encode` and `evaluate`."""
+def language_task(
+    name: str,
+    columns: tuple[str, ...],
+    metrics: Mapping[str, Metric] = NO_METRICS,
+    **functions: Any,
+) -> Task:
+    """A task of a causal language model.
+
+    Args:
+        metrics: Those beside `perplexity` and `loss`. The first of all is the primary one.
+        functions: `check`, `encode`, `evaluate` and what else a task has.
+    """
+    metrics = {**metrics, "perplexity": PERPLEXITY, "loss": LOSS}
     return Task(
         name=name,
         auto_model="AutoModelForCausalLM",
         peft_task_type="CAUSAL_LM",
         columns=columns,
         evaluation_splits=("validation", "test"),
-        primary=primary,
-        higher_is_better=primary != "perplexity",
+        primary=next(iter(metrics)),
+        metrics=metrics,
         collator=_collator,
         **functions,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,38 @@ from numpy.typing import ArrayLike, NDArray
 from fedex_lora.tasks.lazy import sklearn_metrics, stats
 
 NO_SUCH_CLASS: Any = 0  # what F1 is then, without a warning; the stubs know only "warn"
-Metric = Callable[[NDArray, NDArray], float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one of a task's numbers is read.
+
+    Attributes:
+        higher_is_better: Whether it is to grow.
+        range: Between which values it lies; None for any finite ones.
+    """
+
+    higher_is_better: bool = True
+    range: tuple[float, float] | None = None
+
+    def expected(self, value: float) -> str | None:
+        """What it can be, in words, if it cannot be `value`.
+
+        Example:
+            >>> SHARE.expected(1e300), SHARE.expected(1.0), Metric().expected(math.inf)
+            ('0 to 1', None, 'a finite number')
+        """
+        if self.range is None:
+            return None if math.isfinite(value) else "a finite number"
+        low, high = self.range
+        slack = 1e-6  # of rounding
+        return None if low - slack <= value <= high + slack else f"{low:g} to {high:g}"
+
+
+SHARE = Metric(range=(0.0, 1.0))
+CORRELATION = Metric(range=(-1.0, 1.0))
+LOSS = Metric(higher_is_better=False, range=(0.0, math.inf))
+PERPLEXITY = Metric(higher_is_better=False, range=(1.0, math.inf))
 
 
 def accuracy(predictions: NDArray, labels: NDArray) -> float:
@@ -71,46 +103,15 @@ def mean_loss(nll: ArrayLike, tokens: ArrayLike) -> float:
     return float(np.sum(nll, dtype=np.float64) / np.sum(tokens))
 
 
-RANGES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("accuracy", "f1", "macro_f1", "exact_match"), (0.0, 1.0)),
-    **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
-    **dict.fromkeys(("BLEU", "METEOR", "ROUGE_L"), (0.0, 1.0)),
-    "CIDEr": (0.0, 10.0),
-    "NIST": (0.0, 100.0),
-    "loss": (0.0, math.inf),
-    "perplexity": (1.0, math.inf),
+OF_LABELS: Mapping[str, tuple[Callable[[NDArray, NDArray], float], Metric]] = {
+    "accuracy": (accuracy, SHARE),
+    "f1": (f1, SHARE),
+    "macro_f1": (macro_f1, SHARE),
+    "matthews": (matthews, CORRELATION),
+    "pearson": (pearson, CORRELATION),
+    "spearman": (spearman, CORRELATION),
 }
-
-
-def out_of_range(
-    name: str, value: float, own: Mapping[str, tuple[float, float]] | None = None
-) -> str | None:
-    """The range of a metric's values in words, if `value` is not in it; None too for a metric
-    whose range is not known, as long as the value is finite.
-
-    Args:
-        own: Ranges of a task's own metrics, beside `RANGES`.
-
-    Example:
-        >>> out_of_range("accuracy", 1e300), out_of_range("accuracy", 1.0)
-        ('0 to 1', None)
-    """
-    ranges = {**RANGES, **(own or {})}
-    if name not in ranges:
-        return None if math.isfinite(value) else "a finite number"
-    low, high = ranges[name]
-    slack = 1e-6  # of rounding
-    return None if low - slack <= value <= high + slack else f"{low:g} to {high:g}"
-
-
-METRICS: Mapping[str, Metric] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "macro_f1": macro_f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
+"""What is computed of predictions and labels, and how it is read."""
 
 
 def _f1(predictions: NDArray, labels: NDArray, average: str) -> float:

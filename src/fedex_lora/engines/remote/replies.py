@@ -17,7 +17,7 @@ from fedex_lora.federation.header import Limit
 from fedex_lora.federation.messages import read_about
 from fedex_lora.recipe import CLIENT_NAME, CLIENT_NAME_RULE
 from fedex_lora.tasks import Task
-from fedex_lora.tasks.metrics import out_of_range
+from fedex_lora.tasks.metrics import Metric
 
 _MOST_SCORES = 50
 _MOST_ROWS = 10**12
@@ -139,6 +139,7 @@ def check_scores(found: Mapping[str, float], task: Task) -> dict[str, float]:
     if found and task.primary not in found:
         raise UserError(f"its scores lack {task.primary}")
     for name, value in found.items():
-        if not math.isnan(value) and (range := out_of_range(name, value, task.ranges)):
-            raise UserError(f"its score {text(name)[:60]} is {value:g}; expected {range}")
+        wanted = task.metrics.get(name, Metric()).expected(value)
+        if wanted and not math.isnan(value):
+            raise UserError(f"its score {text(name)[:60]} is {value:g}; expected {wanted}")
     return {text(name)[:60]: value for name, value in found.items()}

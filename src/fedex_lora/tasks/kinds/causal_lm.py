@@ -20,7 +20,6 @@ class CausalLM(TaskSpec):
         return language_task(
             "causal-lm",
             (self.text_column,),
-            primary="perplexity",
             check=partial(check_texts, self.text_column),
             encode=partial(_encode, self.text_column),
             evaluate=evaluate_loss,

@@ -34,6 +34,7 @@ from fedex_lora.tasks.language import (
     row_losses,
 )
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
+from fedex_lora.tasks.metrics import SHARE
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.prompted import (
     Verdict,
@@ -118,7 +119,7 @@ class Commonsense(TaskSpec):
         task = language_task(
             f"commonsense/{self.name}" if self.name else "commonsense",
             ("instruction", "output", "answer"),
-            primary="accuracy" if self.generate or likelihood else "perplexity",
+            {"accuracy": SHARE} if self.generate or likelihood else {},
             check=partial(_check, self.name),
             encode=_encode,
             encode_evaluation=_encode_evaluation,

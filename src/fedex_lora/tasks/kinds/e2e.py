@@ -20,10 +20,17 @@ from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, refuse
 from fedex_lora.tasks.generation import Decoding, verdicts
 from fedex_lora.tasks.language import evaluate_loss, language_task
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
+from fedex_lora.tasks.metrics import SHARE, Metric
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.prompted import answered, check_room, evaluation_rows, training_rows
 
 MEANING, REFERENCE = "meaning_representation", "human_reference"
+
+METRICS: Mapping[str, Metric] = {
+    **dict.fromkeys(("BLEU", "METEOR", "ROUGE_L"), SHARE),
+    "NIST": Metric(range=(0.0, 100.0)),
+    "CIDEr": Metric(range=(0.0, 10.0)),
+}
 
 LENGTH_PENALTY = 0.9
 NO_REPEAT_NGRAM = 4
@@ -56,7 +63,7 @@ class E2E(TaskSpec):
         return language_task(
             "e2e",
             (MEANING, REFERENCE),
-            primary="BLEU" if self.generate else "perplexity",
+            METRICS if self.generate else {},
             check=partial(_check, self.generate),
             encode=_encode,
             encode_evaluation=_encode_evaluation,

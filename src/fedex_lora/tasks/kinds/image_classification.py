@@ -21,6 +21,7 @@ from fedex_lora.tasks.classification import (
     check_labels,
     codes,
     label_problems,
+    read_as,
     scores,
 )
 from fedex_lora.tasks.lazy import Dataset, datasets, nn, torch
@@ -68,7 +69,7 @@ class ImageClassification(TaskSpec):
             columns=(image, self.label_column),
             evaluation_splits=("validation", "test"),
             primary=METRICS[0],
-            higher_is_better=True,
+            metrics=read_as(METRICS),
             check=partial(_check, columns),
             encode=partial(_encode, columns),
             collator=partial(_collator, image),

@@ -17,7 +17,7 @@ from fedex_lora.tasks.encoding import bare_responses, encode_pairs, labelled
 from fedex_lora.tasks.generation import Decoding, generate, verdicts
 from fedex_lora.tasks.language import as_dataset, evaluate_loss, language_task, prompt_of
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
-from fedex_lora.tasks.metrics import exact_match
+from fedex_lora.tasks.metrics import SHARE, exact_match
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.prompted import check_room
 
@@ -34,7 +34,7 @@ class Instruction(TaskSpec):
         return language_task(
             "instruction",
             templates.columns,
-            primary="exact_match" if self.generate else "perplexity",
+            {"exact_match": SHARE} if self.generate else {},
             check=partial(_check, templates),
             encode=partial(_encode, templates, self.generate),
             evaluate=answers if self.generate else evaluate_loss,

@@ -21,6 +21,7 @@ from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import evaluate_loss, language_task
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
+from fedex_lora.tasks.metrics import SHARE
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.prompted import (
     Verdict,
@@ -43,6 +44,8 @@ FORMS: Mapping[str, tuple[str, str]] = {
     "math": ("problem", "solution"),
 }
 """The columns of question and worked solution by which a row's data set is recognised."""
+
+METRICS = dict.fromkeys(("accuracy", *(f"accuracy_{form}" for form in FORMS)), SHARE)
 
 SPLITS = ("validation", "test", "test_gsm8k", "test_math")
 
@@ -102,15 +105,14 @@ class Math(TaskSpec):
         task = language_task(
             f"math/{self.name}" if self.name else "math",
             (),
-            primary="accuracy" if self.generate else "perplexity",
+            METRICS if self.generate else {},
             check=partial(_check, self.generate and self.compare == "latex"),
             encode=partial(_encode, self.name),
             encode_evaluation=partial(_encode_evaluation, self.generate),
             evaluate=answering if self.generate else evaluate_loss,
             check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
         )
-        ranges = {f"accuracy_{form}": (0.0, 1.0) for form in FORMS}
-        return replace(task, evaluation_splits=SPLITS, ranges=ranges)
+        return replace(task, evaluation_splits=SPLITS)
 
 
 register_task("math", Math)
