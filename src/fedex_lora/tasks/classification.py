@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from fedex_lora.errors import UserError, shown
 from fedex_lora.recipe import Problem
 from fedex_lora.tasks.base import (
@@ -31,6 +29,7 @@ from fedex_lora.tasks.lazy import (
     datasets,
     functional,
     nn,
+    numpy,
     torch,
 )
 from fedex_lora.tasks.metrics import LOSS, OF_LABELS, Metric
@@ -240,7 +239,7 @@ def scores(
     else:
         predictions = logits.argmax(dim=1)
         loss = functional.cross_entropy(logits, labels)
-    found, wanted = predictions.numpy(), np.asarray(labels)
+    found, wanted = predictions.numpy(), numpy.asarray(labels)
     return {name: OF_LABELS[name][0](found, wanted) for name in metrics} | {"loss": loss.item()}
 
 

@@ -26,6 +26,7 @@ class _Late:
 
 if TYPE_CHECKING:
     import datasets
+    import numpy
     import torch
     import transformers
     from datasets import Dataset
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from torch.nn import functional
     from transformers import PreTrainedTokenizerBase
 else:
-    datasets, torch, transformers = map(_Late, ("datasets", "torch", "transformers"))
+    datasets, numpy = _Late("datasets"), _Late("numpy")
+    torch, transformers = _Late("torch"), _Late("transformers")
     nn, functional = _Late("torch.nn"), _Late("torch.nn.functional")
     stats, sklearn_metrics = _Late("scipy.stats"), _Late("sklearn.metrics")
     Dataset = _Late("datasets", "Dataset")
@@ -48,6 +50,7 @@ __all__ = [
     "datasets",
     "functional",
     "nn",
+    "numpy",
     "sklearn_metrics",
     "stats",
     "torch",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from fedex_lora.tasks.lazy import numpy, sklearn_metrics, stats
 
-from fedex_lora.tasks.lazy import sklearn_metrics, stats
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 NO_SUCH_CLASS: Any = 0  # what F1 is then, without a warning; the stubs know only "warn"
 
@@ -100,7 +100,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 def mean_loss(nll: ArrayLike, tokens: ArrayLike) -> float:
     """Σ nll / Σ tokens in float64: every token counts the same, whatever row it is in."""
-    return float(np.sum(nll, dtype=np.float64) / np.sum(tokens))
+    return float(numpy.sum(nll, dtype=numpy.float64) / numpy.sum(tokens))
 
 
 OF_LABELS: Mapping[str, tuple[Callable[[NDArray, NDArray], float], Metric]] = {
@@ -122,8 +122,8 @@ def _f1(predictions: NDArray, labels: NDArray, average: str) -> float:
 
 
 def _correlation(function: Callable, predictions: NDArray, labels: NDArray) -> float:
-    if not np.isfinite(predictions).all():
+    if not numpy.isfinite(predictions).all():
         return math.nan
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+    if numpy.ptp(predictions) == 0 or numpy.ptp(labels) == 0:
         return 0.0
     return float(function(predictions, labels).statistic)
