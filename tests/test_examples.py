@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture
 def example(tmp_path, monkeypatch):
     """Executes one with a folder of its own, and forgets what it registers."""
+    registry.own_specs()  # these stay
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
     def run(name: str) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedex_lora.engines.remote.replies import check_scores
@@ -44,7 +45,8 @@ class Own(TaskSpec):
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    """What a test registers is forgotten after it."""
+    """What a test registers is forgotten after it; this package's own kinds are not."""
+    registry.own_specs()
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     yield
     registry._entry_points.cache_clear()
@@ -182,6 +184,8 @@ def test_two_tasks_of_one_name_are_refused(tmp_path, install):
     (line,) = refusal(tmp_path, "{kind: theirs}")
     assert "registered twice, by" in line
     assert "first_tasks (first_tasks:Own)" in line and "second_tasks (" in line
+    with pytest.raises(UserError, match=r"'theirs': .*by \w+_tasks \(\w+:Own\) and .*registry"):
+        register_task("theirs", Own)
     install("third_tasks", "cola")
     install("fourth_tasks", "glue")
     assert "by fedex-lora and fourth_tasks" in refusal(tmp_path, "{kind: glue, name: cola}")[0]
@@ -211,6 +215,9 @@ def test_what_a_task_lacks_is_named():
         register_task("own", dict)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="'own': check is 3; expected a function"):
         whole(check=3)
+    for metrics in ({}, {"loss": Metric()}, {"bits": (0.0, 8.0)}, ["bits"], None):
+        with pytest.raises(UserError, match=r"'own': metrics lacks .*\{'bits': Metric\("):
+            whole(metrics=metrics)
 
     class Partial(TaskSpec):
         def build(self, labels: Sequence[str] | None) -> Any:
@@ -223,9 +230,46 @@ def test_what_a_task_lacks_is_named():
         build_task(task_spec(kind="partial", max_length=9))
 
 
+@pytest.mark.parametrize("scores", [None, {}, {"loss": 1.0}, {"bits": "1"}, {"bits": [1.0]}])
+def test_what_evaluate_gives_in_place_of_numbers_is_named(scores):
+    class Odd(TaskSpec):
+        def build(self, labels: Sequence[str] | None) -> Task:
+            return whole(evaluate=lambda *args: scores)
+
+    register_task("odd", Odd)
+    with pytest.raises(UserError, match=r"'own': evaluate gave .*; expected numbers by .* bits"):
+        build_task(task_spec(kind="odd")).evaluate(None, None, None, 1)  # type: ignore[arg-type]
+
+
+def test_numbers_of_any_names_and_types_are_taken_as_they_are():
+    class Free(TaskSpec):
+        def build(self, labels: Sequence[str] | None) -> Task:
+            return whole(evaluate=lambda *args: {"words": 3, "bits": np.float32(0.5)})
+
+    register_task("free", Free)
+    scores = build_task(task_spec(kind="free")).evaluate(None, None, None, 1)  # type: ignore[arg-type]
+    assert scores == {"words": 3.0, "bits": 0.5} and {type(v) for v in scores.values()} == {float}
+    assert list(scores) == ["words", "bits"]
+
+
+@pytest.mark.parametrize("kind", ["glue", "causal-lm", "e2e", "math", "commonsense"])
+@pytest.mark.parametrize("generate", [False, True])
+def test_each_metric_says_which_way_is_better(kind, generate):
+    name = {"name": "stsb"} if kind == "glue" else {}
+    able = kind not in ("glue", "causal-lm")
+    task = build_task(task_spec(kind=kind, **name, **({"generate": generate} if able else {})))
+    lower = {name for name, metric in task.metrics.items() if not metric.higher_is_better}
+    assert lower == {"loss", "perplexity"} & set(task.metrics) and "loss" in lower
+    assert task.primary == next(iter(task.metrics))
+    assert task.higher_is_better is (kind == "glue" or (able and generate))
+
+
 def test_scores_out_of_the_range_of_a_task_s_own_metric_are_refused():
     assert check_scores({"bits": 8.0}, whole()) == {"bits": 8.0}
     with pytest.raises(UserError, match="its score bits is 9; expected 0 to 8"):
         check_scores({"bits": 9.0}, whole())
+    assert check_scores({"bits": 1.0, "words": 1e9}, whole())["words"] == 1e9  # not declared
+    with pytest.raises(UserError, match="its score words is inf; expected a finite number"):
+        check_scores({"bits": 1.0, "words": float("inf")}, whole())
     with pytest.raises(UserError, match="its scores lack bits"):
         check_scores({"accuracy": 1.0}, whole())

@@ -100,6 +100,14 @@ def register_task(kind: str, spec: type[TaskSpec]) -> None:
     Raises:
         UserError: There is a task of that kind already, or `spec` is none.
     """
+    for point in _entry_points().get(kind, []) if kind not in _built_in() else []:
+        module = getattr(spec, "__module__", "")
+        if module.partition(".")[0] != point.module.partition(".")[0]:
+            raise _twice(kind, _who(point), module)
+    _register(kind, spec)
+
+
+def _register(kind: str, spec: type[TaskSpec]) -> None:
     if not (isinstance(spec, type) and issubclass(spec, TaskSpec)):
         raise UserError(f"task {kind!r}: {spec!r} is no TaskSpec; expected a subclass of it")
     if spec.build is TaskSpec.build:
@@ -109,10 +117,13 @@ def register_task(kind: str, spec: type[TaskSpec]) -> None:
     known = _registered.get(kind)
     first = known.__module__ if known else _built_in().get(kind, spec.__module__)
     if first != spec.__module__ or (known and known.__qualname__ != spec.__qualname__):
-        raise UserError(
-            f"task {kind!r}: registered twice, by {first} and {spec.__module__}; rename one of them"
-        )
+        raise _twice(kind, first, spec.__module__)
     _registered[kind] = spec
+
+
+def _twice(kind: str, *by: str) -> UserError:
+    told = f"task {kind!r}: registered twice, by {' and '.join(by)}"
+    return UserError(f"{told}; rename one of them, or uninstall its package")
 
 
 def task_kinds() -> tuple[str, ...]:
@@ -129,14 +140,12 @@ def spec_of(kind: str) -> type[TaskSpec] | None:
     points = _entry_points().get(kind, [])
     names = [*(["fedex-lora"] if kind in _built_in() else []), *map(_who, points)]
     if len(names) > 1:
-        raise UserError(
-            f"task {kind!r}: registered twice, by {' and '.join(names)}; uninstall one of them"
-        )
+        raise _twice(kind, *names)
     if kind not in _registered and kind in _built_in():
         import_module(_built_in()[kind])
     elif kind not in _registered and points:
         try:
-            register_task(kind, points[0].load())
+            _register(kind, points[0].load())
         except (ImportError, AttributeError) as error:
             raise UserError(f"task {kind!r}: {names[0]} cannot be imported: {error}") from error
     return _registered.get(kind)

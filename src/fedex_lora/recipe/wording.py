@@ -62,7 +62,7 @@ def expected(field: FieldInfo) -> str:
         'a whole number of at least 0'
     """
     bounds = [
-        f"{words} {getattr(bound, name):g}"
+        f"{words} {getattr(bound, name):.15g}"
         for bound in field.metadata
         if isinstance(bound, annotated_types.BaseMetadata)
         for name, words in _BOUNDS
