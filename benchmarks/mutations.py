@@ -32,6 +32,7 @@ from fedex_lora.federation.loop import Record, run_round
 from fedex_lora.federation.messages import Update, encode_about, encode_update
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, begin, start_of
+from fedex_lora.tasks.classification import read_as
 
 PAIRS = (
     ("fedex", "float32"),
@@ -129,10 +130,11 @@ class Replies:
 
 
 class _Server:
-    """Stands for the coordinator's model, of which only the task's metric is asked."""
+    """Stands for the coordinator's model, of which only the task's metrics are asked."""
 
     class task:
         primary = "accuracy"
+        metrics = read_as([primary])
 
 
 def played(
