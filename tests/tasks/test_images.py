@@ -17,15 +17,15 @@ from fedex_lora.data.digits import LABELS, digits
 from fedex_lora.data.load import load
 from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import DataSpec, Recipe, TaskSpec
+from fedex_lora.recipe import DataSpec, Recipe, task_spec
 from fedex_lora.runs.export import export_model
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task
 
 CATS = ("cat", "dog")
-TASK = build_task(TaskSpec(kind="image-classification", labels=list(CATS)))
-DIGITS = build_task(TaskSpec(kind="image-classification"), LABELS)
+TASK = build_task(task_spec(kind="image-classification", labels=list(CATS)))
+DIGITS = build_task(task_spec(kind="image-classification"), LABELS)
 PLAIN = transformers.AutoModelForImageClassification
 # random features of which a linear head makes something at once
 SIZE = {"image_size": 8, "hidden_size": 64, "num_hidden_layers": 1, "initializer_range": 0.2}

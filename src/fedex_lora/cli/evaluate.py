@@ -29,7 +29,7 @@ from fedex_lora.data.load import SOURCES
 from fedex_lora.data.read import SUFFIXES, kind
 from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import Recipe
+from fedex_lora.recipe import Recipe, spec_of
 from fedex_lora.recipe.reader import Places, recipe_of
 from fedex_lora.runs.evaluation import OnProgress, kind_of, load_subject, model_block
 from fedex_lora.runs.evaluation import evaluate as evaluate_subject
@@ -49,7 +49,6 @@ Data = Annotated[
 Split = Annotated[str | None, typer.Option("--split", help="One split; all labelled ones if not.")]
 
 _BLOCKS = ("model", "task", "data", "evaluation.batch_size", "engine.threads", "seed")
-_GENERATE = ("e2e", "math", "commonsense")  # kinds whose scores are of generated texts
 
 
 @app.command()
@@ -86,7 +85,7 @@ def evaluate(
 def _keeps_texts(run: Recipe) -> bool:
     """Whether a run's own evaluation is of texts that one model generates for the server's rows."""
     alone = not METHODS[run.method.name].exchanges
-    return run.task.generate and run.evaluation.where == "server" and not alone
+    return run.task.generates and run.evaluation.where == "server" and not alone
 
 
 def _evaluate_run(run: Path, round: str) -> None:
@@ -155,7 +154,8 @@ def _task(text: str, sets: list[str]) -> dict[str, Any]:
     kind, _, name = text.partition("/")
     block: dict[str, Any] = {"kind": kind, **({"name": name} if name else {})}
     answers = any(s.startswith(("task.generate", "task.score", "task=")) for s in sets)
-    return block | ({"generate": True} if kind in _GENERATE and not answers else {})
+    spec = spec_of(kind)
+    return block | (dict(spec.scored) if spec and not answers else {})
 
 
 def _data(text: str) -> dict[str, Any]:

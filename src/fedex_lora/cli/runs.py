@@ -229,9 +229,7 @@ def recipes(directory: Path = Path("recipes")) -> None:
         except UserError as error:
             rows.append([str(file), "-", "-", str(error).splitlines()[0]])
             continue
-        rows.append(
-            [str(file), spec.method.name, spec.task.name or spec.task.kind, spec.model.name]
-        )
+        rows.append([str(file), spec.method.name, spec.task.title, spec.model.name])
     show_table(console, ["recipe", "method", "task", "model"], rows)
     if grids:
         show_table(console, ["grid", "runs", "methods", "varies"], grids)

@@ -36,8 +36,13 @@ def check(problems: Iterable[Problem]) -> None:
     """Raises what pydantic reports as an error, with all problems, if there are any."""
     found = list(problems)
     if found:
-        text = "; ".join(f"{path}: {what}" for path, what in found)
-        raise PydanticCustomError("fields", "{text}", {"text": text, "found": found})
+        raise fault(found)
+
+
+def fault(found: list[Problem]) -> PydanticCustomError:
+    """What pydantic reports as an error, with these problems."""
+    text = "; ".join(f"{path}: {what}" for path, what in found)
+    return PydanticCustomError("fields", "{text}", {"text": text, "found": found})
 
 
 def did_you_mean(wrong: object, known: Iterable[str]) -> str:

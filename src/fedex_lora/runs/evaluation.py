@@ -301,8 +301,7 @@ def _name(subject: Subject, task: Task, key: str) -> str:
 
 def _digest(subject: Subject, recipe: Recipe, encoded: Mapping[str, Dataset]) -> str:
     """SHA-256 of all that decides the outputs but for rounding: weights, task and rows."""
-    unset = None if recipe.task.columns else {"columns"}  # as before there was this key
-    digest = hashlib.sha256(recipe.task.model_dump_json(exclude=unset).encode())
+    digest = hashlib.sha256(recipe.task.model_dump_json().encode())
     state = subject.model.module.state_dict() | dict(subject.beside)
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -315,7 +315,7 @@ class RemoteEngine:
             known = self.guests.known
             known[client] = replace(known[client], held=None)
         if kind == "scores" and not run.trains:
-            found = check_scores(said(Scored, about).scores, self.stage.task.primary)
+            found = check_scores(said(Scored, about).scores, self.stage.task)
             asked = run.exchange.scored and self.guests.known[client].validation
             counted = found if asked else {}
             return Scores(client, counted, self._resent(run, client))

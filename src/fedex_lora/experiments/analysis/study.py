@@ -249,7 +249,7 @@ def _task_names(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, str]:
     for run, key in zip(runs, keys):
         if key not in names:
             spec = run.recipe.task
-            base = spec.name or f"{run.recipe.name} ({spec.kind})"
+            base = getattr(spec, "name", None) or f"{run.recipe.name} ({spec.kind})"
             same = sum(n.partition(" [")[0] == base for n in names.values())
             names[key] = f"{base} [{same + 1}]" if same else base
     return names

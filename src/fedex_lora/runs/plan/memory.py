@@ -110,11 +110,8 @@ def activations(recipe: Recipe, config: Any) -> int:
         kept = layer + layers * tokens * hidden
     else:
         kept = layer * layers
-    vocabulary = 0 if recipe.task.kind in _NO_LOGITS else getattr(config, "vocab_size", 0)
+    vocabulary = getattr(config, "vocab_size", 0) if recipe.task.vocabulary else 0
     return kept * _itemsize(recipe) + 3 * tokens * vocabulary * _FLOAT32
-
-
-_NO_LOGITS = ("glue", "text-classification", "image-classification")
 
 
 def _exchanged(settings: Settings, model: Architecture) -> int:

@@ -6,17 +6,15 @@ Hu et al., arXiv 2304.01933; section 4 and appendix C of arXiv 2410.09432.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field
 
 from fedex_lora.errors import UserError, shown
-from fedex_lora.recipe import COMMONSENSE
+from fedex_lora.recipe import Problem, TaskSpec, did_you_mean, register_task
 from fedex_lora.tasks.base import (
     IGNORED,
     LineOf,
@@ -35,10 +33,13 @@ from fedex_lora.tasks.language import (
     prompt_of,
     row_losses,
 )
+from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
+from fedex_lora.tasks.metrics import SHARE
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.prompted import (
     Verdict,
     asked,
+    check_room,
     evaluate_generated,
     evaluation_rows,
     training_rows,
@@ -69,7 +70,10 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 """How a data set names its options; a question of those with `answer1` has some of them."""
 
 
-def commonsense(name: str | None, max_new_tokens: int, generate: bool, likelihood: bool) -> Task:
+COMMONSENSE = tuple(OPTIONS)
+
+
+class Commonsense(TaskSpec):
     """Choosing among the options that a row's instruction lists.
 
     Rows have the columns `instruction`, `output` ("the correct answer is X"), `answer` (X) and
@@ -77,34 +81,56 @@ def commonsense(name: str | None, max_new_tokens: int, generate: bool, likelihoo
     The loss is over `output` and the end-of-text token. There is an evaluation split for each data
     set; of those that are there the mean accuracy is told too.
 
-    Args:
+    Attributes:
         name: The one data set whose rows these are; None for any of the eight.
-        max_new_tokens: Of a generated answer.
         generate: Accuracy of greedy answers: the first name of an option in a text, in small
             letters, is the model's choice, as in LLM-Adapters' evaluation.
-        likelihood: Accuracy of the likeliest option: the largest log p(RESPONSE of X | prompt),
-            summed over its tokens. It is not divided by length: within a row these texts differ
-            in the last word alone. The end-of-text token is not scored. Of equally likely options
-            it is the first.
+        score: `likelihood`: accuracy of the likeliest option: the largest log p(RESPONSE of X |
+            prompt), summed over its tokens. It is not divided by length: within a row these texts
+            differ in the last word alone. The end-of-text token is not scored. Of equally likely
+            options it is the first.
     """
-    primary = "accuracy" if generate or likelihood else "perplexity"
-    evaluate = evaluate_loss
-    if likelihood:
-        evaluate = _evaluate_likelihood
-    elif generate:
-        evaluate = partial(_evaluate_generated, Decoding(max_new_tokens))
-    task = language_task(
-        f"commonsense/{name}" if name else "commonsense",
-        ("instruction", "output", "answer"),
-        primary=primary,
-        check=partial(_check, name),
-        encode=_encode,
-        encode_evaluation=_encode_evaluation,
-        evaluate=evaluate,
-    )
-    sets = (name,) if name else COMMONSENSE
-    splits = ("validation", "test", *sets)
-    return replace(task, evaluation_splits=splits, average_over=sets)
+
+    scored: ClassVar[Mapping[str, Any]] = {"generate": True}
+
+    name: str | None = None
+    max_new_tokens: int = Field(default=64, ge=1, le=10**7)  # of a generated answer
+    generate: bool = False
+    score: Literal["generation", "likelihood"] = "generation"
+
+    def renamable(self) -> Sequence[str]:
+        return "instruction", "input", "output", "answer"
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.name is not None and self.name not in COMMONSENSE:
+            near = did_you_mean(self.name, COMMONSENSE)
+            yield "name", f"expected one of {_names(COMMONSENSE)}{near}"
+        if self.score == "likelihood" and self.generate:
+            yield "generate", "with `score: likelihood` nothing is generated; leave it out"
+
+    def build(self, labels: Sequence[str] | None) -> Task:
+        likelihood = self.score == "likelihood"
+        evaluate = evaluate_loss
+        if likelihood:
+            evaluate = _evaluate_likelihood
+        elif self.generate:
+            evaluate = partial(_evaluate_generated, Decoding(self.max_new_tokens))
+        task = language_task(
+            f"commonsense/{self.name}" if self.name else "commonsense",
+            ("instruction", "output", "answer"),
+            {"accuracy": SHARE} if self.generate or likelihood else {},
+            check=partial(_check, self.name),
+            encode=_encode,
+            encode_evaluation=_encode_evaluation,
+            evaluate=evaluate,
+            check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
+        )
+        sets = (self.name,) if self.name else COMMONSENSE
+        return replace(task, evaluation_splits=("validation", "test", *sets), average_over=sets)
+
+
+register_task("commonsense", Commonsense)
 
 
 def options(instruction: str, answer: str) -> tuple[str, ...]:

@@ -7,54 +7,72 @@ Novikova et al. 2017, arXiv 1706.09254; with GPT-2 and LoRA: Hu et al., arXiv 21
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field
 
 from fedex_lora.errors import shown
+from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks import nlg
 from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, refuse_first
 from fedex_lora.tasks.generation import Decoding, verdicts
 from fedex_lora.tasks.language import evaluate_loss, language_task
+from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
+from fedex_lora.tasks.metrics import SHARE, Metric
 from fedex_lora.tasks.outputs import Outputs
-from fedex_lora.tasks.prompted import answered, evaluation_rows, training_rows
+from fedex_lora.tasks.prompted import answered, check_room, evaluation_rows, training_rows
 
 MEANING, REFERENCE = "meaning_representation", "human_reference"
+
+METRICS: Mapping[str, Metric] = {
+    **dict.fromkeys(("BLEU", "METEOR", "ROUGE_L"), SHARE),
+    "NIST": Metric(range=(0.0, 100.0)),
+    "CIDEr": Metric(range=(0.0, 10.0)),
+}
 
 LENGTH_PENALTY = 0.9
 NO_REPEAT_NGRAM = 4
 
 
-def e2e(max_new_tokens: int, generating: bool, num_beams: int) -> Task:
+class E2E(TaskSpec):
     """Putting meaning representations into words.
 
     The prompt is the meaning representation, `linearised`, and ` ||`; the loss is over a space,
     the reference, and the end-of-text token. Training rows longer than `max_length` are left out.
 
-    `loss` and `perplexity` are over all evaluation rows. With `generating`, one text is generated
+    `loss` and `perplexity` are over all evaluation rows. With `generate`, one text is generated
     for each meaning representation, by beam search with length penalty 0.9 and without repeated
     4-grams (table 11 of Hu et al.), and scored against all references that the evaluation rows
     have for it: `BLEU`, `NIST`, `METEOR`, `ROUGE_L` and `CIDEr` of `nlg.score`. A sample of the
     rows (`data.evaluation_examples`) therefore also means fewer references each.
-
-    Args:
-        max_new_tokens: Of a generated text.
-        generating: Whether to generate texts when evaluating; else there is the loss alone.
-        num_beams: Of the beam search.
     """
-    decoding = Decoding(max_new_tokens, num_beams, LENGTH_PENALTY, NO_REPEAT_NGRAM)
-    return language_task(
-        "e2e",
-        (MEANING, REFERENCE),
-        primary="BLEU" if generating else "perplexity",
-        check=partial(_check, generating),
-        encode=_encode,
-        encode_evaluation=_encode_evaluation,
-        evaluate=partial(_evaluate, decoding) if generating else evaluate_loss,
-    )
+
+    scored: ClassVar[Mapping[str, Any]] = {"generate": True}
+
+    max_new_tokens: int = Field(default=64, ge=1, le=10**7)
+    generate: bool = False  # generate texts when evaluating; else there is the loss alone
+    num_beams: int = Field(default=10, ge=1, le=10**4)  # 10 in the paper
+
+    def renamable(self) -> Sequence[str]:
+        return MEANING, REFERENCE
+
+    def build(self, labels: Sequence[str] | None) -> Task:
+        decoding = Decoding(self.max_new_tokens, self.num_beams, LENGTH_PENALTY, NO_REPEAT_NGRAM)
+        return language_task(
+            "e2e",
+            (MEANING, REFERENCE),
+            METRICS if self.generate else {},
+            check=partial(_check, self.generate),
+            encode=_encode,
+            encode_evaluation=_encode_evaluation,
+            evaluate=partial(_evaluate, decoding) if self.generate else evaluate_loss,
+            check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
+        )
+
+
+register_task("e2e", E2E)
 
 
 def linearised(meaning: str) -> str | None:

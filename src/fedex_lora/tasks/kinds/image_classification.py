@@ -4,59 +4,89 @@ Images stay as they are stored and are made into pixels batch by batch: as float
 photographs would be some hundred times its size.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, Image, config
-from torch import nn
-
 from fedex_lora.errors import UserError
+from fedex_lora.recipe import Problem, TaskSpec, register_task
 from fedex_lora.tasks.base import Batch, Collate, LineOf, Task, check_columns, evaluating, one_based
-from fedex_lora.tasks.classification import Columns, check_labels, codes, scores
+from fedex_lora.tasks.classification import (
+    Columns,
+    agreed_labels,
+    check_labels,
+    codes,
+    label_problems,
+    read_as,
+    scores,
+)
+from fedex_lora.tasks.lazy import Dataset, datasets, nn, torch
 from fedex_lora.tasks.outputs import Outputs
 
 METRICS = ("accuracy", "macro_f1")  # the first is the primary one
 
 
-def image_classification(image_column: str, label_column: str, labels: tuple[str, ...]) -> Task:
+class ImageClassification(TaskSpec):
     """Classification of one image into the agreed `labels`, which are read as those of texts are.
 
     Colours are what transformers' own pipeline makes of an image: RGB, turned as its EXIF says.
-
-    Raises:
-        UserError: Pillow is not installed.
     """
-    if not config.PIL_AVAILABLE:
-        raise UserError(
-            "task.kind: image-classification needs Pillow; install it with: "
-            "pip install 'fedex-lora[images]'"
+
+    vocabulary = False
+
+    labels: list[str] | None = None  # all of them, in the order that all clients agree on
+    image_column: str = "image"
+    label_column: str = "label"
+
+    @property
+    def lacks_labels(self) -> bool:
+        return self.labels is None
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from label_problems(self.labels)
+        for key in ("max_length", "evaluation_max_length"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                yield key, f"a task of kind {self.kind} does not use it"
+
+    def build(self, labels: Sequence[str] | None) -> Task:
+        if find_spec("PIL") is None:
+            raise UserError(
+                "task.kind: image-classification needs Pillow; install it with: "
+                "pip install 'fedex-lora[images]'"
+            )
+        names, image = agreed_labels(self.labels, labels), self.image_column
+        keys = ("image_column", "label_column")
+        columns = Columns((image,), self.label_column, names, keys)
+        return Task(
+            name="image-classification",
+            auto_model="AutoModelForImageClassification",
+            peft_task_type=None,
+            columns=(image, self.label_column),
+            evaluation_splits=("validation", "test"),
+            primary=METRICS[0],
+            metrics=read_as(METRICS),
+            check=partial(_check, columns),
+            encode=partial(_encode, columns),
+            collator=partial(_collator, image),
+            evaluate=partial(_evaluate, image),
+            labels=names,
+            stratify=self.label_column,
+            image=image,
         )
-    columns = Columns((image_column,), label_column, labels, ("image_column", "label_column"))
-    return Task(
-        name="image-classification",
-        auto_model="AutoModelForImageClassification",
-        peft_task_type=None,
-        columns=(image_column, label_column),
-        evaluation_splits=("validation", "test"),
-        primary=METRICS[0],
-        higher_is_better=True,
-        check=partial(_check, columns),
-        encode=partial(_encode, columns),
-        collator=partial(_collator, image_column),
-        evaluate=partial(_evaluate, image_column),
-        labels=labels,
-        stratify=label_column,
-        image=image_column,
-    )
+
+
+register_task("image-classification", ImageClassification)
 
 
 def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
     (column,) = columns.texts
     check_columns(rows, (column, columns.label), where, columns.keys)
-    if not isinstance(rows.features[column], Image):
+    if not isinstance(rows.features[column], datasets.Image):
         raise UserError(
             f"{where}: column '{column}' holds no images; name the column that does "
             "(task.image_column)."
@@ -69,7 +99,7 @@ def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_ba
 
 def _stored(rows: Dataset, column: str) -> Iterator[dict[str, Any] | None]:
     """The cells as `{"bytes": ..., "path": ...}`, one at a time."""
-    raw = rows.select_columns([column]).cast_column(column, Image(decode=False))
+    raw = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return (row[column] for row in raw)  # type: ignore[index]
 
 
@@ -79,7 +109,7 @@ def _problem(cell: dict[str, Any] | None) -> str:
     if cell["bytes"] is None and not Path(cell["path"]).is_file():  # nor is it fetched
         return f"{cell['path']}: no such file"
     try:
-        Image(mode="RGB").decode_example(cell)
+        datasets.Image(mode="RGB").decode_example(cell)
     except Exception as error:  # Pillow's many decoders raise many kinds
         at = f"{cell['path']} " if cell["path"] else ""
         return f"{at}is no image that can be read ({type(error).__name__})"
@@ -90,7 +120,7 @@ def _encode(columns: Columns, rows: Dataset, tokenizer: Any, max_length: int) ->
     (column,) = columns.texts
     code = codes(columns, rows)
     labels = [code(value) for value in rows[columns.label]]
-    images = rows.select_columns([column]).cast_column(column, Image(mode="RGB"))
+    images = rows.select_columns([column]).cast_column(column, datasets.Image(mode="RGB"))
     return images.add_column("labels", labels)  # type: ignore[call-arg]
 
 

@@ -10,21 +10,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard
 
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field
 
 from fedex_lora.errors import UserError
+from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks import answers, latex
 from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import evaluate_loss, language_task
+from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
+from fedex_lora.tasks.metrics import SHARE
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.prompted import (
     Verdict,
     accuracy,
+    check_room,
     evaluate_generated,
     evaluation_rows,
     training_rows,
@@ -42,6 +44,8 @@ FORMS: Mapping[str, tuple[str, str]] = {
     "math": ("problem", "solution"),
 }
 """The columns of question and worked solution by which a row's data set is recognised."""
+
+METRICS = dict.fromkeys(("accuracy", *(f"accuracy_{form}" for form in FORMS)), SHARE)
 
 SPLITS = ("validation", "test", "test_gsm8k", "test_math")
 
@@ -67,9 +71,7 @@ class Problem:
         return self.own or answers.final(self.solution)
 
 
-def arithmetic(
-    name: str | None, max_new_tokens: int, generate: bool, compare: Literal["latex", "string"]
-) -> Task:
+class Math(TaskSpec):
     """Solving word problems; rows of MetaMathQA, GSM8K and MATH are told apart by their columns.
 
     The loss is over the worked solution as published, and the end-of-text token. With `generate`
@@ -80,26 +82,40 @@ def arithmetic(
     Where a split has rows of several data sets, there is an accuracy of each too, e.g.
     `accuracy_gsm8k`.
 
-    Args:
+    Attributes:
         name: The data set that training rows must be of; None for any. Evaluation rows may be
             of any.
-        max_new_tokens: Of a generated solution.
-        generate: Whether to generate solutions when evaluating; else there is the loss alone.
         compare: `latex`: answers are right if math-verify finds them the same in mathematics (see
             `latex.equal_latex`). `string`: if they are spelled the same but for layout, or are the
             same number (see `answers.equal`).
     """
-    evaluate = partial(_evaluate, Decoding(max_new_tokens), compare) if generate else evaluate_loss
-    task = language_task(
-        f"math/{name}" if name else "math",
-        (),
-        primary="accuracy" if generate else "perplexity",
-        check=partial(_check, generate and compare == "latex"),
-        encode=partial(_encode, name),
-        encode_evaluation=partial(_encode_evaluation, generate),
-        evaluate=evaluate,
-    )
-    return replace(task, evaluation_splits=SPLITS)
+
+    scored: ClassVar[Mapping[str, Any]] = {"generate": True}
+
+    name: Literal["metamath", "gsm8k", "math"] | None = None
+    max_new_tokens: int = Field(default=64, ge=1, le=10**7)  # of a generated solution
+    generate: bool = False  # generate solutions when evaluating; else there is the loss alone
+    compare: Literal["latex", "string"] = "latex"
+
+    def renamable(self) -> Sequence[str]:
+        return "query", "response", "question", "problem", "solution", "answer"
+
+    def build(self, labels: Sequence[str] | None) -> Task:
+        answering = partial(_evaluate, Decoding(self.max_new_tokens), self.compare)
+        task = language_task(
+            f"math/{self.name}" if self.name else "math",
+            (),
+            METRICS if self.generate else {},
+            check=partial(_check, self.generate and self.compare == "latex"),
+            encode=partial(_encode, self.name),
+            encode_evaluation=partial(_encode_evaluation, self.generate),
+            evaluate=answering if self.generate else evaluate_loss,
+            check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
+        )
+        return replace(task, evaluation_splits=SPLITS)
+
+
+register_task("math", Math)
 
 
 def problem(row: Mapping[str, Any]) -> Problem | None:
