@@ -134,3 +134,28 @@ def tally(counts: Mapping[str, int], most: int = MOST) -> str:
     least, largest = min(counts.values()), max(counts.values())
     span = f"{least:,}" if least == largest else f"{least:,} to {largest:,}"
     return f"{len(counts)} clients with {span}, {sum(counts.values()):,} in all"
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """A figure with a real minus, and on request a plus; "-" where there is none.
+
+    Example:
+        >>> number(-0.5), number(0.5, 1, sign=True), number(None)
+        ('−0.5000', '+0.5', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def size(count: float) -> str:
+    """A number of bytes.
+
+    Example:
+        >>> size(0), size(1234), size(5_000_000)
+        ('0', '1.2 kB', '5.0 MB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f}"
