@@ -16,9 +16,9 @@ from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.cli.common import app, comma_separated, console, say, whole_number
 from fedex_lora.cli.display import show_table
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, size
 from fedex_lora.experiments.analysis.plots import style
-from fedex_lora.experiments.compare import markdown_table, size
+from fedex_lora.experiments.compare import markdown_table
 from fedex_lora.experiments.cost.cost import (
     Cost,
     Shapes,

@@ -12,10 +12,8 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from fedex_lora.errors import some, tally
-from fedex_lora.experiments.compare import size
+from fedex_lora.errors import number, size, some, tally
 from fedex_lora.federation.loop import Record
-from fedex_lora.runs.rundir import number
 from fedex_lora.runs.watch import Start
 
 _WIDEST = 10_000  # characters in a line

@@ -28,14 +28,14 @@ from fedex_lora.cli.display import show_table
 from fedex_lora.data.load import SOURCES
 from fedex_lora.data.read import SUFFIXES, kind
 from fedex_lora.engines.setup import set_up
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, number
 from fedex_lora.recipe import Recipe, spec_of
 from fedex_lora.recipe.reader import Places, recipe_of
 from fedex_lora.runs.evaluation import OnProgress, kind_of, load_subject, model_block
 from fedex_lora.runs.evaluation import evaluate as evaluate_subject
 from fedex_lora.runs.reopened import read_round
 from fedex_lora.runs.run import local_engine
-from fedex_lora.runs.rundir import RunDir, number
+from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.scoring import evaluate as evaluate_state
 
 What = Annotated[str, typer.Argument(help="A run, a model (hub id or path) or a PEFT adapter.")]

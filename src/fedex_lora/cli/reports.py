@@ -17,7 +17,8 @@ from fedex_lora.cli.display import show_table
 from fedex_lora.disk import write_atomic
 from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis import deviation as dev
-from fedex_lora.experiments.analysis.claims import CLAIMS, findings
+from fedex_lora.experiments.analysis.claims import CLAIMS
+from fedex_lora.experiments.analysis.evidence import findings
 from fedex_lora.experiments.analysis.runs import read_runs
 from fedex_lora.experiments.analysis.study import study
 from fedex_lora.experiments.report.write import write_report

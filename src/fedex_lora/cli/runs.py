@@ -33,7 +33,7 @@ from fedex_lora.cli.common import (
     whole_number,
 )
 from fedex_lora.cli.display import show_table
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, number
 from fedex_lora.experiments.compare import client_table, compare, difference_table, table
 from fedex_lora.experiments.grid.spec import grid_row, is_grid
 from fedex_lora.recipe import Recipe
@@ -42,7 +42,7 @@ from fedex_lora.runs.card import loading_lines
 from fedex_lora.runs.export import Exported, default_name, export_adapter, export_model, is_export
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import resume_run, start_run
-from fedex_lora.runs.rundir import RunDir, number
+from fedex_lora.runs.rundir import RunDir
 
 Deployment = Annotated[
     Path, typer.Option(help="Engine flower: the folder that `deploy init` made.")

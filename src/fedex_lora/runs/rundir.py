@@ -372,8 +372,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A score for people; "-" for one that is no finite number."""
-    return "-" if value is None else f"{value:.{digits}f}"
