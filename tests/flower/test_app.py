@@ -113,7 +113,9 @@ class Flower:
         self.folder, self.port = folder, free_port()
         (folder / "home").mkdir()
         address = f'address = "127.0.0.1:{self.port}"'
-        (folder / "home" / "config.toml").write_text(f"[superlink.here]\n{address}\ninsecure = true\n")
+        (folder / "home" / "config.toml").write_text(
+            f"[superlink.here]\n{address}\ninsecure = true\n"
+        )
         own = Path(sys.executable).parent
         self.environment = {
             **os.environ,

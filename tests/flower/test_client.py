@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UserError
-from fedex_lora.flower import load_global, save_global
 from fedex_lora.flower import arrays as wire
+from fedex_lora.flower import load_global, save_global
 
 P = wire.PREFIX
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -207,7 +207,10 @@ Q = "transformer.h.0.attn.c_attn"
             lambda t, base, c: [t.pop(f"{P}{Q}.lora_{x}.weight") for x in "AB"],
             f"{Q}: a LoRA layer that this model alone has",
         ),
-        (lambda t, base, c: t.update({f"{P}x.weight": torch.ones(1)}), "model has none of that name"),
+        (
+            lambda t, base, c: t.update({f"{P}x.weight": torch.ones(1)}),
+            "model has none of that name",
+        ),
         (lambda t, base, c: base.update({Q: Delta(torch.ones(3, 3))}), "a residual of shape"),
         (lambda t, base, c: c.update({wire.SCALES: [2.0] * 6}), "scale is 1.66667 here and 2 at"),
     ],

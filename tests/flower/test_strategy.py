@@ -49,7 +49,10 @@ class World:
     def config(self) -> LoraConfig:
         ranks = {name: r for name, (_, _, r) in self.layers.items()}
         return LoraConfig(
-            r=99, lora_alpha=self.alpha, rank_pattern=ranks, use_rslora=self.rslora  # type: ignore
+            r=99,
+            lora_alpha=self.alpha,
+            rank_pattern=ranks,
+            use_rslora=self.rslora,  # type: ignore
         )
 
     def scale(self, layer: str) -> float:
@@ -366,7 +369,10 @@ def _nan(t):
 
 BAD = {
     "another rank": (other_tensors(_rank), "shape (4, 31); expected (3, 31)"),
-    "a name is missing": (other_tensors(lambda t: t.pop(f"{Q}A.weight")), "lora_A.weight' is missi"),
+    "a name is missing": (
+        other_tensors(lambda t: t.pop(f"{Q}A.weight")),
+        "lora_A.weight' is missi",
+    ),
     "another name": (other_tensors(lambda t: t.update({"x": torch.ones(1)})), "'x' was not sent"),
     "NaN": (other_tensors(_nan), "lora_B.weight' has an entry of nan"),
     "no num-examples": (
@@ -421,7 +427,10 @@ def _initial(change) -> ArrayRecord:
     [
         (_rank, "lora_config gives it rank 3"),
         (lambda t: t.pop(f"{Q}A.weight"), "expected A and B of h.0.q"),
-        (lambda t: t.update({f"{P}q.lora_A.default.weight": torch.ones(1)}), "no name of an adapter"),
+        (
+            lambda t: t.update({f"{P}q.lora_A.default.weight": torch.ones(1)}),
+            "no name of an adapter",
+        ),
         (lambda t: [t.pop(n) for n in list(t) if "lora" in n], "hold no LoRA factors"),
     ],
 )

@@ -4,9 +4,9 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from peft import get_peft_model_state_dict
-from tiny_llm.model import ROWS, get_model, loss_on
 
 from fedex_lora.flower import load_global
+from tiny_llm.model import ROWS, get_model, loss_on
 
 app = ClientApp()
 

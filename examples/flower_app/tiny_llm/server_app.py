@@ -4,9 +4,9 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from peft import get_peft_model_state_dict
-from tiny_llm.model import ROWS, get_model, loss_on
 
 from fedex_lora.flower import FedExLora, load_global, save_global
+from tiny_llm.model import ROWS, get_model, loss_on
 
 app = ServerApp()
 

@@ -1,4 +1,4 @@
-"""Runs across machines, and exact aggregation in other Flower apps; the only part that knows Flower.
+"""Runs across machines, and a strategy for other Flower apps; the only part that knows Flower.
 
 Nothing is imported before it is asked for: neither torch nor flwr.
 """

@@ -58,7 +58,9 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, D
     for layer, part in parts.items():
         if part.keys() not in ({"dense"}, {"left", "right"}):
             raise UserError(f"{layer}: its residual has {sorted(part)}; expected left and right")
-        base[layer] = Delta(part["dense"]) if "dense" in part else Delta(part["left"], part["right"])
+        base[layer] = (
+            Delta(part["dense"]) if "dense" in part else Delta(part["left"], part["right"])
+        )
     return adapter, base
 
 

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
 from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
-from fedex_lora.aggregation.delta import Delta
-from fedex_lora.aggregation.methods import METHODS, get_method
+from fedex_lora.aggregation.delta import Delta, concat
+from fedex_lora.aggregation.methods import get_method
 from fedex_lora.errors import UpdateRefused, UserError, some
 from fedex_lora.federation.checks import LARGEST
 from fedex_lora.flower import arrays as wire
+from fedex_lora.flower.growing import grown
 from fedex_lora.model.plain import configured, unsupported
 
 SERVED = ("fedex", "fedex-svd", "fedit", "ffa")
@@ -192,7 +193,8 @@ class FedExLora(FedAvg):
 
     def _begin(self, arrays: ArrayRecord) -> None:
         """Learns the layers from the initial arrays, which may have a T already."""
-        tensors, self._base = wire.split(wire.tensors_of(arrays))
+        tensors, base = wire.split(wire.tensors_of(arrays))
+        self._base = {name: delta.wire_form() for name, delta in base.items()}
         self._carry, self._next = {}, None
         self._layers = {}
         for layer, names in wire.layers_of(tensors).items():
@@ -238,7 +240,9 @@ class FedExLora(FedAvg):
         }
         return _record(self._sent), ConfigRecord({**config, **about})
 
-    def _accepted(self, valid: list[Message]) -> tuple[list[Message], list[tuple[float, AdapterState]]]:
+    def _accepted(
+        self, valid: list[Message]
+    ) -> tuple[list[Message], list[tuple[float, AdapterState]]]:
         """The replies that can be aggregated, in the order of their nodes."""
         taken, states, refused = [], [], []
         for message in sorted(valid, key=lambda message: message.metadata.src_node_id):
@@ -251,7 +255,7 @@ class FedExLora(FedAvg):
         if refused and len(taken) < max(1, self.min_train_nodes):
             raise UserError(
                 f"{len(taken)} replies can be aggregated, min_train_nodes is "
-                f"{self.min_train_nodes}; refused: {'; '.join(some(refused).split(chr(10)))}"
+                f"{self.min_train_nodes}; refused: {some(refused, 3)}"
             )
         return taken, states
 
@@ -301,20 +305,14 @@ class FedExLora(FedAvg):
         base, carry = dict(self._base), {}
         for layer in sorted({*result.increment, *self._carry}):
             parts = [part[layer] for part in (result.increment, self._carry) if layer in part]
-            new = sum(parts[1:], parts[0])
+            new = concat(parts) if parts[1:] else parts[0]
             if self._truncated and not (last and self._carries):
                 new, cut = new.split(self._rank or 0)
                 if self._carries and cut.rank:
                     carry[layer] = cut
-            total = base[layer] + new if layer in base else new
-            # a matrix gains nothing from an SVD: factors were larger when it came to be
-            total = total.smaller()
-            if total.right is not None:
-                total = total.compress()
-            if total.right is None or total.rank:
-                base[layer] = total
-            else:
-                base.pop(layer, None)
+            base[layer] = grown(base.get(layer), new)
+            if not base[layer].rank:  # nothing, so far
+                del base[layer]
         return base, carry
 
     def _report(self, result: Aggregate) -> None:
@@ -351,8 +349,8 @@ def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Non
     ):
         if names:
             raise UpdateRefused(
-                f"array {min(names)!r} {what}; expected the {len(expected)} arrays of round 1 under "
-                "the same names"
+                f"array {min(names)!r} {what}; expected the {len(expected)} arrays of round 1, "
+                "under the same names"
             )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
