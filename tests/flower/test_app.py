@@ -83,8 +83,7 @@ def same(found: Weights, right: Weights, w0: Weights) -> None:
     """To rounding, relative to the change."""
     for name, g in right.items():
         error = torch.linalg.norm(found[name] - g) / torch.linalg.norm(g - w0[name])
-        print(error)
-        assert error < 1e-4, (name, error)
+        assert error < 1e-5, (name, error)
 
 
 def test_in_this_process(app, tmp_path):

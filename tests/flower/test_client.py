@@ -233,7 +233,7 @@ def test_a_residual_that_is_no_safetensors_file_is_named():
 
 def test_a_plain_model_has_no_adapter():
     model = peft_model("gpt2")
-    with pytest.raises(UserError, match="expected one from peft.get_peft_model"):
+    with pytest.raises(UserError, match=r"expected one from peft\.get_peft_model"):
         load_global(base_model("gpt2"), message(*drawn(model, 1)))
     model.merge_adapter()
     with pytest.raises(UserError, match="unmerge it first"):

@@ -23,6 +23,7 @@ from peft import LoraConfig
 
 from fedex_lora.errors import UserError
 from fedex_lora.flower import FedExLora
+from fedex_lora.flower import arrays as wire
 from fedex_lora.flower.arrays import RESIDUAL, received
 from flower.nodes import InProcess, failure, identity, reply, served  # noqa: F401
 
@@ -192,6 +193,16 @@ def test_the_residual_is_sent_at_its_rank_until_the_matrix_is_smaller(world):
     assert ranks == [0, 4, 8, 12, 16, 20, "dense", "dense"]
 
 
+def test_what_no_config_record_can_hold_is_an_array_record(world, monkeypatch):
+    monkeypatch.setattr(wire, "MOST", 100)
+    grid = world.grid()
+    found = FedExLora(world.config).start(grid, world.initial(), num_rounds=2)
+    assert close(world.change(found.arrays), world.oracle())
+    assert close(world.change(grid.sent[-1].content), world.oracle())
+    assert len(grid.sent[-1].content.array_records) == 2
+    assert not grid.sent[-1].content["config"][RESIDUAL]
+
+
 def test_a_run_goes_on_from_another_one_s_result(world):
     first = FedExLora(world.config).start(world.grid(), world.initial(), num_rounds=2)
     before = world.oracle()
@@ -260,8 +271,8 @@ def test_arrival_decides_nothing(world):
         initial = fresh.initial()
         answers = [fresh.draw() for _ in world.weights]
         grid.clients = {
-            7 + i: lambda m, i=i: reply(m, answers[i], num_examples=world.weights[i])
-            for i in range(3)
+            7 + i: lambda m, n=n, answer=answer: reply(m, answer, num_examples=n)
+            for i, (n, answer) in enumerate(zip(world.weights, answers))
         }
         strategy = FedExLora(world.config, fraction_evaluate=0.0)
         found.append(strategy.start(grid, initial, num_rounds=1).arrays.to_torch_state_dict())

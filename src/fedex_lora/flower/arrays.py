@@ -3,7 +3,8 @@
 The adapter and the head travel as one ArrayRecord under PEFT's names, as in any Flower app. The
 base's change since the pretrained weights, T, goes beside them in the message's ConfigRecord, as a
 safetensors blob of named arrays: Flower's mods answer an error to a second ArrayRecord, and to
-names in the first one that a client does not send back.
+names in the first one that a client does not send back. Only a T that is too large for a
+ConfigRecord, which Flower sends in one piece, is a second ArrayRecord.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedex_lora.model.keys import PREFIX
 
 RESIDUAL = "fedex-lora.residual"  # in a ConfigRecord: T, named arrays as safetensors
 SCALES = "fedex-lora.scales"  # of the layers, sorted by name
+MOST = 1 << 30  # bytes of T in a ConfigRecord; Flower's messages end at 2 GiB
 TRAINS = "fedex-lora.trains"  # which factors clients train: "AB" or "B"
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.(?:lora_|lora_embedding_)(?P<factor>[AB])(?:\.weight)?")
@@ -77,7 +79,7 @@ def received(content: RecordDict | ArrayRecord) -> tuple[dict[str, Tensor], dict
     """
     if isinstance(content, ArrayRecord):
         return split(tensors_of(content))
-    records = list(content.array_records.values())
+    records = [r for key, r in content.array_records.items() if key != RESIDUAL]
     if len(records) != 1:
         raise UserError(f"the message has {len(records)} ArrayRecords; expected one, the adapter")
     blob = about(content).get(RESIDUAL, b"")
@@ -85,6 +87,8 @@ def received(content: RecordDict | ArrayRecord) -> tuple[dict[str, Tensor], dict
         base = load(blob) if isinstance(blob, bytes) and blob else {}
     except SafetensorError as error:
         raise UserError(f"the message's residual cannot be read: {error}") from None
+    if RESIDUAL in content.array_records:
+        base = tensors_of(content.array_records[RESIDUAL])
     return split({**tensors_of(records[0]), **base})
 
 

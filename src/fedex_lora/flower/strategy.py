@@ -158,14 +158,15 @@ class FedExLora(FedAvg):
             self._begin(arrays)
         else:
             self._settle(arrays)
-        return super().configure_train(server_round, *self._message(config), grid)
+        return self._with_base(super().configure_train(server_round, *self._message(config), grid))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """As FedAvg; the ConfigRecord brings T."""
         self._settle(arrays)
-        return super().configure_evaluate(server_round, *self._message(config), grid)
+        messages = super().configure_evaluate(server_round, *self._message(config), grid)
+        return self._with_base(messages)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -236,9 +237,21 @@ class FedExLora(FedAvg):
         about = {
             wire.TRAINS: "".join(sorted(self.method.trained(1))),
             wire.SCALES: [self._layers[name].scale for name in sorted(self._layers)],
-            wire.RESIDUAL: wire.packed(self._base),
+            wire.RESIDUAL: b"" if self._is_large() else wire.packed(self._base),
         }
         return _record(self._sent), ConfigRecord({**config, **about})
+
+    def _is_large(self) -> bool:
+        return sum(4 * delta.numbers for delta in self._base.values()) > wire.MOST
+
+    def _with_base(self, messages: Iterable[Message]) -> list[Message]:
+        """The messages, with a T that no ConfigRecord can hold as an ArrayRecord of its own."""
+        sent = list(messages)
+        if self._is_large():
+            record = _record(wire.named(self._base))
+            for message in sent:
+                message.content[wire.RESIDUAL] = record
+        return sent
 
     def _accepted(
         self, valid: list[Message]
