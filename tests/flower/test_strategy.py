@@ -318,6 +318,32 @@ def test_noise_on_the_server_is_not_undone_by_a_residual_without_noise(world, ca
     assert not received(inner.whole(found.arrays))[1]
 
 
+def test_ffa_loses_nothing_to_noise_on_the_server(world, caplog):
+    """A stays; B is the mean with its noise, and that is what clients get."""
+    initial = world.initial()
+    inner = FedExLora(world.config, "ffa", fraction_evaluate=0.0)
+    wrapper = DifferentialPrivacyServerSideFixedClipping(inner, 1e-3, 1e9, 3)
+    grid = world.grid()
+    result = wrapper.start(grid, initial, num_rounds=2)
+    assert "averages were changed" not in caplog.text
+    sent, _ = received(grid.sent[-1].content)
+    old, name = initial.to_torch_state_dict(), f"{P}h.0.q.lora_{{}}.weight".format
+    assert torch.equal(sent[name("A")], old[name("A")])
+    assert torch.equal(received(inner.whole(result.arrays))[0][name("A")], old[name("A")])
+    w = torch.tensor(world.weights) / sum(world.weights)
+    mean = sum(n * one[name("B")] for n, one in zip(w, world.answers[0]))
+    noise = (sent[name("B")] - mean).std()  # 1e-3 · 1e9 / 3
+    assert 0.5 < noise * 3e-6 < 2
+
+
+def test_few_clients_are_told_what_they_give_away(world, caplog):
+    for weights, warned in (([1, 2, 3], True), ([1, 2, 3, 4], False)):
+        caplog.clear()
+        few = World(world.layers, weights)
+        FedExLora(few.config).start(few.grid(), few.initial(), num_rounds=1)
+        assert ("others' factors" in caplog.text) == warned
+
+
 def test_flower_s_mods_see_one_record_with_the_names_they_expect(world):
     """They answer an error to a second ArrayRecord or to other names."""
     for mod, wrap in (
@@ -470,3 +496,9 @@ def test_a_strategy_that_cannot_be(arguments, told):
 def test_nothing_is_imported_before_it_is_asked_for():
     code = "import sys, fedex_lora.flower; assert not {'torch', 'flwr', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_flower_its_extra_is_named():
+    code = "import sys; sys.modules['flwr'] = None; from fedex_lora.flower import FedExLora"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "needs Flower: pip install 'fedex-lora[flower]'" in done.stderr

@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name != "flwr":
+        if (error.name or "").partition(".")[0] != "flwr":
             raise
         raise ImportError(
             f"{__name__}.{name} needs Flower: pip install 'fedex-lora[flower]'"

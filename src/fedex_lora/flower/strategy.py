@@ -27,12 +27,13 @@ from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.methods import get_method
 from fedex_lora.errors import UpdateRefused, UserError, some
-from fedex_lora.federation.checks import LARGEST
 from fedex_lora.flower import arrays as wire
 from fedex_lora.flower.growing import grown
+from fedex_lora.flower.reply import check_like, read_reply
 from fedex_lora.model.plain import configured, unsupported
 
 SERVED = ("fedex", "fedex-svd", "fedit", "ffa")
+FEW = 3  # clients whose factors a round's result gives away, of 3 up to an r × r matrix a layer
 Base = Mapping[str, Delta]
 
 
@@ -110,7 +111,7 @@ class FedExLora(FedAvg):
         log(INFO, "\t├──> Method: %s%s", self.method.source, cut)
         super().summary()
 
-    def start(  # one signature with Strategy.start
+    def start(
         self,
         grid: Grid,
         initial_arrays: ArrayRecord,
@@ -146,9 +147,13 @@ class FedExLora(FedAvg):
         return result
 
     def whole(self, arrays: ArrayRecord) -> ArrayRecord:
-        """These averages, the newest, and T beside them, as named arrays."""
+        """The newest averages as clients get them, and T beside them, as named arrays.
+
+        Args:
+            arrays: What the last round gave, after whatever a wrapper did to it.
+        """
         self._settle(arrays)
-        return ArrayRecord({**dict(arrays), **dict(_record(wire.named(self._base)))})
+        return _record({**self._sent, **wire.named(self._base)})
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -180,6 +185,13 @@ class FedExLora(FedAvg):
         if not valid:
             return None, None
         taken, states = self._accepted(valid)
+        if server_round == 1 and self.method.in_ledger and len(states) <= FEW:
+            log(
+                WARNING,
+                "With %d clients a round, from averages and residual a client can work out the "
+                "others' factors, or come near; more clients hide them better.",
+                len(states),
+            )
         trained = self.method.trained(server_round)
         aggregator = Aggregator(self.method, self._layers, trained, clients=len(states))
         for weight, end in states:
@@ -214,7 +226,7 @@ class FedExLora(FedAvg):
         if not self._sent:
             return self._begin(arrays)
         tensors, _ = wire.split(wire.tensors_of(arrays))
-        _check(tensors, self._sent)
+        check_like(tensors, self._sent)
         same = all(torch.equal(tensors[name], old) for name, old in self._sent.items())
         if self._next and same:
             self._base, self._carry = self._next
@@ -273,34 +285,10 @@ class FedExLora(FedAvg):
         return taken, states
 
     def _read(self, message: Message) -> tuple[float, AdapterState]:
-        content, key = message.content, self.weighted_by_key
-        for kind, found in (
-            ("ArrayRecord", len(content.array_records)),
-            ("MetricRecord", len(content.metric_records)),
-        ):
-            if found != 1:
-                raise UpdateRefused(f"it has {found} {kind}s; expected exactly one")
-        metrics = next(iter(content.metric_records.values()))
-        weight = metrics.get(key)
-        if not isinstance(weight, int | float):
-            raise UpdateRefused(
-                f"its MetricRecord has {f'{weight!r} as' if weight is not None else 'no'} {key!r}; "
-                "expected the number of rows it trained on"
-            )
-        if not 0 < weight < math.inf:
-            raise UpdateRefused(f"{key} is {weight}; expected a positive number")
-        tensors = wire.tensors_of(next(iter(content.array_records.values())))
-        _check(tensors, self._sent)
-        for name, tensor in tensors.items():
-            largest = torch.linalg.vector_norm(tensor, math.inf).item() if tensor.numel() else 0.0
-            if not largest <= LARGEST:
-                raise UpdateRefused(
-                    f"array {name!r} has an entry of {largest}; expected finite numbers, at most "
-                    f"{LARGEST:g}"
-                )
+        weight, tensors = read_reply(message.content, self._sent, self.weighted_by_key)
         if "A" not in self.method.trained(1):  # noise, or a client that did not freeze it
             tensors = self._with_sent_a(tensors)
-        return float(weight), self._state(tensors)
+        return weight, self._state(tensors)
 
     def _state(self, tensors: Mapping[str, Tensor]) -> AdapterState:
         return wire.state_of(tensors, {name: site.scale for name, site in self._layers.items()})
@@ -352,25 +340,6 @@ def _plain(lora_config: LoraConfig | Mapping[str, Any]) -> dict[str, Any]:
     if odd := unsupported(config):
         raise UserError(f"lora_config: {odd}; only plain LoRA is aggregated exactly")
     return config
-
-
-def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises UpdateRefused where names or shapes are not those that were sent."""
-    for names, what in (
-        (expected.keys() - tensors.keys(), "is missing"),
-        (tensors.keys() - expected.keys(), "was not sent"),
-    ):
-        if names:
-            raise UpdateRefused(
-                f"array {min(names)!r} {what}; expected the {len(expected)} arrays of round 1, "
-                "under the same names"
-            )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise UpdateRefused(
-                f"array {name!r} has shape {tuple(tensor.shape)}; expected "
-                f"{tuple(expected[name].shape)}: the model and LoRA rank of round 1"
-            )
 
 
 def _record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
