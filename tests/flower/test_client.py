@@ -19,7 +19,7 @@ P = wire.PREFIX
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
-def base_model(kind: str, dtype: torch.dtype = torch.float32, hidden: int = 24):
+def base_model(kind: str, dtype: torch.dtype = torch.float32, hidden: int = 24, tied: bool = False):
     """Of random weights, the same each time. GPT-2's layers are in × out."""
     if kind == "gpt2":
         config = transformers.GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=40)
@@ -31,6 +31,7 @@ def base_model(kind: str, dtype: torch.dtype = torch.float32, hidden: int = 24):
             num_key_value_heads=2, vocab_size=40,
         )  # fmt: skip
         auto = transformers.AutoModelForCausalLM
+    config.tie_word_embeddings = tied
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         return auto.from_config(config).to(dtype).eval()
@@ -159,6 +160,33 @@ def test_beside_quantised_weights():
     t = base["model.layers.0.self_attn.q_proj"].dense()
     # on a CPU the layer answers in bfloat16
     torch.testing.assert_close(seen["after"] - seen["before"], x @ t.T, atol=5e-3, rtol=1e-2)
+
+
+def test_a_tied_embedding_gains_t_and_the_head_does_not():
+    model = get_peft_model(
+        base_model("llama", tied=True),
+        LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **TARGETS["llama"]),
+    ).eval()
+    tensors, base = drawn(model, 1)
+    for _ in range(2):
+        load_global(model, message(tensors, base))
+    plain, old = base_model("llama"), base_model("llama", tied=True)
+    state, scale = old.state_dict(), 5 / 3**0.5
+    for layer, names in wire.layers_of(tensors).items():
+        change = base[layer].dense() + scale * tensors[names["B"]] @ tensors[names["A"]]
+        change = change.T if layer.endswith("embed_tokens") else change
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] + change
+    plain.load_state_dict(state)
+    assert not torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight)
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_another_name_is_named():
+    model = peft_model("gpt2")
+    content = message(*drawn(model, 1))
+    model.add_adapter("second", LoraConfig(r=3, task_type="SEQ_CLS", **TARGETS["gpt2"]))
+    with pytest.raises(UserError, match="has adapters default, second; expected one, 'default'"):
+        load_global(model, content)
 
 
 def test_what_is_written_is_the_global_model_for_peft_alone(tmp_path):

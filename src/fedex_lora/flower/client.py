@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ def load_global(model: nn.Module, content: RecordDict | ArrayRecord) -> None:
     Takes the place of `set_peft_model_state_dict(model, …)`. T goes into the frozen weights: their
     float32 sum is rounded once, and always from W0, of which a copy is kept on the CPU (the adapted
     layers alone, once there is a T). So it does not matter what was loaded before, or how often.
-    Beside quantised weights T is computed in float32 by a hook.
+    Beside quantised weights, and those that another layer shares (tied embeddings), T is computed
+    in float32 by a hook.
 
     Args:
         model: With one adapter, "default", on the pretrained weights.
@@ -57,8 +59,10 @@ def load_global(model: nn.Module, content: RecordDict | ArrayRecord) -> None:
     unknown = set_peft_model_state_dict(model, tensors).unexpected_keys
     if unknown:
         raise UserError(f"array {unknown[0]!r}: this model has none of that name")
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():
-        _place(layer, base.get(name))
+        beside = layer.quantised or uses[id(layer.base.weight)] > 1  # not another layer's too
+        _place(layer, base.get(name), beside)
         layer.factors()[0].requires_grad_("A" in str(about.get(wire.TRAINS, "AB")))
 
 
@@ -97,6 +101,10 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
+            if list(module.scaling) != [ADAPTER]:
+                raise UserError(
+                    f"the model has adapters {', '.join(module.scaling)}; expected one, {ADAPTER!r}"
+                )
             name = path.removeprefix(PREFIX)
             found[name] = make_layer(name, module, rslora=False, gaussian=False, fixed_rank=False)
     if not found:
@@ -135,14 +143,14 @@ def _check_scales(layers: Mapping[str, Layer], scales: Any) -> None:
             )
 
 
-def _place(layer: Layer, base: Delta | None) -> None:
+def _place(layer: Layer, base: Delta | None, beside: bool) -> None:
     """The layer's base becomes W0 + T."""
     placed: _Placed | None = layer.module.__dict__.get(_PLACED)
     if base is None and placed is None:
         return
     if layer.module.merged:
         raise UserError(f"{layer.name}: its adapter is merged into the base; unmerge it first")
-    if layer.quantised:
+    if beside:
         if placed and placed.hook:
             placed.hook.remove()
         hook = None if base is None else attach(layer, base)
