@@ -216,7 +216,11 @@ def test_the_transposed_residual_is_not_mistaken_for_the_residual():
     """Square layers hide the published mistake; these are not square."""
     starts, ends = federation(METHODS["fedex"], 3, 1)
     out = run(METHODS["fedex"], SITES, starts, ends, [1, 2, 3])
-    assert {n: w.shape for n, w in out.increment.items()} == {"q": (7, 5), "v": (6, 9)}
+    assert {n: w.shape for n, w in out.increment.items()} == {
+        "q": (7, 5),
+        "v": (6, 9),
+        "q2": (7, 5),
+    }
 
 
 def test_a_client_by_itself_is_the_average_bit_for_bit():

@@ -268,7 +268,7 @@ def test_auto_takes_what_is_faster(tmp_path, monkeypatch):
             told.append(text)
 
     measured = iter([0.3, 0.1, 0.3, 0.29])
-    monkeypatch.setattr("fedex_lora.runs.fusing.few_steps", lambda _: next(measured))
+    monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda _: next(measured))
     auto = made(tmp_path, engine={"fuse": "auto"})
     for name, chosen in (("faster", 3), ("no-faster", 1)):
         start_run(auto, tmp_path / name, Notes())

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.remote.courier import Failed
-from fedex_lora.engines.remote.site import Institution, handle
+from fedex_lora.engines.remote.site import Institution, bring_to_life, handle
 from fedex_lora.engines.setup import Federation, set_up_client
 from fedex_lora.federation.header import Limit
 from fedex_lora.federation.loop import Lost
@@ -24,19 +24,7 @@ Change = Callable[[str, bytes], bytes | Failed]
 
 
 def institution(recipe: Recipe, name: str, file: Path | None, cache: Path) -> Institution:
-    federation = set_up_client(recipe, name, file)
-    return Institution(
-        name,
-        cache,
-        recipe,
-        federation.task,
-        federation.model,
-        federation.settings,
-        federation.clients[name],
-        federation.validation.get(name),
-        federation.initial,
-        versions(),
-    )
+    return bring_to_life(set_up_client(recipe, name, file), name, cache, versions())
 
 
 def institutions(recipe: Recipe, cache: Path) -> dict[str, Institution]:

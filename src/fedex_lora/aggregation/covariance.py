@@ -20,6 +20,8 @@ from torch import Tensor
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.running_sum import RunningSum
 
+Pair = tuple[Tensor, Tensor]
+
 
 class Covariance:
     """Running means of B (out × r) and A (r × in), and Σ nᵢ(Bᵢ − B̄)(Aᵢ − Ā).
@@ -46,14 +48,20 @@ class Covariance:
 
     def add(self, n: float, b: Tensor, a: Tensor) -> None:
         """Takes in one client. The tensors of the first one must stay as they are."""
+        self._take(n, (b, a), (None, None))
+
+    def _take(self, n: float, ends: Pair, beyond: Pair | tuple[None, None]) -> None:
+        """Takes in `ends` + `beyond`, which are not added up: that would round the difference."""
         if not self.weight:
-            self._first, self._drift = (b, a), (torch.zeros_like(b), torch.zeros_like(a))
+            b, a = self._first = ends
+            self._drift = (torch.zeros_like(b), torch.zeros_like(a))
             self.weight = n
             return
         before, self.weight = self.weight, self.weight + n
-        places = self._terms.place(b, a) if self._terms else (None, None)
-        for x, first, mean, drift in zip((b, a), self._first, self._drift, places):
-            drift = torch.sub(x, first, out=drift).sub_(mean)  # D_j − D̄_{j−1}
+        places = self._terms.place(*ends) if self._terms else (None, None)
+        for x, more, first, mean, drift in zip(ends, beyond, self._first, self._drift, places):
+            drift = torch.sub(x, first, out=drift)
+            drift = (drift if more is None else drift.add_(more)).sub_(mean)  # D_j − D̄_{j−1}
             mean.add_(drift, alpha=n / self.weight)
         if places[0] is not None:
             places[0].mul_(n * before / self.weight)
@@ -70,7 +78,7 @@ class Covariance:
             return
         n = other.weight
         if n:
-            self.add(n, *other.means())
+            self._take(n, other._first, other._drift)
             if self._terms and other._terms:
                 self._terms.combine(other._terms)
 

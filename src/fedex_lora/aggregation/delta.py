@@ -141,7 +141,8 @@ class Delta:
         noise = eps * torch.linalg.vector_norm(self.left)
         if self.right is not None:
             noise = noise * torch.linalg.vector_norm(self.right)
-        rank = int((s > torch.maximum(largest, noise)).sum())
+        # without numbers (on the meta device) it is the rank that there can be
+        rank = len(s) if s.is_meta else int((s > torch.maximum(largest, noise)).sum())
         return Delta(u[:, :rank], s[:rank, None] * vh[:rank])
 
     def split(self, rank: int) -> tuple[Delta, Delta]:

@@ -130,7 +130,7 @@ class Ledger:
 
 def _add(total: Tensor | None, w: Delta) -> Tensor:
     if total is None:
-        total = torch.zeros(w.shape, dtype=torch.float32)
+        total = torch.zeros(w.shape, dtype=torch.float32, device=w.left.device)
     if w.right is None:
         return total.add_(w.left)
     return total.addmm_(w.left.float(), w.right.float())

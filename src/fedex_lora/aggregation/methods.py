@@ -66,6 +66,11 @@ class Method:
         return not self.assignment.head_private
 
     @property
+    def averages(self) -> bool:
+        """Whether clients get the mean of their factors."""
+        return isinstance(self.assignment, Average)
+
+    @property
     def ranks_may_differ(self) -> bool:
         """Whether clients may have different LoRA ranks."""
         return self.trains == "both" and self.assignment.ranks_may_differ

@@ -92,7 +92,8 @@ def _keeps_texts(run: Recipe) -> bool:
 def _evaluate_run(run: Path, round: str) -> None:
     found = read_round(run, which_round(round))
     federation = set_up(found.recipe)
-    scores = evaluate_state(federation, local_engine(federation), found.state)
+    engine, clients = local_engine(federation), federation.settings.clients
+    _, scores, _ = evaluate_state(federation, engine, found.state, clients, say)
     say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
     _show({**scores["scores"], **scores.get("client_scores", {})})
 

@@ -138,7 +138,7 @@ def compare_command(
 def _exact_for_all(name: str) -> bool:
     """Whether the method federates one model that is the exact mean and keeps its factors."""
     method = METHODS[name.partition(":")[0]]
-    exact = method.residual == "exact" and method.assignment == "average"
+    exact = method.residual == "exact" and method.averages
     return exact and method.exchanges and not method.pooled
 
 
@@ -202,7 +202,7 @@ def methods() -> None:
         [
             name,
             m.trains,
-            m.assignment,
+            m.assignment.name,
             m.residual,
             "shared" if m.shared_base else "per client",
             "yes" if m.ranks_may_differ else "no",

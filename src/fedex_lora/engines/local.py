@@ -83,7 +83,9 @@ class LocalEngine:
     def evaluate(self, exchange: Exchange) -> Iterator[Scores]:
         """Scores, on each silo's own rows, of the model that it starts the next round from."""
         for name in exchange.clients:
-            if name in self.rows:
+            if not exchange.scored or name not in self.rows:
+                yield Scores(name, {})
+            else:
                 # a silo whose rows are pooled is given the pooled model
                 client = name if name in self.settings.clients else self.settings.clients[0]
                 message = exchange.message(client, NOTHING)

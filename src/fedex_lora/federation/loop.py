@@ -26,7 +26,14 @@ from fedex_lora.federation.codec import (
 from fedex_lora.federation.messages import Broadcast, Lost, Scores, Tensors, Update, flat, replaced
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.spool import Spool
-from fedex_lora.federation.state import ServerState, broadcast_to, own_part, start_of, step
+from fedex_lora.federation.state import (
+    ServerState,
+    broadcast_to,
+    delivered,
+    own_part,
+    start_of,
+    step,
+)
 
 Record = dict[str, Any]
 
@@ -37,13 +44,20 @@ class Exchange:
     Attributes:
         state: The server's, before the round.
         clients: Who is asked, sorted.
+        scored: Whether, where nothing is trained, scores are asked for.
         final: Whether no round follows: the model is delivered, to be kept.
     """
 
     def __init__(
-        self, state: ServerState, settings: Settings, clients: Sequence[str], final: bool = False
+        self,
+        state: ServerState,
+        settings: Settings,
+        clients: Sequence[str],
+        scored: bool = True,
+        final: bool = False,
     ) -> None:
-        self.state, self.settings, self.clients, self.final = state, settings, clients, final
+        self.state, self.settings, self.clients = state, settings, clients
+        self.scored, self.final = scored, final
         self._starts: dict[int | None, AdapterState] = {}  # by rank
 
     @property
@@ -147,6 +161,41 @@ def run_round(
                 update = spool.get(client)
                 keep(exchange.round, update, _end(exchange, update))
     return after, _record(settings, after, result, tally, down)
+
+
+def deliver(
+    state: ServerState,
+    settings: Settings,
+    transport: Transport,
+    clients: Sequence[str],
+    *,
+    scored: bool = True,
+    final: bool = False,
+) -> tuple[ServerState, dict[str, Mapping[str, float]], dict[str, int], dict[str, str]]:
+    """Sends the model after a round, and asks clients how good they find it.
+
+    Args:
+        clients: Who is asked; one that takes no part in rounds may have rows to score on too.
+        scored: Whether scores are asked for.
+        final: Whether this is the run's last model, to be kept.
+
+    Returns:
+        The state, with who holds that model; scores by client; bytes of the messages that arrived;
+        and why one did not.
+    """
+    exchange = Exchange(state, settings, sorted(clients), scored, final)
+    down = count_down(exchange)
+    told: dict[str, Mapping[str, float]] = {}
+    missed: dict[str, str] = {}
+    for reply in each_once(exchange.clients, transport.evaluate(exchange), missed):
+        down[reply.client] += reply.resent
+        if isinstance(reply, Lost):
+            missed[reply.client] = reply.reason
+        else:
+            told[reply.client] = reply.scores
+    sent = {c: down[c] for c in sorted(told) if c in settings.clients}
+    scores = {c: told[c] for c in sorted(told) if told[c]}
+    return delivered(state, sent), scores, sent, missed
 
 
 def each_once(

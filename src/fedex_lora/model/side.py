@@ -27,9 +27,8 @@ def attach(layer: Layer, increment: Delta) -> RemovableHandle:
         A handle whose `remove()` undoes it.
     """
     device = layer.base.weight.device
-    small = increment.smaller()
-    chain = (small.left,) if small.right is None else (small.right, small.left)
-    weights = tuple(w.detach().to(device, torch.float32) for w in chain)
+    parts = reversed(increment.smaller().parts.values())  # right first, then left
+    weights = tuple(w.detach().to(device, torch.float32) for w in parts)
 
     def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # autocast would round the increment to bfloat16

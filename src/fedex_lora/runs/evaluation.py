@@ -17,10 +17,9 @@ from torch import Tensor
 from fedex_lora.data.counts import scored_on
 from fedex_lora.data.load import load_evaluation
 from fedex_lora.data.read import quiet
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.setup import check_image, check_length, recipe_task
 from fedex_lora.errors import UserError
-from fedex_lora.federation.messages import ledger_tensors
+from fedex_lora.federation.codec import ledger_tensors
 from fedex_lora.model import AdaptedModel
 from fedex_lora.model.files import CONFIG, adapter_folder, published
 from fedex_lora.model.ready import base_of, load_ready
@@ -152,8 +151,7 @@ def _run(path: Path, recipe: Recipe, task: Task, which: Which | int, client: str
             "run and evaluate the export"
         )
     final_state(trained, client)  # says whether a client is to be named
-    engine = LocalEngine(trained.model, task, {}, trained.settings, {})
-    engine.write_global(trained.state, client)
+    trained.show(client)
     whose = f", {client}" if client else ""
     name = f"{path}, round {trained.state.version}{whose}"
     tensors = ledger_tensors(trained.state.ledger.since(0))

@@ -13,8 +13,8 @@ from fedex_lora.engines.remote.replies import Failure, Hello, about_reply, said,
 from fedex_lora.engines.remote.wire import PROTOCOL, Facts, Identity
 from fedex_lora.errors import MOST, QuorumLost, UserError, some
 from fedex_lora.federation.checks import check_shares
+from fedex_lora.federation.codec import encode_about
 from fedex_lora.federation.header import WORDS
-from fedex_lora.federation.messages import encode_about
 from fedex_lora.federation.settings import Settings
 
 OFTEN = 0.5  # seconds between two looks for replies

@@ -13,14 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedex_lora.engines.remote.wire import NOTHING, PROTOCOL, Identity
 from fedex_lora.errors import UserError
+from fedex_lora.federation.codec import read_about
 from fedex_lora.federation.header import Limit
-from fedex_lora.federation.messages import read_about
 from fedex_lora.recipe import CLIENT_NAME, CLIENT_NAME_RULE
 from fedex_lora.tasks.metrics import out_of_range
 
 _MOST_SCORES = 50
 _MOST_ROWS = 10**12
-_METRICS = frozenset({"loss", "steps", "seconds"})  # of `client.train`
 Said = TypeVar("Said", bound=BaseModel)
 
 
@@ -58,7 +57,7 @@ class Lacking(_Reply):
 
 
 class Scored(_Reply):
-    """A client's scores of the last model."""
+    """A client's scores of the model that it was sent."""
 
     scores: dict[str, float]
 
@@ -115,13 +114,6 @@ def text(value: object) -> str:
         'a [31mb'
     """
     return "".join(c if c.isprintable() else " " for c in str(value)[:1000])
-
-
-def check_metrics(found: Mapping[str, float]) -> None:
-    """Raises a `UserError` if they are not those of a training."""
-    if found.keys() != _METRICS:
-        got, wanted = (", ".join(sorted(names)) for names in (found, _METRICS))
-        raise UserError(f"metrics {got}; expected {wanted}")
 
 
 def check_scores(found: Mapping[str, float], primary: str) -> dict[str, float]:

@@ -69,7 +69,8 @@ def _shares(study: Study) -> Iterator[Share]:
         (p.task, p.seed, p.others()): p
         for p in study.placed
         if deviates(p.method)
-        and (p.method.assignment, p.method.residual) == ("average", "dropped")
+        and p.method.averages
+        and p.method.residual == "dropped"
         and p.run.finished
     }
     for p in study.placed:

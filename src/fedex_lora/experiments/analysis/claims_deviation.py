@@ -35,7 +35,7 @@ def deviation_findings(study: Study) -> Iterator[Finding]:
 
 def averaging(study: Study) -> list[Placed]:
     """The runs of exact averaging; without such, of the first other method that deviates."""
-    able = [p for p in study.placed if deviates(p.method) and p.method.assignment == "average"]
+    able = [p for p in study.placed if deviates(p.method) and p.method.averages]
     exact = [p for p in able if is_exact_average(p.method)]
     return exact or [p for p in able if p.method == able[0].method]
 

@@ -156,7 +156,7 @@ class Study:
 
 def is_exact_average(method: Method) -> bool:
     """Whether clients get the mean factors and the whole residual goes into the base."""
-    return (method.assignment, method.residual) == ("average", "exact") and not method.pooled
+    return method.averages and method.residual == "exact" and not method.pooled
 
 
 def deviates(method: Method) -> bool:

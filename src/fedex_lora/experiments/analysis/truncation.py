@@ -66,7 +66,7 @@ def _cut_rank(run: Run) -> int | None:
     method = METHODS[recipe.method.name]
     if method.residual == "truncated":
         return recipe.method.rank
-    if method.trains != "both" or method.assignment != "average" or method.pooled:
+    if method.trains != "both" or not method.averages or method.pooled:
         return None
     whole = (recipe.federation.sampled - 1) * recipe.lora.r
     return whole if is_exact_average(method) else 0

@@ -77,8 +77,8 @@ def server_memory(
     exchanged = _exchanged(settings, model)
     k = settings.sample_size
     method = settings.method
-    sums = (method.trains == "both") + (method.assignment in ("reinit", "svd"))
-    sums += 2 * (not method.shared_base)
+    sums = (method.trains == "both") + ("product" in method.assignment.needs)
+    sums += 2 * ("increment" in method.assignment.needs)
     spread = sum(
         min(k * s.rank * (s.out + s.inp), 2 * s.out * s.inp) for s in settings.sites.values()
     )
