@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.assignment import Assigned
 from fedex_lora.aggregation.ledger import Increment
 from fedex_lora.aggregation.methods import Method
-from fedex_lora.aggregation.statistics import LayerSums
+from fedex_lora.aggregation.statistics import LayerSums, Statistics
+from fedex_lora.errors import UserError
 
 _AT_ONCE = (
     4  # clients taken in layer by layer: a layer's sums are then in the cache for all of them
@@ -36,6 +38,31 @@ class Aggregate:
     head: Mapping[str, Tensor]
     deviation: Mapping[str, float]
     ideal: Mapping[str, float]
+
+
+def assign(method: Method, s: Statistics) -> Assigned:
+    """What the method's assignment makes of one layer.
+
+    Raises:
+        UserError: It gives something else than it states.
+    """
+    assignment, layer = method.assignment, s.layer
+    found = assignment.assign(s)
+    told = f"assignment {assignment.name!r}: assign gave"
+    if not isinstance(found, Assigned):
+        raise UserError(f"{told} {found!r}; expected Assigned(factors, left_out)")
+    given = (assignment.shared and not assignment.drawn) or assignment.dealt
+    if given and found.factors is None:
+        raise UserError(f"{told} no factors, and clients are to get some")
+    if found.factors is not None:
+        a, b = found.factors.A.shape, found.factors.B.shape
+        if (*a, *b) != (layer.rank, layer.inp, layer.out, layer.rank):
+            expected = f"{(layer.rank, layer.inp)} and {(layer.out, layer.rank)}"
+            raise UserError(f"{told} A and B of shapes {(*a,)} and {(*b,)}; expected {expected}")
+    if found.left_out is not None and found.left_out.shape != (layer.out, layer.inp):
+        shapes = f"{found.left_out.shape}; expected {(layer.out, layer.inp)}"
+        raise UserError(f"{told} a residual of shape {shapes}")
+    return found
 
 
 class Aggregator:
@@ -77,6 +104,7 @@ class Aggregator:
         self.method, self.eta = method, eta
         needs = method.assignment.needs
         seen = method.assignment.sent_up(trained)
+        self._sees_all = seen == trained
         self._layers = {
             name: LayerSums(layer, needs, seen, eta, clients) for name, layer in layers.items()
         }
@@ -124,14 +152,15 @@ class Aggregator:
 
         Args:
             norms: Whether to measure `deviation` and `ideal`, which takes longer than the rest.
+                They are of products, so not where clients keep a factor that they trained.
         """
         self._take_waiting()
         factors, increment, measured = {}, {}, {}
         for name, sums in self._layers.items():
             statistics = sums.finish()
-            if norms:
+            if norms and self._sees_all:
                 measured[name] = statistics.norms()
-            assigned = self.method.assignment.assign(statistics)
+            assigned = assign(self.method, statistics)
             if assigned.factors is not None:
                 factors[name] = assigned.factors
             if assigned.left_out is not None and self.method.in_ledger:

@@ -9,7 +9,9 @@ recipe what may be combined, from here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from itertools import chain, combinations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 Factor = Literal["A", "B"]
 BOTH: frozenset[Factor] = frozenset("AB")  # type: ignore[arg-type]
 NONE: frozenset[Factor] = frozenset()
+SUMS = frozenset({"product", "increment"})
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,41 @@ class Assignment(ABC):
     def sent_down(self, trained: frozenset[str]) -> frozenset[str]:
         """Factors that are new for all clients after a round in which `trained` were trained."""
         return trained & self.shared
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself, or is missing."""
+        for field, known in (("shared", BOTH), ("own", BOTH), ("needs", SUMS)):
+            value = getattr(self, field)
+            if not isinstance(value, Set) or not value <= known:
+                yield f"{field} is {value!r}; expected a set of {' and '.join(sorted(known))}"
+                return
+        if not (self.name and isinstance(self.name, str)):
+            yield "its `name` is missing; tables show it"
+        for x in sorted(BOTH):
+            if x in self.shared and x in self.own:
+                yield f"{x} is both shared and own; each factor is one of them"
+            if x not in self.shared and x not in self.own:
+                yield f"{x} is neither shared nor own; each factor is one of them"
+        if self.drawn and self.own:
+            yield "factors that are drawn from the seed are no client's own"
+        for field in ("dealt", "private"):
+            if getattr(self, field) and not self.own:
+                yield f"{field} is about own factors, and there are none"
+        if self.dealt and self.private:
+            yield "own factors that the server deals out are not private"
+        if self.head_private and not (self.private and self.own == BOTH):
+            yield "head_private is for clients that exchange nothing: private, and own both factors"
+        if self.private and self.needs:
+            yield f"needs the {' and '.join(sorted(self.needs))} of factors that are private"
+        for trained in map(frozenset, chain(combinations("AB", 1), combinations("AB", 2))):
+            if not self.sent_up(trained) <= trained - (self.own if self.private else NONE):
+                yield f"sent_up is more than what is trained of {_named(trained)} and not private"
+            if not self.sent_down(trained) <= self.shared:
+                yield f"sent_down, where {_named(trained)} is trained, is more than is shared"
+
+
+def _named(factors: Set[str]) -> str:
+    return " and ".join(sorted(factors))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ in what becomes of the residual, the part of G' that those factors cannot expres
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from fedex_lora.aggregation.assignment import (
     Alone,
@@ -24,7 +25,10 @@ from fedex_lora.aggregation.assignment import (
     Reinit,
     Svd,
 )
-from fedex_lora.errors import UserError
+from fedex_lora.aggregation.registry import Registry
+from fedex_lora.errors import UserError, did_you_mean
+
+GROUP = "fedex_lora.methods"  # of entry points
 
 Trains = Literal["both", "B", "alternate", "all"]
 Residual = Literal["exact", "truncated", "dropped", "zero"]
@@ -66,9 +70,15 @@ class Method:
         return not self.assignment.head_private
 
     @property
+    def personal(self) -> bool:
+        """Whether every client has a model of its own, and there is no global one: factors of its
+        own, of which no increment of G is made."""
+        return bool(self.assignment.own) and not self.in_ledger
+
+    @property
     def averages(self) -> bool:
         """Whether clients get the mean of their factors."""
-        return isinstance(self.assignment, Average)
+        return type(self.assignment) is Average
 
     @property
     def ranks_may_differ(self) -> bool:
@@ -86,8 +96,26 @@ class Method:
         choice = {"both": "AB", "B": "B", "alternate": alternate, "all": ""}[self.trains]
         return frozenset(choice)
 
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself, or is missing."""
+        for field, known in (("trains", get_args(Trains)), ("residual", get_args(Residual))):
+            if getattr(self, field) not in known:
+                yield f"{field} is {getattr(self, field)!r}; expected one of {', '.join(known)}"
+        if not (self.source and isinstance(self.source, str)):
+            yield "its `source` is missing: a paper, or a few words"
+        if not isinstance(self.assignment, Assignment):
+            yield f"its assignment is {self.assignment!r}; expected an Assignment, as Average()"
+            return
+        yield from (f"its assignment: {what}" for what in self.assignment.problems())
+        if self.assignment.private and self.in_ledger:
+            yield f"a residual that is {self.residual} takes factors that the server does not see"
+        if self.assignment.own and self.residual == "zero":
+            yield "factors differ per client, so a residual is not zero: keep it, or drop it"
+        if self.assignment.own and self.trains == "all":
+            yield "all parameters are trained, so there are no factors that could be own"
 
-METHODS: dict[str, Method] = {
+
+_OWN: dict[str, Method] = {
     "fedit": Method("both", Average(), "dropped", "Zhang et al., arXiv 2305.05644"),
     "ffa": Method("B", Average(), "zero", "Sun et al., arXiv 2403.12313"),
     "fedex": Method("both", Average(), "exact", "Singhal et al., arXiv 2410.09432, eq. 5-16"),
@@ -109,20 +137,58 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _check(name: str, method: Method) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"method {name!r}: expected a name of letters, digits, '.', '_' and '-'")
+    if not isinstance(method, Method):
+        told = f"method {name!r}: {method!r} is no Method"
+        raise UserError(f"{told}; expected Method(trains, assignment, residual, source)")
+    if found := list(method.problems()):
+        raise UserError(f"method {name!r}: {'; '.join(found)}")
+
+
+def _same(one: Method, other: Method) -> bool:
+    """Whether they are one, defined again: in a notebook whose cell was run twice."""
+    a, b = type(one.assignment), type(other.assignment)
+    named = (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+    return named and replace(one, assignment=other.assignment) == other
+
+
+METHODS = Registry("method", GROUP, _OWN, _check, _same)
+"""All methods by name: the table above, and what `register_method` and entry points add."""
+
+
+def register_method(name: str, method: Method) -> None:
+    """Makes a method known to recipes of this process.
+
+    Args:
+        name: What recipes call it.
+
+    Raises:
+        UserError: It lacks a part or contradicts itself, or there is one of that name.
+
+    Example:
+        >>> register_method("fedex", Method("both", Average(), "dropped", "mine"))
+        Traceback (most recent call last):
+        fedex_lora.errors.UserError: method 'fedex': registered twice, by fedex-lora and ...
+    """
+    assignment = getattr(method, "assignment", None)
+    METHODS.register(name, method, type(assignment).__module__)
+
+
 def get_method(name: str) -> Method:
     """The method of that name.
 
     Raises:
-        UserError: If there is none; the nearest name is suggested.
+        UserError: If there is none; the nearest name is suggested. Two packages have one, or it
+            cannot be imported.
 
     Example:
         >>> get_method("fedex").assignment.name
         'average'
     """
     if name in METHODS:
-        return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)
-    raise UserError(
-        f"method.name: there is no method {name!r}; did you mean {near[0]!r}? "
-        f"Known: {', '.join(METHODS)}"
-    )
+        return METHODS.one(name)
+    near = did_you_mean(name, METHODS, cutoff=0.0)
+    known = ", ".join(METHODS)
+    raise UserError(f"method.name: there is no method {name!r}{near} Known: {known}")

@@ -84,7 +84,7 @@ def evaluate(
 
 def _keeps_texts(run: Recipe) -> bool:
     """Whether a run's own evaluation is of texts that one model generates for the server's rows."""
-    alone = not METHODS[run.method.name].exchanges
+    alone = METHODS[run.method.name].personal
     return run.task.generates and run.evaluation.where == "server" and not alone
 
 

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from fedex_lora import __version__
-from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.cli.common import (
     Client,
     Out,
@@ -128,7 +128,7 @@ def compare_command(
             show_table(console, *one)
     say(f"The same as JSON and Markdown: {path}/comparison.json, comparison.md")
     offered = next(filter(_exact_for_all, results), next(iter(results)))
-    if METHODS[offered.partition(":")[0]].exchanges:
+    if not METHODS[offered.partition(":")[0]].personal:
         best = path / f"{offered.replace(':', '-')}-seed{numbers[0]}"
         if export and not (best / "final" / "model").exists():
             export_model(open_run(best), best / "final" / "model")
@@ -208,7 +208,7 @@ def methods() -> None:
             "yes" if m.ranks_may_differ else "no",
             m.source,
         ]
-        for name, m in METHODS.items()
+        for name, m in ((name, get_method(name)) for name in METHODS)
     ]
     show_table(console, header, rows)
 
@@ -263,7 +263,7 @@ def _offer(path: Path) -> None:
             say(f"{what.capitalize()}: {final / what}; in Python:")
             say("\n".join(loading_lines(recipe, final / what)))
     if not is_export(final / "model"):
-        whose = "" if METHODS[recipe.method.name].exchanges else " --client NAME"
+        whose = " --client NAME" if METHODS[recipe.method.name].personal else ""
         say(f"Merged model: fedex-lora export {shlex.quote(str(path))} --as model{whose}")
 
 

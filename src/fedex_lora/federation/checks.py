@@ -19,7 +19,7 @@ from fedex_lora.errors import UpdateRefused, UserError
 from fedex_lora.federation.codec import worded
 from fedex_lora.federation.messages import Tensors, Update, flat, only
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState
+from fedex_lora.federation.state import ServerState, own_part
 
 LARGEST = 1e12  # of an entry: no network uses such weights; sums of their squares are still finite
 SEVERAL = 3  # clients from which on one can be compared with the others
@@ -52,6 +52,8 @@ def check(update: Update, start: AdapterState, round: int, settings: Settings) -
         asked = asked | settings.method.trained(round)
     expected = only(flat(start), asked | {"head"})
     _check_tensors(update.tensors, expected)
+    if update.kept and settings.method.exchanges:
+        _check_tensors(update.kept, own_part(settings, flat(start)))
     norms = (
         torch.linalg.vector_norm(value - expected[name], dtype=torch.float64).item()
         for name, value in update.tensors.items()

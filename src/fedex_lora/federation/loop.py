@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -70,8 +70,11 @@ class Exchange:
         return broadcast_to(self.state, self.settings, client, held)
 
     def start(self, client: str) -> AdapterState:
-        """Where the client starts from; own factors are not kept in memory for all of them."""
-        if client in self.state.own:
+        """Where the client starts from, as far as a server knows: private factors of clients in
+        this process are not looked at. Own factors are not kept in memory for all of them."""
+        method = self.settings.method
+        unseen = method.assignment.private and method.exchanges
+        if client in self.state.own and not unseen:
             return start_of(self.state, self.settings, client)
         rank = self.settings.ranks.get(client)
         if rank not in self._starts:
@@ -159,7 +162,7 @@ def run_round(
         if keep is not None:
             for client in sorted(tally.taken):
                 update = spool.get(client)
-                keep(exchange.round, update, _end(exchange, update))
+                keep(exchange.round, update, replaced(_end(exchange, update), update.kept))
     return after, _record(settings, after, result, tally, down)
 
 
@@ -222,7 +225,7 @@ def _receive(update: Update, exchange: Exchange, tally: _Tally, spool: Spool) ->
             if update.nbytes is None and settings.wire_dtype != torch.float32:
                 # it crossed no wire; what the server would have decoded is what counts
                 blob = encode_update(update, start, settings.wire_dtype)
-                update = decode_update(blob, start, client)
+                update = replace(decode_update(blob, start, client), kept=update.kept)
                 tally.norms[client] = check(update, start, exchange.round, settings)
     except UpdateRefused as refusal:
         tally.refused[client] = str(refusal)
@@ -280,7 +283,9 @@ def _aggregated(
             weight = 1.0 if settings.weights == "uniform" else float(update.examples)
             aggregator.add(weight, exchange.start(client), end)
         if method.assignment.own and not method.assignment.dealt:
-            kept[client] = shelve(exchange.round, own_part(settings, {**flat(end), **update.kept}))
+            own = update.kept if method.assignment.private else own_part(settings, flat(end))
+            if own:  # private, and of a client elsewhere: there is nothing to keep
+                kept[client] = shelve(exchange.round, own)
     result = aggregator.finish() if method.exchanges else None
     return step(exchange.state, settings, result, clients, kept), result
 

@@ -35,6 +35,7 @@ class Spool:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._updates: dict[str, Update] = {}
+        self._names: dict[str, tuple[list[str], list[str]]] = {}  # of tensors, and of kept ones
 
     def put(self, update: Update) -> None:
         """Takes in one update."""
@@ -42,13 +43,14 @@ class Spool:
             path = self._path(update.client)
             try:
                 with path.open("wb") as file:
-                    file.writelines(pieces(update.tensors, {}))
+                    file.writelines(pieces({**update.kept, **update.tensors}, {}))
             except OSError as error:
                 raise UserError(
                     f"{path}: an update cannot be put aside: {reason(error)}. Free some space, "
                     "then `fedex-lora resume`; the last checkpoint is intact"
                 ) from None
-            update = replace(update, tensors={})
+            self._names[update.client] = [*update.tensors], [*update.kept]
+            update = replace(update, tensors={}, kept={})
         self._updates[update.client] = update
 
     def get(self, client: str) -> Update:
@@ -57,7 +59,9 @@ class Spool:
         if self._folder is None:
             return update
         try:
-            return replace(update, tensors=load_file(self._path(client)))
+            there = load_file(self._path(client))
+            tensors, kept = ({n: there[n] for n in names} for names in self._names[client])
+            return replace(update, tensors=tensors, kept=kept)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self._path(client)}: an update that was put aside cannot be read: "

@@ -23,7 +23,8 @@ class ServerState:
     Attributes:
         factors: What all clients get, at the full rank (own factors apart).
         head: What all clients get of the head.
-        own: Each client's own tensors by flat name, where the method has such.
+        own: Each client's own tensors by flat name, where the method has such. Private ones are
+            known of clients in this process alone, once they have trained.
         carry: Error feedback: by layer, what of the increments was not sent yet.
         late: By flat name, what a lossy wire dtype rounded off the averages; added next time.
         held: The version each client holds; absent means 0, the start, a function of the recipe.
@@ -50,8 +51,8 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
         initial: Factors at the full rank and head. Where B ≠ 0 (an adapter to start from), all
             ranks must be equal.
     """
-    own = {}
-    if settings.method.assignment.own:
+    own, assignment = {}, settings.method.assignment
+    if assignment.own and not assignment.private:  # else the server has nothing of them
         for client in settings.clients:
             whole = AdapterState(cut(initial.sites, settings, client), initial.head)
             own[client] = own_part(settings, flat(whole))
@@ -234,7 +235,8 @@ def _send_factors(
         new_late |= rest
     a, b = parts["A"], parts["B"]
     sent = {n: Factors(a[n], b[n], f.scale) for n, f in state.factors.items()}
-    if not method.in_ledger or dtype == torch.float32 or not assignment.shared:
+    # a base per client makes up for what rounding took: base + s·B·A = G with what it was sent
+    if not method.in_ledger or dtype == torch.float32 or not method.shared_base:
         return sent, {}, new_late if means else {}
     missed = {n: f.delta() - sent[n].delta() for n, f in result.factors.items()}
     return sent, missed, {}

@@ -113,6 +113,8 @@ class Recipe(Part):
             return
         if method.pooled or not method.exchanges:
             yield "engine.kind", f"{self.method.name} exchanges nothing; run it with engine: local"
+        elif method.personal:
+            yield from self._personal()
         if self.engine.precision == "auto":
             text = "machines would choose differently; name float32 or bfloat16"
             yield "engine.precision", text
@@ -123,6 +125,14 @@ class Recipe(Part):
         known = fed.names is not None or self.data.clients is not None
         if self.lora.ranks is not None and not known and self.engine.kind == "flower":
             yield "federation.names", "missing; lora.ranks belong to clients in the order of names"
+
+    def _personal(self) -> Iterator[Problem]:
+        """What a server cannot do that lacks a part of every client's model."""
+        why = f"{self.method.name} leaves a part of every model with its client"
+        if self.evaluation.where != "clients":
+            yield "evaluation.where", f"{why}; set it to clients"
+        if self.records.save_updates:
+            yield "records.save_updates", f"{why}; for engine: local"
 
     def _fused(self) -> Iterator[Problem]:
         if self.fused == 1:

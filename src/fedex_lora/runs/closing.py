@@ -48,7 +48,7 @@ def finish(
         state, best = _load_best(directory, best, state, records[-1], watcher)
         if best is not records[-1]:
             at_best = final_scores(federation, engine, state, best)
-    if settings.method.exchanges:
+    if not settings.method.personal:
         for note in _export(federation, directory, state, best).notes:
             watcher.note(note)
     results = {

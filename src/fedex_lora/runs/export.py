@@ -49,19 +49,25 @@ class Exported:
 
 
 def final_state(trained: Trained, client: str | None) -> AdapterState:
-    """The factors and head that go with the global base; a client's own where nothing is shared.
+    """The factors and head that go with the global base; a client's own where no model is global.
 
     Raises:
-        UserError: A client is needed and not named, named and unknown, or named and not needed.
+        UserError: A client is needed and not named, named and unknown, or named and not needed;
+            or its own factors are on its own machine.
     """
     clients = trained.settings.clients
-    if trained.settings.method.exchanges:
+    if not trained.settings.method.personal:
         if client is not None:
             raise UserError(
                 f"--client: {trained.recipe.method.name} trains one global model, no client has "
                 "its own; leave --client out"
             )
         return AdapterState(global_factors(trained.state, trained.settings), trained.state.head)
+    if trained.recipe.engine.kind != "local":
+        raise UserError(
+            f"{trained.recipe.method.name}: every client has its own model, a part of which never "
+            "left it; there is none of all of them here"
+        )
     if client not in clients:
         raise UserError(
             f"--client: every client has its own model under {trained.recipe.method.name}; "

@@ -24,8 +24,8 @@ def evaluate(
 ) -> tuple[ServerState, Record, Mapping[str, int]]:
     """Scores of the global model on the server's rows, and of the clients' on their own.
 
-    Where nothing is exchanged each client's own model is scored, and the server's scores are
-    their means.
+    Where there is no global model each client's own is scored, and the server's scores are their
+    means.
 
     Args:
         clients: Whose rows. In a run, those of the next round: they get the model anyhow.
@@ -62,7 +62,7 @@ def server_scores(
     splits = dict(list(federation.evaluation.items())[: 1 if selection_only else None])
     if not splits:
         return {}, {}
-    alone = not federation.settings.method.exchanges
+    alone = federation.settings.method.personal
     by_model: dict[str | None, dict[str, Scores]] = {}
     for client in list(federation.settings.clients) if alone else [None]:
         stage.show_global(state, federation.settings, client)

@@ -160,7 +160,7 @@ def is_exact_average(method: Method) -> bool:
 
 def deviates(method: Method) -> bool:
     """Whether averaging its factors would miss anything: several clients train both at once."""
-    return method.trains == "both" and method.exchanges and not method.pooled
+    return method.trains == "both" and not method.personal and not method.pooled
 
 
 def study(runs: Sequence[Run]) -> Study:

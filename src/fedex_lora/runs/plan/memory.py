@@ -76,9 +76,9 @@ def server_memory(
     """
     exchanged = _exchanged(settings, model)
     k = settings.sample_size
-    method = settings.method
-    sums = (method.trains == "both") + ("product" in method.assignment.needs)
-    sums += 2 * ("increment" in method.assignment.needs)
+    assignment = settings.method.assignment
+    both = assignment.sent_up(settings.method.trained(1)) == {"A", "B"}
+    sums = both + ("product" in assignment.needs) + 2 * ("increment" in assignment.needs)
     spread = sum(
         min(k * s.rank * (s.out + s.inp), 2 * s.out * s.inp) for s in settings.sites.values()
     )

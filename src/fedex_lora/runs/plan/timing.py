@@ -144,7 +144,7 @@ def _scored_rows(federation: Federation) -> int:
     splits = [len(rows) for rows in federation.evaluation.values()]
     own = sum(len(rows) for rows in federation.validation.values())
     times = evaluations(federation.recipe.evaluation, federation.settings.rounds)
-    models = 1 if federation.settings.method.exchanges else len(federation.settings.clients)
+    models = len(federation.settings.clients) if federation.settings.method.personal else 1
     return models * (times * (sum(splits[:1])) + 2 * sum(splits)) + (times + 2) * own
 
 

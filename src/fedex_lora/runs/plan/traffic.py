@@ -15,14 +15,21 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
-from fedex_lora.aggregation.aggregator import Aggregate
+from fedex_lora.aggregation.aggregator import Aggregate, assign
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.aggregation.statistics import Statistics
 from fedex_lora.federation.codec import broadcast_nbytes, ledger_tensors, update_nbytes
 from fedex_lora.federation.messages import Tensors, Update, flat, only
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, begin, broadcast_to, start_of, step
+from fedex_lora.federation.state import (
+    ServerState,
+    begin,
+    broadcast_to,
+    own_part,
+    start_of,
+    step,
+)
 
 Shapes = Mapping[str, torch.Size]
 
@@ -100,7 +107,8 @@ class DryRun:
         taken = asked[: self.settings.sample_size]  # the others come too late
         up = {client: self._up(client) for client in taken}
         result = self._aggregate(taken) if self.settings.method.exchanges else None
-        self._state = self._in_wire_dtype(step(self._state, self.settings, result, taken, {}))
+        kept = {client: self._kept(client) for client in taken} if self._keeps else {}
+        self._state = self._in_wire_dtype(step(self._state, self.settings, result, taken, kept))
         self._sizes.clear()
         return up, down
 
@@ -164,12 +172,21 @@ class DryRun:
             self._sizes[key] = Size(_numbers(tensors), bytes)
         return self._sizes[key]
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether clients go on from factors that they trained themselves."""
+        assignment = self.settings.method.assignment
+        return bool(assignment.own) and not assignment.dealt
+
+    def _kept(self, client: str) -> Tensors:
+        return own_part(self.settings, flat(start_of(self._state, self.settings, client)))
+
     def _aggregate(self, taken: Sequence[str]) -> Aggregate:
         """What the aggregator would come to, in shapes."""
         method = self.settings.method
         factors, increment = {}, {}
         for name, layer in self.settings.sites.items():
-            assigned = method.assignment.assign(self._statistics(layer, taken))
+            assigned = assign(method, self._statistics(layer, taken))
             if assigned.factors is not None:
                 factors[name] = assigned.factors
             if assigned.left_out is not None and method.in_ledger:
