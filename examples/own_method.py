@@ -40,7 +40,8 @@ for client, good in {"seller": "dearer", "buyer": "cheaper"}.items():
 blocks = {"model": {"name": str(folder / "model")}, "evaluation": {"where": "clients"}}
 blocks |= {"task": {"kind": "text-classification", "labels": ["bad", "good"]}}
 blocks |= {"data": {"clients": [str(folder / f"{c}.csv") for c in ("buyer", "seller")]}}
-blocks |= {"federation": {"clients": 2, "rounds": 4}, "training": {"learning_rate": 0.05}}
+blocks |= {"federation": {"clients": 2, "rounds": 4}}
+blocks |= {"training": {"learning_rate": 0.02, "num_train_epochs": 5}}
 blocks |= {"lora": {"target_modules": ["query", "value", "dense"], "r": 4}}
 for method in ("fedit", "fedsa"):
     recipe = Recipe(name=method, method={"name": method}, **blocks)

@@ -89,6 +89,9 @@ def test_deviation_is_what_plain_averaging_misses(name, n, seed, eta, round):
     out = run(method, SITES, starts, ends, n, eta, round)
     for site in SITES:
         e = [x.sites[site] for x in ends]
+        if method.assignment.private:  # nobody has the products
+            assert not out.deviation and not out.ideal
+            continue
         if method.trained(round) == {"A", "B"}:
             expected = residual(e, n).norm().item()
             assert out.deviation[site] == pytest.approx(expected, rel=1e-9, abs=1e-9)
