@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.recipe import task as registry
-from fedex_lora.runs.reopened import open_run
+from fedex_lora.runs.reopened import open_run, read_round
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -26,7 +27,9 @@ def example(tmp_path, monkeypatch):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return tmp_path
 
-    return run
+    methods = dict(METHODS.data)
+    yield run
+    METHODS.data = methods
 
 
 def test_they_are_short():
@@ -45,3 +48,19 @@ def test_a_task_of_ones_own(example, capsys):
     assert best < scores[0]["missed"] and f"'score': {best}" in capsys.readouterr().out
     trained = open_run(folder / "run", "best")
     assert type(trained.model.module.base_model.model).__name__ == "BertForTokenClassification"
+
+
+def test_a_method_of_ones_own(example, capsys):
+    folder = example("own_method.py")
+    fedit, fedsa = capsys.readouterr().out.splitlines()[-2:]
+    assert fedit.startswith("fedit {'buyer'") and fedsa.startswith("fedsa {'buyer'")
+    scores = {}
+    for name in ("fedit", "fedsa"):
+        results = json.loads((folder / name / "results.json").read_text())
+        told = results["best"]["client_scores"]
+        scores[name] = [told[client]["accuracy"] for client in ("buyer", "seller")]
+    # the same notes with opposite answers: what is right for one is wrong for the other
+    assert sum(scores["fedit"]) == pytest.approx(1) and scores["fedsa"] == [1, 1]
+    state = read_round(folder / "fedsa", "last").state
+    assert all(name.startswith("B/") for own in state.own.values() for name in own)
+    assert sorted(state.own) == ["buyer", "seller"] and not state.ledger.entries

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedex_lora.aggregation.registry import points
 from fedex_lora.engines.remote.replies import check_scores
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import task as registry
@@ -49,7 +50,7 @@ def as_before(monkeypatch):
     registry.own_specs()
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     yield
-    registry._entry_points.cache_clear()
+    points.cache_clear()
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def install(tmp_path, monkeypatch) -> Callable[..., None]:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
         (info / "entry_points.txt").write_text(f"[fedex_lora.tasks]\n{kind} = {package}:Own\n")
-        registry._entry_points.cache_clear()
+        points.cache_clear()
 
     return made
 

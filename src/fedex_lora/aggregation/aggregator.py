@@ -50,7 +50,8 @@ def assign(method: Method, s: Statistics) -> Assigned:
     found = assignment.assign(s)
     told = f"assignment {assignment.name!r}: assign gave"
     if not isinstance(found, Assigned):
-        raise UserError(f"{told} {found!r}; expected Assigned(factors, left_out)")
+        kind = type(found).__name__
+        raise UserError(f"{told} a {kind}; expected Assigned(factors, left_out)")
     given = (assignment.shared and not assignment.drawn) or assignment.dealt
     if given and found.factors is None:
         raise UserError(f"{told} no factors, and clients are to get some")

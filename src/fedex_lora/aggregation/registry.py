@@ -13,6 +13,9 @@ from fedex_lora.errors import UserError
 Row = TypeVar("Row")
 
 
+OURS = "fedex-lora"
+
+
 class Registry(UserDict[str, Row]):
     """Rows by name: this package's own, and those of others, imported when they are asked for.
 
@@ -88,9 +91,6 @@ class Registry(UserDict[str, Row]):
         return len({*self.data, *points(self._group)})
 
 
-OURS = "fedex-lora"
-
-
 @cache
 def points(group: str) -> Mapping[str, list[EntryPoint]]:
     """The entry points of a group by name; none is imported."""
@@ -109,9 +109,11 @@ def loaded(what: str, point: EntryPoint) -> Any:
     """What an entry point names, imported."""
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
-        told = f"{what} {point.name!r}: {who(point)} cannot be imported: {error}"
-        raise UserError(told) from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a module of others does when it is run
+        told = f"{what} {point.name!r}: {who(point)} cannot be imported"
+        raise UserError(f"{told}: {type(error).__name__}: {error}") from error
 
 
 def twice(what: str, name: str, *by: str) -> UserError:

@@ -11,13 +11,13 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
+from fedex_lora.aggregation.registry import OURS, loaded, points, twice, who
 from fedex_lora.errors import UserError
 from fedex_lora.recipe.part import Part, Problem, did_you_mean, fault, listed
 
@@ -100,10 +100,10 @@ def register_task(kind: str, spec: type[TaskSpec]) -> None:
     Raises:
         UserError: There is a task of that kind already, or `spec` is none.
     """
-    for point in _entry_points().get(kind, []) if kind not in _built_in() else []:
+    for point in points(GROUP).get(kind, []) if kind not in _built_in() else []:
         module = getattr(spec, "__module__", "")
         if module.partition(".")[0] != point.module.partition(".")[0]:
-            raise _twice(kind, _who(point), module)
+            raise twice("task", kind, who(point), module)
     _register(kind, spec)
 
 
@@ -117,18 +117,13 @@ def _register(kind: str, spec: type[TaskSpec]) -> None:
     known = _registered.get(kind)
     first = known.__module__ if known else _built_in().get(kind, spec.__module__)
     if first != spec.__module__ or (known and known.__qualname__ != spec.__qualname__):
-        raise _twice(kind, first, spec.__module__)
+        raise twice("task", kind, first, spec.__module__)
     _registered[kind] = spec
-
-
-def _twice(kind: str, *by: str) -> UserError:
-    told = f"task {kind!r}: registered twice, by {' and '.join(by)}"
-    return UserError(f"{told}; rename one of them, or uninstall its package")
 
 
 def task_kinds() -> tuple[str, ...]:
     """All kinds that recipes may name; none is imported."""
-    return tuple(sorted({*_registered, *_built_in(), *_entry_points()}))
+    return tuple(sorted({*_registered, *_built_in(), *points(GROUP)}))
 
 
 def spec_of(kind: str) -> type[TaskSpec] | None:
@@ -137,17 +132,14 @@ def spec_of(kind: str) -> type[TaskSpec] | None:
     Raises:
         UserError: Two packages have one, or it cannot be imported, or is no task.
     """
-    points = _entry_points().get(kind, [])
-    names = [*(["fedex-lora"] if kind in _built_in() else []), *map(_who, points)]
+    found = points(GROUP).get(kind, [])
+    names = [*([OURS] if kind in _built_in() else []), *map(who, found)]
     if len(names) > 1:
-        raise _twice(kind, *names)
+        raise twice("task", kind, *names)
     if kind not in _registered and kind in _built_in():
         import_module(_built_in()[kind])
-    elif kind not in _registered and points:
-        try:
-            _register(kind, points[0].load())
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"task {kind!r}: {names[0]} cannot be imported: {error}") from error
+    elif kind not in _registered and found:
+        _register(kind, loaded("task", found[0]))
     return _registered.get(kind)
 
 
@@ -178,18 +170,6 @@ def _built_in() -> Mapping[str, str]:
     folders = home.submodule_search_locations or [] if home else []
     names = sorted(file.stem for folder in folders for file in Path(folder).glob("[a-z]*.py"))
     return {name.replace("_", "-"): f"{_HOME}.{name}" for name in names}
-
-
-@cache
-def _entry_points() -> Mapping[str, list[EntryPoint]]:
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=GROUP):
-        found.setdefault(point.name, []).append(point)
-    return found
-
-
-def _who(point: EntryPoint) -> str:
-    return f"{point.dist.name if point.dist else 'a package'} ({point.value})"
 
 
 _EARLIER: Mapping[str, Any] = {  # what recipes once said for tasks of all kinds
