@@ -3,6 +3,7 @@
 import json
 import logging
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
