@@ -3,6 +3,7 @@
 import json
 import logging
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_a_second_run_is_not_joined_unasked(ann, caplog, monkeypatch):
     node, home = ann
     brought = client_app.institution(node, client_app.load_recipe(home.parent / "recipe.yaml"))
     monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
-    mine = facts(brought.recipe, brought.task, brought.model, brought.initial)
+    mine = facts(brought.recipe, brought.stage.task, brought.stage.model, brought.initial)
 
     def told(blob):
         return about_of(reply_to(blob, node, {"runs": 99, "ask": 0}))  # whatever the server says
@@ -186,7 +187,7 @@ def test_a_run_is_no_more_rounds_than_its_recipe_s(ann, monkeypatch):
         blob = encode_broadcast(Broadcast(version + 1), about=said)
         told = about_of(handle(blob, brought))
         assert told["kind"] == "failed" and "this client's recipe has 2 rounds" in told["reason"]
-    assert most_turns(spec) == 14
+    assert most_turns(spec) == 18
     monkeypatch.setattr(client_app, "most_turns", lambda spec: 2)
     monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
     blob = encode_broadcast(Broadcast(1), about=about(brought))
@@ -360,11 +361,13 @@ def test_what_is_not_ours_does_not_leave_the_client_in_words(
     if where == "set up":
         monkeypatch.setattr(client_app, "set_up_client", broken)
     else:
+        brought = replace(brought, validation=brought.rows)
         monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
-        monkeypatch.setattr(
-            site.LocalEngine, "exchange" if where == "training" else "place", broken
-        )
-    reply = reply_to(encode_broadcast(Broadcast(1), about=about(brought)), node, {})
+        stage, trains = site.Stage, where == "training"
+        monkeypatch.setattr(*((site, "take_turns") if trains else (stage, "show")), broken)
+    asked = {} if where == "training" else {"kind": "evaluate", "evaluate": True}
+    blob = encode_broadcast(Broadcast(1), about={**about(brought), **asked})
+    reply = reply_to(blob, node, {})
     said = about_of(reply)
     assert said["kind"] == "failed" and said["reason"] == told
     assert SECRET.encode() not in reply and SECRET in caplog.text

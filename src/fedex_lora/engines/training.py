@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from time import perf_counter
-from typing import Any, get_type_hints
+from typing import Any, Protocol, cast, get_type_hints
 
 import torch
 from datasets import Dataset
@@ -28,6 +28,7 @@ from fedex_lora.recipe import Problem, did_you_mean
 from fedex_lora.recipe.reader import Places
 from fedex_lora.recipe.wording import in_words
 from fedex_lora.tasks import Task
+from fedex_lora.tasks.base import Collate
 
 # what transformers and torch raise for settings they cannot use
 _REFUSED = (
@@ -132,18 +133,31 @@ def quick_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
+class Batches(Protocol):
+    """How rows become batches; a `Task` says so, among other things.
+
+    Attributes:
+        image: Whether rows are images, which have no lengths.
+    """
+
+    @property
+    def image(self) -> Any: ...
+
+    def collator(self, tokenizer: Any, /) -> Collate: ...
+
+
 @dataclass(frozen=True)
 class HFTrainer:
     """Training by transformers.Trainer, one client after the other.
 
     Attributes:
-        task: What is learned: how rows become batches.
+        task: How rows become batches.
         training: Arguments of TrainingArguments, as in a recipe's block of that name.
         on_step: Is told (turn, steps done, steps in all).
         log: Where the Trainer's own reports go, if the arguments ask for any.
     """
 
-    task: Task
+    task: Batches
     training: Mapping[str, Any]
     on_step: Callable[[Turn, int, int], None] | None = None
     log: TrainingLog | None = None
@@ -173,7 +187,7 @@ class HFTrainer:
             "steps": float(output.global_step),
             "seconds": perf_counter() - began,
         }
-        return Trained(model.read(), metrics)
+        return Trained(metrics, model.read())
 
 
 def _release(trainer: Trainer, model: AdaptedModel) -> None:
@@ -213,7 +227,7 @@ def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[s
 
 def make_trainer(
     model: AdaptedModel,
-    task: Task,
+    task: Batches,
     rows: Dataset,
     training: Mapping[str, Any],
     seed: int,
@@ -232,7 +246,27 @@ def make_trainer(
     return trainer
 
 
-def _ordered(training: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
+def score(
+    model: AdaptedModel,
+    task: Batches,
+    rows: Dataset,
+    batch_size: int,
+    metric: Callable[[Any], Mapping[str, float]] | None = None,
+) -> dict[str, float]:
+    """The loss of the model as it is, and what `metric`, a `compute_metrics` of transformers, tells
+    of its predictions and the labels."""
+    given = {"per_device_eval_batch_size": batch_size}
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = make_trainer(model, task, rows, given, 0, directory)
+        trainer.compute_metrics = cast(Any, metric)
+        found = trainer.evaluate(cast(Any, rows))
+        _release(trainer, model)
+    told = {key.removeprefix("eval_"): value for key, value in found.items()}
+    spent = ("runtime", "_per_second", "preparation_time", "epoch")
+    return {key: value for key, value in told.items() if not key.endswith(spent)}
+
+
+def _ordered(training: Mapping[str, Any], task: Batches) -> Mapping[str, Any]:
     """Images have no lengths by which to group them."""
     return {"train_sampling_strategy": "random", **training} if task.image else training
 

@@ -50,12 +50,12 @@ class Trained:
     """What a training came to.
 
     Attributes:
-        end: The factors and the head that it ended with.
         metrics: Numbers by name, for the records: loss, steps, seconds, and what else there is.
+        end: The factors and the head that it ended with; None for those that lie on the model.
     """
 
-    end: AdapterState
     metrics: Mapping[str, float] = field(default_factory=dict)
+    end: AdapterState | None = None
 
 
 class Train(Protocol):
@@ -98,17 +98,21 @@ def take_turns(
     found = train(stage.model, turns)
     if len(found) != len(turns):
         raise UserError(f"a training of {len(turns)} clients came back with {len(found)} results")
+    ends = [stage.model.read() if trained.end is None else trained.end for trained in found]
     return [
-        _update(turn, trained, settings, transform)
-        for turn, trained in zip(turns, found, strict=True)
+        _update(turn, flat(end), trained.metrics, settings, transform)
+        for turn, end, trained in zip(turns, ends, found, strict=True)
     ]
 
 
 def _update(
-    turn: Turn, trained: Trained, settings: Settings, transform: Transform | None
+    turn: Turn,
+    end: Tensors,
+    metrics: Mapping[str, float],
+    settings: Settings,
+    transform: Transform | None,
 ) -> Update:
     assignment = settings.method.assignment
-    end = flat(trained.end)
     if transform is not None:
         start = flat(turn.start)
         drift = {name: value - start[name] for name, value in end.items()}
@@ -116,5 +120,5 @@ def _update(
     sent = assignment.sent_up(turn.trained) if settings.method.exchanges else turn.trained
     kept = own_part(settings, end) if assignment.private else {}
     return Update(
-        turn.round, turn.client, only(end, sent | {"head"}), len(turn.rows), trained.metrics, kept
+        turn.round, turn.client, only(end, sent | {"head"}), len(turn.rows), metrics, kept
     )

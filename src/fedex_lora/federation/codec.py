@@ -181,7 +181,7 @@ def pieces(tensors: Tensors, meta: Mapping[str, object]) -> list[bytes | memoryv
 
     Example:
         >>> [len(piece) for piece in pieces({"a": torch.zeros(2)}, {"x": "y"})]
-        [8, 1112, 8]
+        [8, 1104, 8]
     """
     header, names = _header(tensors, meta)
     values = (tensors[name].detach().cpu().contiguous() for name in names)
@@ -194,7 +194,7 @@ def nbytes(tensors: Tensors, meta: Mapping[str, object]) -> int:
 
     Example:
         >>> nbytes({"w": torch.empty(1000, 1000, device="meta")}, {}) - 4 * 10**6
-        1136
+        1128
     """
     header, _ = _header(tensors, meta)
     return 8 + len(header) + sum(t.numel() * t.element_size() for t in tensors.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, uniform
 from fedex_lora.aggregation.delta import Delta, concat
+from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.disk import new_directory
 from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import UserError
@@ -76,9 +77,9 @@ def final_state(trained: Trained, client: str | None) -> AdapterState:
     return start_of(trained.state, trained.settings, client)
 
 
-def change(trained: Trained, state: AdapterState, site: str) -> Delta:
+def change(ledger: Ledger, state: AdapterState, site: str) -> Delta:
     """G − W0 of one site as float64 factors: the ledger's total and the adapter."""
-    parts = [base_increment(trained.state.ledger, site, fold=False)]
+    parts = [base_increment(ledger, site, fold=False)]
     parts.append(state.sites[site].delta() if site in state.sites else None)
     return concat([part.to(torch.float64) for part in parts if part is not None])
 
@@ -152,7 +153,7 @@ def export_adapter(
     """
     state, spec = final_state(trained, client), trained.recipe.model
     check_finite(state.head)
-    cut = _as_adapter(trained, state, rank, error)
+    cut = as_adapter(trained.state.ledger, state, trained.model.sites, rank, error)
     sites = cut.sites if tight else uniform(cut.sites)
     folds = spec.placement == "fold"
     rounding = _rounding(trained, state, getattr(torch, spec.dtype)) if folds else 0.0
@@ -171,7 +172,7 @@ def export_adapter(
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """The change as factors, and what they miss of it, relative: by site and in total.
 
     Attributes:
@@ -184,10 +185,18 @@ class _Cut:
     would_miss: Mapping[int, float]
 
 
-def _as_adapter(trained: Trained, state: AdapterState, rank: int | None, error: float) -> _Cut:
+def as_adapter(
+    ledger: Ledger, state: AdapterState, names: Iterable[str], rank: int | None, error: float
+) -> Cut:
+    """The ledger and the factors of each layer as one pair of factors.
+
+    Args:
+        rank: None for the numerical rank, else the best approximation of that rank.
+        error: Without a rank: how much of a layer's change may be missed, relative.
+    """
     sites, missed, sizes, at = {}, {}, {}, dict.fromkeys(SERVER_LIMITS, 0.0)
-    for site in trained.model.sites:
-        whole = change(trained, state, site)
+    for site in names:
+        whole = change(ledger, state, site)
         for part in whole.parts.values():
             check_finite({site: part})
         kept = whole.compress(EPS)
@@ -201,7 +210,7 @@ def _as_adapter(trained: Trained, state: AdapterState, rank: int | None, error: 
         left, right = kept.factors()
         sites[site] = Factors(right.float(), left.float(), 1.0)
     total = math.hypot(*sizes.values())
-    return _Cut(
+    return Cut(
         sites,
         {site: missed[site] / size if size else 0.0 for site, size in sizes.items()},
         math.hypot(*missed.values()) / total if total else 0.0,

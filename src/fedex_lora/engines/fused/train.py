@@ -87,7 +87,7 @@ class Fused:
         for place, (member, loss) in enumerate(zip(members, losses)):
             stack.get(place)
             metrics = {"loss": loss / member.steps, "steps": float(member.steps)}
-            found[member.turn.client] = Trained(model.read(), metrics)
+            found[member.turn.client] = Trained(metrics, model.read())
         share = {"seconds": (perf_counter() - began) / len(turns)}
         results = (found[turn.client] for turn in turns)
         return [replace(result, metrics={**result.metrics, **share}) for result in results]

@@ -1,0 +1,450 @@
+"""The program as Python calls: a model, a federation of its clients, rounds.
+
+    model = fl.Model.from_pretrained("FacebookAI/roberta-base", LoraConfig(r=4), num_labels=2)
+    federation = fl.Federation(model, {"a": rows_a, "b": rows_b}, train=fl.HFTrainer())
+    for round in federation.rounds(5):
+        print(round.number, round.deviation)
+    federation.save_adapter("out")
+
+Rows are `datasets.Dataset`s that are encoded already, as for transformers.Trainer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+from fedex_lora.aggregation.adapter import AdapterState, fresh, uniform
+from fedex_lora.aggregation.methods import Method, get_method
+from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.own_loop import OwnLoop
+from fedex_lora.engines.stage import Stage
+from fedex_lora.engines.training import HFTrainer as Trainer
+from fedex_lora.engines.training import score
+from fedex_lora.engines.turn import Train, Trained, Transform, Turn
+from fedex_lora.errors import UserError
+from fedex_lora.federation.checks import check_shares
+from fedex_lora.federation.loop import Record, run_round
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState, begin, global_factors, start_of
+from fedex_lora.merge.adapters import open_adapter
+from fedex_lora.merge.plan import make_plan
+from fedex_lora.merge.write import Options, merge_adapters
+from fedex_lora.model import AdaptedModel, load_model
+from fedex_lora.recipe import LoraSpec, ModelSpec
+from fedex_lora.runs.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fedex_lora.runs.export import as_adapter, check_finite
+from fedex_lora.tasks.base import Collate
+
+_POOLED = "all"  # the one client of a method that pools the rows
+_OURS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
+_OURS |= {"auto_mapping", "peft_version", "runtime_config"}  # nothing that changes the adapter
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pretrained model with LoRA.
+
+    Attributes:
+        adapted: The model with its base, factors and head as values.
+        name: Hub id or path of the pretrained model.
+    """
+
+    adapted: AdaptedModel
+    name: str
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        lora: LoraConfig | None,
+        *,
+        auto: str = "AutoModelForSequenceClassification",
+        seed: int = 0,
+        dtype: str = "float32",
+        placement: str = "fold",
+        device: str = "auto",
+        **kwargs: Any,
+    ) -> Model:
+        """Loads and adapts a model.
+
+        Args:
+            name: Hub id, folder, or `package:NAME/FOLDER` of an installed Python package.
+            lora: None to train all parameters.
+            auto: The transformers class that loads it.
+            seed: Of parameters that the checkpoint lacks, e.g. a new classification head.
+            dtype: Of the frozen weights.
+            placement: Where the ledger goes: "fold" into the weights, or "side", beside them.
+            kwargs: For the class's `from_pretrained`, e.g. `num_labels`.
+
+        Raises:
+            UserError: No such model, or LoRA as asked for cannot be aggregated exactly.
+        """
+        spec = ModelSpec.model_validate(
+            {"name": name, "dtype": dtype, "placement": placement, "device": device}
+        )
+        task_type = None if lora is None else lora.task_type
+        task_type = None if task_type is None else str(getattr(task_type, "value", task_type))
+        if task_type is None and auto == "AutoModelForSequenceClassification":
+            task_type = "SEQ_CLS"
+        adapted = load_model(
+            spec,
+            None if lora is None else _spec_of(lora),
+            auto_model=auto,
+            peft_task_type=task_type,
+            model_kwargs=kwargs,
+            seed=seed,
+        )
+        return cls(adapted, name)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module as it is now: with the base, factors and head that were last put there."""
+        return self.adapted.module
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, which has a padding token."""
+        return self.adapted.tokenizer
+
+
+def _spec_of(config: LoraConfig) -> LoraSpec:
+    default, known = LoraConfig(), set(LoraSpec.model_fields)
+    given = {
+        key: value
+        for key, value in vars(config).items()
+        if key not in _OURS and not key.startswith("_") and value != getattr(default, key)
+    }
+    if unknown := sorted(given.keys() - known):
+        raise UserError(
+            f"LoraConfig.{unknown[0]}: {given[unknown[0]]!r} cannot be aggregated exactly; leave "
+            f"it out. Supported are {', '.join(sorted(known - {'init', 'ranks'}))}"
+        )
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in given.items()}
+    return LoraSpec.model_validate(plain)
+
+
+class HFTrainer:
+    """Trains clients by transformers.Trainer, one after the other.
+
+    Args:
+        collate: Makes a batch of rows; by default they are padded, labels by −100.
+        training: Arguments of TrainingArguments.
+    """
+
+    together = 1
+
+    def __init__(self, collate: Collate | None = None, **training: Any) -> None:
+        self.collate, self.training = collate, training
+
+    def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
+        return Trainer(_Batches(self.collate), self.training)(model, turns)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """How rows become batches where there is no task."""
+
+    collate: Collate | None = None
+    image: bool = False
+
+    def collator(self, tokenizer: Any) -> Collate:
+        if self.collate is not None:
+            return self.collate
+        single, sequences = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+
+        def padded(rows: list[dict[str, Any]]) -> Any:
+            listed = isinstance(rows[0].get("labels"), list)
+            return (sequences if listed else single)(rows)
+
+        return padded
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round came to.
+
+    Attributes:
+        number: From 1 on.
+        record: All that is known of it, as in a run's metrics.jsonl.
+    """
+
+    number: int
+    record: Record
+
+    @property
+    def deviation(self) -> float | None:
+        """‖Σ wᵢsᵢBᵢAᵢ − s·B̄Ā‖_F, the mean over the layers: what plain averaging would miss."""
+        return self.record.get("deviation")
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]:
+        """By client, what its training told."""
+        return self.record["clients"]
+
+
+class Rounds(list[Round]):
+    """Rounds, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        def cell(value: float | None) -> str:
+            return "<td>" + ("–" if value is None else f"{value:.4g}") + "</td>"
+
+        rows = ""
+        for r in self:
+            losses = [m["loss"] for m in r.metrics.values() if m.get("loss") is not None]
+            loss = sum(losses) / len(losses) if losses else None
+            sent = (sum(r.record[key].values()) / 1e6 for key in ("bytes_up", "bytes_down"))
+            rows += f"<tr>{cell(r.number)}{cell(len(r.metrics))}{cell(loss)}{cell(r.deviation)}"
+            rows += "".join(map(cell, sent)) + "</tr>"
+        names = ("round", "clients", "mean loss", "deviation", "MB up", "MB down")
+        head = "".join(f"<th>{name}</th>" for name in names)
+        return f"<table><tr>{head}</tr>{rows}</table>"
+
+
+class Federation:
+    """Clients that take turns on one model in this process, and the server of them.
+
+    Args:
+        model: Loaded by `Model.from_pretrained`.
+        clients: Each client's rows. Columns that the model does not take are left out.
+        method: Its name, or one of one's own.
+        train: How a client trains: an `HFTrainer`, or a function `train(module, rows, *, round,
+            client, rng)` that trains the module in place and returns a `Trained`.
+        transform: What becomes of an update before it is sent; see `chain`.
+        seed: Everything random derives from it.
+        ranks: One LoRA rank a client, where the method allows it.
+        options: Further fields of `Settings`: `rank` and `carry` of a truncated residual,
+            `weights`, `server_learning_rate`, `clients_per_round`, `min_clients`, `wire_dtype`,
+            `norm_ratio`, ...
+
+    Attributes:
+        state: The server's.
+        history: The rounds so far.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        clients: Mapping[str, Dataset],
+        method: str | Method = "fedex",
+        train: HFTrainer | Callable[..., Trained] | Train | None = None,
+        *,
+        transform: Transform | None = None,
+        seed: int = 0,
+        ranks: Mapping[str, int] | None = None,
+        **options: Any,
+    ) -> None:
+        chosen = get_method(method) if isinstance(method, str) else method
+        rows = {name: _inputs(model.module, part, name) for name, part in clients.items()}
+        if not rows:
+            raise UserError("clients: there are none; expected rows by client, {name: Dataset}")
+        if chosen.pooled:
+            rows = {_POOLED: concatenate_datasets(list(rows.values()))}
+        if ranks and not chosen.ranks_may_differ:
+            raise UserError(f"ranks: {method} needs one rank for all clients; leave them out")
+        if ranks and ranks.keys() != rows.keys():
+            raise UserError(f"ranks: expected one for each of {', '.join(sorted(rows))}")
+        if unknown := sorted(options.keys() - set(Settings.__dataclass_fields__)):
+            raise UserError(f"Federation: there is no option {unknown[0]!r}")
+        if chosen.residual == "truncated" and options.get("rank") is None:
+            raise UserError(f"rank: {method} needs the rank its residual is cut to")
+        adapted = model.adapted
+        widest = max((ranks or {}).values(), default=0)
+        layers = {n: s.at_rank(widest) if widest else s for n, s in adapted.sites.items()}
+        self.model = model
+        self.settings = Settings(
+            chosen,
+            seed,
+            tuple(sorted(rows)),
+            layers,
+            0,
+            ranks or {},
+            **{
+                "examples": {name: len(part) for name, part in rows.items()},
+                "norm_ratio": 10.0,
+                **options,
+            },
+        )
+        check_shares(self.settings)
+        initial = adapted.initial(seed)
+        if ranks:
+            initial = replace(initial, sites=fresh(layers, seed))
+        stage = Stage(adapted, cast(Any, None), chosen)
+        self.engine = LocalEngine(
+            stage, rows, self.settings, initial, _way(train), transform=transform
+        )
+        self.state: ServerState = begin(self.settings, initial)
+        self.history = Rounds()
+
+    def rounds(self, count: int, progress: bool = False) -> Iterator[Round]:
+        """Plays so many rounds more; each is done when it is yielded.
+
+        The last of them sends whole what a truncated residual still carries.
+
+        Args:
+            progress: Whether to show a bar, by `tqdm.auto`.
+
+        Raises:
+            QuorumLost: Fewer than `min_clients` updates can be used; each reason is named.
+        """
+        settings = replace(self.settings, rounds=self.state.version + count)
+        self.settings = self.engine.settings = settings
+        numbers: Iterator[int] = iter(range(count))
+        if progress:
+            from tqdm.auto import tqdm  # noqa: PLC0415 (only who asks for it needs it)
+
+            numbers = iter(tqdm(numbers, total=count, unit="round"))
+        for _ in numbers:
+            self.state, record = run_round(self.state, settings, self.engine)
+            self.history.append(Round(self.state.version, record))
+            yield self.history[-1]
+
+    def show(self, client: str | None = None) -> nn.Module:
+        """The module as the global model; or `client`'s, where every client has a model alone."""
+        self._adapter(client)
+        self.engine.stage.show_global(self.state, self.settings, client)
+        return self.model.module.eval()
+
+    def evaluate(
+        self,
+        rows: Dataset,
+        metric: Callable[[Any], Mapping[str, float]] | None = None,
+        *,
+        client: str | None = None,
+        batch_size: int = 64,
+    ) -> dict[str, float]:
+        """The loss of the global model on encoded rows, and what `metric` tells.
+
+        Args:
+            metric: As `compute_metrics` of transformers.Trainer: of predictions and labels.
+            client: As of `show`.
+        """
+        self.show(client)
+        train = self.engine.train_with
+        batches = _Batches(train.collate if isinstance(train, HFTrainer) else None)
+        kept = _inputs(self.model.module, rows, "evaluate")
+        return score(self.model.adapted, batches, kept, batch_size, metric)
+
+    def save_adapter(
+        self, path: str | Path, rank: int | None = None, client: str | None = None
+    ) -> None:
+        """Writes the global model as one PEFT adapter that carries the whole ledger.
+
+        Args:
+            rank: None for the numerical rank of each layer, else the best of that rank.
+            client: As of `show`.
+        """
+        adapter = self._adapter(client)
+        check_finite(adapter.head)
+        cut = as_adapter(self.state.ledger, adapter, self.model.adapted.sites, rank, 0.0)
+        whole = AdapterState(uniform(cut.sites), adapter.head)
+        self.model.adapted.save_adapter(whole, Path(path), base_name=self.model.name)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a checkpoint from which `resume` goes on, bit for bit."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"history": [r.record for r in self.history], "identity": self._identity()}
+        save_checkpoint(folder, self.state, told)
+
+    @classmethod
+    def resume(cls, path: str | Path, *given: Any, **options: Any) -> Federation:
+        """The federation that was saved, from its newest checkpoint.
+
+        Args:
+            given: What it was made of, the same as then; with `options` as for the class.
+
+        Raises:
+            UserError: No checkpoint there, or it was made of something else.
+        """
+        federation = cls(*given, **options)
+        there = checkpoints(Path(path))
+        if not there:
+            raise UserError(f"{path}: there is no checkpoint; expected a folder that `save` wrote")
+        state, extra = load_checkpoint(there[0])
+        then, now = extra.get("identity", {}), federation._identity()
+        if different := sorted(k for k in now if then.get(k) != now[k]):
+            key = different[0]
+            raise UserError(
+                f"{path}: was saved with another {key}: {then.get(key)!r} then, {now[key]!r} now"
+            )
+        federation.state = state
+        federation.history = Rounds(Round(r["round"], r) for r in extra["history"])
+        return federation
+
+    def _identity(self) -> dict[str, Any]:
+        s, method = self.settings, self.settings.method
+        return {
+            "method": f"{method.trains}, {type(method.assignment).__name__}, {method.residual}",
+            "seed": s.seed,
+            "clients": dict(s.examples),
+            "layers": {n: [x.out, x.inp, x.rank, x.scale] for n, x in s.sites.items()},
+        }
+
+    def _adapter(self, client: str | None) -> AdapterState:
+        """The factors and head that go with the global base."""
+        shared, names = self.settings.method.exchanges, ", ".join(self.settings.clients)
+        if shared and client is not None:
+            raise UserError(f"client: {client!r}, but there is one global model; leave it out")
+        if not shared and client not in self.settings.clients:
+            raise UserError(f"client: every client has a model of its own; name one of {names}")
+        if client is not None:
+            return start_of(self.state, self.settings, client)
+        return AdapterState(global_factors(self.state, self.settings), self.state.head)
+
+
+def _way(train: HFTrainer | Callable[..., Trained] | Train | None) -> Train:
+    if train is None:
+        return HFTrainer()
+    return cast(Train, train) if hasattr(train, "together") else OwnLoop(cast(Any, train))
+
+
+def _inputs(module: nn.Module, rows: Dataset, whose: str) -> Dataset:
+    """The columns that the model takes, as transformers.Trainer keeps them."""
+    base = getattr(module, "get_base_model", lambda: module)()
+    taken = {*inspect.signature(base.forward).parameters, "labels", "label", "label_ids"}
+    kept = [name for name in rows.column_names if name in taken]
+    if not kept or not len(rows):
+        raise UserError(
+            f"{whose}: {len(rows)} rows with the columns {', '.join(rows.column_names)}; expected "
+            "encoded rows, e.g. input_ids, attention_mask and labels"
+        )
+    rows = rows.select_columns(kept)
+    return rows.rename_column("label", "labels") if "label" in kept else rows
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The exact weighted mean of PEFT adapters' updates; nothing is read before `save`.
+
+    Attributes:
+        adapters: Folders, or hub ids.
+        weights: Relative to each other; None for equal ones.
+        options: Further ones of `make_plan` and of `merge.write.Options`, e.g. `strict`, `rank`.
+    """
+
+    adapters: Sequence[str | Path]
+    weights: Sequence[float] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Any:
+        """Writes the merged adapter; returns what was written, with its errors and notes.
+
+        Raises:
+            UserError: The adapters do not go together, by name; `path` is in use.
+        """
+        options = dict(self.options)
+        written = {k: options.pop(k) for k in Options.__dataclass_fields__ if k in options}
+        strict = options.pop("strict", True)
+        opened = [open_adapter(str(name)) for name in self.adapters]
+        plan = make_plan(opened, self.weights, strict, **options)
+        return merge_adapters(plan, Path(path), Options(**written))
