@@ -243,7 +243,7 @@ class Federation:
         ranks: Mapping[str, int] | None = None,
         **options: Any,
     ) -> None:
-        chosen = get_method(method) if isinstance(method, str) else method
+        chosen = get_method(method)
         rows = {name: _inputs(model.module, part, name) for name, part in clients.items()}
         if not rows:
             raise UserError("clients: there are none; expected rows by client, {name: Dataset}")
@@ -392,7 +392,7 @@ class Federation:
 
     def _adapter(self, client: str | None) -> AdapterState:
         """The factors and head that go with the global base."""
-        shared, names = self.settings.method.exchanges, ", ".join(self.settings.clients)
+        shared, names = not self.settings.method.personal, ", ".join(self.settings.clients)
         if shared and client is not None:
             raise UserError(f"client: {client!r}, but there is one global model; leave it out")
         if not shared and client not in self.settings.clients:

@@ -74,8 +74,8 @@ class Clients:
         trained, assignment = method.trained(round), method.assignment
         end = trained_by(start, trained, g, self.spread)
         kept = own_part(self.settings, flat(end)) if assignment.private else {}
-        sent = (assignment.sent_up(trained) if method.exchanges else trained) | {"head"}
-        update = Update(round, client, only(flat(end), sent), EXAMPLES[client], kept=kept)
+        sent = only(flat(end), method.sent(round))
+        update = Update(round, client, sent, EXAMPLES[client], kept=kept)
         if method.exchanges:
             blob = encode_update(update, start, self.settings.wire_dtype)
             update = replace(decode_update(blob, start, client), kept=kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import test_aggregate
@@ -12,14 +13,19 @@ import test_tree
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import mean
+from oracles import mean, trained_by
 from own_methods import NAMES, registered
-from simulation import EXAMPLES, simulate
+from simulation import EXAMPLES, SITES, initial, simulate
 from simulation import settings as federation
 from torch.testing import assert_close
 
-from fedex_lora.aggregation.methods import METHODS
-from fedex_lora.federation.state import start_of
+from fedex_lora.aggregation.assignment import Average
+from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.aggregation.methods import METHODS, Method
+from fedex_lora.engines.turn import Trained, Turn, take_turns
+from fedex_lora.errors import UserError
+from fedex_lora.federation.server import Server
+from fedex_lora.federation.state import begin, start_of
 
 WIRES = [torch.float32, torch.bfloat16]
 SETTINGS = [{}, test_rounds.PARTIAL, {"server_learning_rate": 0.7}]
@@ -115,3 +121,45 @@ def test_a_factor_that_is_kept_is_looked_at_before_the_run_goes_on_from_it():
 
     _, _, records = simulate(federation("fedsa"), 1, breaks=spoiled)
     assert "NaN" in records[0]["refused"]["b"] and sorted(records[0]["clients"]) == list("acd")
+
+
+def test_a_server_for_other_frameworks_leaves_B_with_the_client():
+    server = Server("fedsa", SITES, ["a", "b"])
+    state, g = server.init(), torch.Generator().manual_seed(0)
+    for _ in range(3):
+        starts = {c: server.start(state, c) for c in "ab"}
+        ends = {c: trained_by(start, frozenset("AB"), g, 0.1) for c, start in starts.items()}
+        updates = {c: server.update(state, c, end, EXAMPLES[c]) for c, end in ends.items()}
+        assert {n[0] for update in updates.values() for n in update.tensors} == {"A"}
+        state, _ = server.step(state, updates)
+        for c, end in ends.items():
+            assert torch.equal(server.start(state, c).sites["q"].B, end.sites["q"].B)
+        a = mean([end.sites["q"].A for end in ends.values()], [EXAMPLES[c] for c in "ab"])
+        assert_close(state.factors["q"].A.double(), a, rtol=1e-6, atol=1e-6)
+    elsewhere = {c: replace(update, kept={}) for c, update in updates.items()}
+    there, _ = server.step(server.init(), {c: replace(u, round=1) for c, u in elsewhere.items()})
+    assert not there.own
+    with pytest.raises(UserError, match="method 'given': its assignment: private is about own"):
+        Server(Method("both", type("Odd", (Average,), {"private": True})(), "dropped", "x"), SITES)
+
+
+def test_what_stays_with_a_client_is_neither_clipped_nor_noised():
+    s = federation("fedsa")
+    start = start_of(begin(s, initial(s)), s, "a")
+    end = trained_by(start, frozenset("AB"), torch.Generator().manual_seed(0), 0.1)
+    turn = Turn("a", 1, range(5), start, frozenset("AB"), 0)  # type: ignore[arg-type]
+
+    def silent(drift, turn):
+        assert {name.partition("/")[0] for name in drift} == {"A", "head"}
+        return {name: 0 * value for name, value in drift.items()}
+
+    (update,) = take_turns(
+        SimpleNamespace(place=lambda *_: None, model=None),  # type: ignore[arg-type]
+        lambda model, turns: [Trained(end=end)],  # type: ignore[arg-type]
+        [turn],
+        Ledger(),
+        s,
+        silent,
+    )
+    assert torch.equal(update.tensors["A/q"], start.sites["q"].A) and "B/q" not in update.tensors
+    assert torch.equal(update.kept["B/q"], end.sites["q"].B)

@@ -96,6 +96,17 @@ class Method:
         choice = {"both": "AB", "B": "B", "alternate": alternate, "all": ""}[self.trains]
         return frozenset(choice)
 
+    def sent(self, round: int) -> frozenset[str]:
+        """What updates hold in a round, of "A", "B" and "head". Of a client that is alone it is all
+        that was trained, which crosses nothing and is checked like others.
+
+        Example:
+            >>> sorted(METHODS["fedex"].sent(1)), sorted(METHODS["rolora"].sent(2))
+            (['A', 'B', 'head'], ['A', 'head'])
+        """
+        trained = self.trained(round)
+        return (self.assignment.sent_up(trained) if self.exchanges else trained) | {"head"}
+
     def problems(self) -> Iterator[str]:
         """What contradicts itself, or is missing."""
         for field, known in (("trains", get_args(Trains)), ("residual", get_args(Residual))):
@@ -176,8 +187,8 @@ def register_method(name: str, method: Method) -> None:
     METHODS.register(name, method, type(assignment).__module__)
 
 
-def get_method(name: str) -> Method:
-    """The method of that name.
+def get_method(name: str | Method) -> Method:
+    """The method of that name; or that one itself, if it is whole.
 
     Raises:
         UserError: If there is none; the nearest name is suggested. Two packages have one, or it
@@ -187,6 +198,9 @@ def get_method(name: str) -> Method:
         >>> get_method("fedex").assignment.name
         'average'
     """
+    if not isinstance(name, str):
+        _check("given", name)
+        return name
     if name in METHODS:
         return METHODS.one(name)
     near = did_you_mean(name, METHODS, cutoff=0.0)

@@ -113,12 +113,10 @@ def _update(
     transform: Transform | None,
 ) -> Update:
     assignment = settings.method.assignment
-    if transform is not None:
-        start = flat(turn.start)
-        drift = {name: value - start[name] for name, value in end.items()}
-        end = {name: start[name] + moved for name, moved in transform(drift, turn).items()}
-    sent = assignment.sent_up(turn.trained) if settings.method.exchanges else turn.trained
     kept = own_part(settings, end) if assignment.private else {}
-    return Update(
-        turn.round, turn.client, only(end, sent | {"head"}), len(turn.rows), metrics, kept
-    )
+    sent = only(end, settings.method.sent(turn.round))
+    if transform is not None and settings.method.exchanges:  # of what stays, nothing is hidden
+        start = flat(turn.start)
+        drift = {name: value - start[name] for name, value in sent.items()}
+        sent = {name: start[name] + moved for name, moved in transform(drift, turn).items()}
+    return Update(turn.round, turn.client, sent, len(turn.rows), metrics, kept)

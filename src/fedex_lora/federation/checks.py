@@ -47,10 +47,7 @@ def check(update: Update, start: AdapterState, round: int, settings: Settings) -
     for name, value in update.metrics.items():
         if not math.isfinite(value):
             raise UpdateRefused(f"its training {name} is {value}; expected a finite number")
-    asked = settings.method.assignment.sent_up(settings.method.trained(round))
-    if not settings.method.exchanges:
-        asked = asked | settings.method.trained(round)
-    expected = only(flat(start), asked | {"head"})
+    expected = only(flat(start), settings.method.sent(round))
     _check_tensors(update.tensors, expected)
     if update.kept and settings.method.exchanges:
         _check_tensors(update.kept, own_part(settings, flat(start)))

@@ -12,7 +12,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange, Record, run_round
 from fedex_lora.federation.messages import Broadcast, Scores, Update, flat, only
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, begin, start_of
+from fedex_lora.federation.state import ServerState, begin, own_part, start_of
 
 
 class Server:
@@ -54,7 +54,7 @@ class Server:
             raise UserError(
                 f"Server: no option {unknown[0]!r}; there are {', '.join(sorted(known))}"
             )
-        chosen = get_method(method) if isinstance(method, str) else method
+        chosen = get_method(method)
         names = tuple(sorted(clients))
         self.settings = Settings(
             chosen, seed, names, dict(layers), options.pop("rounds", 10**9), **options
@@ -82,9 +82,9 @@ class Server:
         Args:
             examples: n of its weight n/Σn.
         """
-        method, round = self.settings.method, state.version + 1
-        sent = method.assignment.sent_up(method.trained(round)) | {"head"}
-        return Update(round, client, only(flat(end), sent), examples)
+        method, round, tensors = self.settings.method, state.version + 1, flat(end)
+        kept = own_part(self.settings, tensors) if method.assignment.private else {}
+        return Update(round, client, only(tensors, method.sent(round)), examples, kept=kept)
 
     def step(self, state: ServerState, updates: Mapping[str, Update]) -> tuple[ServerState, Record]:
         """The state after the updates are aggregated, and the round's record.

@@ -165,8 +165,8 @@ class DryRun:
         key = ("up", self.settings.ranks.get(client))
         if key not in self._sizes:
             round, method = self.version + 1, self.settings.method
-            sent = method.assignment.sent_up(method.trained(round)) | {"head"}
-            tensors = only(flat(start_of(self._state, self.settings, client)), sent)
+            tensors = flat(start_of(self._state, self.settings, client))
+            tensors = only(tensors, method.sent(round))
             update = Update(round, client, tensors, 1, _METRICS)
             bytes = update_nbytes(update, self.settings.wire_dtype)
             self._sizes[key] = Size(_numbers(tensors), bytes)
