@@ -27,11 +27,12 @@ from fedex_lora.experiments.analysis.scores import (
 from fedex_lora.experiments.analysis.statistics import Paired, estimate, what_seeds_show
 from fedex_lora.experiments.analysis.study import Study, metric_of, study
 from fedex_lora.experiments.analysis.unused import unused
-from fedex_lora.experiments.compare import markdown_table, size, spread
+from fedex_lora.experiments.compare import markdown_table, spread
 from fedex_lora.experiments.report.scores import significant
 from fedex_lora.experiments.report.setting import without_folder
 from fedex_lora.experiments.report.words import change
 from fedex_lora.recipe.reader import differences as differing
+from fedex_lora.runs.words import size
 
 ABOUT = """\
 # Results

@@ -10,7 +10,6 @@ import time
 import pytest
 from small_runs import recipe
 
-from fedex_lora import cli
 from fedex_lora.errors import UserError
 from fedex_lora.experiments.grid import plan as planning
 from fedex_lora.experiments.grid import work as working
@@ -262,22 +261,6 @@ def test_a_killed_run_is_told_as_such(folder, tmp_path, scripted):
     scripted("import os; os.kill(os.getpid(), 9)")
     failed = work(small(folder).runs[:1], tmp_path, 1, print, print)
     assert "killed by SIGKILL" in failed["tiny/fedit-seed0"]
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["fedex-lora", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "width", 200)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def test_the_command_runs_what_is_left_and_shows_the_table(command, folder, tmp_path):

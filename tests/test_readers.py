@@ -12,7 +12,6 @@ import peft
 import pytest
 import torch
 import transformers
-from commands import command
 from safetensors.torch import load_file, save_file
 from small_runs import products, recipe
 from torch import nn
@@ -28,7 +27,6 @@ from fedex_lora.runs.export import export_adapter
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import start_run
 
-__all__ = ["command"]
 IDS = torch.arange(3, 19).reshape(2, 8)
 # layers whose ranks differ: of unequal sides, so that full ranks are unequal too
 TARGETS = {

@@ -6,7 +6,6 @@ import stat
 
 import pytest
 import torch
-from commands import command
 from small_runs import recipe
 
 from benchmarks.spoil import about as about_of
@@ -29,7 +28,6 @@ from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.across_machines import across_machines
 from fedex_lora.runs.run import start_run
 
-__all__ = ["command"]
 SECRET = "Mrs Miller, born 1950"
 
 

@@ -7,7 +7,6 @@ import stat
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from commands import command
 from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +18,6 @@ from fedex_lora.flower.deploy.keys import check_certificate
 from fedex_lora.flower.deploy.names import check_client_names, host_name
 from fedex_lora.flower.deploy.processes import alone, free_port, make_private
 from fedex_lora.flower.refusals import known_keys
-
-__all__ = ["command"]
 
 
 def served_names(folder):

@@ -13,7 +13,6 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from commands import command
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from small_runs import recipe as tiny_recipe
@@ -27,8 +26,6 @@ from fedex_lora.flower.deploy.processes import check_server, free_port
 from fedex_lora.flower.progress import Recorder, follow
 from fedex_lora.recipe.reader import dump_recipe, load_recipe
 from fedex_lora.runs.watch import Silent, Start
-
-__all__ = ["command"]
 
 
 @pytest.fixture(scope="module")

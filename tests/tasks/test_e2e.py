@@ -13,7 +13,7 @@ from tiny import tiny
 from torch.nn import functional
 
 from fedex_lora.errors import UserError
-from fedex_lora.model import load_model
+from fedex_lora.model.adapted import load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec, TaskSpec
 from fedex_lora.tasks import build_task, nlg
 from fedex_lora.tasks.outputs import OutputFile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from fedex_lora.cli import costs, deploys, evaluate, grids, merges, plans, reports, runs
+from fedex_lora.cli import costs, deploys, evaluate, grids, lists, merges, plans, reports, runs
 from fedex_lora.cli.common import app, complain, console
 from fedex_lora.errors import QuorumLost, UserError
 
@@ -16,6 +16,7 @@ __all__ = [
     "deploys",
     "evaluate",
     "grids",
+    "lists",
     "main",
     "merges",
     "plans",

@@ -1,4 +1,8 @@
-"""What the commands share: the app, the console, options, and how errors are told."""
+"""What the commands share: the app, the console, options, and how errors are told.
+
+Modules of commands import nothing heavy; a command's function imports what it needs. So help,
+mistyped options and lists come at once.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from fedex_lora import __version__
-from fedex_lora.cli.display import Display
-from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import QuorumLost, UserError, show_rows
-from fedex_lora.recipe import Recipe
-from fedex_lora.recipe.reader import load_recipe_with_places
-from fedex_lora.runs.preflight import beforehand
+
+if TYPE_CHECKING:
+    from fedex_lora.cli.display import Display
+    from fedex_lora.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,6 +77,10 @@ RankError = Annotated[
 
 def read_recipe(path: Path, sets: list[str]) -> Recipe:
     """The recipe of a file; all that is wrong with it is told at once."""
+    from fedex_lora.engines.training import training_problems
+    from fedex_lora.recipe.reader import load_recipe_with_places
+    from fedex_lora.runs.preflight import beforehand
+
     return load_recipe_with_places(
         path, sets, lambda recipe: training_problems(recipe.training), beforehand
     )[0]
@@ -83,6 +90,8 @@ def read_recipe(path: Path, sets: list[str]) -> Recipe:
 def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display]]:
     """Makes displays, takes them away whatever happens, and says how to go on after Ctrl-C or with
     too few clients: by the command that `go_on` gives."""
+    from fedex_lora.cli.display import Display
+
     made: list[Display] = []
 
     def show(label: str) -> Display:

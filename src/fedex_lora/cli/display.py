@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,10 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from fedex_lora.errors import some, tally
-from fedex_lora.experiments.compare import size
-from fedex_lora.federation.loop import Record
-from fedex_lora.runs.rundir import number
-from fedex_lora.runs.watch import Start
+from fedex_lora.runs.words import number, size
+
+if TYPE_CHECKING:
+    from fedex_lora.federation.loop import Record
+    from fedex_lora.runs.watch import Start
 
 _WIDEST = 10_000  # characters in a line
 

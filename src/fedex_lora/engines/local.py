@@ -24,7 +24,7 @@ from fedex_lora.federation.loop import Lost
 from fedex_lora.federation.messages import Broadcast, Update
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, global_factors, own_increment, start_of
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.outputs import VerdictFile
 

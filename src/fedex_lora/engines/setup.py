@@ -20,7 +20,7 @@ from fedex_lora.engines.training import rehearse
 from fedex_lora.errors import UserError, Withheld
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.settings import Settings
-from fedex_lora.model import AdaptedModel, load_model
+from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.model.architectures import Architecture
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task, build_task

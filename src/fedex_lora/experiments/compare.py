@@ -21,6 +21,7 @@ from fedex_lora.recipe import MethodSpec, Recipe
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.watch import Watcher
+from fedex_lora.runs.words import size
 
 Results = dict[str, list[dict[str, Any]]]  # by method, a result a seed
 
@@ -171,16 +172,3 @@ def spread(values: Sequence[float | None]) -> str:
         return "-"
     mean = f"{statistics.mean(known):.3f}"
     return f"{mean} ± {statistics.stdev(known):.3f}" if len(known) > 1 else mean
-
-
-def size(count: float) -> str:
-    """A number of bytes for people.
-
-    Example:
-        >>> size(0), size(1234), size(5_000_000)
-        ('0', '1.2 kB', '5.0 MB')
-    """
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f}"

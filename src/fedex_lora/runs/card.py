@@ -13,7 +13,8 @@ from fedex_lora.model.files import CONFIG, resolved
 from fedex_lora.model.inject import head_names
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.reopened import Trained
-from fedex_lora.runs.rundir import number, versions
+from fedex_lora.runs.rundir import versions
+from fedex_lora.runs.words import number
 from fedex_lora.tasks import Task
 
 

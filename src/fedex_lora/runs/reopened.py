@@ -12,7 +12,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.checkpoint import NAME, latest, load_checkpoint
 from fedex_lora.runs.rundir import RunDir, best_record, edited, not_of_a_run

@@ -22,7 +22,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.federation.state import ServerState
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, dump_recipe, load_stored_recipe, recipe_of_text
 from fedex_lora.runs.checkpoint import by_round, latest, load_checkpoint
@@ -410,8 +410,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A score for people; "-" for one that is no finite number."""
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -27,7 +27,7 @@ from fedex_lora.engines.training import (
     training_arguments,
 )
 from fedex_lora.federation.messages import Update
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
 

@@ -45,7 +45,7 @@ from fedex_lora.federation.messages import (
 )
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, begin, start_of
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task
 

@@ -13,9 +13,10 @@ from fedex_lora.experiments.analysis.scores import (
     scores_by_split,
 )
 from fedex_lora.experiments.analysis.study import Study, deviates, metric_of
-from fedex_lora.experiments.compare import size, spread
+from fedex_lora.experiments.compare import spread
 from fedex_lora.experiments.report.html import Html, details, table
 from fedex_lora.experiments.report.words import change
+from fedex_lora.runs.words import size
 
 
 def scores(study: Study, task: str) -> Html:

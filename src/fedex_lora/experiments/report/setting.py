@@ -10,8 +10,8 @@ from typing import Any
 from fedex_lora.experiments.analysis.scores import bytes_ratio, bytes_sent, comparisons
 from fedex_lora.experiments.analysis.statistics import number
 from fedex_lora.experiments.analysis.study import Study
-from fedex_lora.experiments.compare import size
 from fedex_lora.experiments.report.html import Html, el
+from fedex_lora.runs.words import size
 
 _MOST = 12  # arms that are named
 

@@ -14,10 +14,10 @@ from fedex_lora.experiments.analysis.scores import (
 from fedex_lora.experiments.analysis.statistics import Estimate, Outcome, Paired, what_seeds_show
 from fedex_lora.experiments.analysis.statistics import number as signed
 from fedex_lora.experiments.analysis.study import Placed, Study, as_text
-from fedex_lora.experiments.compare import size, spread
+from fedex_lora.experiments.compare import spread
 from fedex_lora.experiments.report.html import Child, Html, el
 from fedex_lora.experiments.report.setting import compared, cost
-from fedex_lora.runs.rundir import number
+from fedex_lora.runs.words import number, size
 
 _GROUPS: tuple[tuple[Outcome, str], ...] = (
     ("worse", "worse"),

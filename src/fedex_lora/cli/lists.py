@@ -1,0 +1,65 @@
+"""Commands that list what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from fedex_lora import __version__
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.cli.common import app, console
+from fedex_lora.cli.display import show_table
+from fedex_lora.errors import UserError
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: three choices each, and where they come from."""
+    header = ["method", "trains", "assignment", "residual", "base", "ranks differ", "source"]
+    rows = [
+        [
+            name,
+            m.trains,
+            m.assignment,
+            m.residual,
+            "shared" if m.shared_base else "per client",
+            "yes" if m.ranks_may_differ else "no",
+            m.source,
+        ]
+        for name, m in METHODS.items()
+    ]
+    show_table(console, header, rows)
+
+
+@app.command()
+def recipes(directory: Path = Path("recipes")) -> None:
+    """List the recipes and grids in a directory."""
+    from fedex_lora.experiments.grid.spec import grid_row, is_grid
+    from fedex_lora.recipe.reader import load_recipe_with_places
+
+    found = sorted(directory.rglob("*.yaml"))
+    if not found:
+        raise UserError(f"{directory}: no recipes (*.yaml) there; name a directory that has some")
+    rows, grids = [], []
+    for file in found:
+        try:
+            if is_grid(file):
+                grids.append([str(file), *grid_row(file)])
+                continue
+            spec = load_recipe_with_places(file)[0]
+        except UserError as error:
+            rows.append([str(file), "-", "-", str(error).splitlines()[0]])
+            continue
+        rows.append(
+            [str(file), spec.method.name, spec.task.name or spec.task.kind, spec.model.name]
+        )
+    show_table(console, ["recipe", "method", "task", "model"], rows)
+    if grids:
+        show_table(console, ["grid", "runs", "methods", "varies"], grids)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
