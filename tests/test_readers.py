@@ -21,7 +21,7 @@ from fedex_lora.engines.local import LocalEngine
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.plan import make_plan
 from fedex_lora.merge.write import Options, merge_adapters
-from fedex_lora.model import files
+from fedex_lora.model import config as config_module
 from fedex_lora.runs import export as export_module
 from fedex_lora.runs.export import export_adapter
 from fedex_lora.runs.reopened import open_run
@@ -215,7 +215,7 @@ def test_export_takes_a_rank_or_an_error(command, runs, tmp_path):
 
 
 def test_an_export_tells_what_a_cut_would_cost(runs, tmp_path, monkeypatch):
-    for module in (files, export_module):
+    for module in (config_module, export_module):
         monkeypatch.setattr(module, "SERVER_LIMITS", (2, 5))
     folder = runs("llama")
     whole = products(folder / "run" / "final" / "adapter")

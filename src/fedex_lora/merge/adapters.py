@@ -22,7 +22,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.merge.experts import Form, forms
 from fedex_lora.merge.factors import Term, finite
 from fedex_lora.merge.tokens import indices, of_tokens
-from fedex_lora.model.files import CONFIG, WEIGHTS, adapter_folder, empty
+from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.plain import unsupported
 

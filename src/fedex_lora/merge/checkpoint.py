@@ -17,7 +17,7 @@ from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
 from fedex_lora.merge.quantised import Packed, packed_parts
 from fedex_lora.merge.tensor_file import DTYPES
-from fedex_lora.model.files import empty
+from fedex_lora.model.config import empty
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 Shape = tuple[int, ...]

@@ -13,7 +13,7 @@ from itertools import permutations
 from typing import Any, NamedTuple
 
 from fedex_lora.errors import UserError
-from fedex_lora.model.files import CONFIG
+from fedex_lora.model.config import CONFIG
 from fedex_lora.model.plain import configured
 
 

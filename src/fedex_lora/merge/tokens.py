@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedex_lora.errors import UserError
-from fedex_lora.model.files import CONFIG
+from fedex_lora.model.config import CONFIG
 from fedex_lora.model.keys import PREFIX
 
 _ROWS = ".token_adapter.trainable_tokens_delta"

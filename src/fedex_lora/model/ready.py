@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.model.files import CONFIG, WEIGHTS, adapter_folder, empty
+from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty
 from fedex_lora.model.keys import PREFIX, adapter_keys
 from fedex_lora.model.load import load_base, quiet
 from fedex_lora.recipe import ModelSpec

@@ -22,7 +22,7 @@ from fedex_lora.engines.setup import check_image, check_length, recipe_task
 from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.model.files import CONFIG, adapter_folder, published
+from fedex_lora.model.config import CONFIG, adapter_folder, published
 from fedex_lora.model.ready import base_of, load_ready
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.export import final_state

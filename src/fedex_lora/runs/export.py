@@ -21,7 +21,7 @@ from fedex_lora.engines.local import base_increment
 from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import UserError
 from fedex_lora.federation.state import global_factors, start_of
-from fedex_lora.model.files import CONFIG, SERVER_LIMITS, above_limits, misread, published
+from fedex_lora.model.config import CONFIG, SERVER_LIMITS, above_limits, misread, published
 from fedex_lora.runs.card import base_options, loading_lines, model_card
 from fedex_lora.runs.reopened import Trained
 
