@@ -10,6 +10,8 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
+from fedex_lora.model.load import with_padding
+
 TEXT = [
     "The quick brown fox jumps over the lazy dog.",
     "A file is opened for reading and its lines are returned one by one.",
@@ -52,6 +54,11 @@ def tiny(
     else:
         tokenizer.save_pretrained(path)
     return path
+
+
+def tokenizer_of(folder: Path) -> transformers.PreTrainedTokenizerBase:
+    """A folder's tokenizer as tasks get it: with a padding token."""
+    return with_padding(transformers.AutoTokenizer.from_pretrained(str(folder)))
 
 
 def _tokenizer(*, pad: bool, cls: bool) -> PreTrainedTokenizerFast:

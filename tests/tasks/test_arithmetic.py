@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from tiny import tiny
+from tiny import tiny, tokenizer_of
 
 from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer_of(folder)
 
 
 @pytest.fixture

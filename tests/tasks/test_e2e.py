@@ -9,7 +9,7 @@ import torch
 import transformers
 from datasets import Dataset
 from test_generation import Talker
-from tiny import tiny
+from tiny import tiny, tokenizer_of
 from torch.nn import functional
 
 from fedex_lora.errors import UserError
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer_of(folder)
 
 
 def split(row):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import transformers
 from datasets import Dataset
-from tiny import tiny
+from tiny import tiny, tokenizer_of
 from tokenizers import processors
 
 from fedex_lora.recipe import TaskSpec
@@ -18,7 +17,7 @@ SAID = "template writes them: these are not put there once more"
 
 def with_template(folder, single):
     """A tokenizer that puts <s> (0) and </s> (2) around texts as `single` says."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -86,7 +85,7 @@ def test_texts_without_are_left_alone_and_nothing_is_said(tokenizer, caplog):
 
 
 def test_a_classifier_s_columns_stay_of_one_length(tmp_path, caplog):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny("bert", tmp_path))
+    tokenizer = tokenizer_of(tiny("bert", tmp_path))
     task = build_task(TaskSpec(kind="text-classification", labels=["a", "b"]))
     rows = Dataset.from_dict({"text": ["<s>lazy dog</s>", "lazy dog"], "label": ["a", "b"]})
     encoded = task.encode(rows, tokenizer, 60)

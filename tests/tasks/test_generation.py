@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import tiny
+from tiny import tiny, tokenizer_of
 
 from fedex_lora.errors import UserError
 from fedex_lora.tasks.generation import Decoding, NoRepeatNgram, generate
@@ -27,7 +27,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer_of(folder)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from tiny import tiny
+from tiny import tiny, tokenizer_of
 from torch.nn import functional
 
 from fedex_lora.errors import UserError
@@ -37,7 +37,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer_of(folder)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_exact_match_of_generated_answers(tokenizer):
     ]
     ids = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in said]
     answers = {p: [*a, tokenizer.eos_token_id] for p, a in zip(prompts, ids)}
-    parrot = Parrot(answers, len(tokenizer), with_padding(tokenizer).pad_token_id).train()
+    parrot = Parrot(answers, len(tokenizer), tokenizer.pad_token_id).train()
     scores = task.evaluate(parrot, encoded, tokenizer, batch_size=2)
     assert scores["exact_match"] == pytest.approx(2 / 3) and parrot.training
     assert scores["loss"] == pytest.approx(math.log(len(tokenizer)))
@@ -237,7 +237,8 @@ def test_a_response_without_fields_is_refused():
         instruct(response="yes")
 
 
-def test_padding_token(tokenizer):
+def test_padding_token(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     before = tokenizer.pad_token
     assert with_padding(tokenizer).pad_token == (before or tokenizer.eos_token)
     tokenizer.pad_token = tokenizer.eos_token = None
@@ -249,7 +250,7 @@ def test_a_pretrained_model_finds_its_stories_likelier_than_noise(shared):
     folder = shared / "models" / "stories260k"
     if not folder.is_dir():
         pytest.skip("no stories260k model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside."
     scores = [
