@@ -1,4 +1,21 @@
-"""What the user can mend is a `UserError`; everything else is a fault of this program."""
+"""What the user can mend is a `UserError`; everything else is a fault of this program.
+
+| kind | what is wrong | what to do |
+|---|---|---|
+| `RecipeError` | a recipe, or arguments in its place: keys, values, combinations | change them |
+| `DataError` | rows, adapters or models that were given do not hold what is needed | mend them |
+| `StorageError` | a file or directory: absent, damaged, in use, a full disk | make room, wait |
+| `DeploymentError` | keys, processes, network or clock of a machine | mend them there |
+| `MissingDependency` | a library that is needed is not installed | install the extra it names |
+| `ProtocolError` | a message is none, is out of order, or says what cannot be | ask who sent it |
+| `QuorumLost` | too few clients delivered a valid update; checkpoints stand | go on later |
+
+`UpdateRefused` (a `ProtocolError`) and `Withheld` (a `DataError`) are told by one machine to
+another.
+
+A message names a key of the recipe as it is (lora.r) and an argument in backquotes (`out`). The
+command line shows it as the option (--out).
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,11 +30,36 @@ class UserError(ValueError):
     """
 
 
-class Withheld(UserError):
+class RecipeError(UserError):
+    """A recipe, or what was asked for in its place, cannot be meant: keys, values, combinations."""
+
+
+class DataError(UserError):
+    """Rows, adapters or models that were given do not hold what is needed."""
+
+
+class ProtocolError(UserError):
+    """A message is none, is out of order, or says what cannot be."""
+
+
+class StorageError(UserError):
+    """Something cannot be found, read or written: a disk that is full, a file that is damaged, a
+    directory in use."""
+
+
+class DeploymentError(UserError):
+    """Keys, processes, network or clock of a machine that takes part are not as they have to be."""
+
+
+class MissingDependency(UserError):
+    """A library that is needed is not installed; the text names it and the extra that has it."""
+
+
+class Withheld(DataError):
     """Its text may quote data: it stays on the machine where it arose."""
 
 
-class UpdateRefused(UserError):
+class UpdateRefused(ProtocolError):
     """A client's update may not be aggregated; the round goes on without it."""
 
 

@@ -6,7 +6,7 @@ import logging
 import sys
 
 from fedex_lora.cli import costs, deploys, evaluate, grids, lists, merges, plans, reports, runs
-from fedex_lora.cli.common import app, complain, console
+from fedex_lora.cli.common import app, complain, console, phase, phases
 from fedex_lora.errors import QuorumLost, UserError
 
 __all__ = [
@@ -28,6 +28,11 @@ __all__ = [
 def main() -> None:
     """Entry point: errors of the user become text on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # when imported it advises to install kernels for 4-bit products; most models have none
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    phase.setLevel(logging.INFO)
+    phase.addHandler(phases)
+    phase.propagate = False
     try:
         app()
     except QuorumLost as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedex_lora.data.load import SOURCES
 from fedex_lora.data.read import SUFFIXES, kind
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import Places, recipe_of
 from fedex_lora.runs.evaluation import kind_of, model_block
@@ -42,10 +42,10 @@ def asked(what: str, task: str | None, data: str | None, sets: list[str]) -> Rec
         places.known["data",] = f"--data {data}"
     for block, option in (("task", task), ("data", data)):
         if not run and not option and not any(s.startswith(f"{block}.") for s in sets):
-            raise UserError(f"--{block}: missing; a model alone does not say what to score it on")
+            raise RecipeError(f"--{block}: missing; a model alone does not say what to score it on")
     recipe = recipe_of(raw, places, sets, stored=run)
     if kind_of(what) == "model" and recipe.model.name != what:
-        raise UserError(f"--set model.name: the model is {what}, and has no other base")
+        raise RecipeError(f"--set model.name: the model is {what}, and has no other base")
     return recipe
 
 
@@ -53,7 +53,7 @@ def _check_keys(sets: list[str]) -> None:
     for text in sets:
         key = text.partition("=")[0].strip()
         if not any(key == block or key.startswith(f"{block}.") for block in _BLOCKS):
-            raise UserError(f"--set {text}: not used here; only {', '.join(_BLOCKS)} are")
+            raise RecipeError(f"--set {text}: not used here; only {', '.join(_BLOCKS)} are")
 
 
 def _of_run(what: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _data(text: str) -> dict[str, Any]:
     if path.exists():
         return {"path": str(path)}
     if kind(path) in SUFFIXES or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise UserError(
+        raise StorageError(
             f"--data: there is no {text}; expected a file ({', '.join(SUFFIXES)}), a directory "
             f"with splits, a hub id with :CONFIG if it has some, or one of {', '.join(SOURCES)}"
         )

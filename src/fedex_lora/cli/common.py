@@ -6,11 +6,12 @@ mistyped options and lists come at once.
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,11 +19,11 @@ import typer
 from rich.console import Console
 
 from fedex_lora import __version__
-from fedex_lora.errors import QuorumLost, UserError, show_rows
+from fedex_lora.errors import QuorumLost, RecipeError, show_rows
 
 if TYPE_CHECKING:
     from fedex_lora.cli.display import Display
-    from fedex_lora.recipe import Recipe
+    from fedex_lora.recipe import Problem, Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,15 +76,56 @@ RankError = Annotated[
 ]
 
 
-def read_recipe(path: Path, sets: list[str]) -> Recipe:
-    """The recipe of a file; all that is wrong with it is told at once."""
-    from fedex_lora.engines.training import training_problems
-    from fedex_lora.recipe.reader import load_recipe_with_places
-    from fedex_lora.runs.preflight import beforehand
+def read_recipe(
+    path: Path, sets: list[str], tell: Callable[[Recipe], None] | None = None
+) -> Recipe:
+    """The recipe of a file; all that is wrong with it is told at once.
 
-    return load_recipe_with_places(
-        path, sets, lambda recipe: training_problems(recipe.training), beforehand
-    )[0]
+    Args:
+        tell: Is given the recipe before anything heavy is imported.
+    """
+    from fedex_lora.recipe.reader import load_recipe_with_places
+
+    def training(recipe: Recipe) -> Iterable[Problem]:
+        phase.info("loading libraries")
+        from fedex_lora.engines.training import training_problems
+
+        return training_problems(recipe.training)
+
+    def ranks_and_rows(recipe: Recipe) -> Iterable[Problem]:
+        from fedex_lora.runs.preflight import beforehand
+
+        return beforehand(recipe)
+
+    with suppress(RecipeError):  # which is told below, with whatever else is wrong
+        recipe = load_recipe_with_places(path, sets)[0]
+        if tell is not None:
+            tell(recipe)
+        if not any(training(recipe)):
+            return recipe
+    return load_recipe_with_places(path, sets, training, ranks_and_rows)[0]
+
+
+def announce(recipe: Recipe) -> None:
+    """The first line of a run: what is about to happen."""
+    clients, rounds = recipe.federation.clients, recipe.federation.rounds
+    counts = f"{clients} client{'s' * (clients != 1)}, {rounds} round{'s' * (rounds != 1)}"
+    say(f"{recipe.name}: {recipe.method.name}, {counts}, {recipe.model.name}")
+
+
+class Phases(logging.Handler):
+    """Shows what takes long: on the display of a run; without one, on a terminal."""
+
+    display: Display | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.display is not None:
+            self.display.phase(record.getMessage())
+        elif errors.is_terminal:
+            errors.print(f"  {record.getMessage()}", style="dim", highlight=False, markup=False)
+
+
+phases, phase = Phases(), logging.getLogger("fedex_lora.phase")
 
 
 @contextmanager
@@ -95,8 +137,9 @@ def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display]]:
     made: list[Display] = []
 
     def show(label: str) -> Display:
-        made.append(Display(console, label))
-        return made[-1]
+        phases.display = Display(console, label)
+        made.append(phases.display)
+        return phases.display
 
     try:
         yield show
@@ -111,6 +154,7 @@ def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display]]:
         )
         raise typer.Exit(2) from None
     finally:
+        phases.display = None
         for display in made:
             display.close()
 
@@ -138,7 +182,7 @@ def which_round(text: str) -> Literal["best", "last"] | int:
 
 def whole_number(text: str, option: str) -> int:
     if not text.strip().isdecimal():
-        raise UserError(f"{option}: {text!r} is no whole number")
+        raise RecipeError(f"{option}: {text!r} is no whole number")
     return int(text)
 
 
@@ -150,15 +194,15 @@ def rank_option(text: str, error: float | None) -> tuple[int | None, float]:
     """A rank (None for as many as there are), and a relative error that it may cost in a layer."""
     if text == "auto":
         if error is None or not 0 < error < 1:
-            raise UserError("--rank auto: needs --error, above 0 and below 1, e.g. --error 1e-3")
+            raise RecipeError("--rank auto: needs --error, above 0 and below 1, e.g. --error 1e-3")
         return None, error
     if error is not None:
-        raise UserError("--error: goes with --rank auto only")
+        raise RecipeError("--error: goes with --rank auto only")
     if not text:
         return None, 0.0
     rank = whole_number(text, "--rank")
     if rank < 1:
-        raise UserError("--rank: expected a number of at least 1, or auto")
+        raise RecipeError("--rank: expected a number of at least 1, or auto")
     return rank, 0.0
 
 

@@ -14,7 +14,7 @@ from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.cli.common import comma_separated, console, say, whole_number
 from fedex_lora.cli.display import show_table
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.experiments.analysis.plots import style
 from fedex_lora.experiments.compare import markdown_table
 from fedex_lora.experiments.cost.cost import Cost, Shapes, Table, millions, ratio, reference
@@ -134,22 +134,22 @@ Written by `fedex-lora cost --table8 --out FILE`.
 def _check_ours(file: Path) -> None:
     """Raises a `UserError` if a file is there that this command did not write."""
     if not file.parent.is_dir():
-        raise UserError(f"--out: there is no directory {file.parent}; make it first")
+        raise StorageError(f"--out: there is no directory {file.parent}; make it first")
     if file.is_dir() or (file.exists() and not file.read_bytes().startswith(_HEADING.encode())):
-        raise UserError(f"--out: {file} is there and is something else; name another file")
+        raise RecipeError(f"--out: {file} is there and is something else; name another file")
 
 
 def plot(directory: Path, name: str, model: Shapes, clients: str, methods: list[str]) -> None:
     numbers = sorted({whole_number(k, "--plot-clients") for k in comma_separated(clients)})
     if not numbers or numbers[0] < 1:
-        raise UserError("--plot-clients: expected numbers of clients, each at least 1: 2,10,100")
+        raise RecipeError("--plot-clients: expected numbers of clients, each at least 1: 2,10,100")
     for method in methods:
         get_method(method)
     stem = "cost-" + "".join(c if c.isalnum() or c in "-." else "-" for c in name).strip("-")
     files = [directory / f"{stem}.{suffix}" for suffix in ("svg", "png", "json")]
     for file in files:
         if file.exists():
-            raise UserError(f"--plot: {file} is there already; name another directory")
+            raise StorageError(f"--plot: {file} is there already; name another directory")
     figure, rows = cost_plot(name, model, numbers, methods)
     _save(figure, rows, files)
     for row in rows:
@@ -160,11 +160,12 @@ def plot(directory: Path, name: str, model: Shapes, clients: str, methods: list[
 
 
 def _save(figure: Figure, rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+    directory = files[0].parent
     try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         with style():
             for file in files[:2]:
                 figure.savefig(file, dpi=150)
     except OSError as error:
-        raise UserError(f"--plot: {files[0].parent}: cannot be written: {error.strerror}") from None
+        raise StorageError(f"--plot: {directory}: cannot be written: {error.strerror}") from None
     write_atomic(files[2], json.dumps(list(rows), indent=1).encode())

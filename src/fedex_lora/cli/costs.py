@@ -10,7 +10,7 @@ import typer
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import app, comma_separated
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.model.presets import PRESETS
 
 _PLOTTED = "fedex,fedit,full"
@@ -47,9 +47,9 @@ def cost(
         cost_tables.table8(out)
         return
     if not model:
-        raise UserError(f"--model: missing; expected one of {', '.join(PRESETS)}, or a folder")
+        raise RecipeError(f"--model: missing; expected one of {', '.join(PRESETS)}, or a folder")
     if out is not None:
-        raise UserError("--out: only --table8 is written to a file; leave it out, or use --json")
+        raise RecipeError("--out: only --table8 is written to a file; leave it out, or use --json")
     import torch
 
     from fedex_lora.experiments.cost.cost import costs, reference, shapes

@@ -19,7 +19,7 @@ from fedex_lora.cli.common import (
     say,
     this_command,
 )
-from fedex_lora.errors import MOST, UserError, some
+from fedex_lora.errors import MOST, RecipeError, some
 
 deploys = typer.Typer(no_args_is_help=True, help="Across machines: see docs/deploy.md.")
 app.add_typer(deploys, name="deploy")
@@ -161,9 +161,9 @@ def client_command(
     if host is not None:
         deployment = replace(deployment, host=host_name(host))
     if name not in deployment.clients:
-        raise UserError(f"--name: {name!r}; this folder is for {some(deployment.clients)}")
+        raise RecipeError(f"--name: {name!r}; this folder is for {some(deployment.clients)}")
     if ask and not sys.stdin.isatty():
-        raise UserError("--ask: nobody can answer here; start it at a terminal, or use --runs")
+        raise RecipeError("--ask: nobody can answer here; start it at a terminal, or use --runs")
     if not deployment.insecure:
         check_private_key(own / "key")
     spec = read_recipe(recipe, [])
@@ -205,7 +205,7 @@ def allow_command(
 
     own = client_folder(folder, name)
     if len(names := read_deployment(own).clients) != 1 or (own / "server").exists():
-        raise UserError(f"{own}: not one institution's folder; name it with --name: {some(names)}")
+        raise RecipeError(f"{own}: not one institution's folder; use --name: {some(names)}")
     consent = Consent(own / FILE)
     consent.allow(runs)
     say(f"{own}: takes part in {runs} more run{'s' if runs > 1 else ''}")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.status import Status
 from rich.table import Table
 
 from fedex_lora.errors import some, tally
@@ -37,8 +38,10 @@ class Display:
         )
         self._turn: tuple[int, str] | None = None
         self._task: TaskID | None = None
+        self._status: Status | None = None
 
     def started(self, start: Start) -> None:
+        self._clear()
         examples = tally(start.examples)
         self.console.print(
             f"{self.label or start.name}: {start.method}, seed {start.seed}, "
@@ -48,6 +51,15 @@ class Display:
             markup=False,
             soft_wrap=True,
         )
+
+    def phase(self, text: str) -> None:
+        """What the run is at before its first round."""
+        if not self.console.is_terminal:
+            self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+            return
+        self._clear()
+        self._status = self.console.status(escape(text))
+        self._status.start()
 
     def turn(self, round: int, client: str, done: int, total: int) -> None:
         if self._turn != (round, client):
@@ -75,6 +87,7 @@ class Display:
         self.console.print(text, highlight=False, markup=False)
 
     def note(self, text: str) -> None:
+        self._clear()
         self.console.print(
             f"note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True
         )
@@ -84,6 +97,9 @@ class Display:
         self._clear()
 
     def _clear(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task, self._turn = None, None

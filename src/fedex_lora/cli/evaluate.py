@@ -60,6 +60,7 @@ def evaluate_command(
     default a directory under runs/: the same command goes on after an interruption.
     """
     from fedex_lora.cli.asked import asked
+    from fedex_lora.engines.setup import surroundings
     from fedex_lora.runs.evaluation import evaluate, kind_of, load_subject
     from fedex_lora.runs.rundir import RunDir
 
@@ -69,7 +70,7 @@ def evaluate_command(
         return
     recipe = asked(what, task, data, set)
     subject = load_subject(what, recipe, which_round(round), client)
-    with _progress() as tell:
+    with surroundings(recipe), _progress() as tell:
         path, results = evaluate(subject, recipe, out, split, tell)
     say("\n".join([subject.name, *(f"Note: {note}" for note in subject.notes)]))
     _show(results["scores"], results["rows"])
@@ -83,14 +84,15 @@ def _keeps_texts(run: Recipe) -> bool:
 
 
 def _evaluate_run(run: Path, round: str) -> None:
-    from fedex_lora.engines.setup import set_up
+    from fedex_lora.engines.setup import set_up, surroundings
     from fedex_lora.runs.reopened import read_round
     from fedex_lora.runs.run import local_engine
     from fedex_lora.runs.scoring import evaluate
 
     found = read_round(run, which_round(round))
-    federation = set_up(found.recipe)
-    scores = evaluate(federation, local_engine(federation), found.state)
+    with surroundings(found.recipe):
+        federation = set_up(found.recipe)
+        scores = evaluate(federation, local_engine(federation), found.state)
     say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
     _show({**scores["scores"], **scores.get("client_scores", {})})
 

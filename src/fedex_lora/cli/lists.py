@@ -10,7 +10,7 @@ from fedex_lora import __version__
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import app, console
 from fedex_lora.cli.display import show_table
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, UserError
 
 
 @app.command()
@@ -40,7 +40,7 @@ def recipes(directory: Path = Path("recipes")) -> None:
 
     found = sorted(directory.rglob("*.yaml"))
     if not found:
-        raise UserError(f"{directory}: no recipes (*.yaml) there; name a directory that has some")
+        raise RecipeError(f"{directory}: no recipes (*.yaml) there; name a directory that has some")
     rows, grids = [], []
     for file in found:
         try:

@@ -9,7 +9,7 @@ import typer
 
 from fedex_lora.cli.common import RankError, app, comma_separated, console, rank_option, say
 from fedex_lora.cli.display import show_table
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 
 if TYPE_CHECKING:
     from fedex_lora.merge.write import Merged
@@ -68,12 +68,12 @@ def merge(
 
     limit, tolerance = rank_option(rank, error)
     if base_quantised is not None and (into_base is None or base_quantised not in KINDS):
-        raise UserError(
+        raise RecipeError(
             f"--base-quantised: goes with --into-base, and is one of {', '.join(KINDS)}"
         )
     for option, given in (("report", report), ("tight", tight)):
         if into_base is not None and given:
-            raise UserError(f"--{option}: is about a merged adapter; leave out --into-base or it")
+            raise RecipeError(f"--{option}: is about a merged adapter; leave out --into-base or it")
     opened = [open_adapter(a, allow_pickle) for a in adapters]
     plan = make_plan(
         opened,
@@ -108,7 +108,7 @@ def _weights(text: str) -> list[float] | None:
     try:
         return [float(part) for part in comma_separated(text)]
     except ValueError:
-        raise UserError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1") from None
+        raise RecipeError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1") from None
 
 
 def _show_adapter(merged: Merged, report: bool) -> None:

@@ -31,13 +31,15 @@ def plan_command(
     show_rows: ShowRows = False,
 ) -> None:
     """Say what a recipe's run will send, hold, write and take, before it starts."""
+    from fedex_lora.engines.setup import surroundings
     from fedex_lora.runs.plan.memory import total
     from fedex_lora.runs.plan.plan import plan
     from fedex_lora.runs.preflight import check
 
     spec = read_recipe(recipe, set)
-    check(spec)
-    found = plan(spec, measured)
+    with surroundings(spec):
+        check(spec)
+        found = plan(spec, measured)
     if as_json:
         whole = {**asdict(found), "recipe": found.recipe.model_dump(mode="json")}
         typer.echo(json.dumps(whole, indent=1))

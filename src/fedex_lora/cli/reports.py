@@ -15,7 +15,7 @@ import typer
 from fedex_lora.cli.common import app, complain, console, say
 from fedex_lora.cli.display import show_table
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, StorageError
 
 if TYPE_CHECKING:
     from fedex_lora.experiments.analysis.deviation import Deviation, Scaling
@@ -38,10 +38,10 @@ def report(
     from fedex_lora.experiments.report.write import write_report
 
     if out is None and len(runs) > 1:
-        raise UserError("--out: several runs were given; name the page to write, e.g. report.html")
+        raise RecipeError("--out: several runs were given; name the page, e.g. report.html")
     page = out or runs[0] / "report.html"
     if page.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out: {page}: expected the name of a page, e.g. {page}.html")
+        raise RecipeError(f"--out: {page}: expected the name of a page, e.g. {page}.html")
     try:
         while True:
             placed = write_report(runs, page, plots, every if watch else None).placed
@@ -90,10 +90,10 @@ def deviation(
     _say_notes(problems)
     by_run = {str(run.path): rows for run in found if (rows := deviations(run))}
     if not by_run:
-        raise UserError("no deviation is recorded in these runs: nothing was averaged in them")
+        raise RecipeError("no deviation is recorded in these runs: nothing was averaged in them")
     if to is not None:
         if to.exists():
-            raise UserError(f"--csv: {to} exists; name a new file")
+            raise StorageError(f"--csv: {to} exists; name a new file")
         write_atomic(to, _csv(list(table(by_run))).encode())
         say(f"Written: {to}")
     rows = [
@@ -102,7 +102,7 @@ def deviation(
         for (layer, kind), part in _by_place(rows, round).items()
     ]
     if not rows:
-        raise UserError(f"--round: {round}, but no run has a record of that round")
+        raise RecipeError(f"--round: {round}, but no run has a record of that round")
     show_table(console, ["run", "layer", "matrix", *SCALINGS], rows)
     for scaling, meaning in SCALINGS.items():
         say(f"{scaling}: {meaning}")

@@ -18,10 +18,12 @@ from fedex_lora.cli.common import (
     RunPath,
     Sets,
     ShowRows,
+    announce,
     app,
     comma_separated,
     console,
     displays,
+    phase,
     rank_option,
     read_recipe,
     runs_folder,
@@ -31,7 +33,7 @@ from fedex_lora.cli.common import (
     whole_number,
 )
 from fedex_lora.cli.display import show_table
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.runs.words import number
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ def run(
     show_rows: ShowRows = False,
 ) -> None:
     """Run a recipe in a new directory (or continue it there with --resume)."""
-    spec = read_recipe(recipe, [*set, *([f"engine.kind={engine}"] if engine else [])])
+    sets = [*set, *([f"engine.kind={engine}"] if engine else [])]
+    spec = read_recipe(recipe, sets, announce)
     path = out or runs_folder(f"{spec.name}-{spec.method.name}-seed{spec.seed}")
     _run(spec, path, resume, deployment)
 
@@ -71,6 +74,8 @@ def resume(
     show_rows: ShowRows = False,
 ) -> None:
     """Continue a run after its last finished round."""
+    say(f"{run}: going on after its last finished round")
+    phase.info("loading libraries")
     from fedex_lora.runs.rundir import RunDir
 
     if round is not None:
@@ -80,6 +85,7 @@ def resume(
 
 def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
     """With the engine that the recipe names."""
+    from fedex_lora.engines.setup import surroundings
     from fedex_lora.runs.run import resume_run, start_run
     from fedex_lora.runs.rundir import RunDir
 
@@ -89,7 +95,7 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
         where = ["--deployment", str(deployment)] if spec.engine.kind == "flower" else []
         return shlex.join(["fedex-lora", "resume", str(path), *where])
 
-    with displays(go_on) as show:
+    with surroundings(spec), displays(go_on) as show:
         shown = show("")
         if spec.engine.kind == "local":
             results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
@@ -114,14 +120,15 @@ def compare_command(
     show_rows: ShowRows = False,
 ) -> None:
     """Run several methods (and seeds) on one recipe and print the table."""
+    spec = read_recipe(recipe, set, announce)
+    from fedex_lora.engines.setup import surroundings
     from fedex_lora.experiments.compare import client_table, compare, difference_table, table
     from fedex_lora.runs.export import export_model
     from fedex_lora.runs.reopened import open_run
 
-    spec = read_recipe(recipe, set)
     path = out or runs_folder(f"{spec.name}-comparison")
     numbers = [whole_number(s, "--seeds") for s in comma_separated(seeds)] or [spec.seed]
-    with displays(this_command) as show:
+    with surroundings(spec), displays(this_command) as show:
         results = compare(
             spec, comma_separated(methods), numbers, path, lambda method, _: show(method)
         )
@@ -179,7 +186,7 @@ def export(
     limit, tolerance = rank_option(rank, error)
     for option, given in (("rank", rank), ("tight", tight), ("base-name", base_name)):
         if as_ == "model" and given:
-            raise UserError(f"--{option}: is about an adapter; use --as adapter or leave it out")
+            raise RecipeError(f"--{option}: is about an adapter; use --as adapter or leave it out")
     trained = open_run(run, which_round(round))
     to = torch.float32 if as_ == "model" and dtype == "float32" else None
     # before a run is finished its best round may become another one

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, MissingDependency, StorageError
 
 _STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "nf4-double", "fp4", "fp4-double")  # as load_in_4bit makes them; double: scales too
@@ -55,11 +55,11 @@ class Packed:
                 state.dtype = torch.float32
                 weight = functional.dequantize_4bit(file.get_tensor(key), state)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-            raise UserError(
+            raise StorageError(
                 f"--into-base: {key} cannot be dequantised: {error!r}; the file is damaged"
             ) from None
         if tuple(weight.shape) != self.shape:
-            raise UserError(
+            raise DataError(
                 f"--into-base: {key} dequantised is {tuple(weight.shape)}; expected {self.shape}"
             )
         return weight
@@ -77,7 +77,7 @@ def packed_parts(file: Any, keys: Sequence[str], dtype: torch.dtype) -> dict[str
                 own, shape = getattr(torch, state["dtype"]), tuple(map(int, state["shape"]))
                 found[weight] = Packed(beside, shape, own, True)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(
+                raise StorageError(
                     f"--into-base: {key} is no state of a quantised weight: {error!r}; the file is "
                     "damaged"
                 ) from None
@@ -112,7 +112,7 @@ def requantised(weight: Tensor, kind: str) -> Tensor:
 
 def _bitsandbytes() -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
+        raise MissingDependency(
             "--into-base: a quantised model needs bitsandbytes; install it with: pip install "
             "'fedex-lora[quantised]'"
         )

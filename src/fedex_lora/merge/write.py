@@ -19,7 +19,7 @@ from fedex_lora.aggregation.aggregator import Aggregator
 from fedex_lora.aggregation.lowrank import LowRank
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.disk import new_directory
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 from fedex_lora.merge.adapters import Place
 from fedex_lora.merge.experts import of_parameter
 from fedex_lora.merge.factors import Reduced, finite, reduce, rounded, singular_values
@@ -159,7 +159,7 @@ def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> La
         found = reduce(whole, options.rank, options.error)
         stored, rounding = rounded(found.factors, options.dtype)
         if not finite(stored.left) or not finite(stored.right):
-            raise UserError(f"{site}: is too large for {options.dtype}; choose another --dtype")
+            raise DataError(f"{site}: is too large for {options.dtype}; choose another --dtype")
         kept.append(stored)
         parts.append(Layer(stored.rank, found.norm, found.missed, rounding, None, _at(found)))
     rank = max(stored.rank for stored in kept)
@@ -250,7 +250,7 @@ def _check_task(plan: Plan) -> None:
     first = plan.adapters[0]
     task = first.config.get("task_type")
     if task is not None and task not in _TASKS:
-        raise UserError(
+        raise DataError(
             f"{first.folder / CONFIG}: PEFT does not take task_type {task!r}; expected one of "
             f"{', '.join(_TASKS)}"
         )

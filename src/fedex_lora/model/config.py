@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, RecipeError
 from fedex_lora.model.keys import NAMES, PREFIX
 from fedex_lora.model.plain import configured
 
@@ -174,13 +174,13 @@ def adapter_folder(path: Path) -> Path:
     if len(found) > 1:
         names = ", ".join(str(folder) for folder in found[:8])
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise UserError(f"{path}: there are adapters in {names}{more}; name one of them")
+        raise RecipeError(f"{path}: there are adapters in {names}{more}; name one of them")
     return found[0] if found else path
 
 
-def empty(name: str, key: str, shape: Sequence[int]) -> UserError:
+def empty(name: str, key: str, shape: Sequence[int]) -> DataError:
     """What is wrong with a tensor of no elements."""
-    return UserError(
+    return DataError(
         f"{name}: {key} is empty, of size {tuple(shape)}: DeepSpeed ZeRO-3 (or FSDP) saved it "
         "without gathering its parts. Save it once more with "
         "stage3_gather_16bit_weights_on_model_save: true, or get the weights out of the training "

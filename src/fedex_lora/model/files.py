@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.model.config import (
     CONFIG,
     WEIGHTS,
@@ -101,7 +101,7 @@ def read_adapter(
     }
     present = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
     if present != set(layers):
-        raise UserError(
+        raise RecipeError(
             f"lora.init: {directory} adapts other layers than the recipe: "
             f"{_some(present ^ set(layers))}; "
             f"set lora.target_modules: {config.get('target_modules')}"
@@ -119,7 +119,7 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((directory / CONFIG).read_text())
         stored = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
+        raise RecipeError(
             f"lora.init: {directory} is no PEFT adapter: {error}; "
             f"expected a folder with {CONFIG} and {WEIGHTS}"
         ) from error
@@ -130,7 +130,7 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise empty(name, original, stored[original].shape)
     refused = unsupported(config)
     if refused:
-        raise UserError(
+        raise RecipeError(
             f"{name} uses {refused}: its training cannot be gone on with exactly; expected a plain "
             "LoRA adapter"
         )
@@ -143,7 +143,7 @@ def _fitting(
     """A layer's factors at the recipe's rank and scale; rows and columns of zeros are padding."""
     rank = a.shape[0]
     if a.shape[1] != site.inp or b.shape != (site.out, rank):
-        raise UserError(
+        raise RecipeError(
             f"lora.init: {directory} was made for another model: {name} has ΔW "
             f"{b.shape[0]} × {a.shape[1]} there and {site.out} × {site.inp} "
             f"here; set model.name to "
@@ -154,7 +154,7 @@ def _fitting(
     if (rank != site.rank and not padded) or abs(scale - site.scale) > 1e-6 * abs(scale):
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         settings = ", ".join(f"{key}: {json.dumps(config[key])}" for key in keys if config.get(key))
-        raise UserError(
+        raise RecipeError(
             f"lora.init: {directory} has rank {rank} and scale {scale:g} at {name}, the recipe "
             f"rank {site.rank} and scale {site.scale:g}; set in the recipe's lora: {settings}"
         )
@@ -176,9 +176,9 @@ def _read_head(
             if not (
                 same and torch.allclose(layer.oriented(w0(site)), tensor, rtol=1e-2, atol=1e-6)
             ):
-                raise UserError(f"lora.init: {directory} changes the base weight of {site}")
+                raise RecipeError(f"lora.init: {directory} changes the base weight of {site}")
         elif key not in head or head[key].shape != tensor.shape:
-            raise UserError(
+            raise RecipeError(
                 f"lora.init: {directory} holds {key} {tuple(tensor.shape)}, which is not "
                 "trained here; set lora.modules_to_save and the labels as they were for it"
             )

@@ -19,7 +19,7 @@ from fedex_lora.aggregation.lowrank import LowRank, concat, dense, factored
 from fedex_lora.disk import new_directory
 from fedex_lora.engines.local import base_increment
 from fedex_lora.engines.setup import recipe_task
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.federation.state import global_factors, start_of
 from fedex_lora.model.config import CONFIG, SERVER_LIMITS, above_limits, misread, published
 from fedex_lora.runs.card import base_options, loading_lines, model_card
@@ -58,13 +58,13 @@ def final_state(trained: Trained, client: str | None) -> AdapterState:
     clients = trained.settings.clients
     if trained.settings.method.exchanges:
         if client is not None:
-            raise UserError(
+            raise RecipeError(
                 f"--client: {trained.recipe.method.name} trains one global model, no client has "
                 "its own; leave --client out"
             )
         return AdapterState(global_factors(trained.state, trained.settings), trained.state.head)
     if client not in clients:
-        raise UserError(
+        raise RecipeError(
             f"--client: every client has its own model under {trained.recipe.method.name}; "
             f"name one of {', '.join(clients)}"
         )
@@ -211,7 +211,7 @@ def check_finite(*tensors: Mapping[str, Tensor]) -> None:
     """Raises a `UserError` if one of these holds NaN or infinity."""
     for name, tensor in (pair for part in tensors for pair in part.items()):
         if not tensor.isfinite().all():
-            raise UserError(
+            raise RecipeError(
                 f"{name} is not finite (in {tensor.dtype}): this round's training went wrong, or "
                 "its weights are too large for that. Nothing is written; take an earlier --round"
             )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.recipe import TaskSpec
 from fedex_lora.tasks.arithmetic import arithmetic
 from fedex_lora.tasks.base import Task
@@ -52,7 +52,7 @@ def _built(spec: TaskSpec, labels: Sequence[str] | None) -> Task:
         return commonsense(spec.name, spec.max_new_tokens, spec.generate, likelihood)
     names = spec.labels or labels
     if names is None:
-        raise UserError("task.labels is missing: list all labels, in the order all agree on.")
+        raise RecipeError("task.labels is missing: list all labels, in the order all agree on.")
     if spec.kind == "image-classification":
         column = spec.image_column or "image"
         return image_classification(column, spec.label_column, tuple(names))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 from fedex_lora.tasks.outputs import Outputs
 
 Batch = dict[str, Tensor]
@@ -150,12 +150,12 @@ def check_columns(
     keys = keys or [f"columns.{name}" for name in columns]
     for name, key in zip(columns, keys, strict=True):
         if name not in rows.column_names:
-            raise UserError(
+            raise DataError(
                 f"{where}: no column '{name}'; there are: {', '.join(rows.column_names)}. Rename "
                 f"the column, or name the right one with task.{key}."
             )
     if len(rows) == 0:
-        raise UserError(f"{where}: no rows; at least one is needed.")
+        raise DataError(f"{where}: no rows; at least one is needed.")
 
 
 def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) -> None:
@@ -165,7 +165,7 @@ def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) ->
     """
     for row, problem in enumerate(problems):
         if problem is not None:
-            raise UserError(f"{where}, line {line_of(row)}: {problem}")
+            raise DataError(f"{where}, line {line_of(row)}: {problem}")
 
 
 def pad(rows: Sequence[Mapping[str, Any]], key: str, value: int, side: str = "right") -> Tensor:

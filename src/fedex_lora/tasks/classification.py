@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError, shown
+from fedex_lora.errors import DataError, RecipeError, shown
 from fedex_lora.recipe import GLUE_TEXTS, did_you_mean
 from fedex_lora.tasks.base import (
     Batch,
@@ -84,7 +84,7 @@ def glue(name: str) -> Task:
     """
     if name not in GLUE:
         near = did_you_mean(name, GLUE)
-        raise UserError(f"task.name: '{name}' is no GLUE task, which are {', '.join(GLUE)}{near}")
+        raise RecipeError(f"task.name: '{name}' is no GLUE task, which are {', '.join(GLUE)}{near}")
     known = GLUE[name]
     columns = Columns(known.texts, "label", known.labels)
     return _task(f"glue/{name}", columns, known.metrics, known.splits)
@@ -136,7 +136,7 @@ def check_labels(columns: Columns, rows: Dataset, where: str, line_of: LineOf) -
     code = codes(columns, rows)
     bad = next((i for i, value in enumerate(rows[columns.label]) if code(value) is None), None)
     if bad is not None:
-        raise UserError(
+        raise DataError(
             f"{where}, line {line_of(bad)}: {columns.label} is {shown(rows[columns.label][bad])}; "
             f"expected {_expected(columns)}."
         )
@@ -147,10 +147,10 @@ def _check_texts(names: tuple[str, ...], rows: Dataset, where: str, line_of: Lin
         for name, text in zip(names, texts):
             if not isinstance(text, str):
                 found = "missing" if text is None else f"{shown(text)}, which is no text"
-                raise UserError(f"{where}, line {line_of(row)}: {name} is {found}.")
+                raise DataError(f"{where}, line {line_of(row)}: {name} is {found}.")
         # one side of a pair may be empty: the official data have such rows
         if not any(text.strip() for text in texts):
-            raise UserError(f"{where}, line {line_of(row)}: {' and '.join(names)} is empty.")
+            raise DataError(f"{where}, line {line_of(row)}: {' and '.join(names)} is empty.")
 
 
 def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
@@ -159,7 +159,7 @@ def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
     if not isinstance(feature, ClassLabel) or columns.labels is None:
         return
     if set(feature.names) != set(columns.labels):
-        raise UserError(
+        raise DataError(
             f"{where}: the classes of column '{columns.label}' are {', '.join(feature.names)}; "
             f"the task's labels are {', '.join(columns.labels)}. Set task.labels to the former."
         )

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.tasks.base import IGNORED
 
 CHARACTERS = 2**17  # of a text that are tokenised in any case
@@ -141,7 +141,7 @@ def _say(count: int, of: int) -> None:
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise UserError(
+        raise RecipeError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, which is "
             "needed to end a response; add an eos_token to its configuration."
         )

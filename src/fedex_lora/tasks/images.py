@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, Image, config
 from torch import nn
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, RecipeError
 from fedex_lora.tasks.base import Batch, Collate, LineOf, Task, check_columns, evaluating, one_based
 from fedex_lora.tasks.classification import Columns, check_labels, codes, scores
 from fedex_lora.tasks.outputs import Outputs
@@ -30,7 +30,7 @@ def image_classification(image_column: str, label_column: str, labels: tuple[str
         UserError: Pillow is not installed.
     """
     if not config.PIL_AVAILABLE:
-        raise UserError(
+        raise RecipeError(
             "task.kind: image-classification needs Pillow; install it with: "
             "pip install 'fedex-lora[images]'"
         )
@@ -57,13 +57,13 @@ def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_ba
     (column,) = columns.texts
     check_columns(rows, (column, columns.label), where, columns.keys)
     if not isinstance(rows.features[column], Image):
-        raise UserError(
+        raise DataError(
             f"{where}: column '{column}' holds no images; name the column that does "
             "(task.image_column)."
         )
     for row, cell in enumerate(_stored(rows, column)):
         if problem := _problem(cell):
-            raise UserError(f"{where}, line {line_of(row)}: {column} {problem}.")
+            raise DataError(f"{where}, line {line_of(row)}: {column} {problem}.")
     check_labels(columns, rows, where, line_of)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError, shown
+from fedex_lora.errors import DataError, RecipeError, shown
 from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
@@ -70,7 +70,7 @@ def instruction(prompt: str, response: str, max_new_tokens: int, generate: bool)
     """
     asked, answered = fields(prompt, "task.prompt"), fields(response, "task.response")
     if not answered:
-        raise UserError("task.response: no {column} field; every response would be the same.")
+        raise RecipeError("task.response: no {column} field; every response would be the same.")
     templates = Templates(prompt, response, tuple(dict.fromkeys(asked + answered)))
     return language_task(
         "instruction",
@@ -98,12 +98,12 @@ def fields(template: str, where: str) -> tuple[str, ...]:
     try:
         parsed = list(Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"{where}: {error}. {_BRACES}") from error
+        raise RecipeError(f"{where}: {error}. {_BRACES}") from error
     names = tuple(name for _, name, _, _ in parsed if name is not None)
     odd = [n for n in names if not n or n.isdecimal() or set(n) & set(".[]{}")]
     if odd or any(spec or conversion for _, _, spec, conversion in parsed):
         shown = f"{{{odd[0]}}}" if odd else "a conversion (!) or a format (:)"
-        raise UserError(f"{where}: {shown} is not allowed, only plain column names. {_BRACES}")
+        raise RecipeError(f"{where}: {shown} is not allowed, only plain column names. {_BRACES}")
     return names
 
 
@@ -132,7 +132,7 @@ def _check_text(column: str, rows: Dataset, where: str, line_of: LineOf = one_ba
             found = (
                 "missing" if text is None else f"{shown(text)}; expected a text that is not empty"
             )
-            raise UserError(f"{where}, line {line_of(row)}: {column} is {found}.")
+            raise DataError(f"{where}, line {line_of(row)}: {column} is {found}.")
 
 
 def _check_templates(
@@ -197,7 +197,7 @@ def as_dataset(encoded: list[dict[str, Any]], rows: int, reason: str) -> Dataset
     """
     dropped = rows - len(encoded)
     if not encoded:
-        raise UserError(f"none of the {rows} rows can be used: in each the {reason}.")
+        raise DataError(f"none of the {rows} rows can be used: in each the {reason}.")
     if dropped:
         logger.warning("%d of %d rows left out: their %s", dropped, rows, reason)
     return Dataset.from_list([{**e, "attention_mask": [1] * len(e["input_ids"])} for e in encoded])

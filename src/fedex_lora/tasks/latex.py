@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from threading import Event, Timer
 from typing import IO, cast
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 
 LONGEST = 400  # characters; those of MATH's test set have at most 159
 SECONDS = 10.0  # for one pair
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 def require() -> None:
     """Raise a `UserError` if math-verify is not installed."""
     if find_spec("math_verify") is None:
-        raise UserError(
+        raise RecipeError(
             "task.compare: latex needs the library math-verify, which is not installed: "
             "pip install 'fedex-lora[scorers]', or set task.compare: string"
         )
@@ -98,7 +98,7 @@ def _started() -> Iterator[_Child]:
     child = _Child(process)
     try:
         if not child.ask(None, START_SECONDS)[1]:
-            raise UserError(
+            raise RecipeError(
                 "task.compare: the library math-verify does not start; see what "
                 f"{sys.executable} -c 'import math_verify' says, or set task.compare: string"
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.tasks import nlg_ptb
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def require() -> None:
     """Raises a `UserError` if the packages of the extra `scorers` are not installed."""
     for package in ("sacrebleu", "pycocoevalcap"):
         if find_spec(package) is None:
-            raise UserError(
+            raise RecipeError(
                 f"task.generate: scoring texts needs the package {package}, which is not "
                 "installed; pip install 'fedex-lora[scorers]', or set task.generate: false"
             )

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 from fedex_lora.recipe import TaskSpec
 from fedex_lora.tasks.base import unasked
 from fedex_lora.tasks.encoding import encode_pairs, labelled
@@ -72,7 +72,7 @@ def evaluation_rows(
     long = sum(not asked(row) for row in rows)
     reason = f"prompt alone fills max_length ({max_length} tokens)"
     if long == len(rows):
-        raise UserError(
+        raise DataError(
             f"none of the {len(rows)} rows can be evaluated: in each the {reason}. Raise "
             "task.max_length, or task.evaluation_max_length."
         )

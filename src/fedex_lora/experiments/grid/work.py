@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError
 from fedex_lora.experiments.grid.plan import Run, standing
 
 Tell = Callable[[str], None]
@@ -158,7 +158,7 @@ def _locked(out: Path) -> Iterator[int]:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise UserError(
+        raise StorageError(
             f"{out}: cannot be made: {error.strerror}; name a directory that you may write "
             "with --out"
         ) from None
@@ -166,7 +166,7 @@ def _locked(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            raise StorageError(
                 f"{out}: another grid, or a run that it left behind, is at work here; wait for "
                 "it, end it, or name another directory with --out"
             ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import UserError, shows_rows
+from fedex_lora.errors import DeploymentError, MissingDependency, UserError, shows_rows
 from fedex_lora.flower.deploy import commands, templates
 from fedex_lora.flower.deploy.init import new_folders, read_deployment, write_app
 from fedex_lora.flower.deploy.keys import write_secret
@@ -52,7 +52,7 @@ def simulate(recipe: Recipe, out: Path, resume: bool, watcher: Watcher) -> dict[
     """
     _check_out(out, resume)
     if importlib.util.find_spec("ray") is None:
-        raise UserError(
+        raise MissingDependency(
             "engine.kind: flower-simulation needs Ray: pip install 'fedex-lora[simulation]'"
         )
     engine = recipe.engine
@@ -135,7 +135,7 @@ def start(deployment: Path, config: Path, options: str | None = None) -> int:
     found = re.search(r'"run-id"\s*:\s*"?(\d+)', done.stdout)
     if done.returncode or found is None:
         told = (done.stdout + done.stderr).strip()
-        raise UserError(
+        raise DeploymentError(
             f"the run cannot be started: {told[-600:]}. Does `fedex-lora deploy server "
             f"{deployment}` run on this machine?"
         )
