@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_nothing_and_a_retry_succeeds(trained, tmp_path, monk
 
     monkeypatch.setattr(files, "save_file", full)
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    with pytest.raises(UserError, match=r"out: the export cannot be written: .*No space.*--out"):
+    with pytest.raises(UserError, match=r"out: the export cannot be written: .*No space.*`out`"):
         write(trained, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()

@@ -159,7 +159,7 @@ def test_done_and_begun_runs_are_known_and_other_recipes_are_never_touched(folde
     changed = plan(folder / "other.yaml", ["lora.lora_alpha=99"]).runs[3]
     make_run(changed, tmp_path)
     assert standing(other, tmp_path) == "other"
-    with pytest.raises(UserError, match=r"lora.lora_alpha: 5.0 != 99.0.*--out"):
+    with pytest.raises(UserError, match=r"lora.lora_alpha: 5.0 != 99.0.*`out`"):
         left(small(folder).runs, tmp_path)
 
 

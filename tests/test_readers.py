@@ -225,7 +225,7 @@ def test_an_export_tells_what_a_cut_would_cost(runs, tmp_path, monkeypatch):
     for rank in (2, 5):
         tails = [torch.linalg.svdvals(m)[rank:].norm() ** 2 for m in whole.values()]
         missed = (sum(tails) ** 0.5 / total).item()
-        assert f"--rank {rank} would miss {missed:.2g} of the change" in note
+        assert f"`rank={rank}` would miss {missed:.2g} of the change" in note
 
 
 def test_ranks_above_what_servers_take_are_told_with_what_a_cut_would_cost(tmp_path):
@@ -243,6 +243,6 @@ def test_ranks_above_what_servers_take_are_told_with_what_a_cut_would_cost(tmp_p
     s = torch.linalg.svdvals(b.double() @ a.double())
     (note,) = done.notes
     assert note.startswith("rank 80 is above 64, where programs that serve adapters often stop")
-    assert f"--rank 64 would miss {(s[64:].norm() / s.norm()).item():.2g} of the change" in note
+    assert f"`rank=64` would miss {(s[64:].norm() / s.norm()).item():.2g} of the change" in note
     assert "128" not in note
     assert not merge_adapters(plan, tmp_path / "cut", Options(rank=64)).notes

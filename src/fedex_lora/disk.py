@@ -41,7 +41,7 @@ def new_directory(out: Path, what: str, then: str) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{out}: {what} cannot be written: {reason(error)}. Free some space or name a "
-            f"directory that you may write with --out, then {then}"
+            f"directory that you may write with `out`, then {then}"
         ) from None
 
 
@@ -52,7 +52,7 @@ def check_free(out: Path) -> None:
     except OSError as error:
         raise StorageError(f"{out}: cannot be written: {reason(error)}") from None
     if used:
-        raise StorageError(f"{out}: exists and is not empty; name another directory with --out")
+        raise StorageError(f"{out}: exists and is not empty; name another directory with `out`")
 
 
 def reason(error: Exception) -> str:

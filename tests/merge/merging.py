@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Adapters of tiny models as PEFT saves them, and the dense float64 oracle of their merge."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Adapters as people have them: other names of tensors, other places, other ways to begin."""
 
 import json

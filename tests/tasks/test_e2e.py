@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """The E2E task: prompts, groups of references, scores of what a model says."""
 
 from __future__ import annotations

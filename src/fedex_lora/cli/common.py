@@ -19,16 +19,12 @@ import typer
 from rich.console import Console
 
 from fedex_lora import __version__
+from fedex_lora.cli.spoken import app, spoken
 from fedex_lora.errors import QuorumLost, RecipeError, show_rows
 
 if TYPE_CHECKING:
     from fedex_lora.cli.display import Display
     from fedex_lora.recipe import Problem, Recipe
-
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
 
 
 def _version(asked: bool) -> None:
@@ -207,8 +203,8 @@ def rank_option(text: str, error: float | None) -> tuple[int | None, float]:
 
 
 def say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(spoken(text), highlight=False, soft_wrap=True, markup=False)
 
 
 def complain(text: str) -> None:
-    errors.print(text, highlight=False, markup=False)
+    errors.print(spoken(text), highlight=False, markup=False)

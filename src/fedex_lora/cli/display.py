@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.status import Status
 from rich.table import Table
 
+from fedex_lora.cli.spoken import spoken
 from fedex_lora.errors import some, tally
 from fedex_lora.runs.words import number, size
 
@@ -78,7 +79,10 @@ class Display:
             by_reason.setdefault(why, []).append(name)
         for why, names in by_reason.items():
             self.console.print(
-                f"    without {some(names)}: {why}", style="yellow", highlight=False, markup=False
+                f"    without {some(names)}: {spoken(why)}",
+                style="yellow",
+                highlight=False,
+                markup=False,
             )
 
     def scored(self, record: Record) -> None:
@@ -89,7 +93,7 @@ class Display:
     def note(self, text: str) -> None:
         self._clear()
         self.console.print(
-            f"note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True
+            f"note: {spoken(text)}", style="yellow", highlight=False, markup=False, soft_wrap=True
         )
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -33,11 +35,17 @@ def methods() -> None:
 
 
 @app.command()
-def recipes(directory: Path = Path("recipes")) -> None:
+def recipes(
+    directory: Annotated[
+        Path | None, typer.Option(help="recipes/, or else the installed ones.")
+    ] = None,
+) -> None:
     """List the recipes and grids in a directory."""
     from fedex_lora.experiments.grid.spec import grid_row, is_grid
     from fedex_lora.recipe.reader import load_recipe_with_places
 
+    here, installed = Path("recipes"), Path(sys.prefix) / "share/fedex-lora/recipes"
+    directory = directory or (here if here.is_dir() or not installed.is_dir() else installed)
     found = sorted(directory.rglob("*.yaml"))
     if not found:
         raise RecipeError(f"{directory}: no recipes (*.yaml) there; name a directory that has some")

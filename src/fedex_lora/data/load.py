@@ -142,7 +142,7 @@ def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) ->
     where = spec.source or spec.name or spec.path or "data.clients"
     if only is not None and only not in splits:
         has = ", ".join(splits) or "none of the task's splits"
-        raise DataError(f"--split: {where} has no split '{only}'; it has {has}.")
+        raise DataError(f"`split`: {where} has no split '{only}'; it has {has}.")
     if not found and only is None:
         names = ", ".join(task.evaluation_splits)
         raise RecipeError(f"data: {where} has no labelled rows to evaluate on (splits {names}).")

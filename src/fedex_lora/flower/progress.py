@@ -72,7 +72,7 @@ def follow(path: Path, watcher: Watcher, still_runs: Callable[[], bool]) -> dict
             )
     raise ProtocolError(
         "the coordinator's process ended without a word; its log says why (deploy server prints "
-        "it). What was finished is intact: go on with --resume"
+        "it). What was finished is intact: go on with `resume=True`"
     )
 
 
@@ -102,5 +102,5 @@ def _outcome(value: dict[str, Any]) -> dict[str, Any]:
         raise UserError(value["text"])
     raise ProtocolError(
         f"the coordinator's program failed: {value['text']}; its log has the rest. What was "
-        "finished is intact: go on with --resume"
+        "finished is intact: go on with `resume=True`"
     )

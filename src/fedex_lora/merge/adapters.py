@@ -232,7 +232,7 @@ def _weights(folder: Path, allow_pickle: bool) -> Path:
     if pickled.is_file():
         raise DataError(
             f"{pickled} is a pickle, which may run code; save the adapter as safetensors, or trust "
-            "it with --allow-pickle (it is still read as plain tensors only)"
+            "it with `allow_pickle` (it is still read as plain tensors only)"
         )
     raise StorageError(f"{folder}: there is no {WEIGHTS}; expected it beside {CONFIG}")
 

@@ -75,7 +75,7 @@ class Group:
             if all(torch.equal(there[name], tensor) for name, tensor in update.items()):
                 return found
         raise DataError(
-            f"--into-base: transformers makes {self.first} of {self.keys[0]} and others by "
+            f"`into_base`: transformers makes {self.first} of {self.keys[0]} and others by "
             f"{self.converter.operations}, which cannot be undone; merge into an adapter instead"
         )
 

@@ -88,7 +88,7 @@ def _locate(name: str, revision: str | None) -> Path:
 
 def _unknown(folder: Path, error: Exception) -> UserError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DataError(f"--into-base: {folder} is no model that transformers knows: {first}")
+    return DataError(f"`into_base`: {folder} is no model that transformers knows: {first}")
 
 
 def _check_quantisation(folder: Path, config: Any) -> None:
@@ -96,7 +96,7 @@ def _check_quantisation(folder: Path, config: Any) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
     if found and method != "bitsandbytes":
         raise DataError(
-            f"--into-base: {folder} is quantised by {method}, which is not undone here "
+            f"`into_base`: {folder} is quantised by {method}, which is not undone here "
             "(bitsandbytes' 4 and 8 bits are); name the model that it was made from"
         )
 
@@ -128,12 +128,12 @@ def _target(target: Target, trained: Mapping[str, Shape], copies: Mapping[str, S
         own = target.names.shape(name)
         if name in target.names.groups:
             raise DataError(
-                f"--into-base: {name} was trained in full and is in parts in the files of {folder};"
+                f"`into_base`: {name} was trained in full and is in parts in the files of {folder};"
                 " merge into an adapter instead"
             )
         if own != shape:
             raise DataError(
-                f"--into-base: {name} is {shape} in the adapters and {own or 'absent'} in a "
+                f"`into_base`: {name} is {shape} in the adapters and {own or 'absent'} in a "
                 f"{type(target.net).__name__}; expected the model that they were trained on"
             )
     if target.enlarged:
@@ -194,7 +194,7 @@ def _check_rows(target: Target, given: set[str]) -> None:
         held = target.stored[key].shape
         if held != needed and name not in given:
             raise DataError(
-                f"--into-base: {name} is {held} in {target.folder}, and {needed} by the vocabulary "
+                f"`into_base`: {name} is {held} in {target.folder}, and {needed} by the vocabulary "
                 "of the adapters, which hold no rows for it; save them with "
                 "save_embedding_layers=True"
             )

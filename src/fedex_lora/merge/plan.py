@@ -83,9 +83,9 @@ class Plan:
             return first
         if pretrained is None and self.is_sum and not math.isclose(sum(self.weights), 1):
             raise RecipeError(
-                f"--sum: {key} was trained in full: it is no update, and a sum of such tensors "
-                f"with weights that sum to {sum(self.weights):g} means nothing. With --into-base "
-                "it is taken as an update of the base's own, if that has one; without --sum it is "
+                f"`sum`: {key} was trained in full: it is no update, and a sum of such tensors "
+                f"with weights that sum to {sum(self.weights):g} means nothing. With `into_base` "
+                "it is taken as an update of the base's own, if that has one; without `sum` it is "
                 "averaged"
             )
         start = first if pretrained is None else pretrained
@@ -113,8 +113,8 @@ class Plan:
                 raise DataError(
                     f"{first.name} and {other.name} differ in {key}, which is no LoRA factor and "
                     "not in modules_to_save: they were trained on different base models, or each "
-                    "added rows of its own to the vocabulary. --embeddings mean averages what "
-                    "differs, --embeddings 1 takes that of the first adapter (2: of the second)"
+                    "added rows of its own to the vocabulary. `embeddings=mean` averages what "
+                    "differs, `embeddings=1` takes that of the first adapter (2: of the second)"
                 )
 
 
@@ -148,9 +148,9 @@ def make_plan(
     problems = list(_differences(adapters, source))
     if strict and (problems or (names and not ignore_base_name)):
         shown = problems if ignore_base_name else [*names, *problems]
-        ways = ["--no-strict merges what all of them share and leaves out the rest"]
+        ways = ["`strict=False` merges what all of them share and leaves out the rest"]
         if names and not ignore_base_name:
-            ways.append("--ignore-base-name passes over the names of base models alone")
+            ways.append("`ignore_base_name=True` passes over the names of base models alone")
         raise DataError(
             "the adapters do not go together:\n"
             + "\n".join(f"  {problem}" for problem in shown)
@@ -180,7 +180,7 @@ def _source(adapters: Sequence[Adapter], embeddings: str) -> Adapter | None:
         return None
     if not embeddings.isdecimal() or not 1 <= int(embeddings) <= len(adapters):
         raise RecipeError(
-            f"--embeddings: {embeddings!r} is neither equal nor mean nor the number of an adapter, "
+            f"`embeddings`: {embeddings!r} is neither equal nor mean nor the number of an adapter, "
             f"1 to {len(adapters)}"
         )
     return adapters[int(embeddings) - 1]
@@ -201,12 +201,12 @@ def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     for weight in _counted(weights, count):
         if weight < 0:
             raise RecipeError(
-                f"--weights: {weight:g} is negative, and a mean has no negative weights; --sum "
-                "takes them as they are: Σ wᵢ·ΔWᵢ, not divided by their sum"
+                f"`weights`: {weight:g} is negative, and a mean has no negative weights; "
+                "`sum=True` takes them as they are: Σ wᵢ·ΔWᵢ, not divided by their sum"
             )
     total = math.fsum(weights)
     if not (total > 0 and math.isfinite(total)):
-        raise RecipeError("--weights: their sum is 0 or too large; at least one must be above 0")
+        raise RecipeError("`weights`: their sum is 0 or too large; at least one must be above 0")
     return [weight / total for weight in weights]
 
 
@@ -223,18 +223,18 @@ def as_given(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
     if not any(_counted(weights, count)):
-        raise RecipeError("--weights: all are 0; at least one must be another number")
+        raise RecipeError("`weights`: all are 0; at least one must be another number")
     return [float(weight) for weight in weights]
 
 
 def _counted(weights: Sequence[float], count: int) -> Sequence[float]:
     if len(weights) != count:
         raise RecipeError(
-            f"--weights: {len(weights)} weights for {count} adapters; give one for each, in order"
+            f"`weights`: {len(weights)} weights for {count} adapters; give one for each, in order"
         )
     for weight in weights:
         if not math.isfinite(weight):
-            raise RecipeError(f"--weights: {weight} is no weight; expected finite numbers")
+            raise RecipeError(f"`weights`: {weight} is no weight; expected finite numbers")
     return weights
 
 
@@ -265,7 +265,7 @@ def _differences(adapters: Sequence[Adapter], source: Adapter | None) -> Iterato
     for key in sorted(set.intersection(*(set(own) for own in others))):
         if len({own[key] for own in others}) > 1:
             shapes = ", ".join(f"{a.name} {own[key]}" for a, own in zip(adapters, others))
-            way = "" if _trained(adapters[0], key) else "; --embeddings 1 takes those of the first"
+            way = "" if _trained(adapters[0], key) else "; `embeddings=1` takes those of the first"
             yield f"shape of {key}: {shapes}{way}"
 
 

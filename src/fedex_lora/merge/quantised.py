@@ -7,7 +7,6 @@ A 4-bit weight is packed two numbers a byte, its scales and codebook lie beside 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.errors import DataError, MissingDependency, StorageError
+from fedex_lora.errors import DataError, StorageError, check_installed
 
 _STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "nf4-double", "fp4", "fp4-double")  # as load_in_4bit makes them; double: scales too
@@ -56,11 +55,11 @@ class Packed:
                 weight = functional.dequantize_4bit(file.get_tensor(key), state)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise StorageError(
-                f"--into-base: {key} cannot be dequantised: {error!r}; the file is damaged"
+                f"`into_base`: {key} cannot be dequantised: {error!r}; the file is damaged"
             ) from None
         if tuple(weight.shape) != self.shape:
             raise DataError(
-                f"--into-base: {key} dequantised is {tuple(weight.shape)}; expected {self.shape}"
+                f"`into_base`: {key} dequantised is {tuple(weight.shape)}; expected {self.shape}"
             )
         return weight
 
@@ -78,7 +77,7 @@ def packed_parts(file: Any, keys: Sequence[str], dtype: torch.dtype) -> dict[str
                 found[weight] = Packed(beside, shape, own, True)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise StorageError(
-                    f"--into-base: {key} is no state of a quantised weight: {error!r}; the file is "
+                    f"`into_base`: {key} is no state of a quantised weight: {error!r}; the file is "
                     "damaged"
                 ) from None
         elif key.endswith(".SCB"):
@@ -111,11 +110,7 @@ def requantised(weight: Tensor, kind: str) -> Tensor:
 
 
 def _bitsandbytes() -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingDependency(
-            "--into-base: a quantised model needs bitsandbytes; install it with: pip install "
-            "'fedex-lora[quantised]'"
-        )
+    check_installed("bitsandbytes", "`into_base`: a quantised model")
     from bitsandbytes import functional  # noqa: PLC0415 (heavy, and not always installed)
 
     return functional

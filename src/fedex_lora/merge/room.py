@@ -22,13 +22,13 @@ def check_place(out: Path, inputs: Iterable[Path], size: int) -> None:
     target = out.absolute().resolve()
     for folder in inputs:
         if target.is_relative_to(folder.resolve()):
-            raise RecipeError(f"--out: {out} lies in {folder}, which is read; name a place outside")
+            raise RecipeError(f"`out`: {out} lies in {folder}, which is read; name a place outside")
     there = next(p for p in (target, *target.parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if size > free:
         raise StorageError(
-            f"--out: up to {gigabytes(size)} will be written to {out}, and only {gigabytes(free)} "
-            "are free there; free some space, choose another place, or a smaller --rank or --dtype"
+            f"`out`: up to {gigabytes(size)} will be written to {out}, and only {gigabytes(free)} "
+            "are free there; free some space, choose another place, or a smaller `rank` or `dtype`"
         )
 
 

@@ -101,7 +101,7 @@ class Target:
         like = [n for n, _ in self.net.named_modules() if n.rpartition(".")[2] == ending][:1]
         like = [f"; there is {like[0]}"] if like else []
         raise DataError(
-            f"--into-base: {self.folder} as {type(self.net).__name__} has no layer {site}, and no "
+            f"`into_base`: {self.folder} as {type(self.net).__name__} has no layer {site}, and no "
             f"tensor of that name in its files{''.join(like)}. Name the model that the adapters "
             "were trained on"
         )
@@ -160,7 +160,7 @@ class Target:
         if name in self.names.groups:
             return Spot(None, name, self.names.groups[name], turned)
         raise DataError(
-            f"--into-base: the files of {self.folder} hold no tensor for {name}, or not all parts "
+            f"`into_base`: the files of {self.folder} hold no tensor for {name}, or not all parts "
             f"of it: they are not complete, or not those of a {type(self.net).__name__}"
         )
 
@@ -178,12 +178,12 @@ class Target:
         for key in [spot.key] if spot.key else spot.group.keys if spot.group else []:
             if not self.stored[key].dtype.is_floating_point:
                 raise DataError(
-                    f"--into-base: {key} in {self.folder} has dtype {self.stored[key].dtype}, to "
+                    f"`into_base`: {key} in {self.folder} has dtype {self.stored[key].dtype}, to "
                     "which no update can be added; name the model that it was made from"
                 )
         if len(held) not in (2, 3):
             kind = "x".join(map(str, held))
-            raise DataError(f"--into-base: {site} has a weight of {kind}; cannot be changed")
+            raise DataError(f"`into_base`: {site} has a weight of {kind}; cannot be changed")
         experts, sides = (1, held) if len(held) == 2 else (held[0], held[1:])
         fits = [list(sides), list(sides)[::-1]] if len(held) == 3 else [list(sides)]
         fits = [list(sides)[::-1]] if spot.turned else fits
@@ -191,7 +191,7 @@ class Target:
             times = f"{place.experts} × " if place.experts > 1 else ""
             has = " × ".join(map(str, ([experts] if len(held) == 3 else []) + fits[0]))
             raise DataError(
-                f"--into-base: {site} is {has} in {self.folder} and {times}{own[0]} × {own[1]} in "
+                f"`into_base`: {site} is {has} in {self.folder} and {times}{own[0]} × {own[1]} in "
                 f"the adapters; name the model that they were trained on{self._vocabulary(site)}"
             )
 

@@ -91,7 +91,7 @@ class Values:
         needed = self.target.names.shape(spot.parameter or "")
         if needed is not None and needed != tuple(self._final(key)):
             raise StorageError(
-                f"--into-base: {key} is {tuple(self._final(key))} in the files of "
+                f"`into_base`: {key} is {tuple(self._final(key))} in the files of "
                 f"{self.target.folder} and {needed} by its config.json; the model is damaged"
             )
 
@@ -134,7 +134,7 @@ class Values:
         assert name is not None
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise DataError(
-                f"--base-quantised: {key} has dtype {tensor.dtype}, which bitsandbytes does not "
+                f"`base_quantised`: {key} has dtype {tensor.dtype}, which bitsandbytes does not "
                 "quantise; leave it out, or name the model that the adapters were trained on"
             )
         if self.target.is_turned(name):
@@ -154,7 +154,7 @@ class Values:
             or self.plan.saved_shape(own)[1:] != tensor.shape[1:]
         ):
             raise DataError(
-                f"--into-base: {first.name} trained tokens up to {max(where)} of {name}, which is "
+                f"`into_base`: {first.name} trained tokens up to {max(where)} of {name}, which is "
                 f"{tuple(tensor.shape)} in {self.target.folder}; save the adapters with "
                 "save_embedding_layers=True, or name the model that they were trained on"
             )
@@ -205,7 +205,7 @@ class Values:
     def _rounded(self, wide: Tensor, key: str, to: torch.dtype) -> Tensor:
         rounded = wide.to(to)
         if not finite(rounded):
-            raise DataError(f"{key}: is not finite in {to} once changed; choose another --dtype")
+            raise DataError(f"{key}: is not finite in {to} once changed; choose another `dtype`")
         if rounded.dtype != wide.dtype:
             self._norm += wide.norm().item() ** 2
             pairs = zip(wide.split(_ROWS), rounded.split(_ROWS))
@@ -255,7 +255,7 @@ def _untied(plan: Plan, target: Target, others: Mapping[str, str], changed: set[
     for name in sorted(found):
         if name.removesuffix(".weight") not in embeddings:
             raise DataError(
-                f"--into-base: {name} shares its weight with other layers of a "
+                f"`into_base`: {name} shares its weight with other layers of a "
                 f"{type(target.net).__name__}; it cannot be changed alone. Merge into an adapter"
             )
     return sorted(found)

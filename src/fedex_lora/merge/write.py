@@ -141,7 +141,7 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
         write_config(_config(plan, ranks), new)
         _write(new / REPORT, json.dumps(_report(plan, options, layers), indent=1) + "\n")
         _write(new / "README.md", _card(plan))
-        misled = [f"--tight: {who}" for who in misread(new)]
+        misled = [f"`tight`: {who}" for who in misread(new)]
         same = max(ranks.values()) if len(set(ranks.values())) == 1 else None
         merged = Merged(out, layers, same, plan.left_out, misled)
     at = {r: merged.relative(partial(_missed_at, r)) for r in SERVER_LIMITS}
@@ -159,7 +159,7 @@ def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> La
         found = reduce(whole, options.rank, options.error)
         stored, rounding = rounded(found.factors, options.dtype)
         if not finite(stored.left) or not finite(stored.right):
-            raise DataError(f"{site}: is too large for {options.dtype}; choose another --dtype")
+            raise DataError(f"{site}: is too large for {options.dtype}; choose another `dtype`")
         kept.append(stored)
         parts.append(Layer(stored.rank, found.norm, found.missed, rounding, None, _at(found)))
     rank = max(stored.rank for stored in kept)

@@ -99,10 +99,10 @@ def above_limits(rank: int, would_miss: Mapping[int, float]) -> list[str]:
     limits = [limit for limit in SERVER_LIMITS if rank > limit]
     if not limits:
         return []
-    costs = ", ".join(f"--rank {r} would miss {would_miss[r]:.2g} of the change" for r in limits)
+    costs = ", ".join(f"`rank={r}` would miss {would_miss[r]:.2g} of the change" for r in limits)
     return [
         f"rank {rank} is above {', '.join(map(str, limits))}, where programs that serve adapters "
-        f"often stop (vLLM: --max-lora-rank); {costs}"
+        f"often stop (vLLM: max_lora_rank); {costs}"
     ]
 
 

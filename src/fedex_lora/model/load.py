@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
-from fedex_lora.errors import MissingDependency, RecipeError
+from fedex_lora.errors import EXTRAS, RecipeError, check_installed, missing
 from fedex_lora.recipe import ModelSpec
 
 # what transformers and safetensors raise for a folder, name or file that is no usable model
@@ -135,6 +135,8 @@ def locate(name: str) -> str:
 def _in_package(name: str) -> Path:
     package, _, sub = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None and package in EXTRAS:
+        raise missing(package, f"model.name: {name!r}")
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
             f"model.name: there is no Python package {package!r} in this environment; "
@@ -211,11 +213,7 @@ def dequantised(module: Any) -> Tensor:
 def _quantisation(spec: ModelSpec, device: torch.device, keep: list[str]) -> dict[str, Any]:
     if spec.quantisation is None:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingDependency(
-            f"model.quantisation: {spec.quantisation} needs bitsandbytes; "
-            "install it with: pip install 'fedex-lora[quantised]'"
-        )
+    check_installed("bitsandbytes", f"model.quantisation: {spec.quantisation}")
     four_bit = spec.quantisation != "int8"
     config = transformers.BitsAndBytesConfig(
         load_in_8bit=not four_bit,

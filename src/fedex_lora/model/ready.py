@@ -108,5 +108,5 @@ def _does_not_fit(adapter: Path, base_name: str, why: str) -> DataError:
     short = " ".join(why.split())[:300].rstrip(".")
     return DataError(
         f"{adapter}: the adapter does not go with {base_name!r}: {short}. Name the model it was "
-        "made for (--set model.name=MODEL), and a task of as many classes"
+        "made for (`set=model.name=MODEL`), and a task of as many classes"
     )

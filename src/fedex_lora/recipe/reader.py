@@ -341,7 +341,7 @@ class _Reader:
 
 def _override(raw: dict[str, Any], override: str, places: Places) -> list[str]:
     """Set one key of `raw`; the lines say what is wrong with the override."""
-    place = f"--set {override}"
+    place = f"`set={override}`"
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
@@ -373,7 +373,7 @@ def _drop_other_sources(raw: dict[str, Any], keys: Keys, places: Places) -> None
         if keys[1] in kind:
             others = set().union(*_SOURCES) - kind
             for key in others & data.keys():
-                if not places.of(("data", key)).startswith("--set "):
+                if not places.of(("data", key)).startswith("`set="):
                     del data[key]
 
 

@@ -148,7 +148,7 @@ def _run(path: Path, recipe: Recipe, task: Task, which: Which | int, client: str
     trained = open_run(path, which)
     if trained.recipe.model != recipe.model:
         raise RecipeError(
-            "model: that of a run is as it was trained; leave --set model... out, or export the "
+            "model: that of a run is as it was trained; leave what sets model out, or export the "
             "run and evaluate the export"
         )
     final_state(trained, client)  # says whether a client is to be named
@@ -277,7 +277,7 @@ def _begin(directory: RunDir, asked: Mapping[str, Any]) -> dict[str, Any] | None
         except OSError as error:
             raise StorageError(
                 f"{path}: cannot be made: {error.strerror}; name a directory that you may write "
-                "with --out"
+                "with `out`"
             ) from None
         directory.write_json(ASKED, asked)
         return None
@@ -286,7 +286,7 @@ def _begin(directory: RunDir, asked: Mapping[str, Any]) -> dict[str, Any] | None
         raise RecipeError(
             f"{path}: holds another evaluation (of another "
             f"{' and '.join(differ) or 'state of the model or the rows'}); name another directory "
-            "with --out"
+            "with `out`"
         )
     return directory.evaluated()
 

@@ -116,5 +116,5 @@ def _load_round(directory: RunDir, round: int) -> tuple[ServerState, Mapping[str
         there = sorted(s.version for _, s, _ in latest(directory.checkpoints) if s is not None)
         raise StorageError(
             f"{error}. Intact checkpoints are there of rounds {', '.join(map(str, there))}; name "
-            "one with --round"
+            "one with `round`"
         ) from None

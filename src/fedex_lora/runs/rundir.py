@@ -64,11 +64,11 @@ class RunDir:
         """
         if self.is_run():
             raise StorageError(
-                f"{self.path}: holds another run; name another directory with --out, or continue "
+                f"{self.path}: holds another run; name another directory with `out`, or continue "
                 f"that run with `fedex-lora resume {self.path}`"
             )
         if self.path.exists() and (not self.path.is_dir() or any(map(_precious, self._files()))):
-            raise StorageError(f"{self.path}: is in use; name a new or empty directory with --out")
+            raise StorageError(f"{self.path}: is in use; name a new or empty directory with `out`")
 
     def _files(self) -> list[Path]:
         try:
@@ -118,7 +118,7 @@ class RunDir:
     def _unmade(self, error: OSError) -> UserError:
         return StorageError(
             f"{self.path}: cannot be made: {reason(error)}; name a directory that you may write "
-            "with --out"
+            "with `out`"
         )
 
     def is_run(self) -> bool:

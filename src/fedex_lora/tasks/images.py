@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image, config
+from datasets import Dataset, Image
 from torch import nn
 
-from fedex_lora.errors import DataError, RecipeError
+from fedex_lora.errors import DataError, check_installed
 from fedex_lora.tasks.base import Batch, Collate, LineOf, Task, check_columns, evaluating, one_based
 from fedex_lora.tasks.classification import Columns, check_labels, codes, scores
 from fedex_lora.tasks.outputs import Outputs
@@ -29,11 +29,7 @@ def image_classification(image_column: str, label_column: str, labels: tuple[str
     Raises:
         UserError: Pillow is not installed.
     """
-    if not config.PIL_AVAILABLE:
-        raise RecipeError(
-            "task.kind: image-classification needs Pillow; install it with: "
-            "pip install 'fedex-lora[images]'"
-        )
+    check_installed("PIL", "task.kind: image-classification")
     columns = Columns((image_column,), label_column, labels, ("image_column", "label_column"))
     return Task(
         name="image-classification",

@@ -88,7 +88,7 @@ def plan(path: Path, sets: Sequence[str] = (), data: Path | None = None, only: s
     _check_names(path, runs)
     found = tuple(run for run in runs if fnmatch(run.name, only))
     if not found:
-        raise RecipeError(f"--only: {only!r} fits none of {len(runs)} runs, e.g. {runs[0].name}")
+        raise RecipeError(f"`only`: {only!r} fits none of {len(runs)} runs, e.g. {runs[0].name}")
     return Plan(grid, found)
 
 
@@ -146,7 +146,7 @@ def _local(recipe: Recipe, data: Path) -> list[str]:
     folder = data / (spec.path.name if spec.path else recipe.task.name or hub)
     if not folder.is_dir():
         raise RecipeError(
-            f"--data: there is no directory {folder}; expected train.jsonl, ... in it"
+            f"`data`: there is no directory {folder}; expected train.jsonl, ... in it"
         )
     there = {file.stem for file in folder.iterdir()}
     elsewhere = {k: v for k, v in spec.evaluation.items() if k not in there}
@@ -169,7 +169,7 @@ def _check_sets(grid: Grid, path: Path, sets: Sequence[str]) -> None:
     for text in sets:
         key = text.partition("=")[0].strip()
         if key in ("seed", "method", "method.name", *lists):
-            raise RecipeError(f"--set {text}: {path} has its own list of them; change it there")
+            raise RecipeError(f"`set={text}`: {path} has its own list of them; change it there")
 
 
 def standing(run: Run, out: Path) -> Standing:
@@ -193,7 +193,9 @@ def left(runs: Sequence[Run], out: Path) -> list[Run]:
         if now[run.name] == "other":
             path = out / run.name
             different = "; ".join(differences(run.recipe, RunDir(path).recipe()))
-            raise RecipeError(f"{path}: holds a run with another recipe: {different}. Use --out")
+            raise RecipeError(
+                f"{path}: holds a run with another recipe: {different}. Use another `out`"
+            )
     return [run for run in runs if now[run.name] != "done"]
 
 

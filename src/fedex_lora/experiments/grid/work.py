@@ -160,7 +160,7 @@ def _locked(out: Path) -> Iterator[int]:
     except OSError as error:
         raise StorageError(
             f"{out}: cannot be made: {error.strerror}; name a directory that you may write "
-            "with --out"
+            "with `out`"
         ) from None
     try:
         try:
@@ -168,7 +168,7 @@ def _locked(out: Path) -> Iterator[int]:
         except BlockingIOError:
             raise StorageError(
                 f"{out}: another grid, or a run that it left behind, is at work here; wait for "
-                "it, end it, or name another directory with --out"
+                "it, end it, or name another directory with `out`"
             ) from None
         yield handle
     finally:

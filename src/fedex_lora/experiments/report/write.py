@@ -55,12 +55,12 @@ def check_ours(path: Path) -> None:
             ours = MARKER.encode() in file.read(_LOOKED_AT)
     except OSError as error:
         raise StorageError(
-            f"{path}: cannot be written: {error.strerror}; name another --out"
+            f"{path}: cannot be written: {error.strerror}; name another `out`"
         ) from None
     if not ours:
         raise StorageError(
             f"{path}: exists and is no report of this program, so it is not overwritten; name "
-            "another file with --out, or another folder with --plots"
+            "another file with `out`, or another folder with `plots`"
         )
 
 
@@ -69,5 +69,5 @@ def _make(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"{directory}: cannot be made: {error.strerror}; name another --out"
+            f"{directory}: cannot be made: {error.strerror}; name another `out`"
         ) from None

@@ -90,7 +90,7 @@ def renew(path: Path, hosts: Sequence[str], authority: Path | None = None) -> da
     """
     deployment = read_deployment(path)
     if deployment.insecure:
-        raise RecipeError(f"{path}: made with --insecure; it has no certificate")
+        raise RecipeError(f"{path}: made with `insecure=True`; it has no certificate")
     if hosts:
         deployment = replace(deployment, host=hosts[0], others=tuple(hosts[1:]))
     key = authority or path / "ca" / "ca.key"

@@ -191,9 +191,9 @@ def _check(path: Path, deployment: Deployment) -> None:
     far = [host for host in deployment.hosts if not is_loopback(host)]
     if deployment.insecure and far:
         raise RecipeError(
-            f"--insecure: without TLS and keys a server must be reachable from this machine alone, "
-            f"{far[0]} is not; use --host 127.0.0.1, or leave --insecure out"
+            f"`insecure`: without TLS and keys a server must be reachable from this machine alone, "
+            f"{far[0]} is not; use `host=127.0.0.1`, or leave `insecure` out"
         )
     if not 0 < deployment.port < 65536:
-        raise RecipeError(f"--port: expected 1 to 65535, got {deployment.port}")
+        raise RecipeError(f"`port`: expected 1 to 65535, got {deployment.port}")
     check_client_names(deployment.clients)

@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from fedex_lora.disk import reason
-from fedex_lora.errors import DeploymentError, MissingDependency, StorageError
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-try:
-    from cryptography import x509
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-except ImportError:  # comes with Flower
-    raise MissingDependency(
-        "federations across machines need Flower: pip install 'fedex-lora[flower]'"
-    ) from None
+from fedex_lora.disk import reason
+from fedex_lora.errors import DeploymentError, StorageError
 
 _CA_DAYS, _SERVER_DAYS = 3650, 730
 _EARLIER = timedelta(hours=1)  # clocks differ
@@ -58,7 +53,7 @@ def renew_certificate(ca_key: Path, server: Path, hosts: Sequence[str]) -> datet
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise DeploymentError(
             f"{ca_key}: no key of the certificate authority: {reason(error)}. Put ca.key there for "
-            "this once, or name it with --ca-key"
+            "this once, or name it with `ca_key`"
         ) from None
     if key.public_key() != authority.public_key():
         raise DeploymentError(
@@ -160,7 +155,7 @@ def check_certificate(server: Path, hosts: Sequence[str]) -> str | None:
         if host not in known:
             raise DeploymentError(
                 f"{path}: made for {', '.join(sorted(known))}, not for {host}; "
-                f"`fedex-lora deploy renew` with --host {host} makes one for it"
+                f"`fedex-lora deploy renew --host {host}` makes one for it"
             )
     left = (until - now).days
     if left < _SOON:

@@ -276,7 +276,7 @@ def check_port(port: int) -> None:
     if listens(port):
         raise StorageError(
             f"port {port} is in use; end the program that listens there, or choose another "
-            "with --port (of deploy init for a server)"
+            "with `port` (of deploy init for a server)"
         )
 
 

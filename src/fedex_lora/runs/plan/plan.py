@@ -156,7 +156,7 @@ def _check_disk(plan: Plan, out: Path) -> None:
             f"{out}: the run will write up to {_gb(plan.disk)}, and {_gb(free)} are free there. A "
             f"checkpoint grows to {_gb(max(r.checkpoint + r.own for r in plan.rounds))} by round "
             f"{last.round}, and up to {_KEPT} lie there at a time. Free some space, choose another "
-            "--out, or use fewer federation.rounds or a smaller lora.r"
+            "`out`, or use fewer federation.rounds or a smaller lora.r"
         )
 
 
