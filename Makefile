@@ -74,7 +74,7 @@ chaos: setup
 
 # Real Flower processes on this machine, with TLS and keys: minutes.
 deployment: setup
-	$(BIN)/python -m pytest -m deployment tests/engines
+	$(BIN)/python -m pytest -m deployment tests/engines tests/flower
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -9,10 +9,10 @@ from benchmarks.rounds import recipe
 from benchmarks.timing import in_turn, ratio
 from fedex_lora.engines.setup import Federation, set_up
 from fedex_lora.engines.training import quick_collections
-from fedex_lora.federation.state import begin, broadcast_to
+from fedex_lora.federation.loop import Exchange
+from fedex_lora.federation.state import begin
 from fedex_lora.recipe import Recipe
-from fedex_lora.runs.fusing import as_fused
-from fedex_lora.runs.precision import as_named
+from fedex_lora.runs.autotune import as_named
 from fedex_lora.runs.run import local_engine
 
 STEPS = 6
@@ -30,15 +30,14 @@ def small_batches(task: str, data: Path, clients: int, batch: int) -> Recipe:
 def train_all(federation: Federation) -> None:
     """The training of a round."""
     state, settings = begin(federation.settings, federation.initial), federation.settings
-    broadcasts = {name: broadcast_to(state, settings, name) for name in settings.clients}
-    for _ in local_engine(federation).exchange(state, broadcasts):
+    for _ in local_engine(federation).train(Exchange(state, settings, settings.clients)):
         pass
 
 
 def gain(federation: Federation, repeats: int) -> tuple[float, float | None]:
     """How many times faster all clients train in one pass than one after the other."""
     clients = len(federation.clients)
-    alone, fused = (as_fused(federation, k) for k in (1, clients))
+    alone, fused = (as_named(federation, fuse=k) for k in (1, clients))
     with quick_collections():
         times = in_turn(
             {"alone": lambda: train_all(alone), "fused": lambda: train_all(fused)}, repeats
@@ -53,7 +52,7 @@ def row(data: Path, repeats: int = 3) -> Row:
         for batch in batches:
             federation = set_up(small_batches("cola", data, clients, batch))
             for precision in ("float32", "bfloat16"):
-                value, spread = gain(as_named(federation, precision), repeats)
+                value, spread = gain(as_named(federation, precision=precision), repeats)
                 what = f"{clients} clients, batches of {batch}, {precision}"
                 figures.append(Figure(what, value, "×", spread, at_least=1.3))
     return Row(

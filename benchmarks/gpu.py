@@ -9,9 +9,8 @@ from benchmarks.results import Figure, Row, seconds
 from benchmarks.shapes import MISTRAL_LAYERS
 from benchmarks.timing import in_turn
 from fedex_lora.aggregation.adapter import AdapterState, Factors
-from fedex_lora.aggregation.aggregator import wire_form
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Increment
-from fedex_lora.aggregation.lowrank import LowRank, dense
 
 TITLE = "On a GPU: one decoder layer of Mistral-7B, rank 32, 3 clients"
 
@@ -37,7 +36,7 @@ def measured(device: torch.device, repeats: int) -> Row:
             "dense formula": lambda: [published(ends, n) for n in begin.sites],
             "residual as factors": lambda: ours(begin, ends),
             "the same, deviation measured too": lambda: ours(begin, ends, norms=True),
-            "the same in wire form": lambda: [wire_form(w) for w in ours(begin, ends).values()],
+            "the same in wire form": lambda: [w.wire_form() for w in ours(begin, ends).values()],
             "best rank-32 approximation": lambda: _truncated(residual),
             "folding the residual into weights in bf16": lambda: _folded(weights, residual),
         },
@@ -55,9 +54,9 @@ def _to(state: AdapterState, device: torch.device) -> AdapterState:
     )
 
 
-def _truncated(residual: Increment) -> list[LowRank]:
-    return [w.truncate(RANK) for w in residual.values() if isinstance(w, LowRank)]
+def _truncated(residual: Increment) -> list[Delta]:
+    return [w.split(RANK)[0] for w in residual.values()]
 
 
 def _folded(weights: dict[str, torch.Tensor], residual: Increment) -> list[torch.Tensor]:
-    return [(w.float() + dense(residual[n])).to(torch.bfloat16) for n, w in weights.items()]
+    return [(w.float() + residual[n].dense()).to(torch.bfloat16) for n, w in weights.items()]

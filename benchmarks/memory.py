@@ -37,7 +37,7 @@ FEW, MANY = 2, 20
 
 def growth(folder: Path, method: str) -> float:
     """Bytes that one more client takes at the peak of a run of two rounds."""
-    peaks = [_peak(folder, clients, method) for clients in (FEW, MANY)]
+    peaks = [peak(folder, clients, method) for clients in (FEW, MANY)]
     return (peaks[1] - peaks[0]) / (MANY - FEW)
 
 
@@ -81,7 +81,7 @@ def _save_model(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def _peak(folder: Path, clients: int, method: str) -> int:
+def peak(folder: Path, clients: int, method: str) -> int:
     path = folder / f"{method}-{clients}"
     sets = [f"federation.clients={clients}", f"method.name={method}"]
     command = [sys.executable, "-c", MEASURE, str(folder / "recipe.yaml"), str(path), *sets]

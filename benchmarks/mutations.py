@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.spoil import parts, whole
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.engines.remote.courier import Failed, Waits
 from fedex_lora.engines.remote.engine import RemoteEngine
 from fedex_lora.engines.remote.guests import Guest, Guests
 from fedex_lora.engines.remote.wire import PROTOCOL, Facts, Identity
+from fedex_lora.federation.codec import encode_about, encode_update
 from fedex_lora.federation.loop import Record, run_round
-from fedex_lora.federation.messages import Update, encode_about, encode_update
+from fedex_lora.federation.messages import Update, flat
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, begin, start_of
 
@@ -89,17 +90,9 @@ def honest(settings: Settings, state: ServerState, client: str) -> bytes:
     def drift(t: Tensor) -> Tensor:
         return t + 0.1 * torch.randn(t.shape, generator=generator)
 
-    factors = {n: Factors(drift(f.A), drift(f.B), f.scale) for n, f in start.sites.items()}
-    update = Update(
-        state.version + 1,
-        client,
-        {n: f.A for n, f in factors.items()},
-        {n: f.B for n, f in factors.items()},
-        {n: drift(t) for n, t in start.head.items()},
-        ROWS[client],
-        {"loss": 1.0, "steps": 2.0, "seconds": 0.1},
-        {"accuracy": 0.5, "loss": 0.7},
-    )
+    tensors = {name: drift(t) for name, t in flat(start).items()}
+    metrics = {"loss": 1.0, "steps": 2.0, "seconds": 0.1}
+    update = Update(state.version + 1, client, tensors, ROWS[client], metrics)
     about = {"protocol": PROTOCOL, "federation": IDENTITY.federation, "client": client}
     return encode_update(update, start, settings.wire_dtype, {**about, "kind": "update"})
 
@@ -128,13 +121,6 @@ class Replies:
         return [(t, self.replies[self._tickets[t]]) for t in tickets]
 
 
-class _Server:
-    """Stands for the coordinator's model, of which only the task's metric is asked."""
-
-    class task:
-        primary = "accuracy"
-
-
 def played(
     settings: Settings, state: ServerState, replies: Mapping[str, bytes | Failed]
 ) -> tuple[ServerState, Record]:
@@ -143,7 +129,7 @@ def played(
     guests.known = {c: Guest(c, rows, 4, None) for c, rows in ROWS.items()}
     guests.declared, guests.began = dict(ROWS), True
     guests._present = guests._met = set(ROWS)
-    engine = RemoteEngine(guests, settings, _Server(), 1)  # type: ignore[arg-type]
+    engine = RemoteEngine(guests, settings, None)  # type: ignore[arg-type]  # nothing is scored
     return run_round(state, settings, engine)
 
 
@@ -218,7 +204,7 @@ def header_length(reply: bytes, draw: random.Random) -> bytes:
 def field(reply: bytes, draw: random.Random) -> bytes:
     """A field of the JSON is another, is missing, or is there twice."""
     tensors, meta = parts(reply)
-    place = draw.choice((meta, meta["about"], meta["metrics"], meta["scores"]))
+    place = draw.choice((meta, meta["about"], meta["metrics"]))
     name = draw.choice([*place, "new"])
     if draw.random() < 0.15:
         text = json.dumps(meta)

@@ -9,9 +9,9 @@ from benchmarks.results import Figure, Row, seconds
 from benchmarks.shapes import MISTRAL, MISTRAL_LAYERS, end, sites, start
 from benchmarks.timing import Times, in_turn, ratio, timed
 from fedex_lora.aggregation.adapter import AdapterState
-from fedex_lora.aggregation.aggregator import Aggregator, wire_form
+from fedex_lora.aggregation.aggregator import Aggregator
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Increment
-from fedex_lora.aggregation.lowrank import LowRank, dense
 from fedex_lora.aggregation.methods import METHODS
 
 CLIENTS, RANK = 3, 32
@@ -75,7 +75,7 @@ def times(layers: int = MISTRAL_LAYERS) -> dict[str, Times]:
         quick = {
             FACTORS: lambda: ours(begin, ends),  # noqa: B023
             NORMS: lambda: ours(begin, ends, norms=True),  # noqa: B023
-            WIRE: lambda: [wire_form(w) for w in ours(begin, ends).values()],  # noqa: B023
+            WIRE: lambda: [w.wire_form() for w in ours(begin, ends).values()],  # noqa: B023
             MINIMUM: lambda: read_and_write(begin, ends),  # noqa: B023
         }
         once = in_turn(slow, 1, warm_up=not layer) | in_turn(quick, 5)
@@ -125,10 +125,8 @@ def truncation() -> Row:
     one = [AdapterState({name: e.sites[name]}) for e in ends]
     first = AdapterState({name: begin.sites[name]})
 
-    def truncated() -> LowRank:
-        w = ours(first, one)[name]
-        assert isinstance(w, LowRank)
-        return w.truncate(RANK)
+    def truncated() -> Delta:
+        return ours(first, one)[name].split(RANK)[0]
 
     kept: list[Tensor] = []
     theirs = timed(lambda: kept.append(published_truncated(ends, name, RANK)))
@@ -156,7 +154,7 @@ def errors(spreads: tuple[float, ...] = (1, 1e-1, 1e-2, 1e-3, 1e-4)) -> dict[flo
     for spread in spreads:
         ends = [end(begin, 1 + i, spread) for i in range(5)]
         exact = _exact(ends, name)
-        residual = dense(ours(begin, ends)[name])
+        residual = ours(begin, ends)[name].dense()
         found[spread] = tuple(_relative(w, exact) for w in (published(ends, name), residual))
     return found
 

@@ -23,9 +23,8 @@ from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
 from fedex_lora.model.load import locate
 from fedex_lora.recipe import Recipe
-from fedex_lora.runs.fusing import settle_fuse
+from fedex_lora.runs.autotune import as_named, settle_fuse, settle_precision
 from fedex_lora.runs.plan.timing import few_steps
-from fedex_lora.runs.precision import as_named, settle
 from fedex_lora.runs.run import local_engine, start_run
 from fedex_lora.runs.scoring import evaluate
 
@@ -58,7 +57,8 @@ def our_round(federation: Federation) -> None:
     state, _ = run_round(
         begin(federation.settings, federation.initial), federation.settings, engine
     )
-    evaluate(federation, engine, state, selection_only=True)
+    clients = federation.settings.clients
+    evaluate(federation, engine, state, clients, lambda _: None, selection_only=True)
 
 
 def our_round_padded(federation: Federation) -> None:
@@ -77,12 +77,12 @@ def our_round_padded(federation: Federation) -> None:
 
 def against_published(task: str, data: Path, least: float, repeats: int = 2) -> Row:
     """A round, ours (also with the published padding) and the published way, in turn."""
-    federation, precise = settle(set_up(recipe(task, data)))
+    federation, precise = settle_precision(set_up(recipe(task, data)))
     federation, fused = settle_fuse(federation)
     auto = transformers.AutoModelForSequenceClassification
     theirs = PublishedRound(federation, auto, locate(MINILM))
     our_round(federation)  # libraries set themselves up
-    full = as_named(federation, "float32")
+    full = as_named(federation, precision="float32")
     with quick_collections():
         t = in_turn(
             {
@@ -125,7 +125,10 @@ def precision(data: Path) -> Row:
     for module in federation.model.module.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    full, half = as_named(federation, "float32"), as_named(federation, "bfloat16")
+    full, half = (
+        as_named(federation, precision="float32"),
+        as_named(federation, precision="bfloat16"),
+    )
 
     def fused() -> float:
         with mock.patch("fedex_lora.engines.training.attention", lambda _: nullcontext()):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import fusing, gpu, memory, merging, residual, rounds, scaling
+from benchmarks import fusing, gpu, memory, merging, residual, rounds, scaling, tree
 from benchmarks.results import Row, store
 
 NEEDS_DATA = "--data: name the directory with local copies of GLUE's cola and mrpc"
@@ -23,6 +23,7 @@ def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
         "truncation": residual.truncation,
         "merge": merging.row,
         "clients": scaling.row,
+        "tree": tree.row,
         "cola": _with(data, lambda path: rounds.against_published("cola", path, 8)),
         "mrpc": _with(data, lambda path: rounds.against_published("mrpc", path, 2.5)),
         "precision": _with(data, rounds.precision),

@@ -70,7 +70,7 @@ def aggregate(clients: int) -> Scale:
     begin = start(shapes)
     few = [end(begin, i) for i in range(min(clients, 8))]
     seconds = 0.0
-    with _peak() as peak:
+    with Peak() as peak:
         aggregator = Aggregator(METHODS["fedex"], shapes, frozenset("AB"), clients=clients)
         for one in _ends(few, clients):
             began = perf_counter()
@@ -88,10 +88,10 @@ def _ends(few: list[AdapterState], clients: int) -> Iterator[AdapterState]:
     return (few[i % len(few)] for i in range(clients))
 
 
-class _peak:
+class Peak:
     """The largest resident size while the block runs, above that before it."""
 
-    def __enter__(self) -> _peak:
+    def __enter__(self) -> Peak:
         self._process = psutil.Process()
         self._before = self._process.memory_info().rss
         self.bytes, self._done = 0, False

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
 from fedex_lora.aggregation.aggregator import Aggregator
-from fedex_lora.aggregation.lowrank import dense
 from fedex_lora.aggregation.methods import METHODS
 
 SITE = Site(out=768, inp=512, rank=4, scale=2.0)
@@ -34,7 +33,7 @@ def errors(spread: float) -> tuple[float, float]:
     aggregator = Aggregator(METHODS["fedex"], {"q": SITE}, frozenset("AB"))
     for end in ends:
         aggregator.add(1, AdapterState({"q": start}), AdapterState({"q": end}))
-    ours = dense(aggregator.finish().increment["q"])
+    ours = aggregator.finish().increment["q"].dense()
     both = (published(ends, torch.float32), ours)
     return tuple(((r.double() - exact).norm() / exact.norm()).item() for r in both)  # type: ignore
 

@@ -13,26 +13,30 @@ from statistics import mean
 from results_why import EXACT, REFERENCE, against_reference
 
 from fedex_lora.errors import UserError
-from fedex_lora.experiments.analysis.claims import CLAIMS, findings
-from fedex_lora.experiments.analysis.runs import Run, read_runs
+from fedex_lora.experiments.analysis.claims import CLAIMS
+from fedex_lora.experiments.analysis.evidence import findings
+from fedex_lora.experiments.analysis.runs import Run, read_runs, unused
 from fedex_lora.experiments.analysis.scores import (
     ArmScores,
     arm_scores,
     chose_itself,
     differences,
     judged_metrics,
-    judged_split,
+    judged_rows,
+    metric_table,
     paired,
 )
-from fedex_lora.experiments.analysis.statistics import Paired, estimate, what_seeds_show
+from fedex_lora.experiments.analysis.statistics import (
+    Paired,
+    change,
+    estimate,
+    spread,
+    what_seeds_show,
+)
 from fedex_lora.experiments.analysis.study import Study, metric_of, study
-from fedex_lora.experiments.analysis.unused import unused
-from fedex_lora.experiments.compare import markdown_table, spread
-from fedex_lora.experiments.report.scores import significant
-from fedex_lora.experiments.report.setting import without_folder
-from fedex_lora.experiments.report.words import change
+from fedex_lora.experiments.compare import markdown_table
+from fedex_lora.experiments.report.verdict import without_folder
 from fedex_lora.recipe.reader import differences as differing
-from fedex_lora.runs.words import size
 
 ABOUT = """\
 # Results
@@ -156,21 +160,13 @@ def scores_table(part: Study, task: str, reference: str | None) -> str:
 
 def further_metrics(part: Study, task: str) -> Iterator[str]:
     """All metrics of the judged split beside the loss, where there is more than the one."""
-    done = [p for p in part.of(task) if p.run.finished]
-    names = [
-        n for n in dict.fromkeys(n for p in done for n in judged_metrics(p.run)) if n != "loss"
-    ]
+    names, rows = metric_table(part, task, but=("loss",))
     if len(names) < 2:
         return
-    rows = []
-    for arm in part.of_arms(task):
-        found = [judged_metrics(p.run) for p in done if p.arm == arm]
-        if found:
-            rows.append([arm, *(spread([m.get(name) for m in found]) for name in names)])
-    split = judged_split(done[0].run).partition(" ")[0]
-    yield f"All metrics, {split}:\n"
+    results = next(p.run.results for p in part.of(task) if p.run.results)
+    yield f"All metrics, {judged_rows(results)}:\n"
     yield markdown_table(["method", *names], rows)
-    others = [name for name in names if name != metric_of(done[0].run)[0]]
+    others = [name for name in names if name != results["metric"]]
     yield "".join(f"- {told}\n" for name in others if (told := metric_told(part, task, name)))
 
 
@@ -215,12 +211,9 @@ def line(
 ) -> list[str]:
     finished = [seed for seed in row.seeds if seed not in row.unfinished]
     scores = [spread(row.by_split[s]) if row.by_split.get(s) else "-" for s in splits]
-    sent = [size(sum(v) / len(v)) if v else "-" for v in (row.bytes_up, row.bytes_down)]
-    seconds = f"{sum(row.seconds) / len(row.seconds):.0f}" if row.seconds else "-"
-    pooled = part.of(task, row.arm)[0].method.pooled
-    deviation = "-" if pooled else significant(row.deviation)
+    costs = row.costs(not part.of(task, row.arm)[0].method.pooled)
     less = [difference(part, row.arm, task, reference)] * (reference is not None)
-    return [row.arm, ", ".join(map(str, finished)), *scores, *less, deviation, *sent, seconds]
+    return [row.arm, ", ".join(map(str, finished)), *scores, *less, *costs]
 
 
 def reference_arm(part: Study, task: str) -> str | None:

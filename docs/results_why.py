@@ -7,10 +7,9 @@ from pathlib import Path
 
 from fedex_lora.experiments.analysis.runs import Run
 from fedex_lora.experiments.analysis.scores import paired
-from fedex_lora.experiments.analysis.statistics import Paired
+from fedex_lora.experiments.analysis.statistics import Paired, change, spread
 from fedex_lora.experiments.analysis.study import Study
-from fedex_lora.experiments.compare import markdown_table, spread
-from fedex_lora.experiments.report.words import change
+from fedex_lora.experiments.compare import markdown_table
 
 REFERENCE = "fedit"  # what is compared with
 EXACT = "fedex"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
-from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
@@ -94,14 +94,14 @@ def random_state(model: AdaptedModel, seed: int = 1, rank: int | None = None) ->
     return AdapterState(sites, {n: t + noise[n] for n, t in head.items()})
 
 
-def increments(model: AdaptedModel, seed: int = 2) -> dict[str, LowRank | Tensor | None]:
+def increments(model: AdaptedModel, seed: int = 2) -> dict[str, Delta | None]:
     """By turns a low-rank increment, a dense one and none."""
     g = torch.Generator().manual_seed(seed)
-    made: dict[str, LowRank | Tensor | None] = {}
+    made: dict[str, Delta | None] = {}
     for i, (name, s) in enumerate(model.sites.items()):
         left, right = torch.randn(s.out, 2, generator=g), torch.randn(2, s.inp, generator=g)
-        factors = LowRank(0.1 * left, right)
-        made[name] = (factors, factors.dense(), None)[i % 3]
+        factors = Delta(0.1 * left, right)
+        made[name] = (factors, Delta(factors.dense()), None)[i % 3]
     return made
 
 
@@ -109,7 +109,7 @@ def oracle(
     case: Case,
     path: Path,
     state: AdapterState,
-    added: dict[str, LowRank | Tensor | None],
+    added: dict[str, Delta | None],
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """The plain model with float64 W0 + increment + scale·B·A set by hand."""
@@ -120,9 +120,7 @@ def oracle(
         delta = f.scale * f.B.double() @ f.A.double()
         more = added.get(name)
         if more is not None:
-            delta += (
-                (more.left.double() @ more.right.double()) if isinstance(more, LowRank) else more
-            )
+            delta += more.to(torch.float64).dense()
         delta = delta.T if isinstance(module, Conv1D | nn.Embedding) else delta
         module.weight.data = (module.weight.data.double() + delta).float()
     for name, tensor in state.head.items():

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
 
-SITES = {"q": Site(out=7, inp=5, rank=3, scale=1.7), "v": Site(out=6, inp=9, rank=2, scale=0.6)}
+SITES = {
+    "q": Site(out=7, inp=5, rank=3, scale=1.7),
+    "v": Site(out=6, inp=9, rank=2, scale=0.6),
+    "q2": Site(out=7, inp=5, rank=3, scale=1.7),  # layers of equal shape
+}
 
 
 def product(f: Factors) -> Tensor:
@@ -36,8 +40,10 @@ def residual(ends: Sequence[Factors], n: Sequence[float]) -> Tensor:
 
 
 def dense64(w: object) -> Tensor:
-    """A LowRank or a tensor, dense float64."""
-    return w.double() if isinstance(w, Tensor) else w.left.double() @ w.right.double()  # type: ignore
+    """A Delta or a tensor, dense float64."""
+    if isinstance(w, Tensor):
+        return w.double()
+    return w.left.double() if w.right is None else w.left.double() @ w.right.double()  # type: ignore
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

@@ -10,7 +10,6 @@ from benchmarks.page import page
 from benchmarks.results import Figure, Row, goal, read, row_of, shown, store
 from benchmarks.shapes import end, sites, start
 from benchmarks.timing import Times, in_turn, ratio
-from fedex_lora.aggregation.lowrank import dense
 from fedex_lora.merge.factors import merge_factors
 
 
@@ -18,7 +17,7 @@ def test_both_ways_to_the_residual_give_one():
     begin = start(sites({"x": (30, 20)}, 2, 4))
     ends = [end(begin, 1 + i, 1.0) for i in range(3)]
     for name, found in residual.ours(begin, ends).items():
-        torch.testing.assert_close(dense(found), residual.published(ends, name), rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.dense(), residual.published(ends, name), rtol=0, atol=1e-4)
 
 
 def test_merging_is_compared_with_what_peft_makes_of_the_same_adapters():

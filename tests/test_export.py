@@ -21,9 +21,10 @@ from fedex_lora.errors import UserError
 from fedex_lora.model import files
 from fedex_lora.runs.card import loading_lines
 from fedex_lora.runs.export import default_name, export_adapter, export_model
+from fedex_lora.runs.records import best_record, comparable
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import start_run
-from fedex_lora.runs.rundir import RunDir, best_record, comparable
+from fedex_lora.runs.rundir import RunDir
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,15 @@ from torch import nn
 from torch.nn import functional
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
-from fedex_lora.engines.fused import Turn, train_fused
 from fedex_lora.engines.fused.batches import Rows, together
 from fedex_lora.engines.fused.losses import client_losses
 from fedex_lora.engines.fused.stack import Stack
+from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.setup import set_up
-from fedex_lora.engines.training import train_client
+from fedex_lora.engines.training import HFTrainer
+from fedex_lora.engines.turn import Turn
 from fedex_lora.errors import UserError
+from fedex_lora.federation.messages import flat
 from fedex_lora.recipe.reader import differences
 from fedex_lora.runs.run import start_run
 from fedex_lora.runs.rundir import RunDir
@@ -51,35 +53,23 @@ def made(folder, kind="roberta", **blocks):
 
 
 def both_ways(federation, trained="AB", starts=None, **training):
-    """The updates of the clients one after the other, and of all of them in one pass."""
+    """What the clients come to one after the other, and all of them in one pass."""
     model, task = federation.model, federation.task
     starts = starts or dict.fromkeys(federation.clients, federation.initial)
-    given = {
-        "trained": frozenset(trained),
-        "training": {**federation.recipe.trainer_arguments, **training},
-        "seed": 3,
-        "round": 2,
-    }
+    given = {**federation.recipe.trainer_arguments, **training}
     clients = federation.clients.items()
-    alone = [train_client(model, task, r, starts[c], client=c, **given) for c, r in clients]
-    turns = [Turn(c, rows, starts[c]) for c, rows in clients]
-    return alone, train_fused(model, task, turns, **given)
-
-
-def tensors(update):
-    kinds = {"A": update.A, "B": update.B, "head": update.head}
-    return {f"{k}/{n}": t for k, part in kinds.items() for n, t in part.items()}
+    turns = [Turn(c, 2, rows, starts[c], frozenset(trained), 3) for c, rows in clients]
+    return HFTrainer(task, given)(model, turns), Fused(task, given, len(turns))(model, turns)
 
 
 def assert_same(alone, fused):
-    assert [u.client for u in fused] == [u.client for u in alone]
-    for one, other in zip(alone, fused):
-        assert (one.examples, one.round) == (other.examples, other.round)
+    for one, other in zip(alone, fused, strict=True):
         assert one.metrics["steps"] == other.metrics["steps"]
         assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-5)
-        assert tensors(one).keys() == tensors(other).keys()
-        for name, tensor in tensors(one).items():
-            assert (tensors(other)[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+        expected, got = flat(one.end), flat(other.end)
+        assert expected.keys() == got.keys()
+        for name, tensor in expected.items():
+            assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
 @pytest.mark.parametrize("kind", NO_DROPOUT)
@@ -90,8 +80,9 @@ def test_each_client_ends_where_it_would_have_ended_by_itself(tmp_path, kind):
     alone, fused = both_ways(federation)
     assert_same(alone, fused)
     assert [u.metrics["steps"] for u in fused] == [10, 4, 6]
-    start = federation.initial
-    moved = [(u.A[s] - start.sites[s].A).norm() / u.A[s].norm() for u in fused for s in u.A]
+    start = federation.initial.sites
+    ends = [(start[name].A, f.A) for u in fused for name, f in u.end.sites.items()]
+    moved = [(end - begun).norm() / end.norm() for begun, end in ends]
     assert min(moved) > 1e-3  # far more than the tolerance
 
 
@@ -117,7 +108,9 @@ def test_so_it_is_from_different_starts_with_one_factor_frozen(tmp_path):
         starts[client] = AdapterState(moved, federation.initial.head)
     alone, fused = both_ways(federation, "B", starts)
     assert_same(alone, fused)
-    assert not any(u.A for u in fused)
+    for client, one in zip(federation.clients, fused, strict=True):
+        for name, f in one.end.sites.items():
+            assert torch.equal(f.A, starts[client].sites[name].A)
 
 
 def test_so_it_is_in_regression(tmp_path, monkeypatch):
@@ -145,8 +138,8 @@ def test_the_model_is_afterwards_what_it_was(tmp_path):
     alone, _ = both_ways(federation)
     again, _ = both_ways(federation)
     for one, other in zip(alone, again):
-        for name, tensor in tensors(one).items():
-            assert torch.equal(tensor, tensors(other)[name])
+        for name, tensor in flat(one.end).items():
+            assert torch.equal(tensor, flat(other.end)[name])
 
 
 def test_a_client_without_numbers_spoils_nobody_elses(tmp_path):
@@ -268,7 +261,7 @@ def test_auto_takes_what_is_faster(tmp_path, monkeypatch):
             told.append(text)
 
     measured = iter([0.3, 0.1, 0.3, 0.29])
-    monkeypatch.setattr("fedex_lora.runs.fusing.few_steps", lambda _: next(measured))
+    monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda _: next(measured))
     auto = made(tmp_path, engine={"fuse": "auto"})
     for name, chosen in (("faster", 3), ("no-faster", 1)):
         start_run(auto, tmp_path / name, Notes())

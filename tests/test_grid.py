@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -255,6 +256,26 @@ def test_interruption_stops_the_runs_and_frees_the_directory(folder, tmp_path, s
             os.kill(process, 0)
     scripted("pass")
     assert work(runs[:1], tmp_path, 1, print, print) == {}  # the lock is free
+
+
+def test_a_run_that_a_killed_grid_left_behind_keeps_others_out(folder, tmp_path, scripted):
+    scripted("raise SystemExit('started')")
+    run = small(folder).runs[0]
+    make_run(run, tmp_path, rounds=1)
+    script = (
+        "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); time.sleep(99)"
+    )
+    words = [sys.executable, "-c", script, tmp_path / run.name / ".lock"]
+    orphan = subprocess.Popen(words, stdout=subprocess.PIPE)
+    try:
+        assert orphan.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="in use by another process"):
+            work([run], tmp_path, 1, print, print)
+    finally:
+        orphan.kill()
+        orphan.wait()
+    assert "started" in work([run], tmp_path, 1, print, print)[run.name]
 
 
 def test_a_killed_run_is_told_as_such(folder, tmp_path, scripted):

@@ -9,7 +9,7 @@ from tiny import tiny
 from transformers import BertModel
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, fresh
-from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import load_model
 from fedex_lora.recipe import ModelSpec
@@ -69,7 +69,7 @@ def test_bf16_logits_are_near_those_of_the_dense_model(name, path, placement):
 def test_no_increment_is_the_pretrained_weight_bit_for_bit(case, path, dtype):
     model = case.load(path(case.kind), dtype=dtype)
     before = {n: p.clone() for n, p in model.module.named_parameters()}
-    model.place(lambda name: torch.ones(model.sites[name].out, model.sites[name].inp))
+    model.place(lambda name: Delta(torch.ones(model.sites[name].out, model.sites[name].inp)))
     changed = {n for n, p in model.module.named_parameters() if not torch.equal(p, before[n])}
     assert len(changed) == len(model.sites)
     model.place(lambda name: None)
@@ -84,7 +84,7 @@ def test_after_50_placements_bf16_is_one_rounding_of_the_exact_sum(name, path):
     g = torch.Generator().manual_seed(0)
     for _ in range(50):
         total = {n: t + 1e-4 * torch.randn(t.shape, generator=g) for n, t in total.items()}
-        model.place(total.get)
+        model.place(lambda name: Delta(total[name]))  # noqa: B023
     for name in model.sites:
         exact = (model.pretrained(name) + total[name]).bfloat16()
         plain = model.module.get_base_model().get_submodule(name).base_layer.weight
@@ -226,9 +226,7 @@ def test_one_copy_of_the_base_is_resident(path, dtype):
     model.write(random_state(model))
     added = increments(model)
     model.place(added.get)
-    inner = [
-        t for w in added.values() for t in ([w.left, w.right] if isinstance(w, LowRank) else [w])
-    ]
+    inner = [t for w in added.values() if w is not None for t in w.parts.values()]
     known = [*model.module.state_dict().values(), *(t for t in inner if t is not None)]
     pointers = {t.data_ptr() for t in known}
     shapes = {

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, uniform
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
@@ -230,7 +231,7 @@ def test_an_adapter_of_another_model_is_refused(path, adapter, tmp_path):
 def test_a_changed_base_embedding_is_refused(path, tmp_path):
     case = CASES["llama-embedding"]
     model = case.load(path("llama"))
-    model.place(lambda name: torch.ones(model.sites[name].out, model.sites[name].inp))
+    model.place(lambda name: Delta(torch.ones(model.sites[name].out, model.sites[name].inp)))
     model.module.save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match=r"changes the base weight of model\.embed_tokens"):
         case.load(path("llama"), lora={"init": tmp_path / "a"}).initial(0)
@@ -268,7 +269,7 @@ def test_weights_that_are_in_no_safetensors_file_are_spilled(path, tmp_path, kin
 def assert_pretrained(case, folder, workdir):
     spec = ModelSpec(name=str(folder), device="cpu")
     model = load_model(spec, LoraSpec(**case.lora), seed=0, workdir=workdir, **case.task)
-    model.place(lambda name: torch.ones(model.sites[name].out, model.sites[name].inp))
+    model.place(lambda name: Delta(torch.ones(model.sites[name].out, model.sites[name].inp)))
     expected = plain(case, folder)
     for name in model.sites:
         w = expected.get_submodule(name).weight

@@ -10,6 +10,7 @@ from adapted import CASES, CLASSIFY, GENERATE, Case, batch, logits, path
 from tiny import tiny
 from torch import nn
 
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import load_model
 from fedex_lora.model.inject import inject
@@ -176,7 +177,7 @@ def test_quantised_bases_take_increments_beside_them(quantisation, tmp_path):
     start = logits(model.module, inputs)
     w0 = {name: model.pretrained(name) for name in model.sites}
     g = torch.Generator().manual_seed(0)
-    added = {n: 0.3 * torch.randn(s.out, s.inp, generator=g) for n, s in model.sites.items()}
+    added = {n: Delta(0.3 * torch.randn(s.out, s.inp, generator=g)) for n, s in model.sites.items()}
     model.place(added.get)
     changed = logits(model.module, inputs)
     # int8 rounds what goes in as well

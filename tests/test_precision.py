@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from small_runs import StopAfter, recipe
 
 from fedex_lora.engines.setup import set_up
-from fedex_lora.engines.training import train_client
+from fedex_lora.engines.training import HFTrainer
+from fedex_lora.engines.turn import Turn
 from fedex_lora.recipe.reader import differences
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
@@ -17,7 +18,7 @@ from fedex_lora.runs.watch import Silent
 
 def test_auto_takes_what_is_faster_and_the_run_is_as_if_it_had_been_named(tmp_path, monkeypatch):
     measured = iter([0.3, 0.2])
-    monkeypatch.setattr("fedex_lora.runs.precision.few_steps", lambda _: next(measured))
+    monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda _: next(measured))
     told = []
 
     class Notes(Silent):
@@ -46,7 +47,7 @@ def test_measuring_does_not_change_the_run(tmp_path):
 
 def test_a_run_that_is_resumed_keeps_its_precision(tmp_path, monkeypatch):
     measured = iter([0.3, 0.2])  # a second measurement would find nothing
-    monkeypatch.setattr("fedex_lora.runs.precision.few_steps", lambda _: next(measured))
+    monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda _: next(measured))
     auto = recipe(tmp_path, engine={"precision": "auto"})
     with pytest.raises(KeyboardInterrupt):
         start_run(auto, tmp_path / "run", StopAfter(1))
@@ -62,17 +63,13 @@ def test_every_turn_trains_in_the_precision_that_was_asked_for(tmp_path):
     settings, given = federation.settings, federation.recipe.trainer_arguments
 
     def turn(training):
-        model, task, rows = federation.model, federation.task, federation.clients["ann"]
-        trained = settings.method.trained(1)
-        start = federation.initial
-        return train_client(
-            model, task, rows, start, trained=trained, training=training, seed=0, round=1,
-            client="ann",
-        )  # fmt: skip
+        rows, trained = federation.clients["ann"], settings.method.trained(1)
+        ann = Turn("ann", 1, rows, federation.initial, trained, seed=0)
+        return HFTrainer(federation.task, training)(federation.model, [ann])[0].end.sites
 
     first, second, full = turn(given), turn(given), turn({**given, "bf16": False})
-    for site, b in first.B.items():
-        assert torch.equal(second.B[site], b) and not torch.equal(full.B[site], b)
+    for site, f in first.items():
+        assert torch.equal(second[site].B, f.B) and not torch.equal(full[site].B, f.B)
 
 
 def test_only_a_precision_that_was_left_open_fits_another(tmp_path):

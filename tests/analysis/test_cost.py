@@ -10,7 +10,7 @@ from federation.simulation import initial, settings, simulate
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load
 from small_runs import SIZES, recipe
 
 from fedex_lora.aggregation.methods import METHODS
@@ -19,11 +19,11 @@ from fedex_lora.experiments.compare import markdown_table
 from fedex_lora.experiments.cost.cost import costs, reference, shapes
 from fedex_lora.experiments.cost.plot import cost_plot
 from fedex_lora.experiments.cost.table8 import ROWS, compare_row, ratio_table, size_table
-from fedex_lora.federation.messages import encode_broadcast
+from fedex_lora.federation.codec import encode_broadcast, nbytes, pieces
 from fedex_lora.federation.state import broadcast_to
 from fedex_lora.model.architectures import architecture
 from fedex_lora.recipe import LoraSpec
-from fedex_lora.runs.plan.traffic import DryRun, blob_bytes
+from fedex_lora.runs.plan.traffic import DryRun
 from fedex_lora.runs.run import start_run
 
 BF16 = torch.bfloat16
@@ -38,9 +38,15 @@ METRICS = {"loss": 0.25, "steps": 3.0, "seconds": 1.5}
 
 @effort(deadline=None, max_examples=60)
 @given(TENSORS, st.text(st.characters(codec="utf-8"), max_size=20))
-def test_blob_bytes_are_those_of_safetensors(shapes, text):
+def test_the_length_of_a_blob_follows_from_shapes_and_safetensors_reads_it(shapes, text):
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
-    assert blob_bytes(tensors, {"fedex": text}) == len(save(tensors, {"fedex": text}))
+    blob = b"".join(pieces(tensors, {"about": {"said": text}}))
+    there = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    assert nbytes(there, {"about": {"said": text}}) == len(blob)
+    found = load(blob)
+    assert {n: (t.dtype, t.shape) for n, t in found.items()} == {
+        n: (t.dtype, t.shape) for n, t in tensors.items()
+    }
 
 
 VARIANTS = {

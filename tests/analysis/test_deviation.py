@@ -24,6 +24,7 @@ from fedex_lora.experiments.analysis.deviation import (
     round_trend,
     table,
 )
+from fedex_lora.experiments.analysis.drawn import banded
 from fedex_lora.experiments.analysis.runs import read_run
 
 
@@ -67,18 +68,20 @@ def rows(tmp_path_factory):
 
 
 def test_curves_are_means_over_sites_and_runs(rows):
-    points = across_layers([rows, rows], "Q", "absolute")
-    assert [(p.x, p.mean) for p in points] == [(0, 2), (1, 1), (2, pytest.approx(2 / 3)), (3, 0.5)]
+    layers = across_layers([rows, rows], "Q", "absolute")
+    two_thirds = pytest.approx(2 / 3)
+    assert layers == {0: [2, 2], 1: [1, 1], 2: [two_thirds, two_thirds], 3: [0.5, 0.5]}
     first = across_rounds([rows], "absolute", ["Q"], layer=0)
-    assert [(p.x, p.mean) for p in first] == [(1, 2), (2, 1), (3, pytest.approx(2 / 3))]
+    assert first == {1: [2], 2: [1], 3: [two_thirds]}
     both = across_rounds([rows], "absolute", ["Q", "V"])
-    assert both[0].mean == pytest.approx(1.5 * (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert both[1][0] == pytest.approx(1.5 * (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
 def test_a_band_reaches_from_the_lowest_run_to_the_highest(tmp_path, rows):
     other = made_up(tmp_path / "run", spec(), by_site=lambda site, round: 1.0)
-    (point, *_) = across_layers([rows, deviations(read_run(other))], "Q", "absolute")
-    assert (point.low, point.mean, point.high) == (1.0, 1.5, 2.0)
+    layers = across_layers([rows, deviations(read_run(other))], "Q", "absolute")
+    series = banded("Q", 0, layers)
+    assert (series.low[0], series.y[0], series.high[0]) == (1.0, 1.5, 2.0)
 
 
 def test_the_paper_s_trends_as_log_ratios(rows):

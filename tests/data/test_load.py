@@ -14,12 +14,12 @@ from fedex_lora.data import load as module
 from fedex_lora.data.load import known_labels, load
 from fedex_lora.data.stdlib_docs import LABELS
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import DataSpec, TaskSpec
+from fedex_lora.recipe import DataSpec, task_spec
 from fedex_lora.tasks import build_task
 
-SST2 = build_task(TaskSpec(kind="glue", name="sst2"))
-MNLI = build_task(TaskSpec(kind="glue", name="mnli"))
-TEXT = build_task(TaskSpec(kind="causal-lm"))
+SST2 = build_task(task_spec(kind="glue", name="sst2"))
+MNLI = build_task(task_spec(kind="glue", name="mnli"))
+TEXT = build_task(task_spec(kind="causal-lm"))
 
 
 def rows(count: int, **more: Any) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def test_a_directory(tmp_path):
 
 
 def test_csv_is_read_as_the_task_needs_it(tmp_path):
-    own = build_task(TaskSpec(kind="text-classification", labels=["False", "True"]))
+    own = build_task(task_spec(kind="text-classification", labels=["False", "True"]))
     (tmp_path / "train.csv").write_text("text,label\n2024,True\nNA,False\n1e5,1\n")
     train = load(DataSpec(path=tmp_path), own, 0).train
     assert train is not None and train["text"][:] == ["2024", "NA", "1e5"]
@@ -201,11 +201,11 @@ def test_a_hub_that_cannot_be_reached_or_has_no_training_rows(monkeypatch):
 
 def test_the_built_in_source_brings_its_labels():
     spec = DataSpec(source="stdlib-docs", train_examples=60)
-    task = build_task(TaskSpec(kind="text-classification"), known_labels(spec))
+    task = build_task(task_spec(kind="text-classification"), known_labels(spec))
     data = load(spec, task, 0)
     assert task.labels == LABELS and known_labels(DataSpec(name="x")) is None
     assert data.train is not None and len(data.train) == 60
-    other = build_task(TaskSpec(kind="text-classification", labels=["a", "b"]))
+    other = build_task(task_spec(kind="text-classification", labels=["a", "b"]))
     with pytest.raises(UserError, match=r"stdlib-docs, .*the classes .* are networking"):
         load(spec, other, 0)
 
@@ -218,7 +218,7 @@ def test_a_task_without_labels_is_evaluated_on_any_split_with_its_columns(tmp_pa
 @pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "rte", "qnli", "stsb"])
 def test_published_data_load(shared, name):
     path = shared / "data" / name
-    data = load(DataSpec(path=path), build_task(TaskSpec(kind="glue", name=name)), 0)
+    data = load(DataSpec(path=path), build_task(task_spec(kind="glue", name=name)), 0)
     assert data.train is not None and len(data.train) > 1000
     there = [split for split in ("validation", "test") if (path / f"{split}.jsonl").exists()]
     assert list(data.evaluation) == there
@@ -228,7 +228,7 @@ E2E_ROW = {"mr": "name[Aromi], area[centre]", "ref": "Aromi is in the centre.", 
 
 
 def named(kind, **more):
-    return build_task(TaskSpec(kind=kind, **more))
+    return build_task(task_spec(kind=kind, **more))
 
 
 @pytest.mark.parametrize(

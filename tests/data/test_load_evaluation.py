@@ -12,10 +12,10 @@ from datasets import Dataset
 from fedex_lora.data import load as module
 from fedex_lora.data.load import load
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import DataSpec, TaskSpec
+from fedex_lora.recipe import DataSpec, task_spec
 from fedex_lora.tasks import build_task
 
-TASK = build_task(TaskSpec(kind="math", name="metamath"))
+TASK = build_task(task_spec(kind="math", name="metamath"))
 TRAIN = {"query": "1+1?", "response": "The answer is: 2"}
 GSM8K = {"question": "2+3?", "answer": "#### 5"}
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from fedex_lora.data.partition import _bins, partition, split_validation
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import PartitionSpec, TaskSpec
+from fedex_lora.recipe import PartitionSpec, task_spec
 from fedex_lora.tasks import build_task
 
-SST2 = build_task(TaskSpec(kind="glue", name="sst2"))
-STSB = build_task(TaskSpec(kind="glue", name="stsb"))
-TEXT = build_task(TaskSpec(kind="causal-lm"))
+SST2 = build_task(task_spec(kind="glue", name="sst2"))
+STSB = build_task(task_spec(kind="glue", name="stsb"))
+TEXT = build_task(task_spec(kind="causal-lm"))
 
 IID = PartitionSpec()
 DIRICHLET = PartitionSpec(kind="dirichlet", alpha=0.3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedex_lora.data.load import load_client
 from fedex_lora.data.quoted import about_rows, shortened
 from fedex_lora.errors import SHOWN, UserError, Withheld, show_rows, shows_rows
-from fedex_lora.recipe import DataSpec, TaskSpec
+from fedex_lora.recipe import DataSpec, task_spec
 from fedex_lora.tasks import build_task
 
 SECRET = "Mrs Miller born 1950 in Aachen insured with the AOK is ill with gout since 1999"
@@ -29,7 +29,7 @@ def leaked(text, secret=SECRET):
     return 0
 
 
-CLASSES = TaskSpec(kind="text-classification", labels=["a", "b"])
+CLASSES = task_spec(kind="text-classification", labels=["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ CLASSES = TaskSpec(kind="text-classification", labels=["a", "b"])
         ("rows.jsonl", json.dumps({"text": "x", "label": 0}) + "\n" + SECRET, CLASSES),
         ("rows.csv", f"{SECRET};x\nx;y\n", CLASSES),
         ("rows.csv", f"text,label\nx,{SECRET}\n", CLASSES),
-        ("rows.jsonl", json.dumps({"mr": SECRET, "ref": "x"}), TaskSpec(kind="e2e")),
+        ("rows.jsonl", json.dumps({"mr": SECRET, "ref": "x"}), task_spec(kind="e2e")),
         ("rows.json", '[{"text": "' + SECRET + '", "label": 0}, 7]', CLASSES),
     ],
 )

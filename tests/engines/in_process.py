@@ -8,12 +8,11 @@ from typing import Any
 
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.remote.courier import Failed
-from fedex_lora.engines.remote.site import Institution, handle
+from fedex_lora.engines.remote.site import Institution, bring_to_life, handle
 from fedex_lora.engines.setup import Federation, set_up_client
-from fedex_lora.federation.header import Limit
-from fedex_lora.federation.loop import Lost
-from fedex_lora.federation.messages import Broadcast, Update
-from fedex_lora.federation.state import ServerState
+from fedex_lora.federation.header import Limit, first_of
+from fedex_lora.federation.loop import Exchange
+from fedex_lora.federation.messages import Lost, Update
 from fedex_lora.recipe import DataSpec, Recipe
 from fedex_lora.runs.run import in_this_process
 from fedex_lora.runs.rundir import versions
@@ -24,19 +23,7 @@ Change = Callable[[str, bytes], bytes | Failed]
 
 
 def institution(recipe: Recipe, name: str, file: Path | None, cache: Path) -> Institution:
-    federation = set_up_client(recipe, name, file)
-    return Institution(
-        name,
-        cache,
-        recipe,
-        federation.task,
-        federation.model,
-        federation.settings,
-        federation.clients[name],
-        federation.validation.get(name),
-        federation.initial,
-        versions(),
-    )
+    return bring_to_life(set_up_client(recipe, name, file), name, cache, versions())
 
 
 def institutions(recipe: Recipe, cache: Path) -> dict[str, Institution]:
@@ -81,7 +68,10 @@ class InProcess:
         self.sent.append((round, node))
         self.down[round, node] = self.down.get((round, node), 0) + len(blob)
         reply = self.change(node, handle(blob, self.institutions[node]))
-        self.up[round, node] = 0 if isinstance(reply, Failed) else len(reply)
+        if isinstance(reply, Failed):
+            self.up[round, node] = 0
+        elif first_of(blob)["about"]["kind"] == "round":
+            self.up[round, node] = len(reply)
         self._replies[ticket] = (node, reply)
         return ticket
 
@@ -115,16 +105,15 @@ def without(gone: Mapping[int, Collection[str]]) -> Callable[..., Assembled]:
 
     def assemble(*arguments: Any) -> Assembled:
         federation, engine = in_this_process(*arguments)
-        exchange = engine.exchange
+        train = engine.train
 
-        def missing(
-            state: ServerState, broadcasts: Mapping[str, Broadcast]
-        ) -> Iterator[Update | Lost]:
-            absent = gone.get(state.version + 1, ())
-            yield from exchange(state, {c: b for c, b in broadcasts.items() if c not in absent})
+        def missing(exchange: Exchange) -> Iterator[Update | Lost]:
+            absent = gone.get(exchange.round, ())
+            there = [client for client in exchange.clients if client not in absent]
+            yield from train(Exchange(exchange.state, exchange.settings, there))
             yield from (Lost(client, "missing in the other run too") for client in absent)
 
-        engine.exchange = missing  # type: ignore[method-assign]
+        engine.train = missing  # type: ignore[method-assign]
         return federation, engine
 
     return assemble

@@ -3,6 +3,7 @@
 import json
 import logging
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from fedex_lora.engines.remote.consent import Consent, Undecided
 from fedex_lora.engines.remote.site import handle
 from fedex_lora.engines.remote.wire import facts
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.federation.messages import Broadcast, encode_about, encode_broadcast
+from fedex_lora.federation.codec import encode_about, encode_broadcast
+from fedex_lora.federation.messages import Broadcast
 from fedex_lora.flower import client_app
 from fedex_lora.flower.client_app import most_turns, reply_to
 from fedex_lora.flower.deploy.asking import Asking
@@ -149,7 +151,7 @@ def test_a_second_run_is_not_joined_unasked(ann, caplog, monkeypatch):
     node, home = ann
     brought = client_app.institution(node, client_app.load_recipe(home.parent / "recipe.yaml"))
     monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
-    mine = facts(brought.recipe, brought.task, brought.model, brought.initial)
+    mine = facts(brought.recipe, brought.stage.task, brought.stage.model, brought.initial)
 
     def told(blob):
         return about_of(reply_to(blob, node, {"runs": 99, "ask": 0}))  # whatever the server says
@@ -183,7 +185,7 @@ def test_a_run_is_no_more_rounds_than_its_recipe_s(ann, monkeypatch):
         blob = encode_broadcast(Broadcast(version + 1), about=said)
         told = about_of(handle(blob, brought))
         assert told["kind"] == "failed" and "this client's recipe has 2 rounds" in told["reason"]
-    assert most_turns(spec) == 14
+    assert most_turns(spec) == 4 * 2 + 10
     monkeypatch.setattr(client_app, "most_turns", lambda spec: 2)
     monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
     blob = encode_broadcast(Broadcast(1), about=about(brought))
@@ -353,15 +355,18 @@ def test_what_is_not_ours_does_not_leave_the_client_in_words(
 ):
     node, home = ann
     brought = client_app.institution(node, client_app.load_recipe(home.parent / "recipe.yaml"))
-    broken = lambda *_, **__: fails()  # noqa: E731
+    asked, broken = about(brought), lambda *_, **__: fails()
     if where == "set up":
         monkeypatch.setattr(client_app, "set_up_client", broken)
     else:
-        monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
-        monkeypatch.setattr(
-            site.LocalEngine, "exchange" if where == "training" else "place", broken
-        )
-    reply = reply_to(encode_broadcast(Broadcast(1), about=about(brought)), node, {})
+        scored = replace(brought, validation=brought.rows)
+        monkeypatch.setattr(client_app, "institution", lambda place, spec: scored)
+    if where == "training":
+        monkeypatch.setattr(site, "take_turns", broken)
+    elif where == "scoring":
+        monkeypatch.setattr(site.Stage, "score", broken)
+        asked |= {"kind": "evaluate", "evaluate": True}
+    reply = reply_to(encode_broadcast(Broadcast(1), about=asked), node, {})
     said = about_of(reply)
     assert said["kind"] == "failed" and said["reason"] == told
     assert SECRET.encode() not in reply and SECRET in caplog.text

@@ -10,7 +10,7 @@ from engines.in_process import InProcess, institutions, remote
 from engines.test_site import Notes
 from engines.test_wire import quick, timeless  # noqa: F401 (a fixture)
 from fedex_lora.errors import UserError
-from fedex_lora.federation.messages import encode_about
+from fedex_lora.federation.codec import encode_about
 from fedex_lora.runs.across_machines import across_machines
 from fedex_lora.runs.run import resume_run, start_run
 

@@ -9,17 +9,18 @@ from small_runs import recipe
 from benchmarks.spoil import about as about_of
 from engines.in_process import ANY, InProcess, institution, institutions, remote
 from engines.test_wire import CLIENTS, quick, same_bits, timeless  # noqa: F401 (a fixture)
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.engines.remote.cache import Cache, Held
 from fedex_lora.engines.remote.site import handle
 from fedex_lora.engines.remote.wire import PROTOCOL, Identity, agreed, agreement, facts
 from fedex_lora.engines.setup import recipe_task
-from fedex_lora.federation.messages import (
-    Broadcast,
+from fedex_lora.federation.codec import (
     decode_broadcast,
     encode_about,
     encode_broadcast,
     ledger_tensors,
 )
+from fedex_lora.federation.messages import Broadcast, flat
 from fedex_lora.federation.state import begin, start_of
 from fedex_lora.runs.across_machines import across_machines
 from fedex_lora.runs.run import resume_run, start_run
@@ -50,11 +51,9 @@ def about(client):
         "federation": FEDERATION,
         "lineage": [[0, "mark"]],
         "client": "ann",
-        "recipe": agreement(agreed(client.recipe, client.task)),
+        "recipe": agreement(agreed(client.recipe, client.stage.task)),
         "version": 0,
         "held": 0,
-        "own": 0,
-        "evaluate": False,
     }
 
 
@@ -75,9 +74,9 @@ SITE = "roberta.encoder.layer.0.attention.self.query"
         ({"version": 1}, None, "messages are mixed up"),
         ({"held": "x"}, None, "without its held"),
         ({"kind": "exec"}, None, "of unknown kind"),
-        ({}, Broadcast(1, A={SITE: torch.zeros(3, 17)}), "does not fit the model"),
-        ({}, Broadcast(1, A={SITE: torch.full((3, 16), float("nan"))}), "is not finite"),
-        ({}, Broadcast(1, B={"x" * 400: torch.zeros(3)}), "does not fit the model"),
+        ({}, Broadcast(1, {f"A/{SITE}": torch.zeros(3, 17)}), "does not fit the model"),
+        ({}, Broadcast(1, {f"A/{SITE}": torch.full((3, 16), float("nan"))}), "is not finite"),
+        ({}, Broadcast(1, {"B/" + "x" * 400: torch.zeros(3)}), "does not fit the model"),
     ],
 )
 def test_a_client_refuses_what_is_none_of_its_run_s_messages(ann, changes, message, reason):
@@ -91,7 +90,7 @@ def test_a_message_that_is_too_large_is_refused_before_it_is_decoded(ann):
 
 
 def test_what_does_not_agree_is_named_on_both_sides(ann):
-    mine = facts(ann.recipe, ann.task, ann.model, ann.initial)
+    mine = facts(ann.recipe, ann.stage.task, ann.stage.model, ann.initial)
     said = {"protocol": PROTOCOL, "kind": "hello", "federation": FEDERATION, "lineage": [[0, "m"]]}
 
     def hello(**changes):
@@ -111,14 +110,14 @@ def test_what_does_not_agree_is_named_on_both_sides(ann):
 def test_what_is_held_survives_on_disk_and_damage_is_noticed(ann, tmp_path):
     settings = ann.settings
     start = start_of(begin(settings, ann.initial), settings, "ann")
-    ledger = begin(settings, ann.initial).ledger.append(1, {SITE: torch.ones(16, 16)})
-    held = Held(1, "mark", start, ledger, {1: start.sites})
+    ledger = begin(settings, ann.initial).ledger.append(1, {SITE: Delta(torch.ones(16, 16))})
+    held = Held(1, "mark", start, ledger, {1: flat(start)})
     cache = Cache(tmp_path / "cache")
     cache.save(held)
     found = cache.load()
     assert found is not None and (found.version, found.mark) == (1, "mark")
     assert torch.equal(found.ledger.total(SITE), torch.ones(16, 16))
-    assert torch.equal(found.ends[1][SITE].A, start.sites[SITE].A)
+    assert torch.equal(found.ends[1][f"A/{SITE}"], start.sites[SITE].A)
     file = next((tmp_path / "cache").glob("ledger-1-*"))
     whole = file.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-5], b""):

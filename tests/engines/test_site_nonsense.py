@@ -16,7 +16,7 @@ from engines.test_wire import CLIENTS, quick, same_bits, timeless  # noqa: F401 
 from fedex_lora.engines.remote.courier import Failed
 from fedex_lora.engines.remote.wire import PROTOCOL
 from fedex_lora.errors import QuorumLost
-from fedex_lora.federation.messages import encode_about
+from fedex_lora.federation.codec import encode_about
 from fedex_lora.flower.client_app import reply_to
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.across_machines import across_machines
@@ -50,11 +50,10 @@ def bad(kind, reply):
         "no name": {"about": {n: v for n, v in said.items() if n != "client"}},
         "endless": {"about": {**said, "kind": "lacks", "version": float("inf")}},
         "a reason that is none": {"about": {**said, "kind": "failed", "reason": [1]}},
-        "other metrics": {"metrics": {"scores": 1.0}},
+        "strange names of metrics": {"metrics": {"loss\x1b[31m": 1.0}},
+        "too many metrics": {"metrics": {f"x{i}": 1.0 for i in range(1000)}},
+        "an infinite metric": {"metrics": {"loss": 1e999}},
         "a metric as text": {"metrics": {"loss": "1", "steps": 1, "seconds": 1}},
-        "strange scores": {"scores": {"x": 1.0}},
-        "too good a score": {"scores": {"accuracy": 1e300}},
-        "an infinite score": {"scores": {"accuracy": 1e999}},
         "too many examples": {"examples": 10**9},
         "half an example": {"examples": 3.7},
         "a truth as examples": {"examples": True},
@@ -96,11 +95,10 @@ def bad(kind, reply):
         ("a long reason", "xxx"),
         ("a longer reason", "at most"),
         ("a reason that is none", "reason: Input should be a valid string"),
-        ("other metrics", "metrics scores; expected loss, seconds, steps"),
+        ("strange names of metrics", "metrics with strange names, or too many"),
+        ("too many metrics", "metrics with strange names, or too many"),
+        ("an infinite metric", "its training loss is inf; expected a finite number"),
         ("a metric as text", "loss: expected a number, got '1'"),
-        ("strange scores", "its scores lack accuracy"),
-        ("too good a score", "its score accuracy is 1e+300; expected 0 to 1"),
-        ("an infinite score", "its score accuracy is inf; expected 0 to 1"),
         ("too many examples", "trained on 1000000000 examples; it declared 3 before round 1"),
         ("half an example", "examples: expected a whole number, got '3.7'"),
         ("a truth as examples", "examples: expected a whole number, got 'True'"),
@@ -176,11 +174,18 @@ def test_a_strange_first_message_is_refused(changes, reason, tmp_path):
         start_run(few, tmp_path / "run", None, across_machines(courier))
 
 
-STRANGE = [[1], {"x": 1.0}, {"accuracy": float("inf")}, {"accuracy": -0.5}, None]
+STRANGE = [
+    ([1], "scores: Input should be a valid dictionary"),
+    ({"x": 1.0}, "its scores lack accuracy"),
+    ({"accuracy": 1e300}, "its score accuracy is 1e+300; expected 0 to 1"),
+    ({"accuracy": float("inf")}, "its score accuracy is inf; expected 0 to 1"),
+    ({"accuracy": -0.5}, "its score accuracy is -0.5; expected 0 to 1"),
+    (None, "scores: Input should be a valid dictionary"),
+]
 
 
-@pytest.mark.parametrize("scores", STRANGE)
-def test_strange_scores_of_the_last_model_are_left_out(scores, tmp_path):
+@pytest.mark.parametrize(("scores", "reason"), STRANGE)
+def test_strange_scores_are_left_out_and_named(scores, reason, tmp_path):
     spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1}, evaluation=CLIENTS)
 
     def change(node, reply):
@@ -192,7 +197,8 @@ def test_strange_scores_of_the_last_model_are_left_out(scores, tmp_path):
     start_run(remote(spec), tmp_path / "run", notes, across_machines(courier))
     (record,) = timeless(tmp_path / "run")
     assert sorted(record["client_scores"]) == ["ann", "cleo"]
-    assert any("the last model did not reach bob" in text for text in notes.texts)
+    (told,) = [text for text in notes.texts if text.startswith("round 1: no scores of bob: ")]
+    assert reason in told
 
 
 @pytest.mark.parametrize("scores", [{}, {"accuracy": float("nan"), "loss": 0.1}])
@@ -200,10 +206,9 @@ def test_a_client_that_scores_some_rounds_only_does_not_choose_the_best(scores, 
     spec = recipe(tmp_path, federation={"clients": 3, "rounds": 3}, evaluation=CLIENTS)
 
     def change(node, reply):
-        tensors, meta = parts(reply)
-        if node == "bob" and meta["about"]["kind"] == "update" and meta["round"] == 3:
-            return whole(tensors, {**meta, "scores": scores})
-        return reply
+        said = about(reply)
+        second = node == "bob" and said["kind"] == "scores" and said["version"] == 2
+        return encode_about({**said, "scores": scores}) if second else reply
 
     courier, notes = InProcess(institutions(spec, tmp_path / "cache"), change=change), Notes()
     results = start_run(remote(spec), tmp_path / "run", notes, across_machines(courier))
@@ -228,7 +233,7 @@ def test_a_client_with_another_protocol_is_named_at_the_coordinator(tmp_path):
     spec = recipe(tmp_path, federation={"clients": 3, "rounds": 1, "min_clients": 3})
     courier = InProcess(institutions(spec, tmp_path / "cache"), change=rewritten(protocol=1))
     few = remote(spec, wait_for_clients=0.1)
-    with pytest.raises(QuorumLost, match=r"client bob speaks protocol 1, not 2; install the same"):
+    with pytest.raises(QuorumLost, match=r"client bob speaks protocol 1, not 3; install the same"):
         start_run(few, tmp_path / "run", None, across_machines(courier))
 
 

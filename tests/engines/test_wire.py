@@ -62,4 +62,4 @@ def test_through_messages_every_method_gives_the_local_engine_s_bits(name, wire,
             assert count == courier.down[record["round"], client]
         for client, count in record["bytes_up"].items():
             assert count == courier.up[record["round"], client]
-    assert len(courier.sent) == 3 * (1 + 3 + 1)  # hello, one a round, the last model
+    assert len(courier.sent) == 3 * (1 + 2 * 3 + 1)  # hello, rounds and scores, the last model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from oracles import trained_by
@@ -11,19 +11,18 @@ from oracles import trained_by
 from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.aggregation.seeding import derive
-from fedex_lora.federation.checks import check, ended
-from fedex_lora.federation.header import Limit
-from fedex_lora.federation.loop import Lost, run_round
-from fedex_lora.federation.messages import (
-    Update,
+from fedex_lora.federation.checks import check
+from fedex_lora.federation.codec import (
     decode_broadcast,
     decode_update,
     encode_broadcast,
     encode_update,
-    receive,
 )
+from fedex_lora.federation.header import Limit
+from fedex_lora.federation.loop import Exchange, run_round
+from fedex_lora.federation.messages import Lost, Tensors, Update, flat, only, receive, replaced
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, begin, start_of
+from fedex_lora.federation.state import ServerState, begin, own_part, start_of
 
 SITES = {
     "q": Site(out=26, inp=33, rank=3, scale=1.7),
@@ -54,36 +53,38 @@ class Clients:
     breaks: Callable[[Update], Update | Lost] = lambda update: update
     arrive: Callable[[list], list] = list  # the order in which replies come in
 
-    def exchange(self, state, broadcasts):
-        return self.arrive(list(self._replies(state, broadcasts)))
+    def train(self, exchange: Exchange):
+        return self.arrive(list(self._replies(exchange)))
 
-    def _replies(self, state, broadcasts):
+    def _replies(self, exchange: Exchange):
         self.history.append({})
         self.down.append({})
-        for client in sorted(broadcasts):
-            blob = encode_broadcast(broadcasts[client], self.settings.wire_dtype)
+        for client in exchange.clients:
+            blob = encode_broadcast(exchange.message(client), self.settings.wire_dtype)
             self.down[-1][client] = len(blob)
             message = decode_broadcast(blob, Limit(1 << 30, 1 << 30))
-            sites = self.settings.sites_of(client)
-            start = receive(self.held[client], message, sites, self.settings.seed)
-            assert_same(start, start_of(state, self.settings, client))
+            layers = self.settings.sites_of(client)
+            start = receive(self.held[client], message, layers, self.settings.seed)
+            assert_same(start, start_of(exchange.state, self.settings, client))
             yield self.breaks(self._train(client, message.round, start))
 
     def _train(self, client: str, round: int, start: AdapterState) -> Update:
         g = torch.Generator().manual_seed(derive(0, round, client))
-        trained = self.settings.method.trained(round)
-        begun, end = start, trained_by(start, trained, g, self.spread)
-        a = {n: f.A for n, f in end.sites.items()} if "A" in trained else {}
-        b = {n: f.B for n, f in end.sites.items()} if "B" in trained else {}
-        update = Update(round, client, a, b, end.head, EXAMPLES[client])
-        if self.settings.method.exchanges:
+        method = self.settings.method
+        trained, assignment = method.trained(round), method.assignment
+        end = trained_by(start, trained, g, self.spread)
+        kept = own_part(self.settings, flat(end)) if assignment.private else {}
+        sent = (assignment.sent_up(trained) if method.exchanges else trained) | {"head"}
+        update = Update(round, client, only(flat(end), sent), EXAMPLES[client], kept=kept)
+        if method.exchanges:
             blob = encode_update(update, start, self.settings.wire_dtype)
-            update = decode_update(blob, start, client)
-        if self.settings.method.assignment == "keep":  # what the server decodes is what counts
-            check(update, start, trained, round, self.settings)
-            start = ended(start, update)
-        self.held[client] = start
-        self.history[-1][client] = (begun, end)
+            update = replace(decode_update(blob, start, client), kept=kept)
+        held = start
+        if assignment.own and not assignment.dealt:  # what the server decodes is what counts
+            check(update, start, round, self.settings)
+            held = replaced(start, own_part(self.settings, {**update.tensors, **kept}))
+        self.held[client] = held
+        self.history[-1][client] = (start, end)
         return update
 
 
@@ -100,6 +101,11 @@ def simulate(s: Settings, rounds: int = 5, **kwargs) -> tuple[list[ServerState],
         states.append(state)
         records.append(record)
     return states, clients, records
+
+
+def same_tensors(a: Tensors, b: Tensors) -> None:
+    """Equal bit for bit, under the same names."""
+    assert a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
 
 
 def assert_same(a: AdapterState, b: AdapterState) -> None:

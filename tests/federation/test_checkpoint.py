@@ -1,6 +1,6 @@
 import pytest
 import torch
-from simulation import assert_same, settings, simulate
+from simulation import assert_same, same_tensors, settings, simulate
 
 from fedex_lora import disk
 from fedex_lora.aggregation.adapter import AdapterState
@@ -14,10 +14,11 @@ from fedex_lora.runs.checkpoint import checkpoints, latest, load_checkpoint, pru
 
 def same_state(a, b):
     assert (a.version, a.held, a.changed) == (b.version, b.held, b.changed)
+    assert a.taken == b.taken
     assert_same(AdapterState(a.factors, a.head), AdapterState(b.factors, b.head))
     assert a.own.keys() == b.own.keys() and a.ledger.sites() == b.ledger.sites()
     for client in a.own:
-        assert_same(a.own[client], b.own[client])
+        same_tensors(a.own[client], b.own[client])
     for site in a.ledger.sites():
         assert torch.equal(a.ledger.total(site), b.ledger.total(site))
     assert a.carry.keys() == b.carry.keys() and a.late.keys() == b.late.keys()
@@ -76,7 +77,7 @@ def test_a_checkpoint_of_another_version_is_named_as_such(tmp_path, monkeypatch)
         patch.setattr(checkpoint, "_meta", lambda state: {"version": state.version})
         save_checkpoint(tmp_path, states[1], {})
     ((_, state, why),) = latest(tmp_path)
-    assert state is None and "of another version of fedex-lora (it lacks 'scales')" in why
+    assert state is None and "of another version of fedex-lora (it lacks 'held')" in why
 
 
 def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):

@@ -24,8 +24,7 @@ def times(factor, *liars):
     def spoil(update):
         if update.client not in liars:
             return update
-        parts = {p: {n: t * factor for n, t in getattr(update, p).items()} for p in ("A", "B")}
-        return replace(update, **parts, head={n: t * factor for n, t in update.head.items()})
+        return replace(update, tensors={n: t * factor for n, t in update.tensors.items()})
 
     return spoil
 
@@ -33,7 +32,8 @@ def times(factor, *liars):
 def rounds_of(name):
     """Where factors stay with their clients the made-up liar of these tests goes on from its lie;
     a real one is told by the server where its round begins (tests/engines)."""
-    return 1 if METHODS[name].assignment == "keep" else 2
+    assignment = METHODS[name].assignment
+    return 1 if assignment.own and not assignment.dealt else 2
 
 
 @pytest.mark.parametrize("name", EXCHANGING)
@@ -125,8 +125,8 @@ def test_who_was_not_asked_is_named_and_not_counted():
         def __init__(self, inner):
             self.inner = inner
 
-        def exchange(self, state, broadcasts):
-            for update in self.inner.exchange(state, broadcasts):
+        def train(self, exchange):
+            for update in self.inner.train(exchange):
                 yield update
                 yield replace(update, client="zoe")
 

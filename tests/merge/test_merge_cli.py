@@ -229,7 +229,7 @@ def test_too_little_disk_or_memory_is_foreseen(adapters, refused, monkeypatch):
     usage = shutil.disk_usage(adapters[0])
     with monkeypatch.context() as patched:
         patched.setattr(room.shutil, "disk_usage", lambda _: usage._replace(free=100))
-        refused(*adapters, text="only 0.00 MB are free")
+        refused(*adapters, text="only 100 B are free")
     memory = room.psutil.virtual_memory()
     monkeypatch.setattr(room.psutil, "virtual_memory", lambda: memory._replace(available=100))
     refused(*adapters, text="of memory while it is merged")

@@ -14,8 +14,7 @@ from fedex_lora.cli import reports
 from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis.drawn import Drawn
 from fedex_lora.experiments.analysis.plots import Series, lines
-from fedex_lora.experiments.report.html import Html, el
-from fedex_lora.experiments.report.svg import inline, svg_file
+from fedex_lora.experiments.report.page import inline, saved
 from fedex_lora.experiments.report.write import write_report
 
 EVIL = '<script>alert("x")</script>'
@@ -322,16 +321,22 @@ def test_watching_ends_with_the_runs(command, quick, tmp_path, monkeypatch):
     assert "http-equiv" not in (run / "report.html").read_text()
 
 
-def test_markup_is_escaped_unless_it_is_markup():
-    assert el("p", "<b>", Html("<i></i>"), title='"') == '<p title="&quot;">&lt;b&gt;<i></i></p>'
-    assert "\x00" not in el("p", "a\x00b") and "\x1b" not in el("p", title="\x1b")
+def test_control_characters_which_html_forbids_are_made_visible(quick, tmp_path):
+    path = made_up(tmp_path / "run", spec())
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    records[0]["lost"] = {"bob\x1b[2J": "van\x00ished\u202e"}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_report([path], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "bob\ufffd[2J was lost: van\ufffdished\ufffd" in text
+    assert not {"\x00", "\x1b", "\u202e"} & set(text)
 
 
 def test_figures_repeat_and_their_ids_do_not_collide():
     series = [Series(f"_{EVIL_CLIENT}\n{i}", [1, 2, 3], [1, i, 2], i) for i in range(10)]
     drawn = Drawn("x", lines(EVIL, "round", "score", series, log_y=True), "")
-    svg = svg_file(drawn.figure, "x")
-    assert svg == svg_file(drawn.figure, "x")
+    svg = saved(drawn.figure, "x", "svg")
+    assert svg == saved(drawn.figure, "x", "svg")
     one, two = (ElementTree.fromstring(inline(svg, name, EVIL)) for name in ("a", "b"))
     ids = [[e.get("id") for e in root.iter() if e.get("id")] for root in (one, two)]
     assert ids[0] and not set(ids[0]) & set(ids[1])

@@ -13,10 +13,10 @@ from tiny import tiny, tokenizer_of
 
 from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import Recipe, TaskSpec
+from fedex_lora.recipe import Recipe, task_spec
 from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task, latex, prompted
-from fedex_lora.tasks.arithmetic import PROMPT, answer_of, problem, same
+from fedex_lora.tasks.kinds.math import PROMPT, answer_of, problem, same
 
 METAMATH = {"type": "GSM_AnsAug", "query": "1+1?", "response": "It is 2.\nThe answer is: 2"}
 GSM8K = {"question": "Ann has 2, Bob 3. All?", "answer": "2+3 = <<2+3=5>>5\n#### 5"}
@@ -25,7 +25,7 @@ ROWS = {"metamath": METAMATH, "gsm8k": GSM8K, "math": MATH}
 
 
 def task(**more):
-    return build_task(TaskSpec(kind="math", **{"generate": True, "compare": "string"} | more))
+    return build_task(task_spec(kind="math", **{"generate": True, "compare": "string"} | more))
 
 
 def mixed():

@@ -14,10 +14,18 @@ from tiny import tiny, tokenizer_of
 from torch.nn import functional
 
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import COMMONSENSE, Recipe, TaskSpec
+from fedex_lora.recipe import Recipe, task_spec
 from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task, prompted
-from fedex_lora.tasks.commonsense import OPTIONS, PROMPT, choice, option_scores, options, prompt
+from fedex_lora.tasks.kinds.commonsense import (
+    COMMONSENSE,
+    OPTIONS,
+    PROMPT,
+    choice,
+    option_scores,
+    options,
+    prompt,
+)
 
 
 def row(question: str, kind: str, count: int, answer: str) -> dict[str, str]:
@@ -35,7 +43,7 @@ ROWS = Dataset.from_list([BOOLQ, ARC, SIQA])
 
 
 def task(**more):
-    return build_task(TaskSpec(kind="commonsense", **more))
+    return build_task(task_spec(kind="commonsense", **more))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -176,7 +184,7 @@ def test_bad_rows_are_named(more, table, message):
 
 def test_likelihood_and_generation_exclude_each_other():
     with pytest.raises(ValidationError, match="nothing is generated; leave it out"):
-        TaskSpec(kind="commonsense", score="likelihood", generate=True)
+        task_spec(kind="commonsense", score="likelihood", generate=True)
 
 
 def test_splits_are_the_data_sets():

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import load_model
-from fedex_lora.recipe import LoraSpec, ModelSpec, TaskSpec
+from fedex_lora.recipe import LoraSpec, ModelSpec, task_spec
 from fedex_lora.tasks import build_task, nlg
 from fedex_lora.tasks.outputs import OutputFile
 
@@ -31,7 +31,7 @@ ASK = {"prompt": "{meaning_representation}", "response": "{human_reference}"}
 
 
 def e2e(**more):
-    return build_task(TaskSpec(kind="e2e", **more))
+    return build_task(task_spec(kind="e2e", **more))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_bad_rows_are_named(column, value, message):
 
 def test_lines_are_looked_up_for_bad_rows_only():
     """Each takes a pass over the file, so that asking for every row takes hours."""
-    for task in (e2e(), build_task(TaskSpec(kind="instruction", **ASK))):
+    for task in (e2e(), build_task(task_spec(kind="instruction", **ASK))):
         task.check(ROWS, "x", lambda row: pytest.fail("nothing is wrong with any row"))
 
 

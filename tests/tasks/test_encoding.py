@@ -8,11 +8,11 @@ from datasets import Dataset
 from tiny import tiny, tokenizer_of
 from tokenizers import processors
 
-from fedex_lora.recipe import TaskSpec
+from fedex_lora.recipe import task_spec
 from fedex_lora.tasks import build_task
 from fedex_lora.tasks.encoding import CHARACTERS, shortened
 
-LM = build_task(TaskSpec(kind="causal-lm"))
+LM = build_task(task_spec(kind="causal-lm"))
 SAID = "template writes them: these are not put there once more"
 
 
@@ -61,7 +61,7 @@ def test_a_text_ends_once_too(folder, caplog):
 
 def test_prompts_and_responses_have_them_once(tokenizer, caplog):
     task = build_task(
-        TaskSpec(kind="instruction", prompt="{ask}", response="{answer}", generate=True)
+        task_spec(kind="instruction", prompt="{ask}", response="{answer}", generate=True)
     )
     rows = Dataset.from_dict(
         {"ask": ["<s>[INST] dog? [/INST]", "dog?"], "answer": ["fox</s>\n", "fox"]}
@@ -76,7 +76,7 @@ def test_prompts_and_responses_have_them_once(tokenizer, caplog):
 
 def test_texts_without_are_left_alone_and_nothing_is_said(tokenizer, caplog):
     pairs = build_task(
-        TaskSpec(kind="text-classification", labels=["a", "b"], text_pair_column="t")
+        task_spec(kind="text-classification", labels=["a", "b"], text_pair_column="t")
     )
     rows = Dataset.from_dict({"text": ["dog", ""], "t": ["", "file"], "label": ["a", "b"]})
     encoded = pairs.encode(rows, tokenizer, 60)
@@ -87,7 +87,7 @@ def test_texts_without_are_left_alone_and_nothing_is_said(tokenizer, caplog):
 
 def test_a_classifier_s_columns_stay_of_one_length(tmp_path, caplog):
     tokenizer = tokenizer_of(tiny("bert", tmp_path))
-    task = build_task(TaskSpec(kind="text-classification", labels=["a", "b"]))
+    task = build_task(task_spec(kind="text-classification", labels=["a", "b"]))
     rows = Dataset.from_dict({"text": ["<s>lazy dog</s>", "lazy dog"], "label": ["a", "b"]})
     encoded = task.encode(rows, tokenizer, 60)
     assert encoded[0]["input_ids"] == encoded[1]["input_ids"]
@@ -112,7 +112,7 @@ def test_a_row_of_ten_megabytes_in_one_word_is_cut_before_it_is_tokenised(tokeni
     encoded = LM.encode(Dataset.from_dict({"text": [huge, "lazy dog"]}), Counting(), 40)
     assert len(encoded[0]["input_ids"]) == 40 and max(lengths) == CHARACTERS
     assert f"1 of 2 texts are longer than {CHARACTERS} characters and cut there" in caplog.text
-    math = build_task(TaskSpec(kind="math", compare="string"))
+    math = build_task(task_spec(kind="math", compare="string"))
     row = {"question": "1 + 1?", "answer": "2\n#### 2"}
     rows = Dataset.from_list([row, {**row, "answer": huge + " #### 2"}])
     assert len(math.encode(rows, Counting(), 400)) == 1

@@ -15,18 +15,17 @@ from tiny import tiny
 
 from fedex_lora.data.digits import LABELS, digits
 from fedex_lora.data.load import load
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
-from fedex_lora.recipe import DataSpec, Recipe, TaskSpec
+from fedex_lora.recipe import DataSpec, Recipe, task_spec
 from fedex_lora.runs.export import export_model
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task
 
 CATS = ("cat", "dog")
-TASK = build_task(TaskSpec(kind="image-classification", labels=list(CATS)))
-DIGITS = build_task(TaskSpec(kind="image-classification"), LABELS)
+TASK = build_task(task_spec(kind="image-classification", labels=list(CATS)))
+DIGITS = build_task(task_spec(kind="image-classification"), LABELS)
 PLAIN = transformers.AutoModelForImageClassification
 # random features of which a linear head makes something at once
 SIZE = {"image_size": 8, "hidden_size": 64, "num_hidden_layers": 1, "initializer_range": 0.2}
@@ -115,8 +114,7 @@ def test_exports_give_the_run_s_logits_with_plain_transformers_and_peft(run, mod
     out, _ = run
     trained, rows = open_run(out), digits()["test"].select(range(0, 300, 40))
     export_model(trained, tmp_path / "model")
-    engine = LocalEngine(trained.model, DIGITS, {}, trained.settings, {})
-    engine.write_global(trained.state)
+    trained.show()
     expected = logits(trained.model.module, processed(model, rows))
     merged = PLAIN.from_pretrained(tmp_path / "model")
     base = PLAIN.from_pretrained(model, num_labels=10)

@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from fedex_lora.errors import UserError
 from fedex_lora.model.load import with_padding
-from fedex_lora.recipe import TaskSpec
+from fedex_lora.recipe import task_spec
 from fedex_lora.tasks import build_task
-from fedex_lora.tasks.language import fields
+from fedex_lora.tasks.kinds.instruction import fields
 
-LM = build_task(TaskSpec(kind="causal-lm"))
+LM = build_task(task_spec(kind="causal-lm"))
 TEXTS = ["lazy dog", "A file is opened for reading", "Sockets send bytes", "Numbers, dates"]
 ROWS = Dataset.from_dict({"text": TEXTS})
 ASK = {"prompt": "Q: {question}\nA: ", "response": "{answer}"}
@@ -28,7 +28,7 @@ QUESTIONS = Dataset.from_dict(
 
 
 def instruct(**more):
-    return build_task(TaskSpec(kind="instruction", **{**ASK, **more}))
+    return build_task(task_spec(kind="instruction", **{**ASK, **more}))
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "mistral", "gemma2"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
 
 
@@ -61,9 +61,9 @@ class Factors:
     def rank(self) -> int:
         return self.A.shape[0]
 
-    def delta(self) -> LowRank:
+    def delta(self) -> Delta:
         """scale · B · A, the change this adapter makes to its layer."""
-        return LowRank(self.B * self.scale, self.A)
+        return Delta(self.B * self.scale, self.A)
 
 
 @dataclass(frozen=True)

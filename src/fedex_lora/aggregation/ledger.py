@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import LowRank, concat, dense
+from fedex_lora.aggregation.delta import Delta, concat
 
-Increment = Mapping[str, LowRank | Tensor]
+Increment = Mapping[str, Delta]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ledger:
         snapshot_version: 0 where there is no snapshot or it is part of the start.
 
     Example:
-        >>> one = {"q": LowRank(torch.ones(2, 1), torch.ones(1, 3))}
+        >>> one = {"q": Delta(torch.ones(2, 1), torch.ones(1, 3))}
         >>> ledger = Ledger().append(1, one).append(2, one)
         >>> ledger.total("q")[0, 0].item(), len(ledger.since(1).entries)
         (2.0, 1)
@@ -89,24 +89,24 @@ class Ledger:
         """
         total = None
         if site in self.snapshot:
-            total = dense(self.snapshot[site]).clone()
+            total = self.snapshot[site].dense().clone()
         for v, increment in self.entries:
             if site in increment and (version is None or v <= version):
                 total = _add(total, increment[site])
         return total
 
-    def factored(self, site: str) -> LowRank | Tensor | None:
-        """T of one site as concatenated factors while those are smaller, else dense."""
+    def factored(self, site: str) -> Delta | None:
+        """T of one layer as concatenated factors while those are smaller, else dense."""
         parts = [self.snapshot[site]] if site in self.snapshot else []
         parts += [inc[site] for _, inc in self.entries if site in inc]
         if not parts:
             return None
-        if all(isinstance(p, LowRank) for p in parts):
-            whole = concat(parts)  # type: ignore[arg-type]
-            m, n = whole.shape
-            if whole.rank * (m + n) < m * n:
-                return whole
-        return self.total(site)
+        if all(part.right is not None for part in parts):
+            out, inp = parts[0].shape
+            if sum(part.numbers for part in parts) < out * inp:
+                return concat(parts)
+        total = self.total(site)
+        return None if total is None else Delta(total)
 
     def compacted(self, version: int) -> Ledger:
         """The entries up to `version` replaced by T there; later versions keep their bits."""
@@ -115,28 +115,22 @@ class Ledger:
         totals = {s: self.total(s, version) for s in self.sites()}
         return Ledger(
             tuple(e for e in self.entries if e[0] > version),
-            {s: t for s, t in totals.items() if t is not None},
+            {s: Delta(t) for s, t in totals.items() if t is not None},
             version,
         )
 
     def compact_if_smaller(self, version: int) -> Ledger:
         """Compacted at `version` if the snapshot takes fewer numbers than what it replaces."""
         old = [inc for v, inc in self.entries if v <= version]
-        shapes = {s: w.shape for inc in old for s, w in inc.items()}
-        held = sum(_numbers(w) for inc in (self.snapshot, *old) for w in inc.values())
-        new = sum(shape.numel() for shape in shapes.values()) + sum(
-            w.shape.numel() for s, w in self.snapshot.items() if s not in shapes
-        )
+        shapes = {s: w.shape for inc in (self.snapshot, *old) for s, w in inc.items()}
+        held = sum(w.numbers for inc in (self.snapshot, *old) for w in inc.values())
+        new = sum(out * inp for out, inp in shapes.values())
         return self.compacted(version) if len(old) > 1 and new <= held else self
 
 
-def _add(total: Tensor | None, w: LowRank | Tensor) -> Tensor:
+def _add(total: Tensor | None, w: Delta) -> Tensor:
     if total is None:
-        total = torch.zeros(w.shape, dtype=torch.float32)
-    if isinstance(w, LowRank):
-        return total.addmm_(w.left.float(), w.right.float())
-    return total.add_(w)
-
-
-def _numbers(w: LowRank | Tensor) -> int:
-    return w.left.numel() + w.right.numel() if isinstance(w, LowRank) else w.numel()
+        total = torch.zeros(w.shape, dtype=torch.float32, device=w.left.device)
+    if w.right is None:
+        return total.add_(w.left)
+    return total.addmm_(w.left.float(), w.right.float())

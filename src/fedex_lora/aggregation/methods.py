@@ -11,14 +11,21 @@ in what becomes of the residual, the part of G' that those factors cannot expres
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from fedex_lora.errors import UserError
+from fedex_lora.aggregation.assignment import (
+    Alone,
+    Assignment,
+    Average,
+    Keep,
+    OwnSvd,
+    Reinit,
+    Svd,
+)
+from fedex_lora.errors import RecipeError, did_you_mean
 
 Trains = Literal["both", "B", "alternate", "all"]
-Assignment = Literal["average", "reinit", "keep", "svd"]
 Residual = Literal["exact", "truncated", "dropped", "zero"]
 
 
@@ -29,13 +36,11 @@ class Method:
     Attributes:
         trains: "both" factors; "B" only; "alternate": B in odd rounds, A in even ones; "all"
             parameters of the model, without LoRA.
-        assignment: "average" of the factors; "reinit": A fresh from the seed, B = 0; "keep": each
-            client's own; "svd" of the mean product, cut to each client's rank.
+        assignment: Which factors the clients get next.
         residual: "exact": all of it goes into the base; "truncated" to a rank; "dropped"; "zero":
             there is none by construction.
         source: Paper, and equations where it gives them.
         pooled: One client holds all the data.
-        exchanges: Whether anything is sent at all.
     """
 
     trains: Trains
@@ -43,22 +48,31 @@ class Method:
     residual: Residual
     source: str
     pooled: bool = False
-    exchanges: bool = True
+
+    @property
+    def in_ledger(self) -> bool:
+        """Whether residuals go into the base."""
+        return self.residual in ("exact", "truncated")
 
     @property
     def shared_base(self) -> bool:
         """Whether all clients have one base; not so if G is exact and factors differ per client."""
-        return not (self.assignment in ("keep", "svd") and self.residual == "exact")
+        return not (self.assignment.own and self.in_ledger)
 
     @property
-    def own_factors(self) -> bool:
-        """Whether a client's factors are its own state, to be held for it while it is away."""
-        return self.assignment == "keep" or not self.shared_base
+    def exchanges(self) -> bool:
+        """Whether anything is sent at all."""
+        return not self.assignment.head_private
+
+    @property
+    def averages(self) -> bool:
+        """Whether clients get the mean of their factors."""
+        return isinstance(self.assignment, Average)
 
     @property
     def ranks_may_differ(self) -> bool:
         """Whether clients may have different LoRA ranks."""
-        return self.trains == "both" and self.assignment != "average" and self.exchanges
+        return self.trains == "both" and self.assignment.ranks_may_differ
 
     def trained(self, round: int) -> frozenset[str]:
         """Which of the factors "A" and "B" clients train in a round (rounds count from 1).
@@ -73,24 +87,24 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "fedit": Method("both", "average", "dropped", "Zhang et al., arXiv 2305.05644"),
-    "ffa": Method("B", "average", "zero", "Sun et al., arXiv 2403.12313"),
-    "fedex": Method("both", "average", "exact", "Singhal et al., arXiv 2410.09432, eq. 5-16"),
-    "fedex-svd": Method("both", "average", "truncated", "arXiv 2410.09432, eq. 17-18"),
+    "fedit": Method("both", Average(), "dropped", "Zhang et al., arXiv 2305.05644"),
+    "ffa": Method("B", Average(), "zero", "Sun et al., arXiv 2403.12313"),
+    "fedex": Method("both", Average(), "exact", "Singhal et al., arXiv 2410.09432, eq. 5-16"),
+    "fedex-svd": Method("both", Average(), "truncated", "arXiv 2410.09432, eq. 17-18"),
     "fedex-reinit": Method(
-        "both", "reinit", "exact", "arXiv 2410.09432, sec. 5; FLoRA, arXiv 2409.05976"
+        "both", Reinit(), "exact", "arXiv 2410.09432, sec. 5; FLoRA, arXiv 2409.05976"
     ),
-    "fedex-keep": Method("both", "keep", "exact", "arXiv 2410.09432, sec. 5"),
-    "fedex-hetero": Method("both", "svd", "exact", "open problem in arXiv 2410.09432, sec. 5"),
-    "flexlora": Method("both", "svd", "dropped", "Bai et al., arXiv 2402.11505"),
-    "fedsvd": Method("B", "svd", "zero", "arXiv 2505.12805"),
-    "rolora": Method("alternate", "average", "zero", "arXiv 2409.02346"),
-    "full": Method("all", "average", "zero", "McMahan et al., federated full fine-tuning"),
-    "centralized": Method("both", "average", "exact", "one client with all the data", pooled=True),
+    "fedex-keep": Method("both", Keep(), "exact", "arXiv 2410.09432, sec. 5"),
+    "fedex-hetero": Method("both", OwnSvd(), "exact", "open problem in arXiv 2410.09432, sec. 5"),
+    "flexlora": Method("both", Svd(), "dropped", "Bai et al., arXiv 2402.11505"),
+    "fedsvd": Method("B", Svd(), "zero", "arXiv 2505.12805"),
+    "rolora": Method("alternate", Average(), "zero", "arXiv 2409.02346"),
+    "full": Method("all", Average(), "zero", "McMahan et al., federated full fine-tuning"),
+    "centralized": Method("both", Average(), "exact", "one client with all the data", pooled=True),
     "centralized-full": Method(
-        "all", "average", "zero", "full fine-tuning on all the data", pooled=True
+        "all", Average(), "zero", "full fine-tuning on all the data", pooled=True
     ),
-    "local": Method("both", "keep", "dropped", "every client alone", exchanges=False),
+    "local": Method("both", Alone(), "dropped", "every client alone"),
 }
 
 
@@ -101,13 +115,12 @@ def get_method(name: str) -> Method:
         UserError: If there is none; the nearest name is suggested.
 
     Example:
-        >>> get_method("fedex").assignment
+        >>> get_method("fedex").assignment.name
         'average'
     """
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)
-    raise UserError(
-        f"method.name: there is no method {name!r}; did you mean {near[0]!r}? "
+    raise RecipeError(
+        f"method.name: there is no method {name!r}{did_you_mean(name, METHODS, 0.0)} "
         f"Known: {', '.join(METHODS)}"
     )

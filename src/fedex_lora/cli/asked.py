@@ -8,13 +8,12 @@ from typing import Any
 from fedex_lora.data.load import SOURCES
 from fedex_lora.data.read import SUFFIXES, kind
 from fedex_lora.errors import RecipeError, StorageError
-from fedex_lora.recipe import Recipe
+from fedex_lora.recipe import Recipe, spec_of
 from fedex_lora.recipe.reader import Places, recipe_of
 from fedex_lora.runs.evaluation import kind_of, model_block
 from fedex_lora.runs.rundir import RunDir
 
 _BLOCKS = ("model", "task", "data", "evaluation.batch_size", "engine.threads", "seed")
-_GENERATE = ("e2e", "math", "commonsense")  # kinds whose scores are of generated texts
 
 
 def asked(what: str, task: str | None, data: str | None, sets: list[str]) -> Recipe:
@@ -68,7 +67,8 @@ def _task(text: str, sets: list[str]) -> dict[str, Any]:
     kind, _, name = text.partition("/")
     block: dict[str, Any] = {"kind": kind, **({"name": name} if name else {})}
     answers = any(s.startswith(("task.generate", "task.score", "task=")) for s in sets)
-    return block | ({"generate": True} if kind in _GENERATE and not answers else {})
+    spec = spec_of(kind)
+    return block | (dict(spec.scored) if spec and not answers else {})
 
 
 def _data(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.cli.common import comma_separated, console, say, whole_number
 from fedex_lora.cli.display import show_table
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import RecipeError, StorageError
+from fedex_lora.errors import RecipeError, StorageError, size
 from fedex_lora.experiments.analysis.plots import style
 from fedex_lora.experiments.compare import markdown_table
 from fedex_lora.experiments.cost.cost import Cost, Shapes, Table, millions, ratio, reference
@@ -28,7 +28,6 @@ from fedex_lora.experiments.cost.table8 import (
     size_table,
 )
 from fedex_lora.model.architectures import count
-from fedex_lora.runs.words import size
 
 _HEADING = "# Table 8 of the paper, recomputed"
 

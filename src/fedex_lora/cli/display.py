@@ -14,8 +14,7 @@ from rich.status import Status
 from rich.table import Table
 
 from fedex_lora.cli.spoken import spoken
-from fedex_lora.errors import some, tally
-from fedex_lora.runs.words import number, size
+from fedex_lora.errors import number, size, some, tally
 
 if TYPE_CHECKING:
     from fedex_lora.federation.loop import Record

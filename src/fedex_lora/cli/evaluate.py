@@ -25,7 +25,7 @@ from fedex_lora.cli.common import (
     which_round,
 )
 from fedex_lora.cli.display import show_table
-from fedex_lora.runs.words import number
+from fedex_lora.errors import number
 
 if TYPE_CHECKING:
     from fedex_lora.recipe import Recipe
@@ -80,7 +80,7 @@ def evaluate_command(
 def _keeps_texts(run: Recipe) -> bool:
     """Whether a run's own evaluation is of texts that one model generates for the server's rows."""
     alone = not METHODS[run.method.name].exchanges
-    return run.task.generate and run.evaluation.where == "server" and not alone
+    return run.task.generates and run.evaluation.where == "server" and not alone
 
 
 def _evaluate_run(run: Path, round: str) -> None:
@@ -92,7 +92,8 @@ def _evaluate_run(run: Path, round: str) -> None:
     found = read_round(run, which_round(round))
     with surroundings(found.recipe):
         federation = set_up(found.recipe)
-        scores = evaluate(federation, local_engine(federation), found.state)
+        engine, clients = local_engine(federation), federation.settings.clients
+        _, scores, _ = evaluate(federation, engine, found.state, clients, say)
     say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
     _show({**scores["scores"], **scores.get("client_scores", {})})
 

@@ -23,7 +23,7 @@ def methods() -> None:
         [
             name,
             m.trains,
-            m.assignment,
+            m.assignment.name,
             m.residual,
             "shared" if m.shared_base else "per client",
             "yes" if m.ranks_may_differ else "no",
@@ -59,9 +59,7 @@ def recipes(
         except UserError as error:
             rows.append([str(file), "-", "-", str(error).splitlines()[0]])
             continue
-        rows.append(
-            [str(file), spec.method.name, spec.task.name or spec.task.kind, spec.model.name]
-        )
+        rows.append([str(file), spec.method.name, spec.task.title, spec.model.name])
     show_table(console, ["recipe", "method", "task", "model"], rows)
     if grids:
         show_table(console, ["grid", "runs", "methods", "varies"], grids)

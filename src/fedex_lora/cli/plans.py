@@ -11,7 +11,7 @@ import typer
 
 from fedex_lora.cli.common import RecipeFile, Sets, ShowRows, app, console, read_recipe, say
 from fedex_lora.cli.display import show_table
-from fedex_lora.runs.words import size
+from fedex_lora.errors import size
 
 if TYPE_CHECKING:
     from fedex_lora.experiments.cost.cost import Table

@@ -57,7 +57,8 @@ def report(
 @app.command()
 def claims(runs: Runs) -> None:
     """Hold the paper's claims against runs: holds, does not hold, not seen, or not tested."""
-    from fedex_lora.experiments.analysis.claims import CLAIMS, findings
+    from fedex_lora.experiments.analysis.claims import CLAIMS
+    from fedex_lora.experiments.analysis.evidence import findings
     from fedex_lora.experiments.analysis.runs import read_runs
     from fedex_lora.experiments.analysis.study import study
 

@@ -33,8 +33,7 @@ from fedex_lora.cli.common import (
     whole_number,
 )
 from fedex_lora.cli.display import show_table
-from fedex_lora.errors import RecipeError
-from fedex_lora.runs.words import number
+from fedex_lora.errors import RecipeError, number
 
 if TYPE_CHECKING:
     from fedex_lora.recipe import Recipe
@@ -85,7 +84,6 @@ def resume(
 
 def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
     """With the engine that the recipe names."""
-    from fedex_lora.engines.setup import surroundings
     from fedex_lora.runs.run import resume_run, start_run
     from fedex_lora.runs.rundir import RunDir
 
@@ -95,7 +93,7 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
         where = ["--deployment", str(deployment)] if spec.engine.kind == "flower" else []
         return shlex.join(["fedex-lora", "resume", str(path), *where])
 
-    with surroundings(spec), displays(go_on) as show:
+    with displays(go_on) as show:
         shown = show("")
         if spec.engine.kind == "local":
             results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
@@ -121,14 +119,13 @@ def compare_command(
 ) -> None:
     """Run several methods (and seeds) on one recipe and print the table."""
     spec = read_recipe(recipe, set, announce)
-    from fedex_lora.engines.setup import surroundings
     from fedex_lora.experiments.compare import client_table, compare, difference_table, table
     from fedex_lora.runs.export import export_model
     from fedex_lora.runs.reopened import open_run
 
     path = out or runs_folder(f"{spec.name}-comparison")
     numbers = [whole_number(s, "--seeds") for s in comma_separated(seeds)] or [spec.seed]
-    with surroundings(spec), displays(this_command) as show:
+    with displays(this_command) as show:
         results = compare(
             spec, comma_separated(methods), numbers, path, lambda method, _: show(method)
         )
@@ -147,7 +144,7 @@ def compare_command(
 def _exact_for_all(name: str) -> bool:
     """Whether the method federates one model that is the exact mean and keeps its factors."""
     method = METHODS[name.partition(":")[0]]
-    exact = method.residual == "exact" and method.assignment == "average"
+    exact = method.residual == "exact" and method.averages
     return exact and method.exchanges and not method.pooled
 
 

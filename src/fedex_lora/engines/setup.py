@@ -27,7 +27,6 @@ from fedex_lora.model.load import unheard
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task, build_task
 from fedex_lora.tasks.base import Encode, learned_positions
-from fedex_lora.tasks.prompted import check_room
 
 POOLED = "all"  # the one client of a method that pools the data
 
@@ -186,8 +185,8 @@ def _bring_to_life(
     validation, evaluation = (
         encode(r, evaluating, spec.evaluated_length) for r in (rows.validation, rows.evaluation)
     )
-    if recipe.task.generate:
-        check_room(model.module, [*validation.values(), *evaluation.values()], recipe.task)
+    if task.check_room is not None:
+        task.check_room(model.module, [*validation.values(), *evaluation.values()])
     counts = {
         "training": trained_on(rows.train, clients),
         "own": scored_on(rows.validation, validation),

@@ -1,4 +1,4 @@
-"""One client's turn in a round: write the factors, train with transformers.Trainer, read back."""
+"""Training by transformers.Trainer: its arguments, checked, and a client's turn."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from time import perf_counter
 from typing import Any, get_type_hints
 
@@ -18,11 +19,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.training_log import TrainingLog, named, reported
+from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.errors import UserError, shown
-from fedex_lora.federation.messages import Update
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Problem, did_you_mean
 from fedex_lora.recipe.reader import Places
@@ -132,75 +132,48 @@ def quick_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def train_client(
-    model: AdaptedModel,
-    task: Task,
-    rows: Dataset,
-    start: AdapterState,
-    *,
-    trained: frozenset[str],
-    training: Mapping[str, Any],
-    seed: int,
-    round: int,
-    client: str,
-    on_step: OnStep | None = None,
-    log: TrainingLog | None = None,
-) -> Update:
-    """Local training from `start`; the model's base must be in place already.
+@dataclass(frozen=True)
+class HFTrainer:
+    """Training by transformers.Trainer, one client after the other.
 
-    Args:
-        rows: The client's rows, encoded.
-        trained: Which factors are trained this round, of "A" and "B".
-        training: The recipe's block of that name.
-        seed: The run's seed; everything random derives from (seed, round, client).
-        log: Where the Trainer's own reports go, if the recipe asks for any.
-
-    Returns:
-        The update: factors that were trained, head, number of examples, mean loss, seconds.
+    Attributes:
+        task: What is learned: how rows become batches.
+        training: Arguments of TrainingArguments, as in a recipe's block of that name.
+        on_step: Is told (turn, steps done, steps in all).
+        log: Where the Trainer's own reports go, if the arguments ask for any.
     """
-    began = perf_counter()
-    model.write(start)
-    model.freeze(trained)
-    with tempfile.TemporaryDirectory() as directory:
-        local = derive(seed, "train", round, client)
-        trainer = make_trainer(model, task, rows, named(training, log), local, directory, on_step)
-        with reported(trainer, log), attention(trainer.args):
-            output = _trained(trainer)
-        _release(trainer, model)
-    end = model.read()
-    metrics = {
-        "loss": output.training_loss,
-        "steps": float(output.global_step),
-        "seconds": perf_counter() - began,
-    }
-    return made_update(round, client, end, trained, len(rows), metrics)
 
+    task: Task
+    training: Mapping[str, Any]
+    on_step: Callable[[Turn, int, int], None] | None = None
+    log: TrainingLog | None = None
+    together: int = 1
 
-def _trained(trainer: Trainer) -> Any:
-    try:
-        return trainer.train()
-    except ImportError as error:  # of what it looks for only here
-        raise UserError(f"training: {error}") from None
+    def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
+        return [self._train(model, turn) for turn in turns]
 
-
-def made_update(
-    round: int,
-    client: str,
-    end: AdapterState,
-    trained: frozenset[str],
-    examples: int,
-    metrics: Mapping[str, float],
-) -> Update:
-    """The update of a client that ended at `end`: its head, and the factors that were trained."""
-    return Update(
-        round,
-        client,
-        {n: f.A for n, f in end.sites.items()} if "A" in trained else {},
-        {n: f.B for n, f in end.sites.items()} if "B" in trained else {},
-        end.head,
-        examples,
-        metrics,
-    )
+    def _train(self, model: AdaptedModel, turn: Turn) -> Trained:
+        began = perf_counter()
+        model.write(turn.start)
+        model.freeze(turn.trained)
+        log = self.log.turn(turn.client, turn.round) if self.log else None
+        on_step = partial(self.on_step, turn) if self.on_step else None
+        seed = derive(turn.seed, "train", turn.round, turn.client)
+        with tempfile.TemporaryDirectory() as directory:
+            training = named(self.training, log)
+            trainer = make_trainer(model, self.task, turn.rows, training, seed, directory, on_step)
+            with reported(trainer, log), attention(trainer.args):
+                try:
+                    output = trainer.train()
+                except ImportError as error:  # of what it looks for only here
+                    raise UserError(f"training: {error}") from None
+            _release(trainer, model)
+        metrics = {
+            "loss": output.training_loss,
+            "steps": float(output.global_step),
+            "seconds": perf_counter() - began,
+        }
+        return Trained(model.read(), metrics)
 
 
 def _release(trainer: Trainer, model: AdaptedModel) -> None:

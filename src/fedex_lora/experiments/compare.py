@@ -12,16 +12,14 @@ from pydantic import ValidationError
 
 from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import RecipeError
+from fedex_lora.errors import RecipeError, number, size
 from fedex_lora.experiments.analysis.scores import judged, scores_by_split
-from fedex_lora.experiments.analysis.statistics import estimate
-from fedex_lora.experiments.analysis.statistics import number as signed
+from fedex_lora.experiments.analysis.statistics import estimate, spread
 from fedex_lora.experiments.analysis.study import is_exact_average
 from fedex_lora.recipe import MethodSpec, Recipe
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.watch import Watcher
-from fedex_lora.runs.words import size
 
 Results = dict[str, list[dict[str, Any]]]  # by method, a result a seed
 
@@ -139,8 +137,8 @@ def difference_table(results: Results) -> tuple[list[str], list[list[str]]] | No
             continue
         e = estimate({"": differences})
         told = {1: "higher", -1: "lower", 0: "none seen"}[e.sign]
-        edges = " to ".join(signed(edge) for edge in e.interval) if e.interval else "-"
-        rows.append([method, str(len(differences)), signed(e.mean, sign=True), edges, told])
+        edges = " to ".join(number(edge, 3) for edge in e.interval) if e.interval else "-"
+        rows.append([method, str(len(differences)), number(e.mean, 3, sign=True), edges, told])
     best = next(r for runs in results.values() for r in runs)
     split = [*scores_by_split(best)][-1]
     what = " ".join([split, best["metric"], "against", reference])
@@ -158,17 +156,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """One table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """mean ± standard deviation over seeds; the value alone if there is one; "-" if one is missing.
-
-    Example:
-        >>> spread([0.5, 0.7]), spread([0.5]), spread([0.5, None])
-        ('0.600 ± 0.141', '0.500', '-')
-    """
-    known = [v for v in values if v is not None]
-    if len(known) < len(values):
-        return "-"
-    mean = f"{statistics.mean(known):.3f}"
-    return f"{mean} ± {statistics.stdev(known):.3f}" if len(known) > 1 else mean

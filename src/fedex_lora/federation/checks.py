@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors
-from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UpdateRefused, UserError
-from fedex_lora.federation.messages import Tensors, Update, flat, reference
+from fedex_lora.federation.codec import worded
+from fedex_lora.federation.messages import Tensors, Update, flat, only
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState
 
@@ -24,9 +25,7 @@ LARGEST = 1e12  # of an entry: no network uses such weights; sums of their squar
 SEVERAL = 3  # clients from which on one can be compared with the others
 
 
-def check(
-    update: Update, start: AdapterState, trained: frozenset[str], round: int, settings: Settings
-) -> float:
+def check(update: Update, start: AdapterState, round: int, settings: Settings) -> float:
     """The norm of an update that by itself may be aggregated.
 
     That is ‖end − start‖ over all that the client trained, factors and head, in float64.
@@ -48,12 +47,16 @@ def check(
     for name, value in update.metrics.items():
         if not math.isfinite(value):
             raise UpdateRefused(f"its training {name} is {value}; expected a finite number")
-    a = {name: f.A for name, f in start.sites.items()}
-    b = {name: f.B for name, f in start.sites.items()}
-    _check_tensors("A", update.A, a if "A" in trained else {})
-    _check_tensors("B", update.B, b if "B" in trained else {})
-    _check_tensors("head", update.head, start.head)
-    norm = _norm(update, start)
+    asked = settings.method.assignment.sent_up(settings.method.trained(round))
+    if not settings.method.exchanges:
+        asked = asked | settings.method.trained(round)
+    expected = only(flat(start), asked | {"head"})
+    _check_tensors(update.tensors, expected)
+    norms = (
+        torch.linalg.vector_norm(value - expected[name], dtype=torch.float64).item()
+        for name, value in update.tensors.items()
+    )
+    norm = math.hypot(*norms)
     if settings.max_norm is not None and norm > settings.max_norm:
         raise UpdateRefused(
             f"it changed by {norm:.4g}; federation.max_norm is {settings.max_norm:g}"
@@ -61,45 +64,25 @@ def check(
     return norm
 
 
-def ended(start: AdapterState, update: Update) -> AdapterState:
-    """Where a client ended: what it trained, and the factors that were frozen as they were."""
-    end = {
-        name: Factors(update.A.get(name, f.A), update.B.get(name, f.B), f.scale)
-        for name, f in start.sites.items()
-    }
-    return AdapterState(end, update.head)
-
-
-def _check_tensors(kind: str, got: Tensors, expected: Tensors) -> None:
+def _check_tensors(got: Tensors, expected: Tensors) -> None:
     if got.keys() != expected.keys():
         wrong = sorted(got.keys() ^ expected.keys())[0]
         what = "is missing" if wrong in expected else "was not asked for"
-        raise UpdateRefused(f"{kind} of {wrong[:200]!r} {what}")
+        raise UpdateRefused(f"{worded(wrong)} {what}")
     for name, tensor in got.items():
-        where, like = f"{kind} of {name!r}", expected[name]
+        like = expected[name]
         if tensor.shape != like.shape:
-            raise UpdateRefused(
-                f"{where} has shape {tuple(tensor.shape)}; expected {tuple(like.shape)}"
-            )
+            shapes = f"shape {tuple(tensor.shape)}; expected {tuple(like.shape)}"
+            raise UpdateRefused(f"{worded(name)} has {shapes}")
         if tensor.dtype != like.dtype:
-            raise UpdateRefused(f"{where} has dtype {tensor.dtype}; expected {like.dtype}")
+            raise UpdateRefused(f"{worded(name)} has dtype {tensor.dtype}; expected {like.dtype}")
         largest = _magnitude(tensor)
         if not math.isfinite(largest):
-            raise UpdateRefused(f"{where} has entries that are NaN or infinite")
+            raise UpdateRefused(f"{worded(name)} has entries that are NaN or infinite")
         if largest > LARGEST:
             raise UpdateRefused(
-                f"{where} has entries of {largest:.3g}; at most {LARGEST:g} are taken"
+                f"{worded(name)} has entries of {largest:.3g}; at most {LARGEST:g} are taken"
             )
-
-
-def _norm(update: Update, start: AdapterState) -> float:
-    base = reference(start)
-    tensors = flat(A=update.A, B=update.B, head=update.head)
-    norms = [
-        torch.linalg.vector_norm(value - base[name], dtype=torch.float64).item()
-        for name, value in tensors.items()
-    ]
-    return math.hypot(*norms)
 
 
 def outliers(norms: Mapping[str, float], ratio: float | None) -> dict[str, str]:
@@ -166,10 +149,10 @@ def _magnitudes(state: ServerState) -> Iterator[tuple[str, float]]:
             yield f"increment of {name!r}", _bound(w)
 
 
-def _bound(w: LowRank | Tensor) -> float:
-    if isinstance(w, LowRank):
-        return w.rank * _magnitude(w.left) * _magnitude(w.right) if w.rank else 0.0
-    return _magnitude(w)
+def _bound(w: Delta) -> float:
+    if w.right is None:
+        return _magnitude(w.left)
+    return w.rank * _magnitude(w.left) * _magnitude(w.right) if w.rank else 0.0
 
 
 def _magnitude(tensor: Tensor) -> float:

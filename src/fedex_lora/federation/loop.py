@@ -1,60 +1,93 @@
-"""The round loop. There is one; engines only carry its messages."""
+"""The round loop. There is one; transports only carry its messages."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
-from fedex_lora.aggregation.lowrank import LowRank, factored
+from fedex_lora.aggregation.ledger import Increment
 from fedex_lora.errors import QuorumLost, UpdateRefused
-from fedex_lora.federation.checks import check, ended, outliers, too_large
-from fedex_lora.federation.messages import (
-    Broadcast,
-    Update,
+from fedex_lora.federation.checks import check, outliers, too_large
+from fedex_lora.federation.codec import (
     broadcast_nbytes,
     decode_update,
     encode_update,
     ledger_tensors,
     update_nbytes,
 )
+from fedex_lora.federation.messages import Broadcast, Lost, Scores, Tensors, Update, flat, replaced
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.spool import Spool
-from fedex_lora.federation.state import ServerState, broadcast_to, start_of, step
+from fedex_lora.federation.state import (
+    ServerState,
+    broadcast_to,
+    delivered,
+    own_part,
+    start_of,
+    step,
+)
 
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Lost:
-    """A client that sent nothing that can be used, or was not there.
+class Exchange:
+    """One exchange of messages, as the server sees it: who is asked, and what each is sent.
 
     Attributes:
-        refused: Whether it did send something.
-        resent: As of an `Update`.
+        state: The server's, before the round.
+        clients: Who is asked, sorted.
+        scored: Whether, where nothing is trained, scores are asked for.
+        final: Whether no round follows: the model is delivered, to be kept.
     """
 
-    client: str
-    reason: str
-    refused: bool = False
-    resent: int = 0
+    def __init__(
+        self,
+        state: ServerState,
+        settings: Settings,
+        clients: Sequence[str],
+        scored: bool = True,
+        final: bool = False,
+    ) -> None:
+        self.state, self.settings, self.clients = state, settings, clients
+        self.scored, self.final = scored, final
+        self._starts: dict[int | None, AdapterState] = {}  # by rank
+
+    @property
+    def round(self) -> int:
+        """The round that is trained, or would be next."""
+        return self.state.version + 1
+
+    def message(self, client: str, held: int | None = None) -> Broadcast:
+        """What a client is sent; `held` is the version that it holds, if it says another one."""
+        return broadcast_to(self.state, self.settings, client, held)
+
+    def start(self, client: str) -> AdapterState:
+        """Where the client starts from; own factors are not kept in memory for all of them."""
+        if client in self.state.own:
+            return start_of(self.state, self.settings, client)
+        rank = self.settings.ranks.get(client)
+        if rank not in self._starts:
+            self._starts[rank] = start_of(self.state, self.settings, client)
+        return self._starts[rank]
 
 
 class Transport(Protocol):
-    """Carries one round's messages."""
+    """Carries messages; one reply a client, in any order."""
 
-    def exchange(
-        self, state: ServerState, broadcasts: Mapping[str, Broadcast]
-    ) -> Iterator[Update | Lost]:
-        """Delivers the broadcasts and yields one reply a client, in any order."""
+    def train(self, exchange: Exchange) -> Iterator[Update | Lost]:
+        """Delivers the broadcasts and brings back what clients trained."""
+        ...
+
+    def evaluate(self, exchange: Exchange) -> Iterator[Scores | Lost]:
+        """Delivers the broadcasts and brings back how good clients find that model."""
         ...
 
 
@@ -64,7 +97,6 @@ class _Taken:
 
     examples: int
     metrics: Mapping[str, float]
-    scores: Mapping[str, float]
 
 
 @dataclass
@@ -84,7 +116,7 @@ class _Tally:
 
 
 KeepUpdate = Callable[[int, Update, AdapterState], None]
-Shelve = Callable[[int, AdapterState], AdapterState]
+Shelve = Callable[[int, Tensors], Tensors]
 
 
 def run_round(
@@ -92,14 +124,14 @@ def run_round(
     settings: Settings,
     transport: Transport,
     keep: KeepUpdate | None = None,
-    shelve: Shelve = lambda version, adapter: adapter,
+    shelve: Shelve = lambda version, tensors: tensors,
     waiting: Path | None = None,
 ) -> tuple[ServerState, Record]:
     """One round: broadcast, collect, check, aggregate.
 
     Args:
         keep: Called with (round, update, end state) for every update taken.
-        shelve: Given (version, a client's own factors), puts them where they need no memory.
+        shelve: Given (version, a client's own tensors), puts them where they need no memory.
         waiting: A folder for updates that wait for the others; None keeps them in memory.
 
     Returns:
@@ -108,34 +140,67 @@ def run_round(
     Raises:
         QuorumLost: Fewer than `min_clients` valid updates; `state` still stands.
     """
-    round = state.version + 1
-    names = settings.sample(round)
-    broadcasts = {name: broadcast_to(state, settings, name) for name in names}
-    down = count_down(settings, broadcasts)
+    exchange = Exchange(state, settings, settings.sample(state.version + 1))
+    down = count_down(exchange)
     tally = _Tally()
     with Spool(waiting) as spool:
-        for reply in _each_once(names, transport.exchange(state, broadcasts), tally):
+        for reply in each_once(exchange.clients, transport.train(exchange), tally.refused):
             down[reply.client] += reply.resent
             if isinstance(reply, Lost):
                 (tally.refused if reply.refused else tally.lost)[reply.client] = reply.reason
             else:
-                _receive(reply, state, settings, tally, spool)
+                _receive(reply, exchange, tally, spool)
         if settings.method.exchanges:
             for client, why in outliers(tally.norms, settings.norm_ratio).items():
                 tally.refuse(client, why)
         began = perf_counter()
-        after, result = _next_state(state, settings, tally, spool, shelve)
+        after, result = _next_state(exchange, tally, spool, shelve)
         tally.seconds += perf_counter() - began
         if keep is not None:
             for client in sorted(tally.taken):
                 update = spool.get(client)
-                keep(round, update, ended(start_of(state, settings, client), update))
-    return after, _record(round, settings, after, result, tally, down)
+                keep(exchange.round, update, _end(exchange, update))
+    return after, _record(settings, after, result, tally, down)
 
 
-def _each_once(
-    names: Iterable[str], replies: Iterable[Update | Lost], tally: _Tally
-) -> Iterator[Update | Lost]:
+def deliver(
+    state: ServerState,
+    settings: Settings,
+    transport: Transport,
+    clients: Sequence[str],
+    *,
+    scored: bool = True,
+    final: bool = False,
+) -> tuple[ServerState, dict[str, Mapping[str, float]], dict[str, int], dict[str, str]]:
+    """Sends the model after a round, and asks clients how good they find it.
+
+    Args:
+        clients: Who is asked; one that takes no part in rounds may have rows to score on too.
+        scored: Whether scores are asked for.
+        final: Whether this is the run's last model, to be kept.
+
+    Returns:
+        The state, with who holds that model; scores by client; bytes of the messages that arrived;
+        and why one did not.
+    """
+    exchange = Exchange(state, settings, sorted(clients), scored, final)
+    down = count_down(exchange)
+    told: dict[str, Mapping[str, float]] = {}
+    missed: dict[str, str] = {}
+    for reply in each_once(exchange.clients, transport.evaluate(exchange), missed):
+        down[reply.client] += reply.resent
+        if isinstance(reply, Lost):
+            missed[reply.client] = reply.reason
+        else:
+            told[reply.client] = reply.scores
+    sent = {c: down[c] for c in sorted(told) if c in settings.clients}
+    scores = {c: told[c] for c in sorted(told) if told[c]}
+    return delivered(state, sent), scores, sent, missed
+
+
+def each_once(
+    names: Iterable[str], replies: Iterable[Any], refused: dict[str, str]
+) -> Iterator[Any]:
     """The replies of those who were asked, each once; who else sends something is named."""
     left = set(names)
     for reply in replies:
@@ -143,35 +208,37 @@ def _each_once(
             left.remove(reply.client)
             yield reply
         else:
-            tally.refused.setdefault(reply.client, "sent something that was not asked for")
+            refused.setdefault(reply.client, "sent something that was not asked for")
 
 
-def _receive(
-    update: Update, state: ServerState, settings: Settings, tally: _Tally, spool: Spool
-) -> None:
+def _receive(update: Update, exchange: Exchange, tally: _Tally, spool: Spool) -> None:
     """Checks an update by itself and puts it aside until the others are there."""
-    client, round = update.client, state.version + 1
-    start, trained = start_of(state, settings, client), settings.method.trained(round)
-    began = perf_counter()
+    client, settings = update.client, exchange.settings
+    start, began = exchange.start(client), perf_counter()
     try:
-        tally.norms[client] = check(update, start, trained, round, settings)
+        tally.norms[client] = check(update, start, exchange.round, settings)
         if settings.method.exchanges:
             tally.up[client] = update.nbytes or update_nbytes(update, settings.wire_dtype)
             if update.nbytes is None and settings.wire_dtype != torch.float32:
                 # it crossed no wire; what the server would have decoded is what counts
                 blob = encode_update(update, start, settings.wire_dtype)
                 update = decode_update(blob, start, client)
-                tally.norms[client] = check(update, start, trained, round, settings)
+                tally.norms[client] = check(update, start, exchange.round, settings)
     except UpdateRefused as refusal:
         tally.refused[client] = str(refusal)
         return
     spool.put(update)
-    tally.taken[client] = _Taken(update.examples, update.metrics, update.scores)
+    tally.taken[client] = _Taken(update.examples, update.metrics)
     tally.seconds += perf_counter() - began
 
 
+def _end(exchange: Exchange, update: Update) -> AdapterState:
+    """Where a client ended; what was frozen, and what it did not send, as it was."""
+    return replaced(exchange.start(update.client), update.tensors)
+
+
 def _next_state(
-    state: ServerState, settings: Settings, tally: _Tally, spool: Spool, shelve: Shelve
+    exchange: Exchange, tally: _Tally, spool: Spool, shelve: Shelve
 ) -> tuple[ServerState, Aggregate | None]:
     """The state that the updates lead to, in sorted order of the clients: sums depend on their
     order in the last bits, so results do not depend on who is faster.
@@ -179,9 +246,9 @@ def _next_state(
     An update that would make the state one that nobody can train from is left out and named.
     """
     while True:
-        _check_quorum(tally, settings, state.version + 1)
+        _check_quorum(tally, exchange)
         try:
-            after, result = _aggregated(state, settings, sorted(tally.taken), spool, shelve)
+            after, result = _aggregated(exchange, sorted(tally.taken), spool, shelve)
             if (broken := too_large(after)) is None:
                 return after, result
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -195,62 +262,57 @@ def _next_state(
 
 
 def _aggregated(
-    state: ServerState, settings: Settings, clients: list[str], spool: Spool, shelve: Shelve
+    exchange: Exchange, clients: list[str], spool: Spool, shelve: Shelve
 ) -> tuple[ServerState, Aggregate | None]:
-    method, round = settings.method, state.version + 1
+    settings, method = exchange.settings, exchange.settings.method
     aggregator = Aggregator(
         method,
         settings.sites,
-        method.trained(round),
+        method.trained(exchange.round),
         settings.server_learning_rate,
         len(clients),
     )
-    ends: dict[str, AdapterState] = {}
+    kept: dict[str, Tensors] = {}
     for client in clients:
-        start = start_of(state, settings, client)
         update = spool.get(client)
-        end = ended(start, update)
+        end = _end(exchange, update)
         if method.exchanges:
             weight = 1.0 if settings.weights == "uniform" else float(update.examples)
-            aggregator.add(weight, start, end)
-        if method.assignment == "keep":
-            kept = AdapterState(end.sites) if method.exchanges else end
-            ends[client] = shelve(round, kept)
+            aggregator.add(weight, exchange.start(client), end)
+        if method.assignment.own and not method.assignment.dealt:
+            kept[client] = shelve(exchange.round, own_part(settings, {**flat(end), **update.kept}))
     result = aggregator.finish() if method.exchanges else None
-    return step(state, settings, result, clients, ends), result
+    return step(exchange.state, settings, result, clients, kept), result
 
 
-def _check_quorum(tally: _Tally, settings: Settings, round: int) -> None:
-    if len(tally.taken) >= settings.min_clients:
+def _check_quorum(tally: _Tally, exchange: Exchange) -> None:
+    least = exchange.settings.min_clients
+    if len(tally.taken) >= least:
         return
     reasons = [f"{c}: {why}" for c, why in {**tally.lost, **tally.refused}.items()]
     raise QuorumLost(
-        f"round {round}: {len(tally.taken)} valid updates, federation.min_clients is "
-        f"{settings.min_clients}. " + "; ".join(reasons)
+        f"round {exchange.round}: {len(tally.taken)} valid updates, federation.min_clients is "
+        f"{least}. " + "; ".join(reasons)
     )
 
 
-def count_down(settings: Settings, broadcasts: Mapping[str, Broadcast]) -> dict[str, int]:
+def count_down(exchange: Exchange) -> dict[str, int]:
     """Bytes of each client's message; those of the same tensors are counted once."""
-    if not settings.method.exchanges:
-        return dict.fromkeys(broadcasts, 0)
+    if not exchange.settings.method.exchanges:
+        return dict.fromkeys(exchange.clients, 0)
     sizes: dict[object, int] = {}
     down = {}
-    for client, message in broadcasts.items():
-        key = _identity(message)
+    for client in exchange.clients:
+        message = exchange.message(client)
+        tensors = {**message.tensors, **ledger_tensors(message.ledger)}
+        key = message.fresh, message.own, tuple((name, id(t)) for name, t in tensors.items())
         if key not in sizes:
-            sizes[key] = broadcast_nbytes(message, settings.wire_dtype)
+            sizes[key] = broadcast_nbytes(message, exchange.settings.wire_dtype)
         down[client] = sizes[key]
     return down
 
 
-def _identity(message: Broadcast) -> object:
-    parts = [message.A, message.B, message.head, ledger_tensors(message.ledger)]
-    return message.fresh, tuple((n, id(t)) for part in parts for n, t in part.items())
-
-
 def _record(
-    round: int,
     settings: Settings,
     after: ServerState,
     result: Aggregate | None,
@@ -258,14 +320,9 @@ def _record(
     down: Mapping[str, int],
 ) -> Record:
     record: Record = {
-        "round": round,
+        "round": after.version,
         "clients": {
-            c: {
-                "examples": u.examples,
-                **u.metrics,
-                **({"scores": dict(u.scores)} if u.scores else {}),
-            }
-            for c, u in sorted(tally.taken.items())
+            c: {"examples": t.examples, **t.metrics} for c, t in sorted(tally.taken.items())
         },
         "refused": tally.refused,
         "lost": tally.lost,
@@ -278,27 +335,24 @@ def _record(
     if tally.norms:
         record["median_norm"] = statistics.median(tally.norms.values())
     if result is not None and result.deviation:
-        record["deviation"] = _mean(result.deviation)
-        record["ideal"] = _mean(result.ideal)
+        record["deviation"] = statistics.fmean(result.deviation.values())
+        record["ideal"] = statistics.fmean(result.ideal.values())
         record["deviation_by_site"] = dict(result.deviation)
         record["ideal_by_site"] = dict(result.ideal)
     if after.carry:
-        record["carry"] = _norms(after.carry)
-        record["sent"] = _norms(after.ledger.since(round - 1).entries[-1][1])
+        record["carry"] = _norm(after.carry)
+        record["sent"] = _norm(after.ledger.newest())
     if result is not None and settings.method.residual == "truncated":
-        record["left_out"] = _left_out(round, settings, after, result)
+        record["left_out"] = _left_out(settings, after, result)
     return record
 
 
-def _left_out(round: int, settings: Settings, after: ServerState, result: Aggregate) -> float:
+def _left_out(settings: Settings, after: ServerState, result: Aggregate) -> float:
     """‖·‖_F of what truncation keeps from the clients: all that is carried, or what is lost now."""
     if settings.carry:
-        return _norms(after.carry)
-    if not result.increment:  # of one client
-        return 0.0
-    sent = dict(after.ledger.since(round - 1).entries[-1][1])
-    lost = {s: factored(w).distance(factored(sent[s])) for s, w in result.increment.items()}
-    return sum(d.item() ** 2 for d in lost.values()) ** 0.5
+        return _norm(after.carry)
+    sent = after.ledger.newest() if result.increment else {}  # of one client there is none
+    return _norm({layer: w - sent[layer] for layer, w in result.increment.items()})
 
 
 def _weights(taken: Mapping[str, _Taken], settings: Settings) -> dict[str, float]:
@@ -307,10 +361,6 @@ def _weights(taken: Mapping[str, _Taken], settings: Settings) -> dict[str, float
     return {c: v / sum(n.values()) for c, v in n.items()}
 
 
-def _norms(by_site: Mapping[str, LowRank | Tensor]) -> float:
-    squares = [w.norm().item() ** 2 for w in by_site.values()]
-    return sum(squares) ** 0.5
-
-
-def _mean(by_site: Mapping[str, float]) -> float:
-    return sum(by_site.values()) / len(by_site)
+def _norm(increment: Increment) -> float:
+    """‖·‖_F over all layers."""
+    return sum(w.norm().item() ** 2 for w in increment.values()) ** 0.5

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from fedex_lora.disk import reason
 from fedex_lora.errors import UserError
-from fedex_lora.federation.blobs import pieces
-from fedex_lora.federation.messages import Update, flat, unflat
+from fedex_lora.federation.codec import pieces
+from fedex_lora.federation.messages import Update
 
 
 class Spool:
@@ -27,7 +27,7 @@ class Spool:
 
     Example:
         >>> with Spool(None) as spool:
-        ...     spool.put(Update(1, "a", {}, {}, {}, examples=3))
+        ...     spool.put(Update(1, "a", {}, examples=3))
         ...     spool.get("a").examples
         3
     """
@@ -39,17 +39,16 @@ class Spool:
     def put(self, update: Update) -> None:
         """Takes in one update."""
         if self._folder is not None:
-            tensors = flat(A=update.A, B=update.B, head=update.head)
             path = self._path(update.client)
             try:
                 with path.open("wb") as file:
-                    file.writelines(pieces(tensors, {}))
+                    file.writelines(pieces(update.tensors, {}))
             except OSError as error:
                 raise UserError(
                     f"{path}: an update cannot be put aside: {reason(error)}. Free some space, "
                     "then `fedex-lora resume`; the last checkpoint is intact"
                 ) from None
-            update = replace(update, A={}, B={}, head={})
+            update = replace(update, tensors={})
         self._updates[update.client] = update
 
     def get(self, client: str) -> Update:
@@ -58,7 +57,7 @@ class Spool:
         if self._folder is None:
             return update
         try:
-            return replace(update, **unflat(load_file(self._path(client))))
+            return replace(update, tensors=load_file(self._path(client)))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self._path(client)}: an update that was put aside cannot be read: "

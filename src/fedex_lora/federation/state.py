@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, fresh
-from fedex_lora.aggregation.aggregator import Aggregate, wire_form
+from fedex_lora.aggregation.aggregator import Aggregate
+from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Increment, Ledger
-from fedex_lora.aggregation.lowrank import LowRank, concat, factored
-from fedex_lora.federation.messages import Broadcast
+from fedex_lora.federation.messages import Broadcast, Tensors, flat, only, replaced
 from fedex_lora.federation.settings import Settings
 
 
@@ -22,23 +22,25 @@ class ServerState:
 
     Attributes:
         factors: What all clients get, at the full rank (own factors apart).
-        own: Each client's own factors, where the method has such (and its head if nothing is
-            exchanged).
-        carry: By site, what of the increments was not sent yet.
-        late: By message key, what a lossy wire dtype rounded off the averages; added next time.
+        head: What all clients get of the head.
+        own: Each client's own tensors by flat name, where the method has such.
+        carry: Error feedback: by layer, what of the increments was not sent yet.
+        late: By flat name, what a lossy wire dtype rounded off the averages; added next time.
         held: The version each client holds; absent means 0, the start, a function of the recipe.
         changed: The version at which "A", "B", "head" last changed; own factors as "own/NAME".
+        taken: The last round of which a client's update was taken.
     """
 
     version: int
     factors: Mapping[str, Factors]
     head: Mapping[str, Tensor]
     ledger: Ledger = field(default_factory=Ledger)
-    own: Mapping[str, AdapterState] = field(default_factory=dict)
-    carry: Mapping[str, LowRank] = field(default_factory=dict)
+    own: Mapping[str, Tensors] = field(default_factory=dict)
+    carry: Mapping[str, Delta] = field(default_factory=dict)
     late: Mapping[str, Tensor] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
     changed: Mapping[str, int] = field(default_factory=dict)
+    taken: Mapping[str, int] = field(default_factory=dict)
 
 
 def begin(settings: Settings, initial: AdapterState) -> ServerState:
@@ -49,12 +51,10 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
             ranks must be equal.
     """
     own = {}
-    if settings.method.own_factors:
+    if settings.method.assignment.own:
         for client in settings.clients:
-            factors = _cut(initial.sites, settings, client)
-            own[client] = AdapterState(
-                factors, {} if settings.method.exchanges else dict(initial.head)
-            )
+            whole = AdapterState(cut(initial.sites, settings, client), initial.head)
+            own[client] = own_part(settings, flat(whole))
     ledger = Ledger()
     if not settings.method.shared_base:  # own increments are subtracted, so G must hold them
         started = {n: f.delta() for n, f in initial.sites.items() if f.B.any()}
@@ -67,15 +67,20 @@ def admit(
 ) -> tuple[ServerState, Settings]:
     """Clients that join: they hold nothing, and start their own factors from the initial ones."""
     wider = replace(settings, clients=tuple(sorted({*settings.clients, *names})))
-    own = begin(wider, initial).own if settings.method.own_factors else {}
-    return replace(state, own={**own, **state.own}), wider
+    return replace(state, own={**begin(wider, initial).own, **state.own}), wider
+
+
+def own_part(settings: Settings, tensors: Tensors) -> dict[str, Tensor]:
+    """Of a client's tensors those that are its own: they stay with it from round to round."""
+    assignment = settings.method.assignment
+    return only(tensors, assignment.own | ({"head"} if assignment.head_private else set()))
 
 
 def start_of(state: ServerState, settings: Settings, client: str) -> AdapterState:
     """The factors and head this client starts the next round from."""
-    if client in state.own:
-        return AdapterState(state.own[client].sites, state.own[client].head or state.head)
-    return AdapterState(_cut(state.factors, settings, client), state.head)
+    shared = AdapterState(cut(state.factors, settings, client), state.head)
+    own = state.own.get(client)
+    return shared if own is None else replaced(shared, dict(own.items()))
 
 
 def global_factors(state: ServerState, settings: Settings) -> Mapping[str, Factors]:
@@ -83,29 +88,58 @@ def global_factors(state: ServerState, settings: Settings) -> Mapping[str, Facto
     return state.factors if settings.method.shared_base else {}
 
 
-def own_increment(state: ServerState, settings: Settings, client: str, site: str) -> LowRank | None:
-    """What is subtracted from the base for this client: sᵢ·BᵢAᵢ where bases are per client."""
-    if settings.method.shared_base:
-        return None
-    return state.own[client].sites[site].delta()
+def base_increment(
+    ledger: Ledger, layer: str, own: Factors | None = None, fold: bool = True
+) -> Delta | None:
+    """T − own of one layer: what the base has beyond the pretrained weights.
+
+    Folding takes T as the left fold, the same bits for everybody; beside the layer factors do.
+
+    Args:
+        own: The client's factors, where each client has a base of its own: base + s·B·A = G.
+    """
+    if fold:
+        total = ledger.total(layer)
+        delta = None if total is None else Delta(total)
+    else:
+        delta = ledger.factored(layer)
+    if own is None:
+        return delta
+    return own.delta().scaled(-1.0) if delta is None else delta - own.delta()
 
 
-def broadcast_to(state: ServerState, settings: Settings, client: str) -> Broadcast:
-    """What this client lacks: changed factors and head, and the ledger's newer entries."""
-    held = state.held.get(client, 0)
-    start = start_of(state, settings, client)
-    part = state.ledger.since(held)
+def broadcast_to(
+    state: ServerState, settings: Settings, client: str, held: int | None = None
+) -> Broadcast:
+    """What this client lacks: changed factors and head, and the ledger's newer entries.
+
+    Args:
+        held: The version that it holds, if another than the state says; −1 for a client that lost
+            even its own factors.
+    """
+    round, assignment = state.version + 1, settings.method.assignment
+    own = 0 if assignment.dealt or not assignment.own else state.taken.get(client, 0)
     if not settings.method.exchanges:
-        return Broadcast(state.version + 1)
-    head = start.head if state.changed.get("head", 0) > held else {}
-    if settings.method.assignment == "reinit" and state.version:
-        return Broadcast(state.version + 1, fresh=state.version, head=head, ledger=part)
-    changed = {f: state.changed.get(f, 0) for f in "AB"}
-    if client in state.own:
-        changed = dict.fromkeys("AB", state.changed.get(f"own/{client}", 0))
-    a = {n: f.A for n, f in start.sites.items()} if changed["A"] > held else {}
-    b = {n: f.B for n, f in start.sites.items()} if changed["B"] > held else {}
-    return Broadcast(state.version + 1, None, a, b, head, part)
+        return Broadcast(round, own=own)
+    held = state.held.get(client, 0) if held is None else held
+    part = state.ledger.since(held)
+    if assignment.drawn and state.version:
+        head = {f"head/{n}": t for n, t in state.head.items()}
+        changed = state.changed.get("head", 0) > held
+        return Broadcast(round, head if changed else {}, part, state.version)
+    when = {"head": state.changed.get("head", 0)}
+    for x in "AB":
+        when[x] = state.changed.get(f"own/{client}" if x in assignment.own else x, 0)
+    if assignment.private:  # the server does not know them
+        when |= dict.fromkeys(assignment.own, -1)
+    tensors = flat(start_of(state, settings, client))
+    changed = only(tensors, {x for x in when if when[x] > held})
+    return Broadcast(round, changed, part, own=own)
+
+
+def delivered(state: ServerState, clients: Iterable[str]) -> ServerState:
+    """The state once these clients hold it."""
+    return replace(state, held={**state.held, **dict.fromkeys(clients, state.version)})
 
 
 def step(
@@ -113,60 +147,59 @@ def step(
     settings: Settings,
     result: Aggregate | None,
     taken: Sequence[str],
-    ends: Mapping[str, AdapterState],
+    kept: Mapping[str, Tensors],
 ) -> ServerState:
     """The state after one more round.
 
     Args:
         result: The aggregate; None where nothing is exchanged.
         taken: Clients whose updates were aggregated.
-        ends: What they keep of their end states, where the assignment is "keep".
+        kept: What they keep as their own, where factors stay with the clients.
     """
     version = state.version + 1
-    held = {**state.held, **dict.fromkeys(taken, version - 1)}
+    known = delivered(state, taken)
+    state = replace(known, taken={**state.taken, **dict.fromkeys(taken, version)})
     if result is None:
-        return replace(state, version=version, own={**state.own, **ends}, held=held)
+        return replace(state, version=version, own={**state.own, **kept})
     last = version == settings.rounds and settings.flush
     lossless = last or settings.wire_dtype == torch.float32
     dtype = torch.float32 if lossless else settings.wire_dtype
     head, late = _round_off(dict(result.head), state.late, "head", dtype)
     factors, missed, late_factors = _send_factors(state, settings, result, dtype)
-    own, own_changed = _own(state, settings, result, taken, ends, dtype)
+    own, own_changed = _own(state, settings, result, taken, kept, dtype)
     sent, carry = _send_increment(state, settings, result.increment, missed, dtype, last)
     changed = {**dict.fromkeys(_changed(state, settings, dtype), version), **own_changed}
     ledger = state.ledger.append(version, sent).compact_if_smaller(version - 1)
-    return ServerState(
-        version,
-        factors,
-        head,
-        ledger,
-        own,
-        carry,
-        {**late, **late_factors},
-        held,
-        {**state.changed, **changed},
+    return replace(
+        state,
+        version=version,
+        factors=factors,
+        head=head,
+        ledger=ledger,
+        own=own,
+        carry=carry,
+        late={**late, **late_factors},
+        changed={**state.changed, **changed},
     )
 
 
+def cut(factors: Mapping[str, Factors], settings: Settings, client: str) -> dict[str, Factors]:
+    """The first rows and columns, as many as the client's rank; B in units of its scale."""
+    found = {}
+    for name, layer in settings.sites_of(client).items():
+        f = factors[name]
+        same = layer.rank == f.rank
+        b = f.B if same else f.B[:, : layer.rank] * (f.scale / layer.scale)
+        found[name] = f if same else Factors(f.A[: layer.rank].clone(), b.clone(), layer.scale)
+    return found
+
+
 def _changed(state: ServerState, settings: Settings, dtype: torch.dtype) -> set[str]:
-    """An average changes what was trained; an svd assigns both; a lossless message brings what
-    lossy ones left."""
+    """What is new for all clients; a lossless message also brings what lossy ones left."""
     trained = settings.method.trained(state.version + 1)
     late = {name[0] for name in state.late if name[:2] in ("A/", "B/")}
     lossless = late if dtype == torch.float32 else set()
-    assigned = set("AB") if settings.method.assignment == "svd" else set(trained)
-    return {"head"} | assigned | lossless
-
-
-def _cut(factors: Mapping[str, Factors], settings: Settings, client: str) -> dict[str, Factors]:
-    """The first rows and columns, as many as the client's rank; B in units of its scale."""
-    cut = {}
-    for name, site in settings.sites_of(client).items():
-        f = factors[name]
-        same = site.rank == f.rank
-        b = f.B if same else f.B[:, : site.rank] * (f.scale / site.scale)
-        cut[name] = f if same else Factors(f.A[: site.rank].clone(), b.clone(), site.scale)
-    return cut
+    return {"head"} | settings.method.assignment.sent_down(trained) | lossless
 
 
 def _round_off(
@@ -182,29 +215,28 @@ def _round_off(
 
 def _send_factors(
     state: ServerState, settings: Settings, result: Aggregate, dtype: torch.dtype
-) -> tuple[dict[str, Factors], dict[str, LowRank], dict[str, Tensor]]:
+) -> tuple[dict[str, Factors], dict[str, Delta], dict[str, Tensor]]:
     """The shared factors as the clients decode them, and what rounding took: as increments of the
-    base where the method has a ledger, else as tensors to add next time (averages only)."""
-    if settings.method.assignment == "reinit":
+    base where the method has a ledger, else as tensors to add next time (means only)."""
+    method, assignment = settings.method, settings.method.assignment
+    if assignment.drawn:
         return fresh(settings.sites, settings.seed, state.version + 1), {}, {}
-    if not settings.method.shared_base:
-        return dict(state.factors), {}, {}
-    in_ledger = settings.method.residual in ("exact", "truncated")
-    averaged = settings.method.assignment == "average"
-    late = state.late if averaged and not in_ledger else {}
+    means = not assignment.needs
+    late = state.late if means and not method.in_ledger else {}
     parts, new_late = {}, {}
     for x in "AB":
-        parts[x] = {n: getattr(f, x) for n, f in result.factors.items()}
+        source = result.factors if x in assignment.shared else state.factors
+        parts[x] = {n: getattr(f, x) for n, f in source.items()}
         if x in _changed(state, settings, dtype):
             parts[x], rest = _round_off(parts[x], late, x, dtype)
-        else:  # frozen: not sent, so not rounded, and what waits goes on waiting
+        else:  # frozen or own: not sent, so not rounded, and what waits goes on waiting
             rest = {k: v for k, v in late.items() if k.startswith(f"{x}/")}
         new_late |= rest
     a, b = parts["A"], parts["B"]
-    sent = {n: Factors(a[n], b[n], f.scale) for n, f in result.factors.items()}
-    if not in_ledger or dtype == torch.float32:
-        return sent, {}, new_late if averaged else {}
-    missed = {n: f.delta() + sent[n].delta().scaled(-1.0) for n, f in result.factors.items()}
+    sent = {n: Factors(a[n], b[n], f.scale) for n, f in state.factors.items()}
+    if not method.in_ledger or dtype == torch.float32 or not assignment.shared:
+        return sent, {}, new_late if means else {}
+    missed = {n: f.delta() - sent[n].delta() for n, f in result.factors.items()}
     return sent, missed, {}
 
 
@@ -213,22 +245,16 @@ def _own(
     settings: Settings,
     result: Aggregate,
     taken: Sequence[str],
-    ends: Mapping[str, AdapterState],
+    kept: Mapping[str, Tensors],
     dtype: torch.dtype,
-) -> tuple[dict[str, AdapterState], dict[str, int]]:
-    """Own factors of the clients that took part; the absent keep theirs."""
-    if not settings.method.own_factors:
-        return {}, {}
-    if settings.method.assignment == "keep":  # the client has them already: nothing to send
-        return {**state.own, **ends}, {}
+) -> tuple[dict[str, Tensors], dict[str, int]]:
+    """Own tensors of the clients that took part; the absent keep theirs."""
+    if not settings.method.assignment.dealt:  # a client has them already: nothing to send
+        return {**state.own, **kept}, {}
     own = dict(state.own)
     for client in taken:
-        cut = _cut(result.factors, settings, client)
-        rounded = {
-            n: Factors(f.A.to(dtype).float(), f.B.to(dtype).float(), f.scale)
-            for n, f in cut.items()
-        }
-        own[client] = AdapterState(rounded)
+        given = flat(AdapterState(cut(result.factors, settings, client)))
+        own[client] = {name: t.to(dtype).float() for name, t in given.items()}
     return own, dict.fromkeys((f"own/{client}" for client in taken), state.version + 1)
 
 
@@ -236,40 +262,27 @@ def _send_increment(
     state: ServerState,
     settings: Settings,
     increment: Increment,
-    missed: Mapping[str, LowRank],
+    missed: Mapping[str, Delta],
     dtype: torch.dtype,
     last: bool,
-) -> tuple[Increment, dict[str, LowRank]]:
+) -> tuple[Increment, dict[str, Delta]]:
     """What of the increments goes into the ledger now, and what is carried."""
-    sent: dict[str, LowRank | Tensor] = {}
-    carry: dict[str, LowRank] = {}
+    sent: dict[str, Delta] = {}
+    carry: dict[str, Delta] = {}
     truncated = settings.method.residual == "truncated" and not last
     for name in sorted({*increment, *missed, *state.carry}):
-        whole = [increment.get(name), missed.get(name), state.carry.get(name)]
-        parts = [w for w in whole if w is not None]
+        now = [w for w in (increment.get(name), missed.get(name)) if w is not None]
+        parts = [*now, *([state.carry[name]] if name in state.carry else [])]
         if not truncated and dtype == torch.float32 and len(parts) == 1:
-            sent[name] = wire_form(parts[0])
+            sent[name] = parts[0].wire_form()
             continue
-        total = concat([factored(w) for w in parts])
-        rank = settings.rank if truncated else _rank_now(whole[:2], last, total.rank)
-        head, tail = total.split(rank or 0)
-        sent[name] = _as_sent(head, dtype)
+        total = concat(parts)
+        # what is carried must not make messages grow
+        whole = total.rank if last else sum(w.rank for w in now)
+        head, tail = total.split(settings.rank or 0 if truncated else whole)
+        sent[name] = head.wire_form().to(dtype).to(torch.float32)
         if dtype != torch.float32:
-            tail = concat([tail, head, factored(sent[name]).scaled(-1.0)]).compress()
+            tail = concat([tail, head, sent[name].scaled(-1.0)]).compress()
         if settings.carry and tail.rank:
             carry[name] = tail
     return sent, carry
-
-
-def _rank_now(parts: Sequence[LowRank | Tensor | None], last: bool, whole: int) -> int:
-    """The rank of this round's own increments: what is carried must not make messages grow."""
-    return whole if last else sum(factored(w).rank for w in parts if w is not None)
-
-
-def _as_sent(w: LowRank, dtype: torch.dtype) -> LowRank | Tensor:
-    form = wire_form(w)
-    if dtype == torch.float32:
-        return form
-    if isinstance(form, LowRank):
-        return form.to(dtype).to(torch.float32)
-    return form.to(dtype).float()

@@ -20,7 +20,15 @@ from fedex_lora.engines.remote.audit import FILE as AUDIT
 from fedex_lora.engines.remote.audit import Audit
 from fedex_lora.engines.remote.consent import FILE as RUNS
 from fedex_lora.engines.remote.consent import Consent, Undecided
-from fedex_lora.engines.remote.site import Institution, handle, refused, run_of, unable, undecided
+from fedex_lora.engines.remote.site import (
+    Institution,
+    bring_to_life,
+    handle,
+    refused,
+    run_of,
+    unable,
+    undecided,
+)
 from fedex_lora.engines.setup import roster, set_up_client, surroundings
 from fedex_lora.errors import ProtocolError, show_rows
 from fedex_lora.federation.header import first_of
@@ -140,9 +148,9 @@ def _reply(
 
 
 def most_turns(recipe: Recipe) -> int:
-    """How many messages of a run are answered: its rounds, their repetitions where the coordinator
-    or a connection failed, and the last model."""
-    return 2 * recipe.federation.rounds + 10
+    """How many messages of a run are answered: its rounds and the scores of their models, both
+    repeated where the coordinator or a connection failed, and the last model."""
+    return 4 * recipe.federation.rounds + 10
 
 
 def _consent(place: Mapping[str, Any]) -> Consent:
@@ -159,18 +167,7 @@ def institution(place: Mapping[str, Any], recipe: Recipe) -> Institution:
     name = str(place["client"])
     file = Path(str(place["data"])) if place.get("data") else None
     federation = set_up_client(recipe, name, file)
-    return Institution(
-        name,
-        Path(str(place["home"])) / "cache",
-        recipe,
-        federation.task,
-        federation.model,
-        federation.settings,
-        federation.clients[name],
-        federation.validation.get(name),
-        federation.initial,
-        versions(),
-    )
+    return bring_to_life(federation, name, Path(str(place["home"])) / "cache", versions())
 
 
 def _simulated(node: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedex_lora.engines.remote.audit import FILE as AUDIT
 from fedex_lora.engines.remote.audit import Audit
-from fedex_lora.engines.setup import surroundings
 from fedex_lora.errors import QuorumLost, UserError, show_rows
 from fedex_lora.flower.grid import FlowerCourier
 from fedex_lora.flower.progress import Recorder
@@ -51,7 +50,6 @@ def _run(grid: Grid, config: Mapping[str, Any], recorder: Recorder) -> dict[str,
     keys = known_keys(path.parent.parent / "clients")  # of the deployment; a simulation has none
     audit = Audit(Path(str(config["progress"])).parents[1] / AUDIT)
     assemble = across_machines(FlowerCourier(grid, keys), audit)
-    with surroundings(recipe):
-        if config["resume"]:
-            return resume_run(out, recipe, recorder, assemble)
-        return start_run(recipe, out, recorder, assemble)
+    if config["resume"]:
+        return resume_run(out, recipe, recorder, assemble)
+    return start_run(recipe, out, recorder, assemble)

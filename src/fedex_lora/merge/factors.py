@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import LowRank, from_dense
+from fedex_lora.aggregation.delta import Delta
 
 Term = tuple[Tensor, Tensor, float]  # A (r × in), B (out × r), scale
 
@@ -40,7 +40,7 @@ class Sum:
             None where `update` is made of the summands' own factors.
     """
 
-    update: LowRank | Tensor
+    update: Delta
     size: float | None = None
 
 
@@ -54,14 +54,14 @@ class Reduced:
         norm: ‖W‖_F.
     """
 
-    factors: LowRank
+    factors: Delta
     missed: float
     norm: float
 
 
 def merge_factors(
     terms: Iterable[Term], weights: Sequence[float], rank: int | None = None
-) -> LowRank:
+) -> Delta:
     """Σ wᵢ·sᵢ·BᵢAᵢ with wᵢ = weightsᵢ / Σ weights, at its numerical rank.
 
     Args:
@@ -107,7 +107,7 @@ def weighted_sum(
         torch.mul(b.float(), weight * scale, out=left[:, start:end])
         right[start:end] = a
         start = end
-    return Sum(LowRank(left, right))
+    return Sum(Delta(left, right))
 
 
 def _dense_sum(terms: Iterable[Term], weights: Sequence[float], shape: tuple[int, int]) -> Sum:
@@ -116,7 +116,7 @@ def _dense_sum(terms: Iterable[Term], weights: Sequence[float], shape: tuple[int
         left, right = b.double() * (weight * scale), a.double()
         total.addmm_(left, right)
         square += (left.square().sum(0) * right.square().sum(1)).sum().item()
-    return Sum(total, square**0.5)
+    return Sum(Delta(total), square**0.5)
 
 
 def reduce(total: Sum, rank: int | None = None, error: float = 0.0) -> Reduced:
@@ -133,8 +133,8 @@ def reduce(total: Sum, rank: int | None = None, error: float = 0.0) -> Reduced:
         balanced ones: columns of left and rows of right have equal norms.
     """
     w = total.update
-    if isinstance(w, Tensor):
-        return _reduce_dense(w, EPS * (total.size or 0.0), rank, error)
+    if w.right is None:
+        return _reduce_dense(w.left, EPS * (total.size or 0.0), rank, error)
     grams = _gram(w.left), _gram(w.right.mT)
     noise = EPS * (grams[0].diagonal() * grams[1].diagonal()).sum().sqrt().item()
     roots = _Roots.of(*grams)
@@ -150,25 +150,26 @@ def reduce(total: Sum, rank: int | None = None, error: float = 0.0) -> Reduced:
     return Reduced(kept, missed, norm)
 
 
-def singular_values(w: LowRank) -> Tensor:
+def singular_values(w: Delta) -> Tensor:
     """Of factors, descending, in float64; those up to 1e-8 of the largest may be missing."""
-    return torch.linalg.svdvals(_Roots.of(_gram(w.left), _gram(w.right.mT)).core())
+    left, right = w.factors()
+    return torch.linalg.svdvals(_Roots.of(_gram(left), _gram(right.mT)).core())
 
 
 def _reduce_dense(w: Tensor, noise: float, rank: int | None, error: float) -> Reduced:
     """`reduce` of a dense W by WWᵀ = Q Λ Qᵀ (or WᵀW, if that is smaller): W = (Q S)(S⁻¹ Qᵀ W)."""
     if w.shape[0] > w.shape[1]:
         turned = _reduce_dense(w.mT, noise, rank, error)
-        right, left = turned.factors.left.mT.contiguous(), turned.factors.right.mT.contiguous()
-        return Reduced(LowRank(left, right), turned.missed, turned.norm)
+        left, right = (part.mT.contiguous() for part in reversed(turned.factors.factors()))
+        return Reduced(Delta(left, right), turned.missed, turned.norm)
     q, s = (t.flip(-1) for t in _roots(w @ w.mT))
     keep, missed, norm = _cut(s, noise, rank, error)
     if keep == len(w):
-        return Reduced(from_dense(w.float()), 0.0, norm)
+        return Reduced(Delta(*Delta(w.float()).factors()), 0.0, norm)
     half = s[:keep].sqrt()
     left = (q[:, :keep] * half).float()
     right = ((q[:, :keep] / half).mT @ w).float()
-    return Reduced(LowRank(left, right), missed, norm)
+    return Reduced(Delta(left, right), missed, norm)
 
 
 def _cut(s: Tensor, noise: float, rank: int | None, error: float) -> tuple[int, float, float]:
@@ -213,13 +214,14 @@ class _Roots:
         """Λ^½ VᵀQ Θ^½, which has W's singular values."""
         return self.left[:, None] * (self.v.mT @ self.q) * self.right
 
-    def applied(self, w: LowRank, u: Tensor, zh: Tensor) -> LowRank:
+    def applied(self, w: Delta, u: Tensor, zh: Tensor) -> Delta:
         """L V Λ^-½ u and zh Θ^-½ Qᵀ R, computed in float64, rounded to float32."""
         to_left = (self.v / self.left / self.size[:, None]) @ u
         to_right = (zh / self.right) @ self.q.mT * self.size
-        left = [(rows.double() @ to_left).float() for rows in w.left.split(_ROWS)]
-        right = [(to_right @ columns.double()).float() for columns in w.right.split(_ROWS, 1)]
-        return LowRank(torch.cat(left), torch.cat(right, 1))
+        left, right = w.factors()
+        new_left = [(rows.double() @ to_left).float() for rows in left.split(_ROWS)]
+        new_right = [(to_right @ columns.double()).float() for columns in right.split(_ROWS, 1)]
+        return Delta(torch.cat(new_left), torch.cat(new_right, 1))
 
 
 def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +239,7 @@ def _gram(w: Tensor) -> Tensor:
     return total
 
 
-def rounded(w: LowRank, dtype: torch.dtype) -> tuple[LowRank, float]:
+def rounded(w: Delta, dtype: torch.dtype) -> tuple[Delta, float]:
     """The factors in another dtype, and ‖W − rounded‖_F.
 
     The difference L·R − L'·R' = (L − L')·R + L'·(R − R') is taken in this form, which does not
@@ -246,11 +248,8 @@ def rounded(w: LowRank, dtype: torch.dtype) -> tuple[LowRank, float]:
     new = w.to(dtype)
     if dtype == torch.float32:
         return new, 0.0
-    back = new.to(torch.float32)
-    lost = LowRank(
-        torch.cat([w.left - back.left, back.left], dim=1),
-        torch.cat([w.right, w.right - back.right]),
-    )
+    (left, right), (new_left, new_right) = w.factors(), new.to(torch.float32).factors()
+    lost = Delta(torch.cat([left - new_left, new_left], 1), torch.cat([right, right - new_right]))
     return new, lost.norm().item()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.errors import DataError, RecipeError
+from fedex_lora.errors import DataError, RecipeError, some
 from fedex_lora.merge.adapters import Adapter, Shape
 from fedex_lora.merge.factors import Sum, Term, weighted_sum
 from fedex_lora.merge.tokens import of_tokens
@@ -258,10 +258,11 @@ def _differences(adapters: Sequence[Adapter], source: Adapter | None) -> Iterato
     everywhere = [("layers", [set(a.places) for a in adapters])]
     everywhere += [("trained modules", [set(own) for own in others])]
     for what, names in everywhere:
-        some = set.union(*names) - set.intersection(*names)
+        common = set.intersection(*names)
         for adapter, own in zip(adapters, names):
-            if own & some:
-                yield f"{what} that not all adapters have, in {adapter.name}: {_some(own & some)}"
+            if own - common:
+                told = some(sorted(own - common), 3)
+                yield f"{what} that not all adapters have, in {adapter.name}: {told}"
     for key in sorted(set.intersection(*(set(own) for own in others))):
         if len({own[key] for own in others}) > 1:
             shapes = ", ".join(f"{a.name} {own[key]}" for a, own in zip(adapters, others))
@@ -330,8 +331,3 @@ def within(key: str, modules: Iterable[str]) -> bool:
     parts = key.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(path.endswith(module) for path in paths for module in modules)
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -9,14 +9,14 @@ from pathlib import Path
 import psutil
 
 from fedex_lora.disk import check_free
-from fedex_lora.errors import RecipeError, StorageError
+from fedex_lora.errors import RecipeError, StorageError, size
 
 
-def check_place(out: Path, inputs: Iterable[Path], size: int) -> None:
+def check_place(out: Path, inputs: Iterable[Path], needed: int) -> None:
     """Raises a `UserError` if `out` is in use, lies in an input, or the disk has too little room.
 
     Args:
-        size: Bytes that will be written, at most.
+        needed: Bytes that will be written, at most.
     """
     check_free(out)
     target = out.absolute().resolve()
@@ -25,28 +25,18 @@ def check_place(out: Path, inputs: Iterable[Path], size: int) -> None:
             raise RecipeError(f"`out`: {out} lies in {folder}, which is read; name a place outside")
     there = next(p for p in (target, *target.parents) if p.is_dir())
     free = shutil.disk_usage(there).free
-    if size > free:
+    if needed > free:
         raise StorageError(
-            f"`out`: up to {gigabytes(size)} will be written to {out}, and only {gigabytes(free)} "
+            f"`out`: up to {size(needed)} will be written to {out}, and only {size(free)} "
             "are free there; free some space, choose another place, or a smaller `rank` or `dtype`"
         )
 
 
-def check_memory(size: int) -> None:
-    """Raises a `UserError` if less than `size` bytes of memory are available."""
+def check_memory(needed: int) -> None:
+    """Raises a `UserError` if less than `needed` bytes of memory are available."""
     free = psutil.virtual_memory().available
-    if size > free:
+    if needed > free:
         raise StorageError(
-            f"the largest layer takes {gigabytes(size)} of memory while it is merged, and "
-            f"{gigabytes(free)} are available; close other programs or use a larger machine"
+            f"the largest layer takes {size(needed)} of memory while it is merged, and "
+            f"{size(free)} are available; close other programs or use a larger machine"
         )
-
-
-def gigabytes(size: int) -> str:
-    """Bytes for people.
-
-    Example:
-        >>> gigabytes(1_500_000_000), gigabytes(12_000)
-        ('1.50 GB', '0.01 MB')
-    """
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import DataError, StorageError
 from fedex_lora.merge.checkpoint import Stored
 from fedex_lora.merge.factors import Reduced, finite, reduce
@@ -178,10 +178,10 @@ class Values:
         parts = wide if wide.dim() == 3 else [wide]
         for matrix, update in zip(parts, self._updates(site)):
             turned = matrix.T if self._spots[site].turned else matrix
-            if isinstance(update, LowRank):
-                turned.addmm_(update.left.to(wide.dtype), update.right.to(wide.dtype))
+            if update.right is None:
+                turned.add_(update.left)
             else:
-                turned.add_(update)
+                turned.addmm_(update.left.to(wide.dtype), update.right.to(wide.dtype))
 
     def _update_of(self, group: Group) -> dict[str, Tensor]:
         """The updates of the tensors on disk that a group's parameters are made of."""
@@ -192,7 +192,7 @@ class Values:
             self._add(update[self._spots[site].parameter or ""], site)
         return group.back(update, shapes)
 
-    def _updates(self, site: str) -> Iterator[LowRank | Tensor]:
+    def _updates(self, site: str) -> Iterator[Delta]:
         for whole in self.plan.sums(site):
             if self.rank is None and not self.error:
                 yield whole.update

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
 from fedex_lora.aggregation.aggregator import Aggregator
-from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.disk import new_directory
 from fedex_lora.errors import DataError
@@ -158,7 +158,7 @@ def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> La
     for whole in plan.sums(site):
         found = reduce(whole, options.rank, options.error)
         stored, rounding = rounded(found.factors, options.dtype)
-        if not finite(stored.left) or not finite(stored.right):
+        if not all(map(finite, stored.parts.values())):
             raise DataError(f"{site}: is too large for {options.dtype}; choose another `dtype`")
         kept.append(stored)
         parts.append(Layer(stored.rank, found.norm, found.missed, rounding, None, _at(found)))
@@ -179,14 +179,15 @@ def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> La
     )
 
 
-def _write_factors(place: Place, parts: Sequence[LowRank], file: TensorFile) -> None:
+def _write_factors(place: Place, parts: Sequence[Delta], file: TensorFile) -> None:
     """Of one layer, or of a mixture's experts in PEFT's order; see `Place`."""
     rank = max(1, *(part.rank for part in parts))  # PEFT knows no rank 0
     if len(parts) == 1 and parts[0].rank == rank:
-        a, b = parts[0].right, parts[0].left
+        b, a = parts[0].factors()
     else:
-        a = torch.cat([_longer(part.right.mT, rank).mT for part in parts])
-        b = torch.stack([_longer(part.left, rank) for part in parts], dim=-1).flatten(1)
+        lefts, rights = zip(*(part.factors() for part in parts))
+        a = torch.cat([_longer(right.mT, rank).mT for right in rights])
+        b = torch.stack([_longer(left, rank) for left in lefts], dim=-1).flatten(1)
     file.add(place.keys[0], a)
     file.add(place.keys[1], b)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
-from fedex_lora.aggregation.lowrank import LowRank, dense
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import RecipeError
 from fedex_lora.model.files import read_adapter, save_adapter
@@ -23,7 +23,7 @@ from fedex_lora.model.pretrained import Pretrained
 from fedex_lora.model.side import attach
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
-Increment = Callable[[str], LowRank | Tensor | None]
+Increment = Callable[[str], Delta | None]
 
 
 class AdaptedModel:
@@ -199,20 +199,20 @@ class AdaptedModel:
         for name, layer in self._layers.items():
             total = self._w0(name)
             for part in (increment(name), state.sites[name].delta()):
-                total += 0 if part is None else dense(part).to(total)
+                total += 0 if part is None else part.dense().to(total)
             weights[f"{name}.weight"] = layer.oriented(total).to(to).contiguous()
         weights |= {name: _cast(t, to) for name, t in state.head.items()}
         return self._plain_model(weights, to)
 
-    def _fold(self, layer: Layer, increment: LowRank | Tensor | None) -> None:
+    def _fold(self, layer: Layer, increment: Delta | None) -> None:
         weight = layer.base.weight
         total = self._w0(layer.name).to(weight.device)
         if increment is not None:
-            total += dense(increment).to(total)
+            total += increment.dense().to(total)
         with torch.no_grad():
             weight.copy_(layer.oriented(total))
 
-    def _put_beside(self, layer: Layer, increment: LowRank | Tensor | None) -> None:
+    def _put_beside(self, layer: Layer, increment: Delta | None) -> None:
         assert self._side is not None
         if layer.name in self._side:
             self._side.pop(layer.name).remove()

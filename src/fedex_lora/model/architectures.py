@@ -6,7 +6,6 @@ by the same code that adapts the real ones. Nothing is downloaded.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from fedex_lora.aggregation.adapter import Site
-from fedex_lora.errors import RecipeError
+from fedex_lora.errors import RecipeError, did_you_mean
 from fedex_lora.model.inject import head_names, heads, inject
 from fedex_lora.model.load import Base, locate, quiet
 from fedex_lora.model.presets import PRESETS, preset_of
@@ -115,9 +114,8 @@ def _unknown(name: str, error: Exception | None) -> str:
         reason = str(error).strip().splitlines()[0]
         return f"model.name: {name!r}: its config.json cannot be used: {reason}"
     names = [n for key, preset in PRESETS.items() for n in (key, *preset.ids)]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     return (
-        f"model.name: {name!r} is not known here; did you mean {near!r}? Expected a preset "
+        f"model.name: {name!r} is not known here{did_you_mean(name, names, 0.0)} Expected a preset "
         f"({', '.join(PRESETS)}), its hub id, another hub id that is in the local cache, or a "
         "folder with config.json"
     )

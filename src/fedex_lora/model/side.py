@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from fedex_lora.aggregation.lowrank import LowRank, smaller
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.model.layer import Layer
 
 
-def attach(layer: Layer, increment: LowRank | Tensor) -> RemovableHandle:
+def attach(layer: Layer, increment: Delta) -> RemovableHandle:
     """Adds increment · x, in float32 at scale 1, to the output of the layer's plain base.
 
     The base gets the input before LoRA's dropout, hence so does the increment. It is held by the
@@ -27,9 +27,8 @@ def attach(layer: Layer, increment: LowRank | Tensor) -> RemovableHandle:
         A handle whose `remove()` undoes it.
     """
     device = layer.base.weight.device
-    small = smaller(increment) if isinstance(increment, LowRank) else increment
-    chain = (small.right, small.left) if isinstance(small, LowRank) else (small,)
-    weights = tuple(w.detach().to(device, torch.float32) for w in chain)
+    parts = reversed(increment.smaller().parts.values())  # right first, then left
+    weights = tuple(w.detach().to(device, torch.float32) for w in parts)
 
     def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # autocast would round the increment to bfloat16

@@ -3,6 +3,7 @@
 `fedex_lora.recipe.reader` reads and writes them as YAML.
 """
 
+from fedex_lora.recipe.data import DataSpec
 from fedex_lora.recipe.federation import (
     CLIENT_NAME,
     CLIENT_NAME_RULE,
@@ -12,15 +13,12 @@ from fedex_lora.recipe.federation import (
 from fedex_lora.recipe.limits import limits
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, did_you_mean
-from fedex_lora.recipe.task import COMMONSENSE, GLUE, GLUE_TEXTS, DataSpec, TaskSpec
+from fedex_lora.recipe.task import TaskSpec, register_task, spec_of, task_kinds, task_spec
 from fedex_lora.recipe.whole import EngineSpec, EvaluationSpec, Recipe, RecordsSpec
 
 __all__ = [
     "CLIENT_NAME",
     "CLIENT_NAME_RULE",
-    "COMMONSENSE",
-    "GLUE",
-    "GLUE_TEXTS",
     "DataSpec",
     "EngineSpec",
     "EvaluationSpec",
@@ -36,4 +34,8 @@ __all__ = [
     "TaskSpec",
     "did_you_mean",
     "limits",
+    "register_task",
+    "spec_of",
+    "task_kinds",
+    "task_spec",
 ]

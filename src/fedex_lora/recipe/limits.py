@@ -25,8 +25,6 @@ MOST = {  # by key
     "federation.partition.shards_per_client": 10**6,
     "task.max_length": 10**7,
     "task.evaluation_max_length": 10**7,
-    "task.max_new_tokens": 10**7,
-    "task.num_beams": 10**4,
     "evaluation.batch_size": 10**6,
     "engine.client_cpus": 2**16,
 }

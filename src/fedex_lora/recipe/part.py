@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from fedex_lora.errors import did_you_mean as did_you_mean
 
 Problem = tuple[str, str]  # dotted path within the block, what is wrong there
 LocalPath = Annotated[Path, Field(strict=False)]  # YAML has no paths: text is one
@@ -36,19 +37,13 @@ def check(problems: Iterable[Problem]) -> None:
     """Raises what pydantic reports as an error, with all problems, if there are any."""
     found = list(problems)
     if found:
-        text = "; ".join(f"{path}: {what}" for path, what in found)
-        raise PydanticCustomError("fields", "{text}", {"text": text, "found": found})
+        raise fault(found)
 
 
-def did_you_mean(wrong: object, known: Iterable[str]) -> str:
-    """The end of an error message that names the nearest known name, or "" if none is near.
-
-    Example:
-        >>> did_you_mean("lerning_rate", ["learning_rate", "optim"])
-        "; did you mean 'learning_rate'?"
-    """
-    near = difflib.get_close_matches(str(wrong), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def fault(found: list[Problem]) -> PydanticCustomError:
+    """What pydantic reports as an error, with these problems."""
+    text = "; ".join(f"{path}: {what}" for path, what in found)
+    return PydanticCustomError("fields", "{text}", {"text": text, "found": found})
 
 
 def listed(names: Iterable[str]) -> str:

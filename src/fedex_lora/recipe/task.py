@@ -1,146 +1,238 @@
-"""What is learned, and from which rows."""
+"""What is learned: the block `task`, whose keys are those of its kind.
+
+A kind of task is a file of its own, which defines the block and what follows from it and calls
+`register_task`. It is found in the folder `fedex_lora/tasks/kinds` or by an entry point of the
+group `fedex_lora.tasks`, and is imported when a recipe asks for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic_core import PydanticCustomError
 
-from fedex_lora.recipe.part import LocalPath, Part, Problem, did_you_mean, listed
+from fedex_lora.errors import UserError
+from fedex_lora.recipe.part import Part, Problem, did_you_mean, fault, listed
 
-_PAIR = ("sentence1", "sentence2")
-GLUE_TEXTS: dict[str, tuple[str, ...]] = {  # its tasks, and their columns of texts
-    "cola": ("sentence",),
-    "sst2": ("sentence",),
-    "mrpc": _PAIR,
-    "qqp": ("question1", "question2"),
-    "stsb": _PAIR,
-    "mnli": ("premise", "hypothesis"),
-    "qnli": ("question", "sentence"),
-    "rte": _PAIR,
-    "wnli": _PAIR,
-}
-COMMONSENSE = (
-    "boolq",
-    "piqa",
-    "social_i_qa",
-    "hellaswag",
-    "winogrande",
-    "ARC-Easy",
-    "ARC-Challenge",
-    "openbookqa",
-)
-_TASK_FIELDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # kind: (needed, optional)
-    "glue": (["name"], ["columns"]),
-    "text-classification": ([], ["labels", "text_column", "text_pair_column", "label_column"]),
-    "causal-lm": ([], ["text_column"]),
-    "instruction": (["prompt", "response"], ["max_new_tokens", "generate"]),
-    "e2e": ([], ["columns", "max_new_tokens", "generate", "num_beams"]),
-    "math": ([], ["name", "columns", "max_new_tokens", "generate", "compare"]),
-    "commonsense": ([], ["name", "columns", "max_new_tokens", "generate", "score"]),
-    "image-classification": ([], ["labels", "image_column", "label_column"]),
-}
-_COLUMNS: dict[str, Sequence[str]] = {  # kind: what `columns` may name, beside GLUE's
-    "e2e": ("meaning_representation", "human_reference"),
-    "math": ("query", "response", "question", "problem", "solution", "answer"),
-    "commonsense": ("instruction", "input", "output", "answer"),
-}
-GLUE = tuple(GLUE_TEXTS)
-TASK_NAMES: dict[str, Sequence[str]] = {  # kind: the values of `name`
-    "glue": GLUE,
-    "math": ("metamath", "gsm8k", "math"),
-    "commonsense": COMMONSENSE,
-}
-
-
-LABELLED = ("text-classification", "image-classification")  # by classes of the user's own
+GROUP = "fedex_lora.tasks"  # of entry points
+_HOME = "fedex_lora.tasks.kinds"
 
 
 class TaskSpec(Part):
-    kind: Literal[
-        "glue",
-        "text-classification",
-        "causal-lm",
-        "instruction",
-        "e2e",
-        "math",
-        "commonsense",
-        "image-classification",
-    ]
-    name: str | None = None  # which of a kind's data sets: see TASK_NAMES
+    """What all kinds of tasks have in their block; each adds its own keys and `build`.
+
+    Attributes:
+        vocabulary: Whether its model has logits for every word of the vocabulary, which take most
+            of the memory that training takes.
+        scored: What its block has beyond the defaults where a model is only scored.
+    """
+
+    vocabulary: ClassVar[bool] = True
+    scored: ClassVar[Mapping[str, Any]] = {}
+
+    kind: str
     max_length: int = Field(default=128, ge=4)
     evaluation_max_length: int | None = Field(default=None, ge=4)  # max_length if not given
     columns: dict[str, str] = Field(default={})  # the task's name of a column: the rows' own name
-    labels: list[str] | None = None  # classification: the agreed label set, in order
-    text_column: str | None = None  # text-classification, causal-lm
-    text_pair_column: str | None = None
-    label_column: str = "label"
-    prompt: str | None = None  # instruction: template with {column} fields
-    response: str | None = None  # instruction: template of the response
-    max_new_tokens: int = Field(default=64, ge=1)
-    generate: bool = False  # score what is generated, not the loss alone
-    num_beams: int = Field(default=10, ge=1)  # e2e: 10 in the paper
-    compare: Literal["latex", "string"] = "latex"  # math: how two answers are compared
-    score: Literal["generation", "likelihood"] = "generation"  # commonsense: how it answers
-    image_column: str | None = None  # image-classification
+
+    def build(self, labels: Sequence[str] | None) -> Any:
+        """The `fedex_lora.tasks.Task` that the block asks for.
+
+        Args:
+            labels: The classes of data that bring their own.
+        """
+        raise NotImplementedError
+
+    def renamable(self) -> Sequence[str]:
+        """What `columns` may name; none where it is not used."""
+        return ()
+
+    @property
+    def title(self) -> str:
+        """The data set that it is named after, or its kind."""
+        return getattr(self, "name", None) or self.kind
 
     @property
     def evaluated_length(self) -> int:
         """The `max_length` of rows that models are scored on."""
         return self.evaluation_max_length or self.max_length
 
+    @property
+    def generates(self) -> bool:
+        """Whether texts are generated when models are scored."""
+        return bool(getattr(self, "generate", False))
+
+    @property
+    def lacks_labels(self) -> bool:
+        """Whether it needs classes and names none, so that the data have to bring their own."""
+        return False
+
     def problems(self) -> Iterator[Problem]:
-        needed, optional = _TASK_FIELDS[self.kind]
-        for name in needed:
-            if getattr(self, name) is None:
-                yield name, f"missing; a task of kind {self.kind} needs it"
-        for name, field in type(self).model_fields.items():
-            fits = name in ("kind", *needed, *optional)
-            fits |= name.endswith("max_length") and self.kind != "image-classification"
-            if not fits and getattr(self, name) != field.default:
-                yield name, f"a task of kind {self.kind} does not use it"
-        names = TASK_NAMES.get(self.kind)
-        if names and self.name is not None and self.name not in names:
-            yield "name", f"expected one of {listed(names)}" + did_you_mean(self.name, names)
-        known = _COLUMNS.get(self.kind) or (*GLUE_TEXTS.get(self.name or "", ()), "label")
-        for column in self.columns if "columns" in optional else []:
+        known = self.renamable()
+        if self.columns and not known:
+            yield "columns", f"a task of kind {self.kind} does not use it"
+            return
+        for column in self.columns:
             if column not in known:
                 near = did_you_mean(column, known)
                 yield f"columns.{column}", f"expected one of {listed(known)}{near}"
         if len(set(self.columns.values())) < len(self.columns):
             yield "columns", "two of them name the same column"
-        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
-            yield "labels", "expected two or more labels, all different"
-        if self.score == "likelihood" and self.generate:
-            yield "generate", "with `score: likelihood` nothing is generated; leave it out"
 
 
-class DataSpec(Part):
-    """Exactly one of name (hub), path (directory), clients (a file each), source (built in)."""
+_registered: dict[str, type[TaskSpec]] = {}
 
-    name: str | None = None
-    config: str | None = None
-    revision: str | None = None
-    path: LocalPath | None = None
-    clients: list[LocalPath] | None = (
-        None  # with path: the server's evaluation rows come from there
-    )
-    source: Literal["stdlib-docs", "digits"] | None = None
-    evaluation: dict[str, str] = Field(
-        default={}
-    )  # further evaluation splits: a file, or NAME[:CONFIG][@SPLIT]
-    train_examples: int | None = Field(default=None, ge=1)  # a seeded sample of the training rows
-    evaluation_examples: int | None = Field(default=None, ge=1)  # of each evaluation split
 
-    def problems(self) -> Iterator[Problem]:
-        given = {k for k in ("name", "path", "clients", "source") if getattr(self, k) is not None}
-        if len(given) != 1 and given != {"clients", "path"}:
-            got = listed(sorted(given)) or "none"
-            sources = "name, path, clients, source (or clients with path)"
-            yield "", f"expected exactly one of {sources}, got {got}"
-        if self.clients is not None and len(set(self.clients)) < max(1, len(self.clients)):
-            yield "clients", "expected one or more files, all different"
-        for option in ("config", "revision"):
-            if getattr(self, option) is not None and self.name is None:
-                yield option, "only a data set of the hub (`name`) has one"
+def register_task(kind: str, spec: type[TaskSpec]) -> None:
+    """Makes a kind of task known to recipes of this process.
+
+    Args:
+        kind: What recipes call it.
+        spec: Its block, with `build`.
+
+    Raises:
+        UserError: There is a task of that kind already, or `spec` is none.
+    """
+    for point in _entry_points().get(kind, []) if kind not in _built_in() else []:
+        module = getattr(spec, "__module__", "")
+        if module.partition(".")[0] != point.module.partition(".")[0]:
+            raise _twice(kind, _who(point), module)
+    _register(kind, spec)
+
+
+def _register(kind: str, spec: type[TaskSpec]) -> None:
+    if not (isinstance(spec, type) and issubclass(spec, TaskSpec)):
+        raise UserError(f"task {kind!r}: {spec!r} is no TaskSpec; expected a subclass of it")
+    if spec.build is TaskSpec.build:
+        raise UserError(
+            f"task {kind!r}: {spec.__name__} lacks `build(self, labels)`, which gives its Task"
+        )
+    known = _registered.get(kind)
+    first = known.__module__ if known else _built_in().get(kind, spec.__module__)
+    if first != spec.__module__ or (known and known.__qualname__ != spec.__qualname__):
+        raise _twice(kind, first, spec.__module__)
+    _registered[kind] = spec
+
+
+def _twice(kind: str, *by: str) -> UserError:
+    told = f"task {kind!r}: registered twice, by {' and '.join(by)}"
+    return UserError(f"{told}; rename one of them, or uninstall its package")
+
+
+def task_kinds() -> tuple[str, ...]:
+    """All kinds that recipes may name; none is imported."""
+    return tuple(sorted({*_registered, *_built_in(), *_entry_points()}))
+
+
+def spec_of(kind: str) -> type[TaskSpec] | None:
+    """The block of a kind, imported if need be; None if there is no such kind.
+
+    Raises:
+        UserError: Two packages have one, or it cannot be imported, or is no task.
+    """
+    points = _entry_points().get(kind, [])
+    names = [*(["fedex-lora"] if kind in _built_in() else []), *map(_who, points)]
+    if len(names) > 1:
+        raise _twice(kind, *names)
+    if kind not in _registered and kind in _built_in():
+        import_module(_built_in()[kind])
+    elif kind not in _registered and points:
+        try:
+            _register(kind, points[0].load())
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"task {kind!r}: {names[0]} cannot be imported: {error}") from error
+    return _registered.get(kind)
+
+
+def own_specs() -> list[type[TaskSpec]]:
+    """The blocks of this package's kinds and of those that were registered by a call."""
+    for module in _built_in().values():
+        import_module(module)
+    return list(_registered.values())
+
+
+def task_spec(**values: Any) -> TaskSpec:
+    """The block of plain values, checked.
+
+    Raises:
+        pydantic.ValidationError: Something is wrong with them.
+
+    Example:
+        >>> task_spec(kind="glue", name="sst2").title
+        'sst2'
+    """
+    return _Whole.model_validate({"task": values}).task
+
+
+@cache
+def _built_in() -> Mapping[str, str]:
+    """The kinds of this package and their modules, by the names of files alone."""
+    home = importlib.util.find_spec(_HOME)
+    folders = home.submodule_search_locations or [] if home else []
+    names = sorted(file.stem for folder in folders for file in Path(folder).glob("[a-z]*.py"))
+    return {name.replace("_", "-"): f"{_HOME}.{name}" for name in names}
+
+
+@cache
+def _entry_points() -> Mapping[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _who(point: EntryPoint) -> str:
+    return f"{point.dist.name if point.dist else 'a package'} ({point.value})"
+
+
+_EARLIER: Mapping[str, Any] = {  # what recipes once said for tasks of all kinds
+    **dict.fromkeys(("name", "labels", "text_column", "text_pair_column", "image_column")),
+    **dict.fromkeys(("prompt", "response")),
+    "label_column": "label",
+    "max_new_tokens": 64,
+    "generate": False,
+    "num_beams": 10,
+    "compare": "latex",
+    "score": "generation",
+}
+
+
+def _read(value: Any) -> Any:
+    """The block of a kind, from plain values."""
+    if not isinstance(value, Mapping):
+        return value
+    kind, kinds = value.get("kind"), listed(task_kinds())
+    if "kind" not in value:
+        raise fault([("kind", f"missing; expected one of {kinds}")])
+    try:
+        spec = spec_of(kind) if isinstance(kind, str) else None
+    except UserError as error:
+        raise fault([("kind", str(error))]) from error
+    if spec is None:
+        near = did_you_mean(kind, task_kinds())
+        raise fault([("kind", f"expected one of {kinds}, got {kind!r}{near}")])
+    own = spec.model_fields
+    rest = {
+        k: v
+        for k, v in value.items()
+        if k not in _EARLIER or (v is not None if k in own else v != _EARLIER[k])
+    }
+    try:
+        return spec.model_validate(rest)
+    except ValidationError as error:
+        context = {"text": str(error), "error": error, "spec": spec}
+        raise PydanticCustomError("task", "{text}", context) from None
+
+
+TaskBlock = Annotated[SerializeAsAny[TaskSpec], BeforeValidator(_read)]
+
+
+class _Whole(Part):
+    task: TaskBlock

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.recipe.data import DataSpec
 from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, check, listed
 from fedex_lora.recipe.refused import REFUSED_TRAINING
-from fedex_lora.recipe.task import LABELLED, DataSpec, TaskSpec
+from fedex_lora.recipe.task import TaskBlock
 
 
 class EvaluationSpec(Part):
@@ -52,7 +53,7 @@ class Recipe(Part):
     lora: LoraSpec = LoraSpec()
     method: MethodSpec = MethodSpec()
     federation: FederationSpec = FederationSpec()
-    task: TaskSpec
+    task: TaskBlock
     data: DataSpec
     training: dict[str, Any] = Field(default={})
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -84,8 +85,7 @@ class Recipe(Part):
         yield from self._ranks()
         yield from self._engine()
         yield from self._fused()
-        labels_known = self.task.labels is not None or self.data.source is not None
-        if self.task.kind in LABELLED and not labels_known:
+        if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
         if self.model.quantisation and METHODS[self.method.name].trains == "all":
             yield (

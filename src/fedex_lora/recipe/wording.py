@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from fedex_lora.recipe import Part, Recipe, did_you_mean
+from fedex_lora.recipe import Part, Recipe, TaskSpec, did_you_mean
 from fedex_lora.recipe.refused import REFUSED_LORA
+from fedex_lora.recipe.task import own_specs
 
 Keys = tuple[str | int, ...]
 
@@ -29,22 +30,28 @@ _MANY = {str: "texts", int: "whole numbers", float: "numbers", Path: "paths"}
 _BOUNDS = [("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")]
 
 
-def describe(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[tuple[Keys, str]]:
+def describe(
+    error: ValidationError, raw: Mapping[str, Any], root: type[Part] = Recipe
+) -> Iterator[tuple[Keys, str]]:
     """Where and what is wrong, for every problem that validation found.
 
     Args:
-        error: Of `Recipe.model_validate(raw)`.
+        error: Of `root.model_validate(raw)`.
         raw: The values that were validated.
+        root: The recipe, or a task's block.
     """
     for detail in error.errors(include_url=False):
-        keys = detail["loc"]
+        keys, context = detail["loc"], detail.get("ctx", {})
         if detail["type"] == "fields":
-            for path, what in detail.get("ctx", {})["found"]:
+            for path, what in context["found"]:
                 yield (*keys, *filter(None, path.split("."))), what
+        elif detail["type"] == "task":
+            for inner, what in describe(context["error"], raw["task"], context["spec"]):
+                yield (*keys, *inner), what
         elif detail["type"] == "extra_forbidden":
-            yield keys, _unknown(keys)
+            yield keys, _unknown(keys, raw, root)
         else:
-            yield _wrong(detail, raw)
+            yield _wrong(detail, raw, root)
 
 
 def expected(field: FieldInfo) -> str:
@@ -55,7 +62,7 @@ def expected(field: FieldInfo) -> str:
         'a whole number of at least 0'
     """
     bounds = [
-        f"{words} {getattr(bound, name):g}"
+        f"{words} {getattr(bound, name):.15g}"
         for bound in field.metadata
         if isinstance(bound, annotated_types.BaseMetadata)
         for name, words in _BOUNDS
@@ -90,10 +97,10 @@ def _plain(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _field(keys: Keys) -> tuple[Keys, FieldInfo | None, type[Part]]:
+def _field(keys: Keys, root: type[Part]) -> tuple[Keys, FieldInfo | None, type[Part]]:
     """The field that keys lead to, leaving out what pydantic appends for members of unions."""
-    block: type[Part] | None = Recipe
-    found, field, within = 0, None, Recipe
+    block: type[Part] | None = root
+    found, field, within = 0, None, root
     while block and found < len(keys) and (key := str(keys[found])) in block.model_fields:
         within, field = block, block.model_fields[key]
         kind = field.annotation
@@ -102,11 +109,13 @@ def _field(keys: Keys) -> tuple[Keys, FieldInfo | None, type[Part]]:
     return keys[:found], field, block or within
 
 
-def _unknown(keys: Keys) -> str:
+def _unknown(keys: Keys, raw: Mapping[str, Any], root: type[Part]) -> str:
     key = str(keys[-1])
     if keys[0] == "lora" and key in REFUSED_LORA:
         return f"refused: {REFUSED_LORA[key]}"
-    block = _field(keys)[2]
+    block = _field(keys, root)[2]
+    if issubclass(root, TaskSpec) and any(key in s.model_fields for s in own_specs()):
+        return f"a task of kind {raw['kind']} does not use it"
     elsewhere = f"; did you mean '{_home(key)}'?" if _home(key) else ""
     near = did_you_mean(key, block.model_fields)
     return "unknown key" + (elsewhere or near or f"; known: {', '.join(block.model_fields)}")
@@ -115,15 +124,18 @@ def _unknown(keys: Keys) -> str:
 def _home(key: str) -> str:
     """The block in which a key of that name is at home, with the key; "" if there is none."""
     for name, field in Recipe.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Part) and key in kind.model_fields:
-            return f"{name}.{key}"
+        blocks = own_specs() if field.annotation is TaskSpec else [field.annotation]
+        for block in blocks:
+            if isinstance(block, type) and issubclass(block, Part) and key in block.model_fields:
+                return f"{name}.{key}"
     return ""
 
 
-def _wrong(detail: ErrorDetails, raw: Mapping[str, Any]) -> tuple[Keys, str]:
-    keys, field, _ = _field(detail["loc"])
+def _wrong(detail: ErrorDetails, raw: Mapping[str, Any], root: type[Part]) -> tuple[Keys, str]:
+    keys, field, _ = _field(detail["loc"], root)
     assert field is not None, detail
+    if detail["type"] == "missing" and issubclass(root, TaskSpec):
+        return keys, f"missing; a task of kind {raw['kind']} needs it"
     if detail["type"] == "missing":
         return keys, f"missing; expected {expected(field)}"
     got: Any = raw

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fedex_lora.disk import write_atomic
 from fedex_lora.engines.engine import Engine
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.remote.audit import Audit
 from fedex_lora.engines.remote.courier import Courier, Waits
 from fedex_lora.engines.remote.engine import RemoteEngine
@@ -20,8 +19,8 @@ from fedex_lora.engines.setup import Federation, roster, set_up_server
 from fedex_lora.errors import some, tally
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.recipe import Recipe
-from fedex_lora.runs.run import Assemble
-from fedex_lora.runs.rundir import OUTPUTS, RunDir, versions
+from fedex_lora.runs.run import Assemble, stage_of
+from fedex_lora.runs.rundir import RunDir, versions
 from fedex_lora.runs.watch import Watcher
 
 FILE = "federation.json"
@@ -44,7 +43,7 @@ def across_machines(courier: Courier, audit: Audit = Audit()) -> Assemble:  # no
         )
         check_shares(settings)
         engine.guests.began = True
-        engine.settings = engine.server.settings = settings
+        engine.settings = settings
         for note in _notes(engine):
             watcher.note(note)
         description = f"{federation.description} ({tally(engine.examples)} rows)"
@@ -68,7 +67,6 @@ def _engine(
     federation: Federation, courier: Courier, out: Path, watcher: Watcher, audit: Audit
 ) -> RemoteEngine:
     recipe, fed = federation.recipe, federation.recipe.federation
-    evaluates = recipe.evaluation.where != "server"
     names, (known, declared) = roster(recipe), identity(out)
     guests = Guests(
         courier,
@@ -85,15 +83,7 @@ def _engine(
     return RemoteEngine(
         guests,
         federation.settings,
-        LocalEngine(
-            federation.model,
-            federation.task,
-            {},
-            federation.settings,
-            recipe.training,
-            outputs=out / OUTPUTS,
-        ),
-        recipe.evaluation.every if evaluates else 0,
+        stage_of(federation, out),
         watcher.turn,
         lambda known, examples: remember(out, known, examples),
     )

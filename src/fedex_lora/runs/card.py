@@ -9,13 +9,13 @@ from typing import Any
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.engines.setup import recipe_task
+from fedex_lora.errors import number
 from fedex_lora.model.config import CONFIG
 from fedex_lora.model.files import resolved
 from fedex_lora.model.inject import head_names
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.reopened import Trained
 from fedex_lora.runs.rundir import versions
-from fedex_lora.runs.words import number
 from fedex_lora.tasks import Task
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the server state in one safetensors file, and clients' own factors in files of
+"""Checkpoints: the server state in one safetensors file, and clients' own tensors in files of
 their own (shelf.py), written so that a crash at any moment leaves the one before intact. A digest
 beside the file is the sign that all of it is complete."""
 
@@ -17,22 +17,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
-from fedex_lora.aggregation.lowrank import LowRank
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.disk import parsed, replace_atomic, write_atomic
-from fedex_lora.errors import UserError
-from fedex_lora.federation.messages import ledger_from, ledger_meta, ledger_tensors
+from fedex_lora.errors import StorageError, UserError
+from fedex_lora.federation.codec import ledger_from, ledger_meta, ledger_tensors
+from fedex_lora.federation.messages import Tensors, flat
 from fedex_lora.federation.state import ServerState
 from fedex_lora.runs import shelf
 
 NAME = "round-{:04d}.safetensors"  # more digits from round 10,000 on
 _NAMED = re.compile(r"round-([0-9]+)\.safetensors")
 _ODD = (LookupError, TypeError, ValueError, AttributeError, SafetensorError)
-OWN = "own"  # the directory of clients' own factors
+OWN = "own"  # the directory of clients' own tensors
 
 
 def save_checkpoint(directory: Path, state: ServerState, extra: Mapping[str, Any]) -> Path:
     """Writes the state after its version; `extra` is JSON that comes back with it."""
-    own = {c: _shelved(directory, state.version, a).name for c, a in state.own.items()}
+    own = {c: shelve(directory, state.version, t).path.name for c, t in state.own.items()}
     meta = {"fedex": json.dumps({**_meta(state), "own": own, "extra": extra})}
     path = directory / NAME.format(state.version)
     replace_atomic(path, lambda new: save_file(_tensors(state), new, meta))
@@ -40,18 +41,12 @@ def save_checkpoint(directory: Path, state: ServerState, extra: Mapping[str, Any
     return path
 
 
-def shelve(directory: Path, version: int, adapter: AdapterState) -> AdapterState:
-    """Puts a client's own factors beside the checkpoints; they are read when needed."""
-    return shelf.put(directory / OWN, version, adapter)
-
-
-def _shelved(directory: Path, version: int, adapter: AdapterState) -> Path:
-    """The file beside the checkpoints that holds a client's own factors."""
-    path = shelf.place(adapter)
-    if path is None or path.parent != directory / OWN:
-        path = shelf.place(shelve(directory, version, adapter))
-    assert path is not None
-    return path
+def shelve(directory: Path, version: int, tensors: Tensors) -> shelf.OnDisk:
+    """Puts a client's own tensors beside the checkpoints, if they are not there; they are read
+    when needed."""
+    if isinstance(tensors, shelf.OnDisk) and tensors.path.parent == directory / OWN:
+        return tensors
+    return shelf.put(directory / OWN, version, tensors)
 
 
 def _digest(path: Path) -> str:
@@ -68,20 +63,20 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
     try:
         intact = _digest(path).encode() == _digest_path(path).read_bytes().strip()
     except OSError as error:
-        raise UserError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
+        raise StorageError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
     if not intact:
-        raise UserError(f"{path}: checkpoint is corrupted or truncated (its digest differs)")
+        raise StorageError(f"{path}: checkpoint is corrupted or truncated (its digest differs)")
     try:
         return _read(path)
     except UserError:
         raise
     except LookupError as error:
-        raise UserError(
+        raise StorageError(
             f"{path}: checkpoint of another version of fedex-lora (it lacks {error}); go on with "
             "the version that environment.json names"
         ) from None
     except _ODD as error:
-        raise UserError(f"{path}: no checkpoint ({type(error).__name__}: {error})") from None
+        raise StorageError(f"{path}: no checkpoint ({type(error).__name__}: {error})") from None
 
 
 def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
@@ -89,7 +84,7 @@ def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
     own = {client: path.parent / OWN / name for client, name in meta["own"].items()}
     for client, file in own.items():
         if not shelf.intact(file):
-            raise UserError(f"{path}: checkpoint lacks the factors of {client}, {file}")
+            raise StorageError(f"{path}: checkpoint lacks the factors of {client}, {file}")
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return _state(tensors, meta, {c: shelf.get(file) for c, file in own.items()}), meta["extra"]
@@ -151,49 +146,46 @@ def _meta(state: ServerState) -> dict[str, Any]:
         "version": state.version,
         "held": dict(state.held),
         "changed": dict(state.changed),
+        "taken": dict(state.taken),
         "scales": {n: f.scale for n, f in state.factors.items()},
         "ledger": ledger_meta(state.ledger),
     }
 
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
-    flat = ledger_tensors(state.ledger)
-    shared = shelf.adapter_tensors(AdapterState(state.factors, state.head))
-    flat |= {f"factors/{name}": value for name, value in shared.items()}
-    for site, w in state.carry.items():
-        flat |= {f"carry/{site}/left": w.left, f"carry/{site}/right": w.right}
-    flat |= {f"late/{name}": value for name, value in state.late.items()}
+    found = ledger_tensors(state.ledger)
+    shared = flat(AdapterState(state.factors, state.head))
+    found |= {f"factors/{name}": value for name, value in shared.items()}
+    for layer, w in state.carry.items():
+        found |= {f"carry/{layer}/{part}": value for part, value in w.parts.items()}
+    found |= {f"late/{name}": value for name, value in state.late.items()}
     seen: set[int] = set()  # one tensor under two names is written twice
-    for name, value in flat.items():
+    for name, value in found.items():
         if value.data_ptr() in seen or not value.is_contiguous():
-            flat[name] = value.clone(memory_format=torch.contiguous_format)
+            found[name] = value.clone(memory_format=torch.contiguous_format)
         seen.add(value.data_ptr())
-    return flat
-
-
-def _adapter(tensors: Mapping[str, Tensor], prefix: str, scales: Mapping[str, float]):
-    a, b, head = (_under(tensors, f"{prefix}/{kind}/") for kind in ("A", "B", "head"))
-    return AdapterState({n: Factors(a[n], b[n], s) for n, s in scales.items()}, head)
+    return found
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _state(
-    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], own: Mapping[str, AdapterState]
-) -> ServerState:
-    shared = _adapter(tensors, "factors", meta["scales"])
+def _state(tensors: Tensors, meta: Mapping[str, Any], own: Mapping[str, Tensors]) -> ServerState:
+    a, b, head = (_under(tensors, f"factors/{kind}/") for kind in ("A", "B", "head"))
     carry = _under(tensors, "carry/")
-    sites = [key[: -len("/left")] for key in carry if key.endswith("/left")]
+    layers = [key[: -len("/left")] for key in carry if key.endswith("/left")]
+    held: dict[str, int] = meta["held"]
     return ServerState(
         meta["version"],
-        shared.sites,
-        shared.head,
+        {name: Factors(a[name], b[name], scale) for name, scale in meta["scales"].items()},
+        head,
         ledger_from(tensors, meta["ledger"]),
         own,
-        {s: LowRank(carry[f"{s}/left"], carry[f"{s}/right"]) for s in sites},
+        {n: Delta(carry[f"{n}/left"], carry.get(f"{n}/right")) for n in layers},
         _under(tensors, "late/"),
-        meta["held"],
+        held,
         meta["changed"],
+        # before it was kept, a client held the version before its last update
+        meta.get("taken", {client: version + 1 for client, version in held.items()}),
     )

@@ -8,13 +8,14 @@ from typing import Any
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.setup import Federation
 from fedex_lora.errors import UserError
-from fedex_lora.federation.loop import Record, count_down
-from fedex_lora.federation.state import ServerState, broadcast_to
+from fedex_lora.federation.loop import Record, deliver
+from fedex_lora.federation.state import ServerState
 from fedex_lora.runs.checkpoint import NAME, load_checkpoint
 from fedex_lora.runs.export import Exported, export_adapter, export_model
-from fedex_lora.runs.progress import Progress, complete, saved_beside
+from fedex_lora.runs.progress import Progress, saved_beside
+from fedex_lora.runs.records import comparable
 from fedex_lora.runs.reopened import Trained
-from fedex_lora.runs.rundir import RunDir, comparable, plain
+from fedex_lora.runs.rundir import RunDir, plain
 from fedex_lora.runs.scoring import final_scores
 from fedex_lora.runs.watch import Watcher
 
@@ -30,11 +31,11 @@ def finish(
     """All splits for the last and the best round, and the totals, with the delivery of the
     final model to every client."""
     settings, records = federation.settings, progress.records
-    closing = {c: broadcast_to(state, settings, c) for c in settings.clients}
-    delivery = sum(count_down(settings, closing).values())
-    del closing
-    if complete(records, engine.deliver(state), federation, engine, watcher):
-        directory.write_records(records)
+    state, _, sent, missed = deliver(
+        state, settings, engine, settings.clients, scored=False, final=True
+    )
+    for client, why in missed.items():
+        watcher.note(f"the last model did not reach {client}: {why}")
     best = progress.best() or records[-1]
     if not comparable(records):
         watcher.note(
@@ -59,7 +60,7 @@ def finish(
         "last": last,
         "best": at_best,
         "description": federation.description,
-        **_totals(records, delivery),
+        **_totals(records, sum(sent.values())),
     }
     directory.write_json("results.json", results)
     return plain(results)

@@ -17,10 +17,9 @@ from torch import Tensor
 from fedex_lora.data.counts import scored_on
 from fedex_lora.data.load import load_evaluation
 from fedex_lora.data.read import quiet
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.setup import check_image, check_length, recipe_task
 from fedex_lora.errors import RecipeError, StorageError
-from fedex_lora.federation.messages import ledger_tensors
+from fedex_lora.federation.codec import ledger_tensors
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.config import CONFIG, adapter_folder, published
 from fedex_lora.model.ready import base_of, load_ready
@@ -152,8 +151,7 @@ def _run(path: Path, recipe: Recipe, task: Task, which: Which | int, client: str
             "run and evaluate the export"
         )
     final_state(trained, client)  # says whether a client is to be named
-    engine = LocalEngine(trained.model, task, {}, trained.settings, {})
-    engine.write_global(trained.state, client)
+    trained.show(client)
     whose = f", {client}" if client else ""
     name = f"{path}, round {trained.state.version}{whose}"
     tensors = ledger_tensors(trained.state.ledger.since(0))
@@ -302,8 +300,7 @@ def _name(subject: Subject, task: Task, key: str) -> str:
 
 def _digest(subject: Subject, recipe: Recipe, encoded: Mapping[str, Dataset]) -> str:
     """SHA-256 of all that decides the outputs but for rounding: weights, task and rows."""
-    unset = None if recipe.task.columns else {"columns"}  # as before there was this key
-    digest = hashlib.sha256(recipe.task.model_dump_json(exclude=unset).encode())
+    digest = hashlib.sha256(recipe.task.model_dump_json().encode())
     state = subject.model.module.state_dict() | dict(subject.beside)
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

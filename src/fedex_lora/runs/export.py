@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, uniform
-from fedex_lora.aggregation.lowrank import LowRank, concat, dense, factored
+from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.disk import new_directory
-from fedex_lora.engines.local import base_increment
 from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import RecipeError
-from fedex_lora.federation.state import global_factors, start_of
+from fedex_lora.federation.state import base_increment, global_factors, start_of
 from fedex_lora.model.config import CONFIG, SERVER_LIMITS, above_limits, misread, published
 from fedex_lora.runs.card import base_options, loading_lines, model_card
 from fedex_lora.runs.reopened import Trained
@@ -71,16 +70,11 @@ def final_state(trained: Trained, client: str | None) -> AdapterState:
     return start_of(trained.state, trained.settings, client)
 
 
-def change(trained: Trained, state: AdapterState, site: str) -> LowRank:
+def change(trained: Trained, state: AdapterState, site: str) -> Delta:
     """G − W0 of one site as float64 factors: the ledger's total and the adapter."""
-    parts = [
-        factored(w)
-        for w in [base_increment(trained.state, trained.settings, site, None, False)]
-        if w is not None
-    ]
-    if site in state.sites:
-        parts.append(state.sites[site].delta())
-    return concat([p.to(torch.float64) for p in parts])
+    parts = [base_increment(trained.state.ledger, site, fold=False)]
+    parts.append(state.sites[site].delta() if site in state.sites else None)
+    return concat([part.to(torch.float64) for part in parts if part is not None])
 
 
 def export_model(
@@ -120,7 +114,7 @@ def _merged(trained: Trained, state: AdapterState, dtype: torch.dtype | None) ->
     }
     whole = AdapterState({**zero, **state.sites}, state.head)
     return trained.model.merged(
-        whole, lambda s: base_increment(trained.state, trained.settings, s, None), dtype
+        whole, lambda site: base_increment(trained.state.ledger, site), dtype
     )
 
 
@@ -188,16 +182,18 @@ def _as_adapter(trained: Trained, state: AdapterState, rank: int | None, error: 
     sites, missed, sizes, at = {}, {}, {}, dict.fromkeys(SERVER_LIMITS, 0.0)
     for site in trained.model.sites:
         whole = change(trained, state, site)
-        check_finite({site: whole.left}, {site: whole.right})
+        for part in whole.parts.values():
+            check_finite({site: part})
         kept = whole.compress(EPS)
         # what is missed at rank 0, 1, ..., the kept one
         tails = [*kept.singular_values().square().flip(0).cumsum(0).sqrt().flip(0).tolist(), 0.0]
         least = next(r for r, tail in enumerate(tails) if tail <= error * tails[0])
         keep = min(least if rank is None else rank, kept.rank)
-        kept = kept.truncate(keep) if keep < kept.rank else kept
+        kept = kept.split(keep)[0] if keep < kept.rank else kept
         missed[site], sizes[site] = tails[keep], tails[0]
         at = {r: math.hypot(lost, tails[min(r, len(tails) - 1)]) for r, lost in at.items()}
-        sites[site] = Factors(kept.right.float(), kept.left.float(), 1.0)
+        left, right = kept.factors()
+        sites[site] = Factors(right.float(), left.float(), 1.0)
     total = math.hypot(*sizes.values())
     return _Cut(
         sites,
@@ -270,8 +266,8 @@ def _weights(trained: Trained, state: AdapterState) -> Iterator[Tensor]:
     for site in trained.model.sites:
         total = trained.model.pretrained(site)
         own = state.sites[site].delta() if site in state.sites else None
-        for part in (base_increment(trained.state, trained.settings, site, None), own):
-            total += 0 if part is None else dense(part).to(total)
+        for part in (base_increment(trained.state.ledger, site), own):
+            total += 0 if part is None else part.dense().to(total)
         yield total
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.setup import Federation
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.state import ServerState
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.checkpoint import prune, save_checkpoint
-from fedex_lora.runs.rundir import RunDir, best_record, plain
-from fedex_lora.runs.scoring import Scores, with_own
-from fedex_lora.runs.watch import Watcher
+from fedex_lora.runs.records import best_record
+from fedex_lora.runs.rundir import RunDir
 
 
 @dataclass
@@ -54,25 +51,3 @@ def saved_beside(federation: Federation, record: Record) -> dict[str, Any]:
         "description": federation.description,
         "recipe": dump_recipe(federation.recipe),
     }
-
-
-def scores_in(record: Record) -> dict[str, Scores]:
-    """Scores of the round before that came with this round's updates; taken out of its record."""
-    found = {c: told.pop("scores", None) for c, told in record["clients"].items()}
-    return {c: scores for c, scores in found.items() if scores}
-
-
-def complete(
-    records: list[Record],
-    own: Mapping[str, Mapping[str, float]],
-    federation: Federation,
-    engine: Engine,
-    watcher: Watcher,
-) -> bool:
-    """Puts clients' scores that come late where they belong; whether there were any."""
-    if not own or not records or "client_scores" in records[-1]:
-        return False
-    record = records[-1]
-    record |= plain(with_own(federation, engine, record.get("scores", {}), own))
-    watcher.scored(record)
-    return True

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedex_lora.engines.setup import federation_settings, recipe_model, recipe_task
+from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.settings import Settings
@@ -15,7 +16,8 @@ from fedex_lora.federation.state import ServerState
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.checkpoint import NAME, latest, load_checkpoint
-from fedex_lora.runs.rundir import RunDir, best_record, edited, not_of_a_run
+from fedex_lora.runs.records import best_record
+from fedex_lora.runs.rundir import RunDir, edited, not_of_a_run
 
 Which = Literal["best", "last"]
 
@@ -45,6 +47,11 @@ class Trained:
     state: ServerState
     extra: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+    def show(self, client: str | None = None) -> None:
+        """Makes the model the global one; or `client`'s, where every client has a model alone."""
+        stage = Stage(self.model, recipe_task(self.recipe), self.settings.method)
+        stage.show_global(self.state, self.settings, client)
 
 
 def read_round(path: Path, which: Which | int = "best") -> Round:

@@ -11,24 +11,26 @@ from typing import Any
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.engines.engine import Engine
+from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.local import LocalEngine
-from fedex_lora.engines.setup import Federation, set_up
-from fedex_lora.engines.training import quick_collections
+from fedex_lora.engines.setup import Federation, set_up, surroundings
+from fedex_lora.engines.stage import Stage
+from fedex_lora.engines.training import HFTrainer, quick_collections
 from fedex_lora.engines.training_log import TrainingLog
-from fedex_lora.errors import UserError
+from fedex_lora.engines.turn import Train, Turn
+from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.federation.loop import KeepUpdate, Record, run_round
 from fedex_lora.federation.messages import Update
 from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences
+from fedex_lora.runs.autotune import settle_fuse, settle_precision
 from fedex_lora.runs.background import Background
 from fedex_lora.runs.checkpoint import shelve
 from fedex_lora.runs.closing import finish
-from fedex_lora.runs.fusing import settle_fuse
 from fedex_lora.runs.plan.plan import foreseen
-from fedex_lora.runs.precision import settle
 from fedex_lora.runs.preflight import check
-from fedex_lora.runs.progress import Progress, complete, scores_in
+from fedex_lora.runs.progress import Progress
 from fedex_lora.runs.rundir import DATA, OUTPUTS, RunDir, edited, environment, plain
 from fedex_lora.runs.scoring import evaluate
 from fedex_lora.runs.watch import Silent, Start, Watcher
@@ -42,22 +44,36 @@ def local_engine(
 ) -> LocalEngine:
     """The engine whose clients take turns in this process; its logs go into the run's directory."""
     recipe = federation.recipe
-    name = f"{recipe.name}-{recipe.method.name}-seed{recipe.seed}"
-    name = recipe.training.get("run_name") or name
+    log = None
+    if out is not None:
+        name = f"{recipe.name}-{recipe.method.name}-seed{recipe.seed}"
+        log = TrainingLog(out / "logs", recipe.training.get("run_name") or name)
+    task, training = federation.task, recipe.trainer_arguments
+    on_step = _told(watcher) if watcher else None
+    if recipe.fused > 1:
+        train: Train = Fused(task, training, recipe.fused, on_step, log)
+    else:
+        train = HFTrainer(task, training, on_step, log)
     return LocalEngine(
-        federation.model,
-        federation.task,
+        stage_of(federation, out),
         federation.clients,
         federation.settings,
-        recipe.trainer_arguments,
-        recipe.federation.failure_rate,
-        watcher.turn if watcher else None,
+        federation.initial,
+        train,
         federation.validation,
-        recipe.evaluation.batch_size,
-        TrainingLog(out / "logs", name) if out else None,
-        out and out / OUTPUTS,
-        recipe.fused,
+        recipe.federation.failure_rate,
     )
+
+
+def stage_of(federation: Federation, out: Path | None = None) -> Stage:
+    """The federation's one model, to train and to score on; `out` is the run's directory."""
+    size = federation.recipe.evaluation.batch_size
+    method = federation.settings.method
+    return Stage(federation.model, federation.task, method, size, out and out / OUTPUTS)
+
+
+def _told(watcher: Watcher) -> Callable[[Turn, int, int], None]:
+    return lambda turn, done, total: watcher.turn(turn.round, turn.client, done, total)
 
 
 def in_this_process(
@@ -65,11 +81,11 @@ def in_this_process(
 ) -> tuple[Federation, Engine]:
     """Everything of a recipe here: all rows, one model, the local engine."""
     if recipe.engine.kind != "local":
-        raise UserError(
+        raise RecipeError(
             f"engine.kind: {recipe.engine.kind} is for `fedex-lora run`; for this command set "
             "engine.kind=local"
         )
-    federation, told = settle(set_up(recipe))
+    federation, told = settle_precision(set_up(recipe))
     federation, more = settle_fuse(federation)
     for text in filter(None, (told, more)):
         watcher.note(text)
@@ -89,14 +105,15 @@ def start_run(
     """
     directory, watcher = RunDir(out), watcher or Silent()
     directory.check_free()
-    check(recipe)
-    foreseen(recipe, out)
-    federation, engine = assemble(recipe, out, None, watcher)
-    with directory.held():
-        directory.create(federation.recipe)
-        directory.write_json("environment.json", environment(federation.model.device))
-        state = begin(federation.settings, federation.initial)
-        return _go_on(federation, directory, engine, state, Progress(), watcher)
+    with surroundings(recipe):
+        check(recipe)
+        foreseen(recipe, out)
+        federation, engine = assemble(recipe, out, None, watcher)
+        with directory.held():
+            directory.create(federation.recipe)
+            directory.write_json("environment.json", environment(federation.model.device))
+            state = begin(federation.settings, federation.initial)
+            return _go_on(federation, directory, engine, state, Progress(), watcher)
 
 
 def resume_run(
@@ -117,17 +134,17 @@ def resume_run(
     directory, watcher = RunDir(out), watcher or Silent()
     stored = directory.recipe()
     if recipe is not None and (different := differences(recipe, stored)):
-        raise UserError(
-            f"{out}: this run began with another recipe: {'; '.join(different)}. Use another --out"
+        raise RecipeError(
+            f"{out}: this run began with another recipe: {'; '.join(different)}. Use another `out`"
         )
     if (results := directory.results(whole=True)) is not None:
         watcher.note(f"{out} is finished; nothing to do")
         return results
-    with directory.held():
+    with surroundings(stored), directory.held():
         records, then = directory.records(whole=True), directory.environment()
         state, extra, notes = directory.newest()
         if different := edited(stored, extra):
-            raise UserError(
+            raise StorageError(
                 f"{out}/recipe.yaml: was changed after the run began: {'; '.join(different)}. "
                 "Put it back, or begin a new run"
             )
@@ -176,16 +193,12 @@ def _go_on(
     directory.write_json(DATA, {"description": federation.description, **federation.counts})
     watcher.started(_start(federation, directory.path))
     if recipe.records.save_updates and state.version == 0:
-        directory.save_global(federation.model, recipe.model.name, state, {})
+        directory.save_global(federation.model, recipe.model.name, state, federation.settings, {})
     with quick_collections(), Background() as background:  # written while the next round trains
         while state.version < rounds and not progress.exhausted(patience):
             federation, state = _admit(federation, engine, state)
-            after, record = _round(federation, directory, engine, state)
+            after, record = _round(federation, directory, engine, state, watcher)
             background.wait()
-            if complete(progress.records, scores_in(record), federation, engine, watcher):
-                directory.write_records(progress.records)
-                if progress.exhausted(patience):  # the round that told so was one too many
-                    break
             state = after
             progress.records.append(record)
             background.do(partial(progress.save, federation, directory, state))
@@ -213,7 +226,11 @@ def _admit(
 
 
 def _round(
-    federation: Federation, directory: RunDir, engine: Engine, state: ServerState
+    federation: Federation,
+    directory: RunDir,
+    engine: Engine,
+    state: ServerState,
+    watcher: Watcher,
 ) -> tuple[ServerState, Record]:
     recipe, began = federation.recipe, perf_counter()
     keep = _keeper(federation, directory) if recipe.records.save_updates else None
@@ -221,13 +238,21 @@ def _round(
     waiting = directory.checkpoints / "waiting"
     state, record = run_round(state, federation.settings, engine, keep, shelf, waiting)
     if recipe.records.save_updates:
-        directory.save_global(federation.model, recipe.model.name, state, record["weights"])
-    trained = sum(c["seconds"] for c in record["clients"].values())
-    evaluated = perf_counter()
-    last = state.version == federation.settings.rounds
+        weights = record["weights"]
+        directory.save_global(
+            federation.model, recipe.model.name, state, federation.settings, weights
+        )
+    trained = sum(c.get("seconds", 0.0) for c in record["clients"].values())
+    evaluated, settings = perf_counter(), federation.settings
+    last = state.version == settings.rounds
     if last or state.version % recipe.evaluation.every == 0:
-        clients = None if last else federation.settings.sample(state.version + 1)
-        record |= evaluate(federation, engine, state, True, clients)
+        # those of the next round get this model anyhow; of pooled rows every silo has a share
+        everybody = last or settings.method.pooled
+        clients = sorted(engine.validation) if everybody else settings.sample(state.version + 1)
+        state, scored, sent = evaluate(federation, engine, state, clients, watcher.note, True)
+        record |= scored
+        for client, nbytes in sent.items():
+            record["bytes_down"][client] = record["bytes_down"].get(client, 0) + nbytes
     now = perf_counter()
     record["seconds"] |= {"train": trained, "evaluate": now - evaluated, "round": now - began}
     return state, plain(record)

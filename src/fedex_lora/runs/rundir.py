@@ -19,9 +19,10 @@ from safetensors.torch import save
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.disk import parsed, reason, write_atomic
 from fedex_lora.errors import StorageError, UserError
+from fedex_lora.federation.codec import ledger_tensors
 from fedex_lora.federation.loop import Record
-from fedex_lora.federation.messages import ledger_tensors
-from fedex_lora.federation.state import ServerState
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState, start_of
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, dump_recipe, load_stored_recipe, recipe_of_text
@@ -270,13 +271,18 @@ class RunDir:
         write_atomic(folder / "update.json", json.dumps(plain(info), indent=1).encode())
 
     def save_global(
-        self, model: AdaptedModel, base: str, state: ServerState, weights: Mapping[str, float]
+        self,
+        model: AdaptedModel,
+        base: str,
+        state: ServerState,
+        settings: Settings,
+        weights: Mapping[str, float],
     ) -> None:
         """What the server made of a round: factors, head, increments, weights, own factors."""
         folder = self.path / "rounds" / f"{state.version:04d}" / "global"
         save_state(model, folder, base, AdapterState(state.factors, state.head))
-        for client, own in state.own.items():
-            whole = AdapterState(own.sites, own.head or state.head)
+        for client in state.own:
+            whole = start_of(state, settings, client)
             save_state(model, folder / "own" / client, base, whole)
         tensors = ledger_tensors(state.ledger.since(state.version - 1))
         blob = save({k: t.clone().contiguous() for k, t in tensors.items()})
@@ -332,50 +338,6 @@ def _saving(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written: {reason(error)}. Free some space or choose another "
             "directory, then `fedex-lora resume`; the checkpoints are intact"
         ) from None
-
-
-def best_record(records: Sequence[Record], higher: bool) -> Record | None:
-    """The record with the best selection score; None if none has one.
-
-    Of equal scores the one with the lower loss, then the later round. Scores of different clients
-    cannot be compared; where rounds were scored by different ones it is the last that has a score.
-
-    Args:
-        records: In any order; a score that is absent, None or not finite does not count.
-        higher: Whether a higher score is better.
-
-    Example:
-        >>> best_record([{"round": 1, "score": None}, {"round": 2, "score": 0.5}], True)["round"]
-        2
-        >>> one = {"round": 1, "score": 0.9, "scored_by": ["a"]}
-        >>> best_record([one, {"round": 2, "score": 0.5, "scored_by": ["a", "b"]}], True)["round"]
-        2
-    """
-    scored = [r for r in records if r.get("score") is not None and math.isfinite(r["score"])]
-    if not comparable(scored):
-        return max(scored, key=lambda r: r["round"])
-    sign = 1 if higher else -1
-    return max(scored, key=lambda r: (sign * r["score"], -_loss(r), r["round"]), default=None)
-
-
-def comparable(records: Sequence[Record]) -> bool:
-    """Whether the same clients scored all of these rounds, or the server did."""
-    return len({tuple(r.get("scored_by", ())) for r in records if r.get("score") is not None}) < 2
-
-
-def _loss(record: Record) -> float:
-    """The mean loss beside the selection score; without one that of the training."""
-    told = list(record.get("scores", {}).values())[:1]
-    if "scored_by" in record:
-        own = record.get("client_scores", {})
-        told = [own.get(client, {}) for client in record["scored_by"]]
-    for name in ("loss", "perplexity"):
-        found = [scores[name] for scores in told if scores.get(name) is not None]
-        if told and len(found) == len(told):
-            return sum(found) / len(found)
-    trained = record.get("clients", {})
-    losses = {c: trained.get(c, {}).get("loss") for c in record.get("weights", {})}
-    return sum(record["weights"][c] * loss for c, loss in losses.items() if loss is not None)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

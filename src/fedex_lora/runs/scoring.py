@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fedex_lora.engines.engine import Engine
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.setup import Federation
-from fedex_lora.federation.loop import Record
+from fedex_lora.engines.stage import Stage
+from fedex_lora.federation.loop import Record, deliver
 from fedex_lora.federation.state import ServerState
 
 Scores = dict[str, float]
@@ -18,32 +18,38 @@ def evaluate(
     federation: Federation,
     engine: Engine,
     state: ServerState,
+    clients: Sequence[str],
+    note: Callable[[str], None],
     selection_only: bool = False,
-    clients: Sequence[str] | None = None,
-) -> Record:
+) -> tuple[ServerState, Record, Mapping[str, int]]:
     """Scores of the global model on the server's rows, and of the clients' on their own.
 
     Where nothing is exchanged each client's own model is scored, and the server's scores are
     their means.
 
     Args:
+        clients: Whose rows. In a run, those of the next round: they get the model anyhow.
+        note: Is told of clients whose scores did not come.
         selection_only: The first of the server's splits alone.
-        clients: Whose rows; None for all. In a run, those of the next round: they hold the model.
 
     Returns:
-        `scores` by split, `client_scores` by client, and `score`, the number that selects.
+        The state, with who holds the model; `scores` by split, `client_scores` by client and
+        `score`, the number that selects; and the bytes that were sent to clients for it.
     """
-    scores, alone = server_scores(federation, engine.server, state, selection_only)
-    names = sorted(engine.validation) if clients is None else clients
-    if federation.settings.method.pooled:
-        names = sorted(engine.validation)
-    result = with_own(federation, engine, scores, engine.client_scores(state, names) or {})
-    return {**result, "scores_alone": alone} if alone else result
+    scores, alone = server_scores(federation, engine.stage, state, selection_only)
+    own: Mapping[str, Mapping[str, float]] = {}
+    sent: Mapping[str, int] = {}
+    if any(engine.validation.values()):
+        state, own, sent, missed = deliver(state, federation.settings, engine, clients)
+        for client, why in missed.items():
+            note(f"round {state.version}: no scores of {client}: {why}")
+    result = with_own(federation, engine, scores, own)
+    return state, {**result, "scores_alone": alone} if alone else result, sent
 
 
 def server_scores(
     federation: Federation,
-    server: LocalEngine,
+    stage: Stage,
     state: ServerState,
     selection_only: bool,
     known: Record | None = None,
@@ -57,14 +63,13 @@ def server_scores(
     if not splits:
         return {}, {}
     alone = not federation.settings.method.exchanges
-    size = federation.recipe.evaluation.batch_size
     by_model: dict[str | None, dict[str, Scores]] = {}
     for client in list(federation.settings.clients) if alone else [None]:
-        server.write_global(state, client)
+        stage.show_global(state, federation.settings, client)
         had = _scored(known or {}, client)
         whose = ("clients", client) if client else ()
         by_model[client] = {
-            split: had[split] if split in had else server.evaluate(rows, size, state, *whose, split)
+            split: had[split] if split in had else stage.score(rows, state.version, *whose, split)
             for split, rows in splits.items()
         }
     scores = {split: _means([m[split] for m in by_model.values()]) for split in splits}
@@ -122,6 +127,6 @@ def final_scores(
     federation: Federation, engine: Engine, state: ServerState, record: Record
 ) -> Record:
     """All of the server's splits; the clients' scores as the round's record has them."""
-    scores, alone = server_scores(federation, engine.server, state, False, record)
+    scores, alone = server_scores(federation, engine.stage, state, False, record)
     result = with_own(federation, engine, scores, record.get("client_scores", {}))
     return {**result, "scores_alone": alone} if alone else result

@@ -1,19 +1,25 @@
 """Tasks: how rows are checked, encoded, batched and scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from numbers import Real
+from typing import Any
 
-from fedex_lora.errors import RecipeError
-from fedex_lora.recipe import TaskSpec
-from fedex_lora.tasks.arithmetic import arithmetic
+from fedex_lora.errors import UserError, shown
+from fedex_lora.recipe import TaskSpec, register_task, task_kinds, task_spec
 from fedex_lora.tasks.base import Task
-from fedex_lora.tasks.classification import glue, text_classification
-from fedex_lora.tasks.commonsense import commonsense
-from fedex_lora.tasks.e2e import e2e
-from fedex_lora.tasks.images import image_classification
-from fedex_lora.tasks.language import causal_lm, instruction
+from fedex_lora.tasks.metrics import Metric
 
-__all__ = ["Task", "build_task"]
+__all__ = [
+    "Metric",
+    "Task",
+    "TaskSpec",
+    "build_task",
+    "register_task",
+    "task_kinds",
+    "task_spec",
+]
 
 
 def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Task:
@@ -24,41 +30,34 @@ def build_task(spec: TaskSpec, labels: Sequence[str] | None = None) -> Task:
         labels: The classes of data that bring their own, if `spec` names none.
 
     Raises:
-        UserError: Classification without labels, or a template that cannot be read.
+        UserError: Classification without labels, a template that cannot be read, or a task that
+            lacks a part.
 
     Example:
-        >>> task = build_task(TaskSpec(kind="glue", name="mrpc"))
+        >>> task = build_task(task_spec(kind="glue", name="mrpc"))
         >>> task.columns, task.primary, task.labels
         (('sentence1', 'sentence2', 'label'), 'accuracy', ('not_equivalent', 'equivalent'))
     """
-    return replace(_built(spec, labels), renamed=spec.columns)
-
-
-def _built(spec: TaskSpec, labels: Sequence[str] | None) -> Task:
-    if spec.kind == "glue":
-        return glue(spec.name or "")
-    if spec.kind == "causal-lm":
-        return causal_lm(spec.text_column or "text")
-    if spec.kind == "instruction":
-        return instruction(
-            spec.prompt or "", spec.response or "", spec.max_new_tokens, spec.generate
+    try:
+        task = spec.build(labels)
+    except TypeError as error:
+        if "Task.__init__()" in str(error):  # it names the parts
+            raise UserError(f"task {spec.kind!r}: {error}") from error
+        raise
+    if not isinstance(task, Task):
+        raise UserError(
+            f"task {spec.kind!r}: build gave {task!r}; expected a fedex_lora.tasks.Task"
         )
-    if spec.kind == "e2e":
-        return e2e(spec.max_new_tokens, spec.generate, spec.num_beams)
-    if spec.kind == "math":
-        return arithmetic(spec.name, spec.max_new_tokens, spec.generate, spec.compare)
-    if spec.kind == "commonsense":
-        likelihood = spec.score == "likelihood"
-        return commonsense(spec.name, spec.max_new_tokens, spec.generate, likelihood)
-    names = spec.labels or labels
-    if names is None:
-        raise RecipeError("task.labels is missing: list all labels, in the order all agree on.")
-    if spec.kind == "image-classification":
-        column = spec.image_column or "image"
-        return image_classification(column, spec.label_column, tuple(names))
-    return text_classification(
-        spec.text_column or "text",
-        spec.text_pair_column,
-        spec.label_column,
-        tuple(names),
-    )
+    return replace(task, renamed=spec.columns, evaluate=partial(_evaluate, task))
+
+
+def _evaluate(task: Task, *args: Any, **kwargs: Any) -> dict[str, float]:
+    """What the task's own `evaluate` gives, refused where it is not what all else reads."""
+    scores = task.evaluate(*args, **kwargs)
+    numbers = isinstance(scores, Mapping) and all(isinstance(v, Real) for v in scores.values())
+    if not numbers or task.primary not in scores:
+        raise UserError(
+            f"task {task.name!r}: evaluate gave {shown(scores)}; expected numbers by name, "
+            f"{task.primary} among them"
+        )
+    return {name: float(value) for name, value in scores.items()}

@@ -1,17 +1,15 @@
 """What a task is: a value that says how rows are checked, encoded, batched and scored."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import torch
-from datasets import Dataset
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
-
-from fedex_lora.errors import DataError
+from fedex_lora.errors import DataError, UserError, shown
+from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, Tensor, nn, torch
+from fedex_lora.tasks.metrics import Metric
 from fedex_lora.tasks.outputs import Outputs
 
 Batch = dict[str, Tensor]
@@ -47,19 +45,20 @@ class Evaluate(Protocol):
     ) -> dict[str, float]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One task; built by `fedex_lora.tasks.build_task`.
 
     Attributes:
         name: What it is called in records and model cards, e.g. `glue/sst2`.
-        auto_model: The transformers class that loads the model.
-        peft_task_type: PEFT's name of it: `SEQ_CLS` or `CAUSAL_LM`; it has none for images.
+        auto_model: The transformers class that loads the model, e.g. `AutoModelForCausalLM`.
+        peft_task_type: PEFT's name of it, e.g. `SEQ_CLS`; it has none for images.
         columns: The columns that every row must have.
         evaluation_splits: All splits it can be evaluated on, in order of preference: the first
             that exists selects the best round. Test splits come last.
         primary: The metric that selects the best round.
-        higher_is_better: Whether `primary` is to grow.
+        metrics: How the numbers that `evaluate` gives are read, by name. It may give others, too:
+            those are recorded, and may be any finite numbers.
         labels: The names of the classes in the order of their numbers, if there are classes.
         regression: Whether the label is a number to be predicted.
         stratify: The label column, by which rows can be dealt out unevenly.
@@ -70,25 +69,23 @@ class Task:
         encode: `encode(rows, tokenizer, max_length)` tokenises once, in memory, without padding:
             columns `input_ids`, `attention_mask`, `labels`, and what else scoring needs.
         collator: `collator(tokenizer)` makes batches of encoded rows, padded to the longest.
-        evaluate: `evaluate(model, encoded, tokenizer, batch_size, outputs)` gives the metrics and
-            `loss`, on the model's device, and leaves the model's training mode as it was. Tasks
-            that generate texts keep them in `outputs`, if given; all others ignore it.
+        evaluate: `evaluate(model, encoded, tokenizer, batch_size, outputs)` gives named numbers,
+            `primary` among them, on the model's device, and leaves the model's training mode as it
+            was. Tasks that generate texts keep them in `outputs`, if given; all others ignore it.
         encode_evaluation: The same for rows to be evaluated on; None where `encode` does that.
+        check_room: `check_room(model, parts)` raises a `UserError` if there is no room in the
+            model for what is generated after the prompts of encoded rows; None where nothing is.
         average_over: Splits whose mean score is told too, where there are several of them.
         renamed: What the rows call a column, where they do not call it as the task does.
     """
 
     name: str
-    auto_model: Literal[
-        "AutoModelForSequenceClassification",
-        "AutoModelForCausalLM",
-        "AutoModelForImageClassification",
-    ]
-    peft_task_type: Literal["SEQ_CLS", "CAUSAL_LM"] | None
+    auto_model: str
+    peft_task_type: str | None
     columns: tuple[str, ...]
     evaluation_splits: tuple[str, ...]
     primary: str
-    higher_is_better: bool
+    metrics: Mapping[str, Metric]
     check: Check
     encode: Encode
     collator: Callable[[PreTrainedTokenizerBase], Collate]
@@ -98,8 +95,26 @@ class Task:
     stratify: str | None = None
     image: str | None = None
     encode_evaluation: Encode | None = None
+    check_room: Callable[[nn.Module, Sequence[Dataset]], None] | None = None
     average_over: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for part in ("check", "encode", "collator", "evaluate"):
+            if not callable(getattr(self, part)):
+                got = shown(getattr(self, part))
+                raise UserError(f"task {self.name!r}: {part} is {got}; expected a function")
+        read = self.metrics.get(self.primary) if isinstance(self.metrics, Mapping) else None
+        if not isinstance(read, Metric):
+            raise UserError(
+                f"task {self.name!r}: metrics lacks its primary one; expected "
+                f"{{{self.primary!r}: Metric(higher_is_better=..., range=...)}}"
+            )
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether `primary` is to grow."""
+        return self.metrics[self.primary].higher_is_better
 
     def model_kwargs(self) -> dict[str, Any]:
         """What the task asks of the model's config (arguments of `from_pretrained`)."""
@@ -171,13 +186,21 @@ def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) ->
 def pad(rows: Sequence[Mapping[str, Any]], key: str, value: int, side: str = "right") -> Tensor:
     """The rows' lists under `key` as one int64 tensor (rows × longest), filled up with `value`."""
     tensors = [torch.tensor(row[key], dtype=torch.long) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    return torch.nn.utils.rnn.pad_sequence(
+        tensors, batch_first=True, padding_value=value, padding_side=side
+    )
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up rows: of a tokenizer without one any, as it is masked everywhere."""
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+    return next(number for number in known if isinstance(number, int))
 
 
 def pad_inputs(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The model's inputs for encoded rows, padded on the right to the longest row."""
     fill = {
-        "input_ids": tokenizer.pad_token_id,
+        "input_ids": padding(tokenizer),
         "attention_mask": 0,
         "token_type_ids": tokenizer.pad_token_type_id,
     }

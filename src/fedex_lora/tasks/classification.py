@@ -1,24 +1,16 @@
-"""Classification and regression of one text or a pair of texts: GLUE, and the user's own columns.
+"""Classification and regression of one text or a pair of texts, whatever the columns."""
 
-GLUE: Wang et al., arXiv 1804.07461; the metrics are those of its table 1.
-"""
+from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import ClassLabel, Dataset
-from torch import nn
-from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
-
 from fedex_lora.errors import DataError, RecipeError, shown
-from fedex_lora.recipe import GLUE_TEXTS, did_you_mean
+from fedex_lora.recipe import Problem
 from fedex_lora.tasks.base import (
     Batch,
     Collate,
@@ -31,7 +23,16 @@ from fedex_lora.tasks.base import (
     pad_inputs,
 )
 from fedex_lora.tasks.encoding import encode_texts
-from fedex_lora.tasks.metrics import METRICS
+from fedex_lora.tasks.lazy import (
+    Dataset,
+    PreTrainedTokenizerBase,
+    datasets,
+    functional,
+    nn,
+    numpy,
+    torch,
+)
+from fedex_lora.tasks.metrics import LOSS, OF_LABELS, Metric
 from fedex_lora.tasks.outputs import Outputs
 
 
@@ -48,64 +49,30 @@ class Columns:
     keys: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class GlueTask:
-    texts: tuple[str, ...]
-    labels: tuple[str, ...] | None
-    metrics: tuple[str, ...] = ("accuracy",)  # the first is the primary one
-    splits: tuple[str, ...] = ("validation", "test")
-
-
 SCORES = (0.0, 5.0)  # of STS-B, the one regression
-_ENTAILMENT = ("entailment", "not_entailment")
-_MNLI_SPLITS = ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
-
-GLUE: Mapping[str, GlueTask] = {
-    "cola": GlueTask(GLUE_TEXTS["cola"], ("unacceptable", "acceptable"), ("matthews",)),
-    "sst2": GlueTask(GLUE_TEXTS["sst2"], ("negative", "positive")),
-    "mrpc": GlueTask(GLUE_TEXTS["mrpc"], ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qqp": GlueTask(GLUE_TEXTS["qqp"], ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "stsb": GlueTask(GLUE_TEXTS["stsb"], None, ("pearson", "spearman")),
-    "mnli": GlueTask(
-        GLUE_TEXTS["mnli"], ("entailment", "neutral", "contradiction"), splits=_MNLI_SPLITS
-    ),
-    "qnli": GlueTask(GLUE_TEXTS["qnli"], _ENTAILMENT),
-    "rte": GlueTask(GLUE_TEXTS["rte"], _ENTAILMENT),
-    "wnli": GlueTask(GLUE_TEXTS["wnli"], ("not_entailment", "entailment")),
-}
-"""The GLUE tasks with the columns and label numbers of the Hugging Face hub."""
 
 
-def glue(name: str) -> Task:
-    """The GLUE task of that name.
+def label_problems(labels: Sequence[str] | None) -> Iterator[Problem]:
+    """What is wrong with the key `labels` of a task's block."""
+    if labels is not None and len(set(labels)) < max(2, len(labels)):
+        yield "labels", "expected two or more labels, all different"
+
+
+def agreed_labels(given: Sequence[str] | None, brought: Sequence[str] | None) -> tuple[str, ...]:
+    """The classes in order: those of the block, else those that the data bring.
 
     Raises:
-        UserError: There is none.
+        UserError: There are neither.
     """
-    if name not in GLUE:
-        near = did_you_mean(name, GLUE)
-        raise RecipeError(f"task.name: '{name}' is no GLUE task, which are {', '.join(GLUE)}{near}")
-    known = GLUE[name]
-    columns = Columns(known.texts, "label", known.labels)
-    return _task(f"glue/{name}", columns, known.metrics, known.splits)
+    if given is None and brought is None:
+        raise RecipeError("task.labels is missing: list all labels, in the order all agree on.")
+    return tuple(given or brought or ())
 
 
-def text_classification(
-    text_column: str, text_pair_column: str | None, label_column: str, labels: tuple[str, ...]
+def classification_task(
+    name: str, columns: Columns, metrics: tuple[str, ...], splits: tuple[str, ...]
 ) -> Task:
-    """Classification by the user's own columns into the agreed `labels`.
-
-    Labels in the data are names of `labels`, or the numbers 0 .. n-1. (Where any name is itself a
-    number, such as "1" to "5" stars or "0.5", numbers are read as names, by value.) A number may
-    be written as a text, as in CSV.
-    """
-    texts = (text_column,) if text_pair_column is None else (text_column, text_pair_column)
-    keys = ("text_column", "text_pair_column")[: len(texts)]
-    columns = Columns(texts, label_column, labels, (*keys, "label_column"))
-    return _task("text-classification", columns, ("accuracy", "macro_f1"), ("validation", "test"))
-
-
-def _task(name: str, columns: Columns, metrics: tuple[str, ...], splits: tuple[str, ...]) -> Task:
+    """The task of telling one label of each row; the first of `metrics` is the primary one."""
     return Task(
         name=name,
         auto_model="AutoModelForSequenceClassification",
@@ -113,7 +80,7 @@ def _task(name: str, columns: Columns, metrics: tuple[str, ...], splits: tuple[s
         columns=(*columns.texts, columns.label),
         evaluation_splits=splits,
         primary=metrics[0],
-        higher_is_better=True,
+        metrics=read_as(metrics),
         check=partial(_check, columns),
         encode=partial(_encode, columns),
         collator=_collator,
@@ -122,6 +89,11 @@ def _task(name: str, columns: Columns, metrics: tuple[str, ...], splits: tuple[s
         regression=columns.labels is None,
         stratify=columns.label,
     )
+
+
+def read_as(metrics: Sequence[str]) -> dict[str, Metric]:
+    """How these metrics of `OF_LABELS`, and the loss, are read."""
+    return {**{name: OF_LABELS[name][1] for name in metrics}, "loss": LOSS}
 
 
 def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
@@ -156,7 +128,7 @@ def _check_texts(names: tuple[str, ...], rows: Dataset, where: str, line_of: Lin
 def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
     """Refuse data that name their classes otherwise: the numbers would mean something else."""
     feature = rows.features[columns.label]
-    if not isinstance(feature, ClassLabel) or columns.labels is None:
+    if not isinstance(feature, datasets.ClassLabel) or columns.labels is None:
         return
     if set(feature.names) != set(columns.labels):
         raise DataError(
@@ -180,7 +152,7 @@ def codes(columns: Columns, rows: Dataset) -> Callable[[Any], int | float | None
         return _score
     by_name = {name: i for i, name in enumerate(columns.labels)}
     feature = rows.features[columns.label]
-    if isinstance(feature, ClassLabel):  # the data themselves say what their numbers mean
+    if isinstance(feature, datasets.ClassLabel):  # the data themselves say what their numbers mean
         by_number = {float(i): by_name[name] for i, name in enumerate(feature.names)}
     else:
         by_number = _by_number(columns.labels)
@@ -257,7 +229,7 @@ def scores(
     """The metrics, and the loss: cross-entropy, or the squared error of labels that are numbers.
 
     Args:
-        metrics: Names of `METRICS`.
+        metrics: Names of `OF_LABELS`.
         logits: Rows × classes, float64; for a regression rows × 1.
         labels: One for each row.
     """
@@ -267,8 +239,8 @@ def scores(
     else:
         predictions = logits.argmax(dim=1)
         loss = functional.cross_entropy(logits, labels)
-    found, wanted = predictions.numpy(), np.asarray(labels)
-    return {name: METRICS[name](found, wanted) for name in metrics} | {"loss": loss.item()}
+    found, wanted = predictions.numpy(), numpy.asarray(labels)
+    return {name: OF_LABELS[name][0](found, wanted) for name in metrics} | {"loss": loss.item()}
 
 
 def _logits(

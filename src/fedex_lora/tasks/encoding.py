@@ -6,10 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
-
 from fedex_lora.errors import RecipeError
 from fedex_lora.tasks.base import IGNORED
+from fedex_lora.tasks.lazy import PreTrainedTokenizerBase
 
 CHARACTERS = 2**17  # of a text that are tokenised in any case
 

@@ -7,17 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
-
 from fedex_lora.errors import RecipeError
-from fedex_lora.tasks.base import evaluating, learned_positions, longest_first, pad
+from fedex_lora.tasks.base import evaluating, learned_positions, longest_first, pad, padding
+from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, Tensor, nn, torch, transformers
 from fedex_lora.tasks.outputs import Outputs
 
 
@@ -89,8 +81,9 @@ def verdicts(
     ]
 
 
-class NoRepeatNgram(LogitsProcessor):
-    """Forbids tokens that would repeat an n-gram among those after position `start`.
+class NoRepeatNgram:
+    """A logits processor: forbids tokens that would repeat an n-gram among those after position
+    `start`.
 
     Transformers' own processor counts the prompt's n-grams too, so that a model may not repeat
     what it was asked about.
@@ -119,12 +112,12 @@ def _generate(
     decoding: Decoding,
     device: torch.device,
 ) -> list[str]:
-    batch = _left_padded(prompts, cast(int, tokenizer.pad_token_id))
+    batch = _left_padded(prompts, padding(tokenizer))
     start = batch["input_ids"].shape[1]
     more: dict[str, Any] = {}
     if decoding.no_repeat_ngram:
         ban = NoRepeatNgram(decoding.no_repeat_ngram, start)
-        more["logits_processor"] = LogitsProcessorList([ban])
+        more["logits_processor"] = transformers.LogitsProcessorList([ban])
     generated = cast(Any, model).generate(
         **{key: value.to(device) for key, value in batch.items()},
         generation_config=_settings(decoding, tokenizer),
@@ -148,14 +141,16 @@ def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return cast(str, tokenizer.decode(kept, skip_special_tokens=True))
 
 
-def _settings(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def _settings(
+    decoding: Decoding, tokenizer: PreTrainedTokenizerBase
+) -> transformers.GenerationConfig:
     beams = {"length_penalty": decoding.length_penalty, "early_stopping": False}
-    return GenerationConfig(
+    return transformers.GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,
         num_beams=decoding.num_beams,
         use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         **(beams if decoding.num_beams > 1 else {}),
     )
@@ -167,7 +162,7 @@ def _without_own_settings(model: nn.Module) -> Iterator[None]:
     own: list[Any] = [m for m in model.modules() if "generation_config" in vars(m)]
     settings = [module.generation_config for module in own]
     for module in own:
-        module.generation_config = GenerationConfig()
+        module.generation_config = transformers.GenerationConfig()
     try:
         yield
     finally:

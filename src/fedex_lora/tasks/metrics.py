@@ -1,46 +1,80 @@
 """Metrics as pure functions of predictions and labels (scikit-learn, SciPy)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from fedex_lora.tasks.lazy import numpy, sklearn_metrics, stats
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 NO_SUCH_CLASS: Any = 0  # what F1 is then, without a warning; the stubs know only "warn"
-Metric = Callable[[NDArray, NDArray], float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one of a task's numbers is read.
+
+    Attributes:
+        higher_is_better: Whether it is to grow.
+        range: Between which values it lies; None for any finite ones.
+    """
+
+    higher_is_better: bool = True
+    range: tuple[float, float] | None = None
+
+    def expected(self, value: float) -> str | None:
+        """What it can be, in words, if it cannot be `value`.
+
+        Example:
+            >>> SHARE.expected(1e300), SHARE.expected(1.0), Metric().expected(math.inf)
+            ('0 to 1', None, 'a finite number')
+        """
+        if self.range is None:
+            return None if math.isfinite(value) else "a finite number"
+        low, high = self.range
+        slack = 1e-6  # of rounding
+        return None if low - slack <= value <= high + slack else f"{low:g} to {high:g}"
+
+
+SHARE = Metric(range=(0.0, 1.0))
+CORRELATION = Metric(range=(-1.0, 1.0))
+LOSS = Metric(higher_is_better=False, range=(0.0, math.inf))
+PERPLEXITY = Metric(higher_is_better=False, range=(1.0, math.inf))
 
 
 def accuracy(predictions: NDArray, labels: NDArray) -> float:
     """The share of predictions that are right."""
-    return float(accuracy_score(labels, predictions))
+    return float(sklearn_metrics.accuracy_score(labels, predictions))
 
 
 def f1(predictions: NDArray, labels: NDArray) -> float:
     """The F1 score of class 1 of two; 0 if there is no such label and no such prediction."""
-    return float(f1_score(labels, predictions, average="binary", zero_division=NO_SUCH_CLASS))
+    return _f1(predictions, labels, "binary")
 
 
 def macro_f1(predictions: NDArray, labels: NDArray) -> float:
     """The mean F1 score over the classes that occur in labels or predictions."""
-    return float(f1_score(labels, predictions, average="macro", zero_division=NO_SUCH_CLASS))
+    return _f1(predictions, labels, "macro")
 
 
 def matthews(predictions: NDArray, labels: NDArray) -> float:
     """Matthews' correlation coefficient; 0 if all predictions or all labels are the same."""
-    return float(matthews_corrcoef(labels, predictions))
+    return float(sklearn_metrics.matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: NDArray, labels: NDArray) -> float:
     """Pearson's correlation; 0 if all predictions or all labels are the same."""
-    return _correlation(pearsonr, predictions, labels)
+    return _correlation(stats.pearsonr, predictions, labels)
 
 
 def spearman(predictions: NDArray, labels: NDArray) -> float:
     """Spearman's rank correlation; 0 if all predictions or all labels are the same."""
-    return _correlation(spearmanr, predictions, labels)
+    return _correlation(stats.spearmanr, predictions, labels)
 
 
 def perplexity(loss: float) -> float:
@@ -66,48 +100,30 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 def mean_loss(nll: ArrayLike, tokens: ArrayLike) -> float:
     """Σ nll / Σ tokens in float64: every token counts the same, whatever row it is in."""
-    return float(np.sum(nll, dtype=np.float64) / np.sum(tokens))
+    return float(numpy.sum(nll, dtype=numpy.float64) / numpy.sum(tokens))
 
 
-RANGES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("accuracy", "f1", "macro_f1", "exact_match"), (0.0, 1.0)),
-    **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
-    **dict.fromkeys(("BLEU", "METEOR", "ROUGE_L"), (0.0, 1.0)),
-    "CIDEr": (0.0, 10.0),
-    "NIST": (0.0, 100.0),
-    "loss": (0.0, math.inf),
-    "perplexity": (1.0, math.inf),
+OF_LABELS: Mapping[str, tuple[Callable[[NDArray, NDArray], float], Metric]] = {
+    "accuracy": (accuracy, SHARE),
+    "f1": (f1, SHARE),
+    "macro_f1": (macro_f1, SHARE),
+    "matthews": (matthews, CORRELATION),
+    "pearson": (pearson, CORRELATION),
+    "spearman": (spearman, CORRELATION),
 }
+"""What is computed of predictions and labels, and how it is read."""
 
 
-def out_of_range(name: str, value: float) -> str | None:
-    """The range of a metric's values in words, if `value` is not in it; None too for a metric
-    whose range is not known, as long as the value is finite.
-
-    Example:
-        >>> out_of_range("accuracy", 1e300), out_of_range("accuracy", 1.0)
-        ('0 to 1', None)
-    """
-    if name not in RANGES:
-        return None if math.isfinite(value) else "a finite number"
-    low, high = RANGES[name]
-    slack = 1e-6  # of rounding
-    return None if low - slack <= value <= high + slack else f"{low:g} to {high:g}"
-
-
-METRICS: Mapping[str, Metric] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "macro_f1": macro_f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
+def _f1(predictions: NDArray, labels: NDArray, average: str) -> float:
+    found = sklearn_metrics.f1_score(
+        labels, predictions, average=average, zero_division=NO_SUCH_CLASS
+    )
+    return float(found)
 
 
 def _correlation(function: Callable, predictions: NDArray, labels: NDArray) -> float:
-    if not np.isfinite(predictions).all():
+    if not numpy.isfinite(predictions).all():
         return math.nan
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+    if numpy.ptp(predictions) == 0 or numpy.ptp(labels) == 0:
         return 0.0
     return float(function(predictions, labels).statistic)

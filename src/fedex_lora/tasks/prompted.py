@@ -7,16 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
 from fedex_lora.errors import DataError
-from fedex_lora.recipe import TaskSpec
 from fedex_lora.tasks.base import unasked
 from fedex_lora.tasks.encoding import encode_pairs, labelled
 from fedex_lora.tasks.generation import Decoding, check_positions, generate, verdicts
 from fedex_lora.tasks.language import as_dataset, evaluate_loss, prompt_of
+from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
 from fedex_lora.tasks.outputs import Outputs
 
 _log = logging.getLogger(__name__)
@@ -86,10 +82,10 @@ def asked(row: Mapping[str, Any]) -> bool:
     return not unasked(row)
 
 
-def check_room(model: nn.Module, parts: Sequence[Dataset], spec: TaskSpec) -> None:
+def check_room(max_new_tokens: int, model: nn.Module, parts: Sequence[Dataset]) -> None:
     """Raise a `UserError` if there is no room for answers after the prompts of encoded rows."""
     rows = [dict(row) for part in parts for row in part]
-    check_positions(model, [prompt_of(row) for row in rows if asked(row)], spec.max_new_tokens)
+    check_positions(model, [prompt_of(row) for row in rows if asked(row)], max_new_tokens)
 
 
 def evaluate_generated(

@@ -1,5 +1,5 @@
-"""Several clients trained in one forward and backward pass: they share the frozen base."""
+"""Several clients trained in one pass: their factors side by side, one forward and backward."""
 
-from fedex_lora.engines.fused.train import Turn, train_fused
+from fedex_lora.engines.fused.train import Fused
 
-__all__ = ["Turn", "train_fused"]
+__all__ = ["Fused"]

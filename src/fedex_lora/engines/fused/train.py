@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import set_seed
 
-from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.fused.batches import Rows, batches, together
 from fedex_lora.engines.fused.losses import client_losses, items
 from fedex_lora.engines.fused.stack import Stack
 from fedex_lora.engines.training import (
+    HFTrainer,
     OnStep,
     attention,
-    made_update,
     make_trainer,
     steps_of,
     training_arguments,
 )
-from fedex_lora.federation.messages import Update
+from fedex_lora.engines.training_log import TrainingLog
+from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one client brings to a round: its name, its encoded rows, and what it starts from."""
-
-    client: str
-    rows: Dataset
-    start: AdapterState
 
 
 @dataclass(frozen=True)
@@ -60,79 +51,66 @@ class _Member:
         self.trainer.lr_scheduler.step()
 
 
-def train_fused(
-    model: AdaptedModel,
-    task: Task,
-    turns: Sequence[Turn],
-    *,
-    trained: frozenset[str],
-    training: Mapping[str, Any],
-    seed: int,
-    round: int,
-    on_step: OnStep | None = None,
-) -> list[Update]:
-    """`fedex_lora.engines.training.train_client` for several clients of equal rank and one base.
+@dataclass(frozen=True)
+class Fused:
+    """`HFTrainer` for several clients of equal rank and one base, in one pass.
 
     A client's batches, loss, clipping, optimizer, schedule and number of steps are its own, so
     without dropout it ends, up to rounding, where it would have ended by itself. Dropout is drawn
-    for all of them from one stream, which their names seed.
+    for all of them from one stream, which their names seed. The seconds are shared out evenly.
 
-    Returns:
-        The updates, in the order of `turns`; the seconds are shared out evenly.
+    Attributes:
+        together: How many clients at most.
     """
-    began = perf_counter()
-    model.freeze(trained)
-    stack = Stack(model.trained_layers(), len(turns))
-    with tempfile.TemporaryDirectory() as directory:
-        members = _members(model, task, turns, stack, training, seed, round, directory)
-        set_seed(derive(seed, "train", round, *(turn.client for turn in turns)))
-        losses = _train(model, task, stack, members, on_step)
-    ends = {}
-    for place, member in enumerate(members):
-        stack.get(place)
-        ends[member.turn.client] = model.read()
-    seconds = (perf_counter() - began) / len(turns)
-    metrics = {
-        m.turn.client: {"loss": loss / m.steps, "steps": float(m.steps), "seconds": seconds}
-        for m, loss in zip(members, losses)
-    }
-    return [
-        made_update(round, t.client, ends[t.client], trained, len(t.rows), metrics[t.client])
-        for t in turns
-    ]
 
+    task: Task
+    training: Mapping[str, Any]
+    together: int
+    on_step: Callable[[Turn, int, int], None] | None = None
+    log: TrainingLog | None = None
 
-def _members(
-    model: AdaptedModel,
-    task: Task,
-    turns: Sequence[Turn],
-    stack: Stack,
-    training: Mapping[str, Any],
-    seed: int,
-    round: int,
-    directory: str,
-) -> list[_Member]:
-    """The clients in the order of the stack: those with the most steps first."""
-    steps = {turn.client: _steps(model, task, turn, training, directory) for turn in turns}
-    order = sorted(turns, key=lambda turn: -steps[turn.client])
-    members = []
-    for place, turn in enumerate(order):
-        model.write(turn.start)
-        stack.put(place)
-        local = derive(seed, "train", round, turn.client)
-        with stack.one(place):
-            trainer = make_trainer(model, task, turn.rows, training, local, directory, collate=Rows)
-            own = batches(trainer)
-            trainer.create_optimizer_and_scheduler(steps[turn.client])
-        members.append(_Member(turn, steps[turn.client], trainer, own, stack.trained(place)))
-    return members
+    def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
+        if len(turns) == 1:
+            alone = HFTrainer(self.task, self.training, self.on_step, self.log)
+            return alone(model, turns)
+        began, first = perf_counter(), turns[0]
+        names = ", ".join(turn.client for turn in turns)
+        on_step = partial(self.on_step, replace(first, client=names)) if self.on_step else None
+        model.freeze(first.trained)
+        stack = Stack(model.trained_layers(), len(turns))
+        with tempfile.TemporaryDirectory() as directory:
+            members = self._members(model, turns, stack, directory)
+            clients = (turn.client for turn in turns)
+            set_seed(derive(first.seed, "train", first.round, *clients))
+            losses = _train(model, self.task, stack, members, on_step)
+        found = {}
+        for place, (member, loss) in enumerate(zip(members, losses)):
+            stack.get(place)
+            metrics = {"loss": loss / member.steps, "steps": float(member.steps)}
+            found[member.turn.client] = Trained(model.read(), metrics)
+        share = {"seconds": (perf_counter() - began) / len(turns)}
+        results = (found[turn.client] for turn in turns)
+        return [replace(result, metrics={**result.metrics, **share}) for result in results]
 
-
-def _steps(
-    model: AdaptedModel, task: Task, turn: Turn, training: Mapping[str, Any], directory: str
-) -> int:
-    args = training_arguments(training, 0, model.device, directory)
-    return steps_of(len(turn.rows), args)
+    def _members(
+        self, model: AdaptedModel, turns: Sequence[Turn], stack: Stack, directory: str
+    ) -> list[_Member]:
+        """The clients in the order of the stack: those with the most steps first."""
+        args = training_arguments(self.training, 0, model.device, directory)
+        steps = {turn.client: steps_of(len(turn.rows), args) for turn in turns}
+        members = []
+        for place, turn in enumerate(sorted(turns, key=lambda turn: -steps[turn.client])):
+            model.write(turn.start)
+            stack.put(place)
+            seed = derive(turn.seed, "train", turn.round, turn.client)
+            with stack.one(place):
+                trainer = make_trainer(
+                    model, self.task, turn.rows, self.training, seed, directory, collate=Rows
+                )
+                own = batches(trainer)
+                trainer.create_optimizer_and_scheduler(steps[turn.client])
+            members.append(_Member(turn, steps[turn.client], trainer, own, stack.trained(place)))
+        return members
 
 
 def _train(

@@ -21,8 +21,8 @@ from torch import Tensor
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.errors import UserError
-from fedex_lora.federation.blobs import pieces
-from fedex_lora.federation.messages import ledger_from, ledger_meta, ledger_tensors
+from fedex_lora.federation.codec import ledger_from, ledger_meta, ledger_tensors, pieces
+from fedex_lora.federation.messages import Tensors, flat
 
 _INDEX = "held.json"
 
@@ -36,14 +36,14 @@ class Held:
         mark: Under which start of the coordinator.
         adapter: The factors and the head it was given.
         ledger: All of it, up to the version.
-        ends: By round, the factors it ended with, where those stay with the client.
+        ends: By round, what it ended with of the tensors that are its own.
     """
 
     version: int
     mark: str
     adapter: AdapterState
     ledger: Ledger
-    ends: Mapping[int, Mapping[str, Factors]] = field(default_factory=dict)
+    ends: Mapping[int, Tensors] = field(default_factory=dict)
 
 
 class Cache:
@@ -135,27 +135,16 @@ def _name(part: str, digest: str) -> str:
     return f"{part}-{digest[:16]}.safetensors"
 
 
-def _parts(held: Held) -> dict[str, dict[str, Tensor]]:
+def _parts(held: Held) -> dict[str, Tensors]:
     """Tensors by file: the adapter, every ledger entry, and the ends of each round."""
-    parts = {"adapter": _factors(held.adapter.sites) | _head(held.adapter.head)}
+    parts: dict[str, Tensors] = {"adapter": flat(held.adapter)}
     ledger = held.ledger
     if ledger.snapshot:
         name = f"ledger-snapshot-{ledger.snapshot_version}"
         parts[name] = ledger_tensors(Ledger((), ledger.snapshot, ledger.snapshot_version))
     for version, increment in ledger.entries:
         parts[f"ledger-{version}"] = ledger_tensors(Ledger(((version, increment),)))
-    for round, sites in held.ends.items():
-        parts[f"end-{round}"] = _factors(sites)
-    return parts
-
-
-def _factors(sites: Mapping[str, Factors]) -> dict[str, Tensor]:
-    found = {f"A/{name}": f.A for name, f in sites.items()}
-    return found | {f"B/{name}": f.B for name, f in sites.items()}
-
-
-def _head(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"head/{name}": value for name, value in head.items()}
+    return parts | {f"end-{round}": end for round, end in held.ends.items()}
 
 
 def _meta(held: Held) -> dict[str, Any]:
@@ -176,14 +165,11 @@ def _held(meta: Mapping[str, Any], parts: Mapping[str, dict[str, Tensor]]) -> He
             ledger |= tensors
     adapter = parts["adapter"]
     head = {k.removeprefix("head/"): t for k, t in adapter.items() if k.startswith("head/")}
+    sites = {n: Factors(adapter[f"A/{n}"], adapter[f"B/{n}"], s) for n, s in scales.items()}
     return Held(
         int(meta["version"]),
         str(meta["mark"]),
-        AdapterState(_sites(adapter, scales), head),
+        AdapterState(sites, head),
         ledger_from(ledger, meta["ledger"]),
-        {int(round): _sites(parts[f"end-{round}"], scales) for round in meta["ends"]},
+        {int(round): parts[f"end-{round}"] for round in meta["ends"]},
     )
-
-
-def _sites(tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Factors]:
-    return {n: Factors(tensors[f"A/{n}"], tensors[f"B/{n}"], s) for n, s in scales.items()}

@@ -8,7 +8,6 @@ would otherwise have bought all rounds with one word.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from fedex_lora.disk import write_atomic
 from fedex_lora.errors import UserError
@@ -125,8 +126,7 @@ class Consent:
     def _changed(self) -> Iterator[dict[str, Any]]:
         """The state, to be changed by one process at a time; written whatever happens within."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
             state = self._read()
             before = json.dumps(state)
             try:

@@ -6,10 +6,9 @@ It knows nothing of how messages travel; a `Courier` carries them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.remote.courier import Failed
 from fedex_lora.engines.remote.guests import Guests
 from fedex_lora.engines.remote.replies import (
@@ -17,24 +16,22 @@ from fedex_lora.engines.remote.replies import (
     Lacking,
     Scored,
     about_reply,
-    check_metrics,
     check_scores,
     said,
     text,
 )
-from fedex_lora.engines.remote.wire import Identity, agreement, own_round
+from fedex_lora.engines.remote.wire import Identity, agreement
+from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError, some
-from fedex_lora.federation.loop import Lost
-from fedex_lora.federation.messages import (
-    Broadcast,
-    Update,
+from fedex_lora.federation.codec import (
     broadcast_nbytes,
     decode_update,
     encode_broadcast,
     most_up,
 )
+from fedex_lora.federation.loop import Exchange
+from fedex_lora.federation.messages import Broadcast, Lost, Scores, Update
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, broadcast_to, start_of
 
 OFTEN = 0.5  # seconds between two looks for replies
 _UNUSABLE = (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -52,19 +49,37 @@ class _Sent:
 
 
 @dataclass
-class _Exchange:
-    """One round's (or the last model's) messages and what came of them."""
+class _Run:
+    """One exchange under way, and what came of it.
 
-    state: ServerState
-    broadcasts: Mapping[str, Broadcast]
-    final: bool
-    evaluate: bool
+    Attributes:
+        kind: Of its messages: round, evaluate or final.
+        messages: What the server counts on sending, by client.
+        counted: Bytes of those that were sent as they are.
+        spent: Bytes of all that was sent.
+    """
+
+    exchange: Exchange
+    kind: str
+    messages: Mapping[str, Broadcast]
     under_way: dict[str, _Sent] = field(default_factory=dict)
     waiting: dict[str, str] = field(default_factory=dict)  # by client, why nothing was sent
     counted: dict[str, int] = field(default_factory=dict)
     spent: dict[str, int] = field(default_factory=dict)
     good: int = 0
     told: int = -1
+
+    @property
+    def trains(self) -> bool:
+        return self.kind == "round"
+
+    @property
+    def number(self) -> int:
+        """The round it belongs to: that which is trained, or whose model is scored."""
+        return self.exchange.round - (not self.trains)
+
+
+Reply = Update | Scores | Lost
 
 
 class _Patience:
@@ -87,8 +102,7 @@ class RemoteEngine:
     Args:
         guests: Who is there.
         settings: The federation's; its clients are those of the roster.
-        server: The coordinator's own model.
-        evaluate_every: Clients score the model after every so many rounds; 0 for never.
+        stage: The coordinator's own model.
         progress: Is told (round, what for, replies so far, replies in all).
         remember: Keeps the identity and the declared rows, before a round's messages are sent.
     """
@@ -97,15 +111,13 @@ class RemoteEngine:
         self,
         guests: Guests,
         settings: Settings,
-        server: LocalEngine,
-        evaluate_every: int = 0,
+        stage: Stage,
         progress: Callable[[int, str, int, int], None] | None = None,
         remember: Callable[[Identity, Mapping[str, int]], None] = lambda identity, rows: None,
     ) -> None:
-        self.guests, self.settings, self.server = guests, settings, server
+        self.guests, self.settings, self.stage = guests, settings, stage
         self.courier, self.waits, self.note = guests.courier, guests.waits, guests.note
-        self.evaluate_every, self.progress = evaluate_every, progress
-        self._remember = remember
+        self.progress, self._remember = progress, remember
         self._late: dict[str, _Sent] = {}
         self._agreement = agreement(guests.facts.agreed)
 
@@ -124,44 +136,30 @@ class RemoteEngine:
         self.guests.greet()
         return sorted(set(self.guests.known) - set(self.settings.clients))
 
-    def client_scores(self, state: ServerState, clients: Sequence[str]) -> None:
-        """They come with the next round's updates."""
-        return None
-
-    def exchange(
-        self, state: ServerState, broadcasts: Mapping[str, Broadcast]
-    ) -> Iterator[Update | Lost]:
+    def train(self, exchange: Exchange) -> Iterator[Update | Lost]:
         """Sends to all, and yields what comes, until all have answered or are given up."""
-        every = self.evaluate_every
-        evaluate = bool(every and state.version and state.version % every == 0)
         self._remember(self.guests.identity, self.examples)
-        starts = (start_of(state, self.settings, client) for client in broadcasts)
+        starts = (exchange.start(client) for client in exchange.clients)
         self.courier.bound(max(most_up(start).whole for start in starts))
-        run = _Exchange(state, broadcasts, False, evaluate)
-        for reply in self._replies(run):
-            if isinstance(reply, Update):
-                run.good += 1
+        for reply in self._replies(exchange, "round"):
+            assert not isinstance(reply, Scores)
             yield reply
 
-    def deliver(self, state: ServerState) -> dict[str, dict[str, float]]:
-        """Sends the last model to everybody who is there, and collects their scores of it."""
+    def evaluate(self, exchange: Exchange) -> Iterator[Scores | Lost]:
+        """Sends the model to those who have rows of their own, the last one to everybody, and
+        yields their scores. Nobody is waited for who is not here."""
         self.guests.greet()
-        names = [c for c in self.settings.clients if c in self.guests.known]
-        messages = {c: broadcast_to(state, self.settings, c) for c in names}
-        run = _Exchange(state, messages, True, self.evaluate_every > 0)
-        found: dict[str, dict[str, float]] = {}
-        for reply in self._replies(run):
-            if isinstance(reply, Lost):
-                self.note(f"the last model did not reach {reply.client}: {reply.reason}")
-            elif reply.scores:
-                found[reply.client] = dict(reply.scores)
-        return found
+        for reply in self._replies(exchange, "final" if exchange.final else "evaluate"):
+            assert not isinstance(reply, Update)
+            yield reply
 
-    def _replies(self, run: _Exchange) -> Iterator[Update | Lost]:
-        needed = 0 if run.final else self.settings.min_clients
-        enough = len(run.broadcasts) if run.final else self.settings.sample_size
+    def _replies(self, exchange: Exchange, kind: str) -> Iterator[Reply]:
+        names = [c for c in exchange.clients if kind != "evaluate" or self.validation.get(c, 1)]
+        run = _Run(exchange, kind, {client: exchange.message(client) for client in names})
+        needed = self.settings.min_clients if run.trains else 0
+        enough = self.settings.sample_size if run.trains else len(names)
         patience = _Patience(self.waits.clients)
-        for client in run.broadcasts:
+        for client in names:
             self._offer(run, client)
         while run.under_way or run.waiting:
             lacking = run.good + len(run.under_way) < needed
@@ -173,9 +171,11 @@ class RemoteEngine:
                 self.guests.greet()
                 for client in list(run.waiting):
                     self._offer(run, client)
-            yield from self._collect(run)
+            for reply in self._collect(run):
+                run.good += isinstance(reply, Update)
+                yield reply
             self._tell(run)
-            if run.good >= enough and not run.final:
+            if run.trains and run.good >= enough:
                 for sent in run.under_way.values():
                     yield Lost(sent.client, f"slower than the first {enough} (oversample)")
                 self._late |= run.under_way
@@ -183,75 +183,70 @@ class RemoteEngine:
             if run.under_way or run.waiting:
                 time.sleep(OFTEN)
 
-    def _tell(self, run: _Exchange) -> None:
-        total = len(run.broadcasts)
+    def _tell(self, run: _Run) -> None:
+        total = len(run.messages)
         done = total - len(run.under_way) - len(run.waiting)
         if self.progress is not None and done != run.told:
             run.told = done
-            self.progress(run.state.version + 1, "replies", done, total)
+            self.progress(run.number, "replies", done, total)
 
-    def _tell_waiting(self, run: _Exchange, needed: int) -> None:
+    def _tell_waiting(self, run: _Run, needed: int) -> None:
         why = some([f"{client} ({reason})" for client, reason in run.waiting.items()])
         until = time.strftime("%H:%M", time.localtime(time.time() + self.waits.clients))
-        number = run.state.version + 1
-        self.note(f"round {number} needs {needed} clients; waiting for {why} until {until}")
+        self.note(f"round {run.number} needs {needed} clients; waiting for {why} until {until}")
 
-    def _give_up(self, run: _Exchange) -> Iterator[Lost]:
+    def _give_up(self, run: _Run) -> Iterator[Lost]:
         """Of those who wait; who was cut off just before the round may still make it."""
         for client, reason in list(run.waiting.items()):
             if client in run.spent or not self.guests.soon_back(client):
                 del run.waiting[client]
                 yield self._lost(run, client, reason)
 
-    def _offer(self, run: _Exchange, client: str) -> None:
+    def _offer(self, run: _Run, client: str) -> None:
         """Sends the round's message, if the client is there."""
         guest = self.guests.here(client)
         if guest is None:
             run.waiting[client] = self.guests.why_absent(client)
             return
-        held = run.state.held.get(client, 0)
-        if client in run.state.held and guest.held is not None:
+        held = run.exchange.state.held.get(client, 0)
+        if client in run.exchange.state.held and guest.held is not None:
             held = min(held, guest.held)
         run.waiting.pop(client, None)
         self._send(run, client, held)
 
-    def _send(self, run: _Exchange, client: str, held: int, again: bool = False) -> None:
+    def _send(self, run: _Run, client: str, held: int, again: bool = False) -> None:
         """The message for a client that holds version `held`; its bytes are counted here."""
-        state, node = run.state, self.guests.known[client].node
-        known = state.held.get(client, 0)
-        message = run.broadcasts[client]
-        if held != known:
-            told = replace(state, held={**state.held, client: held})
-            message = broadcast_to(told, self.settings, client)
-        about = self.guests.say("final" if run.final else "round") | {
+        exchange, node = run.exchange, self.guests.known[client].node
+        believed = exchange.state.held.get(client, 0)
+        message = run.messages[client] if held == believed else exchange.message(client, held)
+        about = self.guests.say(run.kind) | {
             "client": client,
             "recipe": self._agreement,
-            "version": state.version,
+            "version": exchange.state.version,
             "held": held,
-            "own": own_round(state, self.settings, client),
-            "evaluate": run.evaluate,
+            "evaluate": exchange.scored and not run.trains,
         }
         blob = encode_broadcast(message, self.settings.wire_dtype, about)
-        ticket = self.courier.send(node, blob, state.version + 1, self.waits.round)
-        kind, number = ("final", state.version) if run.final else ("round", state.version + 1)
-        self.guests.sent(kind, number, blob, ticket, client)
+        round = run.number + exchange.final  # so messages of a round are told from the last one
+        ticket = self.courier.send(node, blob, round, self.waits.round)
+        self.guests.sent(run.kind, run.number, blob, ticket, client)
         if isinstance(ticket, Failed):
             run.waiting[client] = ticket.reason
             return
         run.spent[client] = run.spent.get(client, 0) + len(blob)
-        if held == known:
+        if held == believed:
             run.counted[client] = len(blob)
         expires = time.monotonic() + self.waits.round
         run.under_way[ticket] = _Sent(client, node, expires, len(blob), again)
 
-    def _resent(self, run: _Exchange, client: str) -> int:
+    def _resent(self, run: _Run, client: str) -> int:
         """Bytes beyond the broadcast that the round loop counts; negative if nothing was sent."""
         if client not in run.counted:
-            message = run.broadcasts[client]
+            message = run.messages[client]
             run.counted[client] = broadcast_nbytes(message, self.settings.wire_dtype)
         return run.spent.get(client, 0) - run.counted[client]
 
-    def _collect(self, run: _Exchange) -> Iterator[Update | Lost]:
+    def _collect(self, run: _Run) -> Iterator[Reply]:
         for ticket, reply in self.courier.collect(list(run.under_way)):
             sent = run.under_way.pop(ticket)
             found = self._opened(run, sent, reply)
@@ -274,24 +269,21 @@ class RemoteEngine:
                 self.note(f"an update of {sent.client} came too late and was dropped")
                 self.guests.received(None, 0, reply, "too late: dropped", sent.client)
 
-    def _audit(
-        self, run: _Exchange, sent: _Sent, reply: bytes | Failed, found: Update | Lost | None
-    ) -> None:
+    def _audit(self, run: _Run, sent: _Sent, reply: bytes | Failed, found: Reply | None) -> None:
         """A line on a reply: what was made of it."""
-        kind, outcome = "scores" if run.final else "update", "taken"
+        kind, outcome = "update" if run.trains else "scores", "taken"
         if isinstance(reply, Failed):
             kind, outcome, reply = None, reply.reason, b""
         elif found is None:
             kind, outcome = "lacks", "asked once more"
         elif isinstance(found, Lost):
             kind, outcome = None if found.refused else "failed", found.reason
-        number = run.state.version + (not run.final)
-        self.guests.received(kind, number, reply, outcome, sent.client)
+        self.guests.received(kind, run.number, reply, outcome, sent.client)
 
-    def _lost(self, run: _Exchange, client: str, reason: str, refused: bool = False) -> Lost:
+    def _lost(self, run: _Run, client: str, reason: str, refused: bool = False) -> Lost:
         return Lost(client, reason, refused, self._resent(run, client))
 
-    def _opened(self, run: _Exchange, sent: _Sent, reply: bytes | Failed) -> Update | Lost | None:
+    def _opened(self, run: _Run, sent: _Sent, reply: bytes | Failed) -> Reply | None:
         """What a reply holds; None if the client is asked once more."""
         client = sent.client
         if isinstance(reply, Failed):
@@ -305,16 +297,16 @@ class RemoteEngine:
         except _UNUSABLE as error:
             return self._lost(run, client, f"sent what cannot be used: {error}"[:500], True)
 
-    def _read(self, run: _Exchange, sent: _Sent, reply: bytes) -> Update | Lost | None:
+    def _read(self, run: _Run, sent: _Sent, reply: bytes) -> Reply | None:
         client = sent.client
-        start = start_of(run.state, self.settings, client)
+        start = run.exchange.start(client)
         about = about_reply(reply, self.guests.identity, client, most_up(start))
         kind = about.get("kind")
         if kind in ("failed", "undecided"):
             return self._lost(run, client, text(said(Failure, about).reason))
         if kind == "lacks" and not sent.again:
             version = said(Lacking, about).version
-            if version > run.state.version:
+            if version > run.exchange.state.version:
                 raise UserError(f"it claims to hold version {version}")
             self.note(f"{client} lost what it held; sending all since version {max(0, version)}")
             self._send(run, client, version, again=True)
@@ -322,17 +314,12 @@ class RemoteEngine:
         if kind in ("scores", "update"):  # what it said in the beginning is outdated
             known = self.guests.known
             known[client] = replace(known[client], held=None)
-        if kind == "scores" and run.final:
-            found = self._scores(run, client, said(Scored, about).scores)
-            return Update(0, client, {}, {}, {}, 1, {}, found)
-        if kind == "update" and not run.final:
+        if kind == "scores" and not run.trains:
+            found = check_scores(said(Scored, about).scores, self.stage.task)
+            asked = run.exchange.scored and self.guests.known[client].validation
+            counted = found if asked else {}
+            return Scores(client, counted, self._resent(run, client))
+        if kind == "update" and run.trains:
             update = decode_update(reply, start, client)
-            check_metrics(update.metrics)
-            found = self._scores(run, client, update.scores)
-            return replace(update, scores=found, resent=self._resent(run, client))
+            return replace(update, resent=self._resent(run, client))
         raise UserError(f"a reply of kind {text(kind)[:40]!r}, which was not asked for")
-
-    def _scores(self, run: _Exchange, client: str, found: Mapping[str, float]) -> dict[str, float]:
-        """Those that count: asked for, and of rows that were declared."""
-        checked = check_scores(found, self.server.task.primary)
-        return checked if run.evaluate and self.guests.known[client].validation else {}

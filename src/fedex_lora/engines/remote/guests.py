@@ -13,8 +13,8 @@ from fedex_lora.engines.remote.replies import Failure, Hello, about_reply, said,
 from fedex_lora.engines.remote.wire import PROTOCOL, Facts, Identity
 from fedex_lora.errors import MOST, QuorumLost, UserError, some
 from fedex_lora.federation.checks import check_shares
+from fedex_lora.federation.codec import encode_about
 from fedex_lora.federation.header import WORDS
-from fedex_lora.federation.messages import encode_about
 from fedex_lora.federation.settings import Settings
 
 OFTEN = 0.5  # seconds between two looks for replies
@@ -206,7 +206,7 @@ class Guests:
         if before is not None and before.node != node and before.node in self._present:
             raise UserError(
                 f"two clients are called {name}; give each institution a name of its own "
-                "(deploy client --name)"
+                "(`name` of `fedex-lora deploy client`)"
             )
         if self.roster is not None and name not in self.roster:
             known = some(sorted(self.roster))

@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedex_lora.engines.remote.wire import NOTHING, PROTOCOL, Identity
 from fedex_lora.errors import UserError
+from fedex_lora.federation.codec import read_about
 from fedex_lora.federation.header import Limit
-from fedex_lora.federation.messages import read_about
 from fedex_lora.recipe import CLIENT_NAME, CLIENT_NAME_RULE
-from fedex_lora.tasks.metrics import out_of_range
+from fedex_lora.tasks import Task
+from fedex_lora.tasks.metrics import Metric
 
 _MOST_SCORES = 50
 _MOST_ROWS = 10**12
-_METRICS = frozenset({"loss", "steps", "seconds"})  # of `client.train`
 Said = TypeVar("Said", bound=BaseModel)
 
 
@@ -58,7 +58,7 @@ class Lacking(_Reply):
 
 
 class Scored(_Reply):
-    """A client's scores of the last model."""
+    """A client's scores of the model that it was sent."""
 
     scores: dict[str, float]
 
@@ -117,27 +117,21 @@ def text(value: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(value)[:1000])
 
 
-def check_metrics(found: Mapping[str, float]) -> None:
-    """Raises a `UserError` if they are not those of a training."""
-    if found.keys() != _METRICS:
-        got, wanted = (", ".join(sorted(names)) for names in (found, _METRICS))
-        raise UserError(f"metrics {got}; expected {wanted}")
-
-
-def check_scores(found: Mapping[str, float], primary: str) -> dict[str, float]:
+def check_scores(found: Mapping[str, float], task: Task) -> dict[str, float]:
     """Scores by name; empty if none were sent. NaN may be one: of too few rows, say.
 
     Args:
-        primary: The one that must be among them.
+        task: Its primary metric must be among them.
 
     Raises:
         UserError: They are too many, lack the primary one, or one is out of its metric's range.
     """
     if len(found) > _MOST_SCORES:
         raise UserError(f"{len(found)} scores; at most {_MOST_SCORES} are expected")
-    if found and primary not in found:
-        raise UserError(f"its scores lack {primary}")
+    if found and task.primary not in found:
+        raise UserError(f"its scores lack {task.primary}")
     for name, value in found.items():
-        if not math.isnan(value) and (range := out_of_range(name, value)):
-            raise UserError(f"its score {text(name)[:60]} is {value:g}; expected {range}")
+        wanted = task.metrics.get(name, Metric()).expected(value)
+        if wanted and not math.isnan(value):
+            raise UserError(f"its score {text(name)[:60]} is {value:g}; expected {wanted}")
     return {text(name)[:60]: value for name, value in found.items()}

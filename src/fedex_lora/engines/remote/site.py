@@ -1,7 +1,7 @@
 """An institution's side of a federation across machines: bytes in, bytes out.
 
-`handle` checks what it is told, brings what the client holds up to date, scores the incoming model
-and trains. It knows nothing of how messages travel.
+`handle` checks what it is told, brings what the client holds up to date, then trains or scores. It
+knows nothing of how messages travel.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Site
 from fedex_lora.aggregation.ledger import Ledger
-from fedex_lora.aggregation.lowrank import LowRank
-from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.remote.cache import Cache, Held
 from fedex_lora.engines.remote.wire import (
     NOTHING,
@@ -32,22 +29,23 @@ from fedex_lora.engines.remote.wire import (
     facts,
     most_down,
 )
+from fedex_lora.engines.setup import Federation
+from fedex_lora.engines.stage import Stage
+from fedex_lora.engines.training import HFTrainer
+from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
 from fedex_lora.errors import UserError, for_others
-from fedex_lora.federation.messages import (
-    Broadcast,
-    Update,
+from fedex_lora.federation.codec import (
     decode_broadcast,
     decode_update,
     encode_about,
     encode_update,
     read_about,
-    receive,
+    worded,
 )
+from fedex_lora.federation.messages import Broadcast, Tensors, Update, flat, receive, replaced
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, begin, start_of
-from fedex_lora.model.adapted import AdaptedModel
+from fedex_lora.federation.state import begin, own_part, start_of
 from fedex_lora.recipe import Recipe
-from fedex_lora.tasks import Task
 
 log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -59,23 +57,48 @@ class Institution:
 
     Attributes:
         cache: Folder for what it is sent; one below it for every federation.
-        settings: The federation's, as far as this client knows them.
+        stage: Its model.
+        settings: The federation's, as far as this client knows them; its own is the only name.
         rows: Training rows, encoded.
         validation: Its own validation rows, encoded; None if clients do not score models.
         initial: What all clients start from, at the full rank.
+        train: What trains it.
         versions: Of the packages that numbers depend on.
+        transform: What becomes of an update before it is sent.
     """
 
     name: str
     cache: Path
     recipe: Recipe
-    task: Task
-    model: AdaptedModel
+    stage: Stage
     settings: Settings
     rows: Dataset
     validation: Dataset | None
     initial: AdapterState
+    train: Train
     versions: Mapping[str, str | None]
+    transform: Transform | None = None
+
+
+def bring_to_life(
+    federation: Federation, name: str, cache: Path, versions: Mapping[str, str | None]
+) -> Institution:
+    """The client of that name, of what `set_up_client` made of its recipe and its rows."""
+    recipe, task = federation.recipe, federation.task
+    settings = replace(federation.settings, clients=(name,))
+    size = recipe.evaluation.batch_size
+    return Institution(
+        name,
+        cache,
+        recipe,
+        Stage(federation.model, task, settings.method, size),
+        settings,
+        federation.clients[name],
+        federation.validation.get(name),
+        federation.initial,
+        HFTrainer(task, recipe.trainer_arguments),
+        versions,
+    )
 
 
 class Lacks(UserError):
@@ -99,7 +122,7 @@ def handle(blob: bytes, institution: Institution) -> bytes:
             return _hello(about, institution)
         if kind == "refused":
             return refused(about, institution.name)
-        if kind in ("round", "final"):
+        if kind in ("round", "evaluate", "final"):
             return _turn(blob, about, institution)
         raise UserError(f"a message of unknown kind {str(kind)[:40]!r}; install the same version")
     except Lacks as lacks:
@@ -156,15 +179,15 @@ def _hello(about: Mapping[str, Any], institution: Institution) -> bytes:
             "install the same version of fedex-lora on both sides"
         )
     theirs = Facts(_field(about, "agreed", dict), _field(about, "digests", dict))
-    recipe, task = institution.recipe, institution.task
-    mine = facts(recipe, task, institution.model, institution.initial)
+    recipe, stage = institution.recipe, institution.stage
+    mine = facts(recipe, stage.task, stage.model, institution.initial)
     if different := mine.differences(theirs):
         raise UserError(
             f"not the coordinator's recipe: {'; '.join(different)}. Take the coordinator's recipe "
             "or agree with it on another"
         )
     identity = _identity(about)
-    held = _load(Cache(_folder(institution, identity)), identity)
+    held = _load(Cache(_folder(institution, identity)), identity, institution.settings)
     rows = len(institution.rows)
     log.info("run %s: greeted, ready with %d rows", identity.federation[:8], rows)
     return _say(
@@ -180,30 +203,32 @@ def _hello(about: Mapping[str, Any], institution: Institution) -> bytes:
 
 
 def _turn(blob: bytes, about: Mapping[str, Any], institution: Institution) -> bytes:
-    """Catches up; then scores, trains or both."""
+    """Catches up; then trains, or scores what it was sent."""
     identity = _identity(about)
     if about.get("client") != institution.name:
         raise UserError(f"a message for {str(about.get('client'))[:80]!r}, not for this client")
-    if about.get("recipe") != agreement(agreed(institution.recipe, institution.task)):
+    if about.get("recipe") != agreement(agreed(institution.recipe, institution.stage.task)):
         raise UserError("the recipe has changed since the run began; begin a new run")
     _check_round(about, institution.recipe.federation.rounds)
     cache = Cache(_folder(institution, identity))
-    settings = replace(institution.settings, clients=(institution.name,))
-    held = _caught_up(blob, about, cache, identity, institution, settings)
+    held = _caught_up(blob, about, cache, identity, institution)
     cache.save(held)
-    state = _view(held, settings, institution.name)
-    engine = _engine(institution, settings)
-    scores: dict[str, float] = {}
-    what, final = f"run {identity.federation[:8]}", about["kind"] == "final"
-    what += ": the last model" if final else f", round {state.version + 1} of {settings.rounds}"
-    log.info("%s: %s received, %d rows here", what, _size(blob), len(institution.rows))
-    if about.get("evaluate") and institution.validation is not None:
-        scores = engine.score(state, institution.name)
-    if final:
-        return _say(about, institution.name, "scores", scores=scores, version=held.version)
-    reply, loss = _train(about, engine, state, held, scores, cache)
-    log.info("%s: trained, loss %.4g, %s to send", what, loss, _size(reply))
-    return reply
+    kind, count = about["kind"], len(institution.rows)
+    number = f"round {held.version + 1} of {institution.settings.rounds}"
+    known = {"evaluate": f"the model after round {held.version}", "final": "the last model"}
+    what = f"run {identity.federation[:8]}, {known.get(kind, number)}"
+    log.info("%s: %s received, %d rows here", what, _size(blob), count)
+    if kind == "round":
+        reply, update = _train(about, institution, held, cache)
+        loss = update.metrics.get("loss")
+        told = "" if loss is None else f", loss {loss:.4g}"
+        log.info("%s: trained%s, %s to send", what, told, _size(reply))
+        return reply
+    scores: Mapping[str, float] = {}
+    if about.get("evaluate") is True and institution.validation is not None:
+        institution.stage.show(held.ledger, held.adapter)
+        scores = institution.stage.score(institution.validation, held.version)
+    return _say(about, institution.name, "scores", scores=scores, version=held.version)
 
 
 def _check_round(about: Mapping[str, Any], rounds: int) -> None:
@@ -221,46 +246,24 @@ def _size(blob: bytes) -> str:
 
 
 def _train(
-    about: Mapping[str, Any],
-    engine: LocalEngine,
-    state: ServerState,
-    held: Held,
-    scores: Mapping[str, float],
-    cache: Cache,
-) -> tuple[bytes, float]:
-    """The update's message, and the training loss."""
-    settings = engine.settings
-    (client,) = settings.clients
-    update = next(engine.exchange(state, {client: Broadcast(state.version + 1)}))
-    assert isinstance(update, Update)
-    start = start_of(state, settings, client)
-    said = _common(about, client) | {"kind": "update"}
-    blob = encode_update(replace(update, scores=scores), start, settings.wire_dtype, said)
-    if settings.method.assignment == "keep":
-        cache.save(replace(held, ends={**held.ends, update.round: _end(blob, start, client)}))
-    return blob, update.metrics["loss"]
-
-
-def _end(blob: bytes, start: AdapterState, client: str) -> dict:
-    """The factors that the server decodes: with a lossy wire those count here too."""
-    update = decode_update(blob, start, client)
-    return {
-        name: replace(f, A=update.A.get(name, f.A), B=update.B.get(name, f.B))
-        for name, f in start.sites.items()
-    }
-
-
-def _engine(institution: Institution, settings: Settings) -> LocalEngine:
-    rows = {} if institution.validation is None else {institution.name: institution.validation}
-    return LocalEngine(
-        institution.model,
-        institution.task,
-        {institution.name: institution.rows},
-        settings,
-        institution.recipe.trainer_arguments,
-        rows=rows,
-        batch_size=institution.recipe.evaluation.batch_size,
+    about: Mapping[str, Any], institution: Institution, held: Held, cache: Cache
+) -> tuple[bytes, Update]:
+    """The update's message, and the update; own factors are put where they are kept."""
+    settings, client, round = institution.settings, institution.name, held.version + 1
+    start, rows = held.adapter, institution.rows
+    turn = Turn(client, round, rows, start, settings.method.trained(round), settings.seed)
+    (update,) = take_turns(
+        institution.stage, institution.train, [turn], held.ledger, settings, institution.transform
     )
+    said = _common(about, client) | {"kind": "update"}
+    blob = encode_update(update, start, settings.wire_dtype, said)
+    assignment = settings.method.assignment
+    if assignment.own and not assignment.dealt:
+        # with a lossy wire, what the server decodes counts here too
+        decoded = decode_update(blob, start, client).tensors
+        end = own_part(settings, {**flat(start), **update.kept, **decoded})
+        cache.save(replace(held, ends={**held.ends, round: end}))
+    return blob, update
 
 
 def _identity(about: Mapping[str, Any]) -> Identity:
@@ -282,10 +285,12 @@ def _folder(institution: Institution, identity: Identity) -> Path:
     return institution.cache / identity.federation / institution.name
 
 
-def _load(cache: Cache, identity: Identity) -> Held | None:
+def _load(cache: Cache, identity: Identity, settings: Settings) -> Held | None:
     held = cache.load()
     if held is not None and not identity.holds(held.version, held.mark):
         log.warning("what is held was thrown away by the coordinator; beginning anew")
+        if settings.method.assignment.private:  # nobody else has the client's own factors
+            return replace(held, version=NOTHING)
         held = None
     if held is None:
         cache.clear()
@@ -298,7 +303,6 @@ def _caught_up(
     cache: Cache,
     identity: Identity,
     institution: Institution,
-    settings: Settings,
 ) -> Held:
     """What is held after this message.
 
@@ -306,64 +310,65 @@ def _caught_up(
         Lacks: The server believes that more is held; it has to send from the version that is.
         UserError: The message is none of this federation's.
     """
-    first = begin(settings, institution.initial)
-    start = start_of(first, settings, institution.name)
-    held = _load(cache, identity) or Held(0, identity.lineage[0][1], start, first.ledger)
+    settings, name = institution.settings, institution.name
     message = decode_broadcast(blob, most_down(settings, institution.initial))
-    base, own, version = (_field(about, name, int) for name in ("held", "own", "version"))
+    base, version = (_field(about, key, int) for key in ("held", "version"))
+    first = begin(settings, institution.initial)
+    held = _load(cache, identity, settings)
+    ends = {} if held is None else dict(held.ends)
+    if held is None or held.version == NOTHING:
+        held = Held(0, identity.lineage[0][1], start_of(first, settings, name), first.ledger)
     if held.version < base:
-        raise Lacks(_least(settings) if settings.method.own_factors else held.version)
-    sites = settings.sites_of(institution.name)
-    _check_broadcast(message, version, sites, held.adapter.head)
-    adapter = receive(held.adapter, message, sites, settings.seed)
-    ends = {round: end for round, end in held.ends.items() if round >= own}
-    if own and message.A:  # they came back from the server
-        ends = {own: adapter.sites}
-    elif own:
-        if own not in ends:
-            raise Lacks(NOTHING)
-        adapter = AdapterState(ends[own], adapter.head)
+        raise Lacks(_least(settings) if settings.method.assignment.own else held.version)
+    layers = settings.sites_of(name)
+    _check_broadcast(message, version, layers, held.adapter)
+    adapter = receive(held.adapter, message, layers, settings.seed)
+    ends = {round: end for round, end in ends.items() if round >= message.own}
+    if message.own:
+        adapter, ends = _own(adapter, message, ends, settings)
     ledger = held.ledger.extended(message.ledger, version)
-    mark = identity.lineage[-1][1]
-    return Held(version, mark, adapter, ledger, ends)
+    return Held(version, identity.lineage[-1][1], adapter, ledger, ends)
+
+
+def _own(
+    adapter: AdapterState, message: Broadcast, ends: Mapping[int, Tensors], settings: Settings
+) -> tuple[AdapterState, Mapping[int, Tensors]]:
+    """The adapter with the client's own tensors as it ended the round that the server last took
+    from it, and what else of them is kept."""
+    if own_part(settings, message.tensors):  # they came back from the server
+        return adapter, {message.own: own_part(settings, flat(adapter))}
+    if message.own in ends:
+        return replaced(adapter, ends[message.own]), ends
+    if not settings.method.assignment.private:
+        raise Lacks(NOTHING)
+    log.warning("this client's own factors are lost; it starts them anew")
+    return adapter, ends
 
 
 def _least(settings: Settings) -> int:
-    """What a client without a memory can make up for by itself: the start, but no own factors."""
-    return NOTHING if settings.method.own_factors else 0
-
-
-def _view(held: Held, settings: Settings, client: str) -> ServerState:
-    """The server's state as far as this client can see it."""
-    own = {client: AdapterState(held.adapter.sites)} if settings.method.own_factors else {}
-    sites, head = held.adapter.sites, held.adapter.head
-    return ServerState(held.version, sites, head, held.ledger, own)
+    """What a client without a memory can make up for by itself: the start, but no own factors
+    that the server has."""
+    assignment = settings.method.assignment
+    return NOTHING if assignment.own and not assignment.private else 0
 
 
 def _check_broadcast(
-    message: Broadcast, version: int, sites: Mapping[str, Site], head: Mapping[str, Tensor]
+    message: Broadcast, version: int, layers: Mapping[str, Site], held: AdapterState
 ) -> None:
     if message.round != version + 1 or version < 0:
         raise UserError(f"round {message.round} after version {version}; messages are mixed up")
     if message.fresh is not None and message.fresh != version:
         raise UserError(f"factors of version {message.fresh}; expected {version}")
-    _check_shapes("A", message.A, {n: (s.rank, s.inp) for n, s in sites.items()})
-    _check_shapes("B", message.B, {n: (s.out, s.rank) for n, s in sites.items()})
-    _check_shapes("head", message.head, {n: tuple(t.shape) for n, t in head.items()})
-    _check_ledger(message.ledger, version, sites)
-
-
-def _check_shapes(
-    kind: str, got: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    for name, value in got.items():
-        if tuple(value.shape) != expected.get(name):
-            raise UserError(f"the coordinator's {kind} of {name[:80]!r} does not fit the model")
+    expected = flat(held)
+    for name, value in message.tensors.items():
+        if name not in expected or value.shape != expected[name].shape:
+            raise UserError(f"the coordinator's {worded(name)} does not fit the model")
         if not torch.isfinite(value).all():
-            raise UserError(f"the coordinator's {kind} of {name[:80]!r} is not finite")
+            raise UserError(f"the coordinator's {worded(name)} is not finite")
+    _check_ledger(message.ledger, version, layers)
 
 
-def _check_ledger(ledger: Ledger, version: int, sites: Mapping[str, Site]) -> None:
+def _check_ledger(ledger: Ledger, version: int, layers: Mapping[str, Site]) -> None:
     versions = [v for v, _ in ledger.entries]
     if not all(type(v) is int for v in (*versions, ledger.snapshot_version)):
         raise UserError("the coordinator's ledger has versions that are no numbers")
@@ -374,12 +379,8 @@ def _check_ledger(ledger: Ledger, version: int, sites: Mapping[str, Site]) -> No
     ):
         raise UserError("the coordinator's ledger has entries in disorder")
     for increment in (ledger.snapshot, *(inc for _, inc in ledger.entries)):
-        shapes = {n: (s.out, s.inp) for n, s in sites.items()}
-        parts = {
-            n: [w.left, w.right] if isinstance(w, LowRank) else [w] for n, w in increment.items()
-        }
         for name, w in increment.items():
-            if tuple(w.shape) != shapes.get(name):
+            if name not in layers or w.shape != (layers[name].out, layers[name].inp):
                 raise UserError(f"the coordinator's increment of {name[:80]!r} does not fit")
-            if not all(torch.isfinite(t).all() for t in parts[name]):
+            if not all(torch.isfinite(part).all() for part in w.parts.values()):
                 raise UserError(f"the coordinator's increment of {name[:80]!r} is not finite")

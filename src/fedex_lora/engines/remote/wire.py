@@ -1,7 +1,7 @@
 """What is said across machines besides tensors: who speaks, about which run, and what must agree.
 
-Every message is one safetensors blob (`federation.messages`) with a JSON object `about` in its
-header. Requests are of kind hello, round, final or refused; replies of kind hello, unfit,
+Every message is one safetensors blob (`federation.codec`) with a JSON object `about` in its header.
+Requests are of kind hello, round, evaluate, final or refused; replies of kind hello, unfit,
 undecided, update, lacks, scores, failed. Nothing of it is ever used as a path, as a format or as
 code.
 """
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.federation.codec import most_up
 from fedex_lora.federation.header import Limit
-from fedex_lora.federation.messages import most_up
+from fedex_lora.federation.messages import flat
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task
 
-PROTOCOL = 2
+PROTOCOL = 3
 NOTHING = -1  # the version of a client that lost even its own factors
 
 Lineage = tuple[tuple[int, str], ...]
@@ -139,14 +139,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def flat(adapter: AdapterState) -> dict[str, Tensor]:
-    """An adapter's tensors under flat names."""
-    found = {f"head/{name}": value for name, value in adapter.head.items()}
-    for name, f in adapter.sites.items():
-        found |= {f"A/{name}": f.A, f"B/{name}": f.B}
-    return found
-
-
 def tokenizer_text(tokenizer: Any) -> str:
     """All that decides how a text becomes numbers, as one text."""
     if not hasattr(tokenizer, "get_vocab"):
@@ -165,13 +157,6 @@ def most_down(settings: Settings, initial: AdapterState) -> Limit:
     most = most_up(initial)
     whole = 8 * dense + 2 * most.whole
     return Limit(header=most.header + (1 << 20) + whole // 4, whole=whole + (1 << 20))
-
-
-def own_round(state: ServerState, settings: Settings, client: str) -> int:
-    """The round whose result is the client's own factors, where those stay with it; else 0."""
-    if settings.method.assignment != "keep" or client not in state.held:
-        return 0
-    return state.held[client] + 1
 
 
 def _only(block: Mapping[str, Any], *names: str) -> dict[str, Any]:

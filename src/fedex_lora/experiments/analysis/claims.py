@@ -1,18 +1,17 @@
-"""The paper's claims, held against runs: each holds, does not, is not seen, or is not tested.
+"""The paper's claims, and what runs say about them: each part holds, does not, is not seen, or is
+not tested.
 
-Claims are those of arXiv 2410.09432 about named methods, so this table names methods. Scores are
-judged by `statistics.Estimate`: nothing holds or fails unless the interval leaves out 0.
+Claims are those of arXiv 2410.09432 about named methods, so this table names methods.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from fedex_lora.experiments.analysis.claims_bytes import linear_in_clients, marginal
-from fedex_lora.experiments.analysis.claims_deviation import deviation_findings
-from fedex_lora.experiments.analysis.claims_scores import score_findings
-from fedex_lora.experiments.analysis.finding import Finding
-from fedex_lora.experiments.analysis.study import Study
+from fedex_lora.experiments.analysis.statistics import Estimate
+
+Outcome = Literal["holds", "does not hold", "not seen", "not tested"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,29 @@ class Claim:
     where: str
     needs: str
     command: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of a claim, held against runs.
+
+    Attributes:
+        claim: Its number.
+        outcome: "not seen" if the interval does not settle it; "not tested" if the runs given
+            have nothing to say about it.
+        evidence: The number with its interval, or what is missing.
+    """
+
+    claim: int
+    part: str
+    outcome: Outcome
+    evidence: str
+
+
+def judged(claim: int, part: str, e: Estimate, evidence: str) -> Finding:
+    """A claim that a mean is above 0: it holds, or not, only if the intervals leave out 0."""
+    outcomes: dict[int, Outcome] = {1: "holds", -1: "does not hold", 0: "not seen"}
+    return Finding(claim, part, outcomes[e.sign], evidence)
 
 
 CLAIMS = (
@@ -86,10 +108,3 @@ CLAIMS = (
         "3, 5, 10",
     ),
 )
-
-
-def findings(study: Study) -> list[Finding]:
-    """What the runs show of every part of every claim, in the order of the claims."""
-    found = [*score_findings(study), *deviation_findings(study)]
-    found += [marginal(study), linear_in_clients(study)]
-    return sorted(found, key=lambda f: f.claim)

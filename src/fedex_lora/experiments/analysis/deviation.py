@@ -123,17 +123,7 @@ def kinds(rows: Iterable[Deviation]) -> list[str]:
     return both if len(both) == 2 else found
 
 
-@dataclass(frozen=True)
-class Point:
-    """The mean over runs (seeds) at one place, and the smallest and largest of them."""
-
-    x: int
-    mean: float
-    low: float
-    high: float
-
-
-Curve = tuple[Point, ...]
+Curve = Mapping[int, list[float]]  # by layer or round, ascending: a mean a run that has it
 
 
 def across_layers(
@@ -173,7 +163,7 @@ def across_rounds(
 
 
 def _curve(runs: Iterable[Iterable[tuple[int | None, float | None]]]) -> Curve:
-    """Means at every x within each run first, then over runs."""
+    """The mean at every x within each run."""
     by_x: dict[int, list[float]] = {}
     for pairs in runs:
         of_run: dict[int, list[float]] = {}
@@ -182,7 +172,7 @@ def _curve(runs: Iterable[Iterable[tuple[int | None, float | None]]]) -> Curve:
                 of_run.setdefault(x, []).append(value)
         for x, values in of_run.items():
             by_x.setdefault(x, []).append(statistics.fmean(values))
-    return tuple(Point(x, statistics.fmean(v), min(v), max(v)) for x, v in sorted(by_x.items()))
+    return dict(sorted(by_x.items()))
 
 
 def best_scaling(rows: Iterable[Deviation]) -> Scaling:
@@ -196,36 +186,33 @@ def best_scaling(rows: Iterable[Deviation]) -> Scaling:
 def depth_trend(rows: Sequence[Deviation], scaling: Scaling) -> float | None:
     """Log of the deviation in the deeper half of the layers over that in the other, after round 1;
     the mean over the kinds of matrices."""
-    trends = [_depth_trend(rows, kind, scaling) for kind in kinds(rows)]
-    known = [t for t in trends if t is not None]
+    known = []
+    for kind in kinds(rows):
+        layers = across_layers([rows], kind, scaling)
+        middle = (min(layers) + max(layers)) / 2 if layers else 0
+        deep = [v for x, (v,) in layers.items() if x > middle]
+        shallow = [v for x, (v,) in layers.items() if x < middle]
+        if (trend := _log_ratio(deep, shallow)) is not None:
+            known.append(trend)
     return statistics.fmean(known) if known else None
-
-
-def _depth_trend(rows: Sequence[Deviation], kind: str, scaling: Scaling) -> float | None:
-    layers = {p.x: p.mean for p in across_layers([rows], kind, scaling)}
-    middle = (min(layers) + max(layers)) / 2 if layers else 0
-    shallow = [v for x, v in layers.items() if x < middle]
-    deep = [v for x, v in layers.items() if x > middle]
-    return _log_ratio(deep, shallow)
 
 
 def query_over_value(rows: Sequence[Deviation], scaling: Scaling) -> float | None:
     """Log of the mean deviation of Q over that of V after round 1."""
-    q, v = ([p.mean for p in across_layers([rows], kind, scaling)] for kind in QUERY_VALUE)
+    curves = (across_layers([rows], kind, scaling) for kind in QUERY_VALUE)
+    q, v = ([mean for (mean,) in curve.values()] for curve in curves)
     return _log_ratio(q, v)
 
 
 def round_trend(rows: Sequence[Deviation], scaling: Scaling) -> float | None:
     """Log of the mean deviation in the last round over that in the first."""
-    points = across_rounds([rows], scaling, kinds(rows))
-    return _log_ratio([points[-1].mean], [points[0].mean]) if len(points) > 1 else None
+    means = [*across_rounds([rows], scaling, kinds(rows)).values()]
+    return _log_ratio(means[-1], means[0]) if len(means) > 1 else None
 
 
 def first_round(rows: Sequence[Deviation], scaling: Scaling) -> float | None:
     """Log of the mean deviation after round 1: its differences are log ratios."""
-    points = across_rounds([rows], scaling, kinds(rows))
-    at_first = [p.mean for p in points if p.x == 1]
-    return _log_ratio(at_first, [1.0])
+    return _log_ratio(across_rounds([rows], scaling, kinds(rows)).get(1, []), [1.0])
 
 
 def _log_ratio(above: Sequence[float], below: Sequence[float]) -> float | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from fedex_lora.experiments.analysis.drawn import (
     MB,
     MOST,
     Drawn,
-    OfRecord,
     banded,
     by_round,
     drawn_arms,
@@ -104,7 +104,10 @@ def score_by_bytes(study: Study, task: str) -> Drawn | None:
     """The same score by the bytes that crossed the wire until then."""
     series = []
     for style, arm, runs in sending(study, task):
-        sent = [dict(zip((r["round"] for r in run.records), _running(run))) for run in runs]
+        sent = [
+            dict(zip((r["round"] for r in run.records), accumulate(run.bytes_by_round())))
+            for run in runs
+        ]
         by_bytes = {
             statistics.fmean(s[round] for s in sent) / MB: values
             for round, values in by_round(runs, _score).items()
@@ -127,13 +130,6 @@ def score_by_bytes(study: Study, task: str) -> Drawn | None:
     )
     caption = f"{caption} {fewer_runs(study, task)}".strip()
     return Drawn("score-by-bytes", figure, caption)
-
-
-def _running(run: Run) -> Iterator[int]:
-    total = 0
-    for size in run.bytes_by_round():
-        total += size
-        yield total
 
 
 def differences(study: Study, task: str) -> Drawn | None:
@@ -169,19 +165,16 @@ def losses(study: Study, task: str) -> Drawn | None:
         series = [banded("median, smallest, largest", 0, _spread_of_losses(runs))]
     else:
         series = [
-            banded(client, style, by_round(runs, _loss_of(client)))
+            banded(
+                client,
+                style,
+                by_round(runs, lambda r, c=client: r["clients"].get(c, {}).get("loss")),
+            )
             for style, client in enumerate(clients)
         ]
     title = f"{heading(study, task)}: training loss by client, {arm}"
     figure = lines(title, "round", "mean training loss", [s for s in series if s.x], whole=True)
     return Drawn("client-losses", figure, _seeds_told(series))
-
-
-def _loss_of(client: str) -> OfRecord:
-    def of(record: Record) -> float | None:
-        return record["clients"].get(client, {}).get("loss")
-
-    return of
 
 
 def _spread_of_losses(runs: Sequence[Run]) -> dict[int, list[float]]:

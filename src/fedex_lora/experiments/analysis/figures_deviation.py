@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fedex_lora.experiments.analysis import deviation as dev
-from fedex_lora.experiments.analysis.drawn import MOST, Drawn, drawn_arms, heading
+from fedex_lora.experiments.analysis.drawn import MOST, Drawn, banded, drawn_arms, heading
 from fedex_lora.experiments.analysis.plots import Series, lines
 from fedex_lora.experiments.analysis.study import Study, deviates
 
@@ -34,20 +34,13 @@ def _scaling(every: Iterable[Arm]) -> dev.Scaling:
     return dev.best_scaling(row for _, _, runs in every for rows in runs for row in rows)
 
 
-def _curve(label: str, style: int, points: dev.Curve) -> Series:
-    x, mean = [p.x for p in points], [p.mean for p in points]
-    band = any(p.low < p.high for p in points)
-    low, high = ([p.low for p in points], [p.high for p in points]) if band else (None, None)
-    return Series(label, x, mean, style, low, high)
-
-
 def deviation_by_layer(study: Study, task: str) -> Drawn | None:
     """Figures 2, 4 and 5 of the paper: across layers after round 1, by kind of matrix."""
     arms = _first_arms(study, task)
     scaling = _scaling(arms)
     kinds = dev.kinds(row for _, _, runs in arms for rows in runs for row in rows)[:MOST]
     series = [
-        _curve(kind if len(arms) == 1 else f"{kind}: {arm}", i * len(kinds) + j, curve)
+        banded(kind if len(arms) == 1 else f"{kind}: {arm}", i * len(kinds) + j, curve)
         for i, (_, arm, runs) in enumerate(arms)
         for j, kind in enumerate(kinds)
         if (curve := dev.across_layers(runs, kind, scaling))
@@ -92,7 +85,7 @@ def _by_round(
     kinds = dev.kinds(rows)[:1] if first else dev.kinds(rows)
     layer = min(layers) if first else None
     series = [
-        _curve(arm, style, dev.across_rounds(runs, scaling, kinds, layer))
+        banded(arm, style, dev.across_rounds(runs, scaling, kinds, layer))
         for style, arm, runs in arms
     ]
     what = f"{kinds[0]} of layer {layer}" if first else f"mean of {' and '.join(kinds)}"

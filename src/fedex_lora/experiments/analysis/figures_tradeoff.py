@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from fedex_lora.experiments.analysis.drawn import MB, Drawn, heading, sending
 from fedex_lora.experiments.analysis.plots import Series, lines, panels
@@ -28,39 +28,23 @@ def truncation(study: Study, task: str) -> Drawn | None:
         ("MB down", lambda p: p.bytes_down / MB),
         (label, lambda p: p.score),
     )
-    parts = []
-    for y_label, of in measures:
-        series = [
-            _cut_series(curve, style, _with_ends(points, curve), of)
-            for style, curve in enumerate(curves)
-        ]
-        parts.append((y_label, series))
+    parts: list[tuple[str, list[Series]]] = [(y_label, []) for y_label, _ in measures]
+    for style, curve in enumerate(curves):
+        own = {p.rank for p in points if p.curve == curve}
+        # the ends are those of other methods where the curve has none of its own
+        whole = [p for p in points if p.curve == curve or (not p.curve and p.rank not in own)]
+        for (_, of), (_, series) in zip(measures, parts):
+            known = [(p.rank, value) for p in whole if (value := of(p)) is not None]
+            series.append(Series(curve, [x for x, _ in known], [y for _, y in known], style))
+    seeds = sorted({p.seeds for p in points})
+    means = "" if seeds == [1] else f"Means over {' or '.join(map(str, seeds))} seeds."
     told = ", ".join(f"r' = {p.rank} is {p.arm}" for p in ends)
     figure = panels(f"{heading(study, task)}: the residual cut to rank r'", "r'", parts)
     caption = (
         "‖left out‖ / ‖residual‖ is the mean over the rounds before the last; with carry it is all "
-        f"that waits on the server. {told}. {_seeds_of(points)}"
+        f"that waits on the server. {told}. {means}"
     )
     return Drawn("truncation", figure, caption)
-
-
-def _seeds_of(points: Sequence[CutPoint]) -> str:
-    """How many seeds each point is of, where it is more than one, or not the same."""
-    counts = sorted({p.seeds for p in points})
-    return "" if counts == [1] else f"Means over {' or '.join(map(str, counts))} seeds."
-
-
-def _with_ends(points: Sequence[CutPoint], curve: str) -> list[CutPoint]:
-    """The points of a curve; the ends are those of other methods where it has none of its own."""
-    own = {p.rank for p in points if p.curve == curve}
-    return [p for p in points if p.curve == curve or (not p.curve and p.rank not in own)]
-
-
-def _cut_series(
-    curve: str, style: int, points: Sequence[CutPoint], of: Callable[[CutPoint], float | None]
-) -> Series:
-    known = [(p.rank, value) for p in points if (value := of(p)) is not None]
-    return Series(curve, [x for x, _ in known], [y for _, y in known], style)
 
 
 def ranks(study: Study, task: str) -> Drawn | None:

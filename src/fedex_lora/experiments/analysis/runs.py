@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,21 @@ from safetensors import SafetensorError, safe_open
 from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.loop import Record
 from fedex_lora.recipe import Recipe
+from fedex_lora.recipe.reader import leaves
 from fedex_lora.runs.checkpoint import checkpoints
 from fedex_lora.runs.rundir import DATA, RunDir
 
 Shape = tuple[int, int]
 _DEPTH = 4  # of directories that are searched for runs
 _MAPPINGS = ("clients", "bytes_up", "bytes_down")  # by client, in every record
+_FACTOR = re.compile(  # in a checkpoint, or in an exported adapter
+    r"factors/(?P<half>[AB])/(?P<site>.+)"
+    r"|base_model\.model\.(?P<site_>.+)\.lora_(embedding_)?(?P<half_>[AB])(\.weight)?"
+)
+_UNUSED = {
+    "left_out": "{of} were left out: too long, or of no use to the task",
+    "not_asked": "{of} count as wrong: their prompt alone fills the length there is",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.results is not None
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """The recipe by dotted keys."""
+        return dict(leaves(self.recipe.model_dump(mode="json")))
 
     def bytes_by_round(self) -> list[int]:
         """Bytes up and down of all clients together, by record."""
@@ -108,15 +125,24 @@ def read_run(path: Path) -> Run:
         notes.append("results.json is damaged; the run counts as unfinished")
         results = None
     notes += _progress(records, recipe, results is not None)
-    environment, data = (_mapping(directory, name) for name in ("environment.json", DATA))
+    environment, data = (_mapping(directory.read_json(name)) for name in ("environment.json", DATA))
     said = results["description"] if results else data.get("description")
-    said = said or _checkpoint_meta(path).get("description")
+    said = said or _described(path)
     return Run(path, recipe, tuple(records), results, environment, said, tuple(notes), data)
 
 
-def _mapping(directory: RunDir, name: str) -> Mapping[str, Any]:
-    found = directory.read_json(name)
-    return found if isinstance(found, dict) else {}
+def _described(path: Path) -> str | None:
+    """The data, by what was saved beside the newest checkpoint's state."""
+    for file in checkpoints(path / "checkpoints"):
+        try:
+            return json.loads(_header(file)[1]["fedex"])["extra"].get("description")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _records(file: Path) -> tuple[list[Record], list[str]]:
@@ -127,27 +153,20 @@ def _records(file: Path) -> tuple[list[Record], list[str]]:
     found: dict[int, Record] = {}
     notes = []
     for number, line in enumerate(lines, start=1):
-        record = _record(line)
-        if record is not None:
-            found[record["round"]] = record
+        try:
+            value = _mapping(json.loads(line))
+        except ValueError:
+            value = {}
+        whole = all(isinstance(value.get(k), dict) for k in _MAPPINGS)
+        if whole and isinstance(value.get("round"), int):
+            found[value["round"]] = dict(value)
         elif line.strip():
             notes.append(f"metrics.jsonl: line {number} is damaged and left out")
     return [found[round] for round in sorted(found)], notes
 
 
-def _record(line: bytes) -> Record | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("round"), int):
-        return None
-    return value if all(isinstance(value.get(k), dict) for k in _MAPPINGS) else None
-
-
 def _is_results(value: Any) -> bool:
-    best = value.get("best") if isinstance(value, dict) else None
-    known = isinstance(best, dict) and isinstance(best.get("scores"), dict)
+    known = isinstance(_mapping(_mapping(value).get("best")).get("scores"), dict)
     return known and {"metric", "description", "rounds", "best_round"} <= value.keys()
 
 
@@ -168,68 +187,63 @@ def site_shapes(path: Path) -> dict[str, Shape]:
     From the newest checkpoint that can be read, else the exported adapter, in whose files an
     embedding's shape is transposed; m·n and m + n are the same.
     """
-    for file in [
-        *checkpoints(path / "checkpoints"),
-        path / "final/adapter/adapter_model.safetensors",
-    ]:
-        shapes = _tensor_shapes(file)
-        if sites := {**_pairs(shapes, "factors/{x}/", ""), **_peft_pairs(shapes)}:
+    exported = path / "final/adapter/adapter_model.safetensors"
+    for file in [*checkpoints(path / "checkpoints"), exported]:
+        halves: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, shape in _header(file)[0].items():
+            if (match := _FACTOR.fullmatch(name)) and len(shape) == 2:
+                site, half = match["site"] or match["site_"], match["half"] or match["half_"]
+                halves.setdefault(site, {})[half] = shape
+        sites = {s: (h["B"][0], h["A"][1]) for s, h in halves.items() if len(h) == 2}
+        if sites:
             return sites
     return {}
 
 
 def head_numbers(path: Path) -> int:
     """How many numbers the trained head has, from the newest checkpoint's header."""
-    for file in checkpoints(path / "checkpoints"):
-        shapes = _tensor_shapes(file)
-        if shapes:
-            heads = (s for name, s in shapes.items() if name.startswith("factors/head/"))
-            return sum(_product(s) for s in heads)
-    return 0
+    headers = (_header(file)[0] for file in checkpoints(path / "checkpoints"))
+    shapes = next(filter(None, headers), {})
+    return sum(math.prod(s) for name, s in shapes.items() if name.startswith("factors/head/"))
 
 
-def _product(shape: Iterable[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], Mapping[str, str]]:
+    """Shapes by name, and the metadata; nothing of a file that cannot be read."""
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+            shapes = {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+            return shapes, tensors.metadata() or {}
     except (OSError, SafetensorError):
-        return {}
+        return {}, {}
 
 
-def _pairs(shapes: Mapping[str, tuple[int, ...]], prefix: str, suffix: str) -> dict[str, Shape]:
-    """(rows of B, columns of A) of every site that has both; `{x}` stands for A and B."""
-    found = {}
-    before, after = (prefix.format(x="A"), suffix.format(x="A"))
-    for name, a in shapes.items():
-        if not (name.startswith(before) and name.endswith(after)):
-            continue
-        site = name.removeprefix(before).removesuffix(after)
-        b = shapes.get(prefix.format(x="B") + site + suffix.format(x="B"))
-        if b is not None and len(a) == len(b) == 2:
-            found[site] = (b[0], a[1])
-    return found
+def unused(runs: Sequence[Run]) -> list[str]:
+    """A sentence for every kind of rows that could not all be used; counts as they are in the runs,
+    from the fewest to the most.
+
+    Args:
+        runs: Of one task.
+    """
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for run in runs:
+        parts = {
+            "training rows": run.data.get("training"),
+            "rows of the clients’ own": run.data.get("own"),
+        }
+        for split, told in _mapping(run.data.get("evaluation")).items():
+            parts[f"{split} rows"] = {split: told}
+        for rows, part in parts.items():
+            told = [t for t in _mapping(part).values() if isinstance(t, dict)]
+            for what in _UNUSED:
+                count, of = (sum(t.get(key, 0) for t in told) for key in (what, "rows"))
+                found.setdefault((rows, what), []).append((count, of))
+    return [
+        _UNUSED[what].format(of=f"{_range(c for c, _ in n)} of {_range(t for _, t in n)} {rows}")
+        for (rows, what), n in found.items()
+        if any(count for count, _ in n)
+    ]
 
 
-def _peft_pairs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Shape]:
-    kinds = (".lora_{x}.weight", ".lora_embedding_{x}")
-    return {s: v for kind in kinds for s, v in _pairs(shapes, "base_model.model.", kind).items()}
-
-
-def _checkpoint_meta(path: Path) -> Mapping[str, Any]:
-    """What was saved beside the newest checkpoint's state, from its header."""
-    for file in checkpoints(path / "checkpoints"):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                extra = json.loads(tensors.metadata()["fedex"])["extra"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            continue
-        if isinstance(extra, dict):
-            return extra
-    return {}
+def _range(counts: Iterable[int]) -> str:
+    there = sorted(counts)
+    return f"{there[0]}" if there[0] == there[-1] else f"{there[0]} to {there[-1]}"

@@ -6,17 +6,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
+from fedex_lora.errors import size
 from fedex_lora.experiments.analysis.runs import Run
-from fedex_lora.experiments.analysis.statistics import Estimate, Paired, estimate
+from fedex_lora.experiments.analysis.statistics import Estimate, Paired, estimate, spread
 from fedex_lora.experiments.analysis.study import Placed, Study, metric_of, shown
 
 OWN_ROWS = "clients’ own rows"  # in place of a split, where clients alone evaluate
 
 Chooses = Callable[[Placed], bool]
 Value = Callable[[Run], float | None]
+Alike = Callable[[Placed, Placed], bool]
 
 
 def final_score(run: Run) -> float | None:
@@ -54,7 +56,12 @@ def judged_split(run: Run) -> str:
     """What `final_score` is of, for people: "test accuracy"."""
     if run.results is None:
         return metric_of(run)[0]
-    return f"{[*scores_by_split(run.results)][-1]} {run.results['metric']}"
+    return f"{judged_rows(run.results)} {run.results['metric']}"
+
+
+def judged_rows(results: Mapping[str, Any]) -> str:
+    """The name of the split that is judged."""
+    return [*scores_by_split(results)][-1]
 
 
 def chose_itself(run: Run) -> bool:
@@ -83,20 +90,17 @@ def differences(
         but: Settings (beginnings of keys) that the two sides may differ in.
         factor: Of a setting, what ours has times the reference's: {"lora.r": 2}.
     """
-    rest, ratios = (*but, *(factor or {})), factor or {}
+    ratios = factor or {}
 
     def alike(a: Placed, b: Placed) -> bool:
-        return a.others(*rest) == b.others(*rest) and _fits(a, b, ratios)
+        fits = (a.settings.get(k) == f * b.settings.get(k, math.nan) for k, f in ratios.items())
+        return a.others(*but, *ratios) == b.others(*but, *ratios) and all(fits)
 
     return _pairs(study, ours, reference, alike, value)
 
 
 def _pairs(
-    study: Study,
-    ours: Chooses,
-    reference: Chooses,
-    alike: Callable[[Placed, Placed], bool],
-    value: Value = final_score,
+    study: Study, ours: Chooses, reference: Chooses, alike: Alike, value: Value = final_score
 ) -> dict[str, list[float]]:
     """Pairs of one task and seed (at other settings) share their data: they count as one, their
     mean."""
@@ -118,10 +122,6 @@ def by_task(found: Mapping[tuple[str, int], Sequence[float]]) -> dict[str, list[
     return grouped
 
 
-def _fits(a: Placed, b: Placed, factor: Mapping[str, float]) -> bool:
-    return all(a.settings.get(k) == f * b.settings.get(k, math.nan) for k, f in factor.items())
-
-
 def poolable(study: Study, tasks: Sequence[str]) -> bool:
     """Whether differences of these tasks may be averaged: one metric, or all shares up to 1."""
     runs = [p.run for p in study.placed if p.task in tasks]
@@ -138,79 +138,70 @@ def comparisons(study: Study, task: str | None = None) -> list[Paired]:
     Args:
         task: One of them; else over all tasks, for what ran in all of them.
     """
-    if study.by_arm:
-        found = [against_reference(study, arm, task) for arm in study.arms]
-    else:
-        found = [_method_against(study, method, task) for method in study.methods]
+    names, what = (study.arms, "arm") if study.by_arm else (study.methods, "label")
+    first, alike = study.first, _alike(study)
+    found = [
+        _against(study, (what, name), (what, first), alike, task) for name in names if name != first
+    ]
     return [one for one in found if one is not None]
 
 
-def _method_against(study: Study, method: str, task: str | None) -> Paired | None:
-    if method == study.reference:
-        return None
-    found = _pairs(
-        study, lambda p: p.label == method, lambda p: p.label == study.reference, _same_condition
-    )
-    return _paired(study, method, study.reference, found, task)
-
-
-def against_reference(study: Study, arm: str, task: str | None = None) -> Paired | None:
-    """One arm against the first, or the reference method's at the same condition; None for those
-    themselves, and without a common seed."""
-    first = study.first
-    if first in (arm, study.of(arm=arm)[0].label):
-        return None
-    if study.by_arm:
-        return paired(study, arm, first, task)
-    found = _pairs(study, lambda p: p.arm == arm, lambda p: p.label == first, _same_condition)
-    return _paired(study, arm, first, found, task)
-
-
-def paired(study: Study, ours: str, reference: str, task: str | None = None) -> Paired | None:
-    """One arm against another, in one task or over all; None without a common seed in each."""
-    found = _pairs(study, lambda p: p.arm == ours, lambda p: p.arm == reference, _anyway)
-    return _paired(study, ours, reference, found, task)
-
-
-def bytes_ratio(study: Study, ours: str, task: str) -> float | None:
-    """Bytes of what `comparisons` calls `ours` over the reference's in a task: the geometric mean
-    over pairs of runs with equal seed and condition; None where either exchanges nothing."""
-
-    def named(name: str) -> Chooses:
-        return lambda p: (p.arm if study.by_arm else p.label) == name
-
-    alike = _anyway if study.by_arm else _same_condition
-    found = _pairs(study, named(ours), named(study.first), alike, _log_of_bytes)
-    logs = found.get(task)
-    return math.exp(fmean(logs)) if logs else None
-
-
-def _log_of_bytes(run: Run) -> float | None:
-    sent = bytes_sent(run)
-    return math.log(sent) if sent else None
-
-
-def bytes_sent(run: Run) -> int:
-    """Up and down, of all clients and rounds, the final model's delivery included."""
-    return sum((run.results or {}).get(key, 0) for key in ("bytes_up", "bytes_down"))
-
-
-def _same_condition(a: Placed, b: Placed) -> bool:
-    return a.condition == b.condition
+def _alike(study: Study) -> Alike:
+    """What pairs must have in common: nothing more where all are compared with one arm."""
+    return _anyway if study.by_arm else lambda a, b: a.condition == b.condition
 
 
 def _anyway(a: Placed, b: Placed) -> bool:
     return True
 
 
-def _paired(
-    study: Study, ours: str, reference: str, found: Mapping[str, list[float]], task: str | None
+def against_reference(study: Study, arm: str, task: str | None = None) -> Paired | None:
+    """One arm against the first, or the reference method's at the same condition; None for those
+    themselves, and without a common seed."""
+    first = ("arm" if study.by_arm else "label", study.first)
+    if getattr(study.of(arm=arm)[0], first[0]) == study.first:
+        return None
+    return _against(study, ("arm", arm), first, _alike(study), task)
+
+
+def paired(study: Study, ours: str, reference: str, task: str | None = None) -> Paired | None:
+    """One arm against another, in one task or over all; None without a common seed in each."""
+    return _against(study, ("arm", ours), ("arm", reference), _anyway, task)
+
+
+def _having(what: str, name: str) -> Chooses:
+    """Runs whose `arm` or `label` is that."""
+    return lambda placed: getattr(placed, what) == name
+
+
+def _against(
+    study: Study, ours: tuple[str, str], reference: tuple[str, str], alike: Alike, task: str | None
 ) -> Paired | None:
     wanted = study.tasks if task is None else [task]
-    found = {t: d for t, d in found.items() if t in wanted}
+    every = _pairs(study, _having(*ours), _having(*reference), alike)
+    found = {t: d for t, d in every.items() if t in wanted}
     if set(found) != set(wanted) or not poolable(study, wanted):
         return None
-    return Paired(ours, reference, estimate(found), metric_of(study.of(wanted[0])[0].run)[1])
+    higher = metric_of(study.of(wanted[0])[0].run)[1]
+    return Paired(ours[1], reference[1], estimate(found), higher)
+
+
+def bytes_ratio(study: Study, ours: str, task: str) -> float | None:
+    """Bytes of what `comparisons` calls `ours` over the reference's in a task: the geometric mean
+    over pairs of runs with equal seed and condition; None where either exchanges nothing."""
+
+    def log_of_bytes(run: Run) -> float | None:
+        return math.log(bytes_sent(run)) if bytes_sent(run) else None
+
+    what = "arm" if study.by_arm else "label"
+    sides = _having(what, ours), _having(what, study.first)
+    found = _pairs(study, *sides, _alike(study), log_of_bytes)
+    return math.exp(fmean(found[task])) if task in found else None
+
+
+def bytes_sent(run: Run) -> int:
+    """Up and down, of all clients and rounds, the final model's delivery included."""
+    return sum((run.results or {}).get(key, 0) for key in ("bytes_up", "bytes_down"))
 
 
 @dataclass(frozen=True)
@@ -234,35 +225,67 @@ class ArmScores:
     seconds: list[float]
     best_rounds: list[int]
 
+    def costs(self, deviates: bool) -> list[str]:
+        """Deviation (if it says anything), bytes up and down, and seconds, for people."""
+        sent = [size(fmean(v)) if v else "-" for v in (self.bytes_up, self.bytes_down)]
+        seconds = f"{fmean(self.seconds):.0f}" if self.seconds else "-"
+        return [significant(self.deviation) if deviates else "-", *sent, seconds]
+
+
+def significant(values: Sequence[float]) -> str:
+    """Mean and standard deviation of what may be of any size, to three digits.
+
+    Example:
+        >>> significant([0.00022, 0.00024]), significant([1.5]), significant([])
+        ('0.00023 ± 1.4e-05', '1.5', '-')
+    """
+    if not values:
+        return "-"
+    mean = f"{fmean(values):.3g}"
+    return f"{mean} ± {stdev(values):.2g}" if len(values) > 1 else mean
+
 
 def arm_scores(study: Study, task: str) -> list[ArmScores]:
     """A row an arm, of its finished runs."""
-    return [_arm(arm, study.of(task, arm)) for arm in study.arms if study.of(task, arm)]
+    return [_arm(arm, study.of(task, arm)) for arm in study.of_arms(task)]
 
 
 def _arm(arm: str, placed: Sequence[Placed]) -> ArmScores:
     done = [p.run.results for p in placed if p.run.results is not None]
     splits = list(dict.fromkeys(s for r in done for s in scores_by_split(r)))
 
-    def every(key: str) -> list[float]:
-        return [v for r in done if (v := _finite(r.get(key))) is not None]
+    def every(get: Callable[[Mapping[str, Any]], Any]) -> list[float]:
+        return [v for r in done if (v := _finite(get(r))) is not None]
 
     return ArmScores(
         arm,
         tuple(p.seed for p in placed),
         tuple(p.seed for p in placed if not p.run.finished),
-        {s: _scores(done, s) for s in splits},
-        every("deviation"),
-        every("bytes_up"),
-        every("bytes_down"),
-        every("seconds"),
-        [r["best_round"] for r in done],
+        {s: every(lambda r, s=s: scores_by_split(r).get(s, {}).get(r["metric"])) for s in splits},
+        *(
+            every(lambda r, key=key: r.get(key))
+            for key in ("deviation", "bytes_up", "bytes_down", "seconds")
+        ),
+        best_rounds=[r["best_round"] for r in done],
     )
 
 
-def _scores(done: Sequence[Mapping[str, Any]], split: str) -> list[float]:
-    found = (_finite(scores_by_split(r).get(split, {}).get(r["metric"])) for r in done)
-    return [value for value in found if value is not None]
+def metric_table(
+    study: Study, task: str, but: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """The metrics of the judged split at the best round, and a row an arm with all of them."""
+    found = {
+        arm: [m for p in study.of(task, arm) if (m := judged_metrics(p.run))]
+        for arm in study.of_arms(task)
+    }
+    every = dict.fromkeys(n for metrics in found.values() for m in metrics for n in m)
+    names = [name for name in every if name not in but]
+    rows = [
+        [arm, *(spread([m.get(name) for m in metrics]) for name in names)]
+        for arm, metrics in found.items()
+        if metrics
+    ]
+    return names, rows
 
 
 @dataclass(frozen=True)
@@ -286,24 +309,12 @@ def scores_by(study: Study, key: str) -> list[GroupScore]:
         score = final_score(p.run)
         if score is None:
             continue
-        value = _setting(p, key)
-        label = _label_without(p, key)
-        groups.setdefault((p.task, label, value), []).append(score)
+        value = p.run.settings.get(key)
+        value = value if isinstance(value, int | float | str) or value is None else str(value)
+        method = [] if key.startswith("method.") else [p.label]
+        others = shown({k: v for k, v in p.named.items() if k != key})
+        groups.setdefault((p.task, ", ".join([*method, *others]), value), []).append(score)
     return [
         GroupScore(task, label, value, estimate({"": scores}))
         for (task, label, value), scores in groups.items()
     ]
-
-
-def _setting(placed: Placed, key: str) -> Any:
-    value: Any = placed.run.recipe.model_dump(mode="json")
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value if isinstance(value, int | float | str) or value is None else str(value)
-
-
-def _label_without(placed: Placed, key: str) -> str:
-    """What else varies: the method, unless it is the key, and the other named settings."""
-    kept = {k: v for k, v in placed.named.items() if k != key}
-    method = [] if key.startswith("method.") else [placed.label]
-    return ", ".join([*method, *shown(kept)])

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from scipy import stats
+
+from fedex_lora.errors import number
 
 Interval = tuple[float, float]
 Strata = Mapping[str, Sequence[float]]  # by task, a value a seed
@@ -47,9 +49,9 @@ class Estimate:
     @property
     def sign(self) -> int:
         """1 or −1 if both intervals lie on one side of 0, else 0: nothing can be claimed."""
-        intervals = [i for i in (self.interval, self.resampled) if i is not None]
         if self.interval is None:
             return 0
+        intervals = [i for i in (self.interval, self.resampled) if i is not None]
         if all(low > 0 for low, _ in intervals):
             return 1
         return -1 if all(high < 0 for _, high in intervals) else 0
@@ -73,42 +75,34 @@ def estimate(strata: Strata, level: float = LEVEL) -> Estimate:
         True
     """
     groups = [list(map(float, values)) for values in strata.values() if len(values)]
-    basis, seeds = _basis([len(g) for g in groups]), min(map(len, groups))
-    if len(groups) > 1 and min(map(len, groups)) == 1:  # tasks are the sample
-        groups = [[statistics.fmean(g) for g in groups]]
+    few, many = (f(map(len, groups)) for f in (min, max))
+    basis = f"{few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}"
+    if len(groups) > 1:
+        basis = f"{len(groups)} tasks, {basis} each" + ": tasks are the sample" * (few == 1)
+        if few == 1:
+            groups = [[statistics.fmean(g) for g in groups]]
     mean = statistics.fmean(statistics.fmean(g) for g in groups)
-    student, resampled = _student(groups, mean, level), _bootstrap(groups, level)
-    return Estimate(mean, student, resampled, basis, level, seeds)
-
-
-def _basis(counts: Sequence[int]) -> str:
-    few, many = min(counts), max(counts)
-    seeds = f"{few}" if few == many else f"{few} to {many}"
-    text = f"{seeds} seed{'s' if many > 1 else ''}"
-    if len(counts) == 1:
-        return text
-    return f"{len(counts)} tasks, {text} each" + (": tasks are the sample" if few == 1 else "")
+    if min(map(len, groups)) < 2:
+        return Estimate(mean, None, None, basis, level, few)
+    resampled = stats.bootstrap(
+        groups,
+        lambda *drawn, axis: np.mean([d.mean(axis=axis) for d in drawn], axis=0),
+        n_resamples=RESAMPLES,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    low, high = float(resampled.low), float(resampled.high)
+    return Estimate(mean, _student(groups, mean, level), (low, high), basis, level, few)
 
 
 def _student(groups: Sequence[Sequence[float]], mean: float, level: float) -> Interval | None:
-    if min(map(len, groups)) < 2:
-        return None
     parts = [statistics.variance(g) / len(g) / len(groups) ** 2 for g in groups]
     variance = sum(parts)
     if variance <= _TINY**2:  # equal every time: no spread to judge by, unless they are all 0
         return (0.0, 0.0) if abs(mean) <= _TINY else None
     freedom = variance**2 / sum(p**2 / (len(g) - 1) for p, g in zip(parts, groups))
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
-    return mean - half, mean + half
-
-
-def _bootstrap(groups: Sequence[Sequence[float]], level: float) -> Interval | None:
-    """Percentiles of the mean when the values within every task are drawn again, seeded."""
-    if min(map(len, groups)) < 2:
-        return None
-    rng = np.random.default_rng(0)
-    drawn = [rng.choice(g, (RESAMPLES, len(g))).mean(axis=1) for g in groups]
-    low, high = np.quantile(np.mean(drawn, axis=0), [(1 - level) / 2, (1 + level) / 2])
+    low, high = stats.t.interval(level, freedom, mean, math.sqrt(variance))
     return float(low), float(high)
 
 
@@ -143,41 +137,24 @@ class Paired:
             >>> print(Paired("a", "b", estimate({"t": [0.1, -0.2, 0.3]})).verdict())
             No difference seen between a and b: +0.067 (95 % interval −0.558 to 0.692; 3 seeds).
         """
-        d = self.difference
-        first, second = (
-            (self.ours, self.reference) if self.outcome == "better" else (self.reference, self.ours)
-        )
+        d, told = self.difference, number(self.difference.mean, 3, sign=True)
         if self.outcome == "unknown":
             return (
-                f"{self.ours} and {self.reference}: {number(d.mean, sign=True)} apart ({d.basis}), "
+                f"{self.ours} and {self.reference}: {told} apart ({d.basis}), "
                 "with no spread to tell it from chance."
             )
         if self.outcome == "none":
-            return (
-                f"No difference seen between {self.ours} and {self.reference}: "
-                f"{number(d.mean, sign=True)} ({interval_text(d)})."
-            )
-        flipped = d if d.mean > 0 else mirrored(d)
-        return f"{first} beats {second} by {number(flipped.mean)} ({interval_text(flipped)})."
+            names = f"{self.ours} and {self.reference}"
+            return f"No difference seen between {names}: {told} ({interval_text(d)})."
+        names = [self.ours, self.reference][:: 1 if self.outcome == "better" else -1]
+        gain = d if d.mean > 0 else mirrored(d)
+        return f"{' beats '.join(names)} by {number(gain.mean, 3)} ({interval_text(gain)})."
 
 
 def mirrored(e: Estimate) -> Estimate:
     """The estimate of the negative."""
-
-    def flip(i: Interval | None) -> Interval | None:
-        return None if i is None else (-i[1], -i[0])
-
-    return Estimate(-e.mean, flip(e.interval), flip(e.resampled), e.basis, e.level, e.seeds)
-
-
-def number(value: float, digits: int = 3, sign: bool = False) -> str:
-    """With a real minus, and on request a plus.
-
-    Example:
-        >>> number(-0.5), number(0.5, 1, sign=True)
-        ('−0.500', '+0.5')
-    """
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    flipped = [None if i is None else (-i[1], -i[0]) for i in (e.interval, e.resampled)]
+    return replace(e, mean=-e.mean, interval=flipped[0], resampled=flipped[1])
 
 
 def percent(share: float) -> str:
@@ -190,12 +167,32 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
+def spread(values: Sequence[float | None]) -> str:
+    """mean ± standard deviation over seeds; the value alone if there is one; "-" if one is missing.
+
+    Example:
+        >>> spread([0.5, 0.7]), spread([0.5]), spread([0.5, None])
+        ('0.600 ± 0.141', '0.500', '-')
+    """
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return "-"
+    mean = f"{statistics.mean(known):.3f}"
+    return f"{mean} ± {statistics.stdev(known):.3f}" if len(known) > 1 else mean
+
+
 def interval_text(e: Estimate) -> str:
     """The interval and what it rests on, in words."""
     if e.interval is None:
         return e.basis
     low, high = e.interval
-    return f"{100 * e.level:.3g} % interval {number(low)} to {number(high)}; {e.basis}"
+    return f"{100 * e.level:.3g} % interval {number(low, 3)} to {number(high, 3)}; {e.basis}"
+
+
+def change(e: Estimate) -> str:
+    """A difference with its interval, short: "+0.012 (−0.003 to +0.027)"."""
+    edges = " to ".join(number(edge, 3, sign=True) for edge in e.interval or ())
+    return number(e.mean, 3, sign=True) + (f" ({edges})" if edges else "")
 
 
 def what_seeds_show(seeds: int) -> str:
@@ -209,7 +206,6 @@ def what_seeds_show(seeds: int) -> str:
             "One seed: differences are shown, but nothing tells them from chance. "
             "Two seeds or more give an interval, five or more a useful one."
         )
-    chance = 2 * 0.5**seeds
     text = (
         "Intervals are Student's, over the differences of runs with equal seeds: they speak of new "
         "seeds on these evaluation rows, not of other rows or tasks, and each is at 95 % by itself."
@@ -217,6 +213,6 @@ def what_seeds_show(seeds: int) -> str:
     if seeds < 6:
         text += (
             f" With {seeds} seeds a bootstrap over seeds would find a difference where there is "
-            f"none in {percent(chance)} of all cases or more, so it never decides alone."
+            f"none in {percent(2 * 0.5**seeds)} of all cases or more, so it never decides alone."
         )
     return text

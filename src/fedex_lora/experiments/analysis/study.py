@@ -16,15 +16,12 @@ from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis.runs import Run
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe.reader import leaves
 
 Settings = Mapping[str, Any]  # dotted keys of the recipe
 
 _TASK = ("task.", "data.", "model.name", "model.revision")  # makes scores incomparable
 _NO_TREATMENT = ("name", "seed", "engine.", "records.", "evaluation.", "model.device")
 _LOGGING = ("training.report_to", "training.logging", "training.run_name")
-
-
 # settings that people change along with another; named only where they vary by themselves
 _FOLLOWS = {
     "lora.lora_alpha": "lora.r",
@@ -38,6 +35,7 @@ class Placed:
 
     Attributes:
         task: Name of the task and data, the same for all runs whose scores may be compared.
+        label: The method with its options, e.g. "fedex-svd:8 without carry".
         settings: The recipe's keys that vary among runs of a task, beside the method's, and beside
             training settings that every method has one value of (tuned for it).
         named: Those that are part of the arm's name.
@@ -46,6 +44,7 @@ class Placed:
 
     run: Run
     task: str
+    label: str
     settings: Settings
     named: Settings
     condition: Settings
@@ -57,11 +56,6 @@ class Placed:
     @property
     def method(self) -> Method:
         return METHODS[self.run.recipe.method.name]
-
-    @property
-    def label(self) -> str:
-        """The method with its options, e.g. "fedex-svd:8 without carry"."""
-        return method_label(self.run.recipe)
 
     @property
     def arm(self) -> str:
@@ -121,8 +115,6 @@ class Study:
     @property
     def first(self) -> str:
         """What others are compared with: an arm, or the reference method."""
-        if len(self.methods) == 1:
-            return self.arms[0]
         return self._reference_arms[0] if self.by_arm else self.reference
 
     def in_short(self, name: str) -> str:
@@ -154,9 +146,16 @@ class Study:
         return {name: Study(tuple(placed), (), name) for name, placed in found.items()}
 
 
+def _rank(placed: Placed) -> tuple:
+    spec = placed.run.recipe.method
+    order = list(METHODS).index(spec.name)
+    values = [(k, v if isinstance(v, int | float) else 0, str(v)) for k, v in placed.named.items()]
+    return order, spec.rank or 0, not spec.carry, not spec.flush, placed.label, values
+
+
 def is_exact_average(method: Method) -> bool:
     """Whether clients get the mean factors and the whole residual goes into the base."""
-    return (method.assignment, method.residual) == ("average", "exact") and not method.pooled
+    return method.averages and method.residual == "exact" and not method.pooled
 
 
 def deviates(method: Method) -> bool:
@@ -166,110 +165,90 @@ def deviates(method: Method) -> bool:
 
 def study(runs: Sequence[Run]) -> Study:
     """Runs placed by task and arm; a second run of the same arm, task and seed is left out."""
-    keys = _task_keys(runs)
-    names = _task_names(runs, keys)
-    varying = {key: _varying([r for r, k in zip(runs, keys) if k == key]) for key in names}
-    every = sorted(set().union(*varying.values()))
-    own, follow = _tuned(runs, every), _following(runs)
+    tasks, note = _tasks(runs)
+    every = sorted(
+        {k for t in set(tasks) for k in _varying([r for r, u in zip(runs, tasks) if u == t])}
+    )
+    tuned, follow = _tuned(runs, every), _following(runs)
     placed: dict[Hashable, Placed] = {}
-    notes = []
-    for run, key in zip(runs, keys):
-        flat = dict(leaves(run.recipe.model_dump(mode="json")))
-        one = _placed(run, names[key], {k: flat[k] for k in every if k in flat}, own, follow)
+    notes = [note] if note else []
+    for run, task in zip(runs, tasks):
+        varying = {k: run.settings[k] for k in every if k in run.settings}
+        named = {k: v for k, v in varying.items() if k not in follow}
+        one = Placed(
+            run,
+            task,
+            method_label(run.recipe),
+            {k: v for k, v in varying.items() if not (k in tuned and k.startswith("training."))},
+            named,
+            {k: v for k, v in named.items() if k not in tuned},
+        )
         kept = placed.setdefault((one.task, one.arm, one.seed), one)
         if kept is not one:
             notes.append(f"{run.path} repeats {kept.run.path} (same recipe and seed); left out")
-    return Study(tuple(placed.values()), (*_data_notes(names), *notes))
+    return Study(tuple(placed.values()), tuple(notes))
 
 
-def _task_keys(runs: Sequence[Run]) -> list[str]:
-    """What makes scores comparable: task, data, model, and the rows there were. A run that does not
-    say which rows (it has just begun) counts as one of the first that does."""
-    flats = [dict(leaves(run.recipe.model_dump(mode="json"))) for run in runs]
-    said = [json.dumps({k: v for k, v in f.items() if k.startswith(_TASK)}) for f in flats]
-    known: dict[str, str | None] = {}
+def _tasks(runs: Sequence[Run]) -> tuple[list[str], str]:
+    """The name of each run's task, and a note where not all are of one.
+
+    One task has the same task, data and model, and the rows there were. A run that does not say
+    which rows (it has just begun) counts as one of the first that does.
+    """
+    said = [as_text({k: v for k, v in r.settings.items() if k.startswith(_TASK)}) for r in runs]
+    rows: dict[str, str | None] = {}
     for text, run in zip(said, runs):
-        known[text] = known.get(text) or run.description
-    return [json.dumps([t, run.description or known[t]]) for t, run in zip(said, runs)]
+        rows[text] = rows.get(text) or run.description
+    keys = [(text, run.description or rows[text]) for text, run in zip(said, runs)]
+    names: dict[tuple[str, str | None], str] = {}
+    told = []
+    for run, key in zip(runs, keys):
+        if key not in names:
+            base = (
+                getattr(run.recipe.task, "name", None)
+                or f"{run.recipe.name} ({run.recipe.task.kind})"
+            )
+            same = sum(n.partition(" [")[0] == base for n in names.values())
+            names[key] = f"{base} [{same + 1}]" if same else base
+            model = run.recipe.model.name
+            told.append(f"{names[key]}: {key[1] or 'rows not known yet'}, model {model}")
+    note = (
+        f"These runs used {len(names)} different tasks, data sets or models, and are compared "
+        f"only within each: {'; '.join(told)}"
+    )
+    return [names[key] for key in keys], note if len(names) > 1 else ""
 
 
 def _varying(runs: Sequence[Run]) -> set[str]:
     """The recipe's keys in which runs of one task differ, beside seed, method and bookkeeping."""
-    flats = [dict(leaves(run.recipe.model_dump(mode="json"))) for run in runs]
-    keys = {k for flat in flats for k in flat}
     fixed = (*_TASK, *_NO_TREATMENT, *_LOGGING, "method.")
-    return {
-        k
-        for k in keys
-        if not k.startswith(fixed) and len({json.dumps(f.get(k)) for f in flats}) > 1
-    }
+    keys = {k for run in runs for k in run.settings if not k.startswith(fixed)}
+    return {k for k in keys if len({as_text(run.settings.get(k)) for run in runs}) > 1}
 
 
 def _tuned(runs: Sequence[Run], keys: Sequence[str]) -> set[str]:
     """Keys of which every method has one value; not so if there is one method."""
-    values: dict[str, dict[str, set[str]]] = {key: {} for key in keys}
-    for run in runs:
-        flat = dict(leaves(run.recipe.model_dump(mode="json")))
-        for key in keys:
-            of_method = values[key].setdefault(method_label(run.recipe), set())
-            of_method.add(as_text(flat.get(key)))
-    return {k for k, of in values.items() if len(of) > 1 and all(len(v) == 1 for v in of.values())}
+    labels = [method_label(run.recipe) for run in runs]
+    methods = len(set(labels))
+    pairs = {
+        k: {(label, as_text(run.settings.get(k))) for label, run in zip(labels, runs)} for k in keys
+    }
+    return {k for k, found in pairs.items() if len(found) == methods > 1}
 
 
 def _following(runs: Sequence[Run]) -> set[str]:
     """Of the settings that people change along with another, those that are a function of it."""
-    flats = [dict(leaves(run.recipe.model_dump(mode="json"))) for run in runs]
     found = set()
     for key, leader in _FOLLOWS.items():
-        pairs = {(as_text(f.get(leader)), as_text(f.get(key))) for f in flats}
+        pairs = {tuple(as_text(run.settings.get(k)) for k in (leader, key)) for run in runs}
         if len(pairs) == len({lead for lead, _ in pairs}) > 1:
             found.add(key)
     return found
 
 
-def _placed(run: Run, task: str, varying: Settings, own: set[str], follow: set[str]) -> Placed:
-    named = {k: v for k, v in varying.items() if k not in follow}
-    return Placed(
-        run,
-        task,
-        {k: v for k, v in varying.items() if not (k in own and k.startswith("training."))},
-        named,
-        {k: v for k, v in named.items() if k not in own},
-    )
-
-
 def as_text(value: Any) -> str:
     """Equal for equal values."""
     return json.dumps(value, sort_keys=True)
-
-
-def _task_names(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, str]:
-    """A short name for every task key; equal ones get a number."""
-    names: dict[str, str] = {}
-    for run, key in zip(runs, keys):
-        if key not in names:
-            spec = run.recipe.task
-            base = spec.name or f"{run.recipe.name} ({spec.kind})"
-            same = sum(n.partition(" [")[0] == base for n in names.values())
-            names[key] = f"{base} [{same + 1}]" if same else base
-    return names
-
-
-def _data_notes(names: Mapping[str, str]) -> Iterator[str]:
-    """Says so if not all runs used the same task, data, evaluation rows and model."""
-    if len(names) < 2:
-        return
-    parts = {name: json.loads(key) for key, name in names.items()}
-    told = "; ".join(f"{name}: {_told(json.loads(s), d)}" for name, (s, d) in parts.items())
-    yield (
-        f"These runs used {len(names)} different tasks, data sets or models, and are compared "
-        f"only within each: {told}"
-    )
-
-
-def _told(said: Mapping[str, Any], description: str | None) -> str:
-    model = said.get("model.name")
-    return f"{description or 'rows not known yet'}, model {model}"
 
 
 def method_label(recipe: Recipe) -> str:
@@ -287,13 +266,6 @@ def shown(settings: Mapping[str, Any]) -> Iterator[str]:
     for key, value in settings.items():
         if value is not None:
             yield f"{key.rpartition('.')[2]} {value}"
-
-
-def _rank(placed: Placed) -> tuple:
-    spec = placed.run.recipe.method
-    order = list(METHODS).index(spec.name)
-    values = [(k, v if isinstance(v, int | float) else 0, str(v)) for k, v in placed.named.items()]
-    return order, spec.rank or 0, not spec.carry, not spec.flush, values
 
 
 def metric_of(run: Run) -> tuple[str, bool]:

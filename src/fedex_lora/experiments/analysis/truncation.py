@@ -66,7 +66,7 @@ def _cut_rank(run: Run) -> int | None:
     method = METHODS[recipe.method.name]
     if method.residual == "truncated":
         return recipe.method.rank
-    if method.trains != "both" or method.assignment != "average" or method.pooled:
+    if method.trains != "both" or not method.averages or method.pooled:
         return None
     whole = (recipe.federation.sampled - 1) * recipe.lora.r
     return whole if is_exact_average(method) else 0
@@ -83,16 +83,14 @@ def _point(arm: str, placed: Sequence[Placed]) -> CutPoint:
         carry if cut else "",
         _cut_rank(placed[0].run) or 0,
         statistics.fmean(left) if left else None,
-        statistics.fmean(_bytes_down(p.run) for p in placed),
+        statistics.fmean(
+            (p.run.results or {}).get("bytes_down")
+            or sum(sum(r["bytes_down"].values()) for r in p.run.records)
+            for p in placed
+        ),
         statistics.fmean(scores) if scores else None,
         len(placed),
     )
-
-
-def _bytes_down(run: Run) -> float:
-    if run.results is not None and "bytes_down" in run.results:
-        return run.results["bytes_down"]
-    return sum(sum(r["bytes_down"].values()) for r in run.records)
 
 
 def left_out(run: Run) -> float | None:

@@ -108,28 +108,6 @@ def settings(
     )
 
 
-def cost(name: str, model: Shapes, model_dtype: torch.dtype, federation: Settings) -> Cost:
-    """What a method sends: `federation` played by a `DryRun`.
-
-    Args:
-        name: The method's, for the record.
-        model_dtype: Of the pretrained model when it is handed out.
-    """
-    size, k = model.adapted.size, len(federation.clients)
-    run = DryRun(federation, trained(federation.method, model).head)
-    played = [run.round() for _ in range(federation.rounds)]
-    down = summed(s for _, sizes in played for s in sizes.values())
-    delivery = summed(run.down(client) for client in federation.clients)
-    return Cost(
-        name,
-        k,
-        federation.rounds,
-        summed(s for sizes, _ in played for s in sizes.values()),
-        down + delivery,
-        Size(k * size, k * size * model_dtype.itemsize),
-    )
-
-
 def costs(
     model: Shapes,
     methods: Iterable[str] = METHODS,
@@ -140,7 +118,11 @@ def costs(
     wire_dtype: torch.dtype = torch.float32,
     model_dtype: torch.dtype = torch.float32,
 ) -> list[Cost]:
-    """The cost of several methods.
+    """The cost of several methods, each played by a `DryRun`.
+
+    Args:
+        residual_rank: See `settings`.
+        model_dtype: Of the pretrained model when it is handed out.
 
     Raises:
         UserError: A method is unknown.
@@ -162,7 +144,13 @@ def costs(
             residual_rank=residual_rank,
             wire_dtype=wire_dtype,
         )
-        found.append(cost(name, model, model_dtype, federation))
+        run = DryRun(federation, trained(method, model).head)
+        played = [run.round() for _ in range(rounds)]
+        up, down = (summed(s for r in played for s in r[way].values()) for way in (0, 1))
+        delivery = summed(run.down(client) for client in federation.clients)
+        k = len(federation.clients)
+        once = Size(k * model.adapted.size, k * model.adapted.size * model_dtype.itemsize)
+        found.append(Cost(name, k, rounds, up, down + delivery, once))
     return found
 
 

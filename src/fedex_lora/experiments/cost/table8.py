@@ -11,7 +11,7 @@ frozen L is that of B alone; full fine-tuning sends (2T + 1)·P. Source: arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedex_lora.aggregation.methods import METHODS, Method
@@ -67,8 +67,8 @@ class Compared:
 
     row: Row
     sizes: tuple[int, int, int]
-    convention: tuple[float, float, float]
-    ours: tuple[float, float, float]
+    convention: Sequence[float]
+    ours: Sequence[float]
     implied: tuple[float, float, float]
 
 
@@ -90,8 +90,8 @@ def compare_row(row: Row) -> Compared:
     return Compared(
         row,
         (model.adapted.size, model.adapted.trained - head, head),
-        _three(convention(METHODS[name], model) / exact for name in COLUMNS),
-        _three(ours[name] / ours[reference()] for name in COLUMNS),
+        [convention(METHODS[name], model) / exact for name in COLUMNS],
+        [ours[name] / ours[reference()] for name in COLUMNS],
         _implied(row.printed),
     )
 
@@ -122,11 +122,6 @@ def _implied(printed: tuple[float, float, float]) -> tuple[float, float, float]:
     return size / low, size / high, size / head
 
 
-def _three(values: Iterable[float]) -> tuple[float, float, float]:
-    first, second, third = values
-    return first, second, third
-
-
 def ratio_table(rows: Sequence[Compared]) -> Table:
     """The ratios: printed, by the convention and how far that is off, and as sent here."""
     header = ["model", "r", "method", "paper", "convention", "difference", "sent here"]
@@ -146,17 +141,9 @@ def size_table(rows: Sequence[Compared]) -> Table:
         size, adapter, full = c.sizes
         low, high, head = c.implied
         heads = [f"{size / full:.0f}" if full else "-", f"{head:.0f}" if full else "-"]
+        adapters = [f"{size / adapter:.0f}", f"{low:.0f}-{high:.0f}"]
         sizes = [millions(n) for n in c.sizes]
-        lines.append(
-            [
-                c.row.model,
-                str(c.row.rank),
-                *sizes,
-                f"{size / adapter:.0f}",
-                f"{low:.0f}-{high:.0f}",
-                *heads,
-            ]
-        )
+        lines.append([c.row.model, str(c.row.rank), *sizes, *adapters, *heads])
     return header, lines
 
 

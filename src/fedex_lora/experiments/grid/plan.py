@@ -143,7 +143,7 @@ def _local(recipe: Recipe, data: Path) -> list[str]:
     if spec.path is None and spec.name is None:
         return []
     hub = (spec.name or "").rpartition("/")[2]
-    folder = data / (spec.path.name if spec.path else recipe.task.name or hub)
+    folder = data / (spec.path.name if spec.path else getattr(recipe.task, "name", None) or hub)
     if not folder.is_dir():
         raise RecipeError(
             f"`data`: there is no directory {folder}; expected train.jsonl, ... in it"

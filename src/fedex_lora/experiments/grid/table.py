@@ -10,7 +10,8 @@ from typing import Any
 
 from fedex_lora.disk import write_atomic
 from fedex_lora.experiments.analysis.scores import scores_by_split
-from fedex_lora.experiments.compare import Results, markdown_table, save_results, spread
+from fedex_lora.experiments.analysis.statistics import spread
+from fedex_lora.experiments.compare import Results, markdown_table, save_results
 from fedex_lora.experiments.grid.plan import Plan, Run
 from fedex_lora.experiments.grid.spec import RECIPES
 from fedex_lora.runs.rundir import RunDir

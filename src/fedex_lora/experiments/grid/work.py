@@ -1,8 +1,10 @@
-"""Runs in processes of their own, several at once: one that fails does not stop the others."""
+"""Runs in processes of their own, several at once: one that fails does not stop the others.
+
+To stop runs needs the signals of Linux and macOS.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import signal
@@ -16,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
+from fedex_lora.disk import reason
 from fedex_lora.errors import StorageError
 from fedex_lora.experiments.grid.plan import Run, standing
+from fedex_lora.runs.lock import LOCK, locked
 
 Tell = Callable[[str], None]
 
@@ -58,10 +63,10 @@ def work(
         The runs that failed, by name, with the reason.
 
     Raises:
-        UserError: Another process is at work in `out`.
+        UserError: Another process is at work in `out`, or in a run that is to be resumed.
     """
     waiting, busy, failed = deque(runs), dict[int, _Job](), dict[str, str]()
-    with _locked(out) as lock:
+    with _alone(out, runs):
         try:
             while waiting or busy:
                 for slot in range(jobs):
@@ -69,7 +74,7 @@ def work(
                         run = waiting.popleft()
                         tell(f"started   {run.name} ({len(waiting)} more wait)")
                         try:
-                            busy[slot] = _start(run, out, command(run, out), slot, lock)
+                            busy[slot] = _start(run, out, command(run, out), slot)
                         except OSError as error:
                             failed[run.name] = f"it cannot be started: {error}"
                 time.sleep(0.1)
@@ -82,7 +87,7 @@ def work(
     return failed
 
 
-def _start(run: Run, out: Path, words: list[str], slot: int, lock: int) -> _Job:
+def _start(run: Run, out: Path, words: list[str], slot: int) -> _Job:
     path = out / run.name
     log = path.with_name(path.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,6 @@ def _start(run: Run, out: Path, words: list[str], slot: int, lock: int) -> _Job:
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **_device(run, slot)},
-            pass_fds=[lock],  # while any run lives, nobody else works here
             start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
         )
     return _Job(run, process, log, time.monotonic())
@@ -152,27 +156,30 @@ def _device(run: Run, slot: int) -> dict[str, str]:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[int]:
-    """Holds the lock of a grid's directory; its runs inherit it, so that orphans hold it too."""
+def _alone(out: Path, runs: Sequence[Run]) -> Iterator[None]:
+    """Holds the lock of a grid's directory, where no run of a grid that was killed lives on."""
+    lock = FileLock(out / LOCK)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StorageError(
+            f"{out}: another grid is at work here; wait for it, end it, or name another "
+            "directory with `out`"
+        ) from None
     except OSError as error:
         raise StorageError(
-            f"{out}: cannot be made: {error.strerror}; name a directory that you may write "
+            f"{out}: cannot be made: {reason(error)}; name a directory that you may write "
             "with `out`"
         ) from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"{out}: another grid, or a run that it left behind, is at work here; wait for "
-                "it, end it, or name another directory with `out`"
-            ) from None
-        yield handle
+        for run in runs:
+            if standing(run, out) == "begun":
+                with locked(out / run.name):
+                    pass
+        yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 @contextmanager

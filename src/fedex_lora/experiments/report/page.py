@@ -1,23 +1,34 @@
-"""The whole page, and the figures that are in it."""
+"""The whole page, and the figures that are in it and beside it."""
 
 from __future__ import annotations
 
+import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from fedex_lora import __version__
-from fedex_lora.experiments.analysis.drawn import Drawn
+from fedex_lora.experiments.analysis.claims import CLAIMS, Finding
+from fedex_lora.experiments.analysis.evidence import findings
 from fedex_lora.experiments.analysis.figures import of_task
+from fedex_lora.experiments.analysis.plots import GRID, INK, PALETTE, style
+from fedex_lora.experiments.analysis.runs import unused
 from fedex_lora.experiments.analysis.study import Study
-from fedex_lora.experiments.analysis.unused import unused
-from fedex_lora.experiments.report import sections
-from fedex_lora.experiments.report.html import Child, Html, details, el, join
-from fedex_lora.experiments.report.scores import all_metrics, scores
-from fedex_lora.experiments.report.style import CSS
-from fedex_lora.experiments.report.svg import MARKER, inline, png_file, svg_file
-from fedex_lora.experiments.report.words import verdict
+from fedex_lora.experiments.report import tables
+from fedex_lora.experiments.report.verdict import verdict
+
+MARKER = "fedex-lora report"  # in every file that a report consists of
+_COLOURS = {INK: "currentColor", GRID: "var(--grid)", "#ffffff": "none"}
+_COLOURS |= {c: f"var(--c{i})" for i, c in enumerate(PALETTE)}
 
 
 @dataclass(frozen=True)
@@ -41,39 +52,44 @@ def build(study: Study, problems: Sequence[str] = (), refresh: int | None = None
         refresh: Seconds after which a browser loads the page again; for runs that go on.
     """
     plots: dict[str, bytes] = {}
-    body = [
-        el("h1", _title(study)),
-        el("p", _subtitle(study), class_="soft"),
-        sections.notes([*study.notes, *_run_notes(study), *problems]),
-        verdict(study),
-    ]
-    for number, task in enumerate(study.tasks):
-        body += _task(study, task, number, plots)
-    body += [
-        el("h2", "The paper’s claims"),
-        sections.claims(study),
-        el("h2", "Recipe"),
-        *(sections.recipe(study, task) for task in study.tasks),
-        el("h2", "Environment"),
-        sections.environment(study),
-        el("h2", "To repeat it"),
-        el("pre", "\n".join(sections.commands(study)), class_="wrap"),
-    ]
-    return Report(_document(_title(study), join(body), refresh), plots)
+    tested: dict[int, list[Finding]] = {}
+    for one in findings(study):
+        if one.outcome != "not tested":
+            tested.setdefault(one.claim, []).append(one)
+    page = _template().render(
+        marker=f"{MARKER} {__version__}",
+        refresh=refresh,
+        title=_title(study),
+        subtitle=_subtitle(study),
+        notes=[*study.notes, *_run_notes(study), *problems],
+        single=len(study.placed) == 1,
+        verdict=verdict(study),
+        tasks=[_task(study, task, number, plots) for number, task in enumerate(study.tasks)],
+        claims=CLAIMS,
+        tested=tested,
+        environment=tables.environment(study),
+        commands=tables.commands(study),
+    )
+    return Report(page, plots)
 
 
-def _document(title: str, body: Html, refresh: int | None) -> str:
-    head = [
-        Html('<meta charset="utf-8">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Html(f'<meta name="generator" content="{MARKER} {__version__}">'),
-        Html('<link rel="icon" href="data:,">'),
-        Html(f'<meta http-equiv="refresh" content="{refresh}">') if refresh else None,
-        el("title", title),
-        el("style", CSS),
-    ]
-    page = el("html", el("head", *head), el("body", el("main", body)), lang="en")
-    return f"<!doctype html>\n{page}\n"
+def _template() -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=visible,
+    )
+    return environment.get_template("page.html")
+
+
+def visible(value: Any) -> Any:
+    """Control characters of a text, which HTML forbids, made visible."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(c if c.isprintable() or c in "\n\t " else "\ufffd" for c in value)
 
 
 def _title(study: Study) -> str:
@@ -94,39 +110,59 @@ def _subtitle(study: Study) -> str:
 
 def _run_notes(study: Study) -> Iterator[str]:
     for p in study.placed:
-        for note in p.run.notes:
-            yield f"{p.run.path}: {note}"
+        yield from (f"{p.run.path}: {note}" for note in p.run.notes)
     for task in study.tasks:
-        told = unused([p.run for p in study.of(task)])
-        yield from (f"{task}: {one}" for one in told)
+        yield from (f"{task}: {told}" for told in unused([p.run for p in study.of(task)]))
 
 
-def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> Iterator[Child | None]:
-    many = len(study.tasks) > 1
-    yield el("h2", f"{task}: scores" if many else "Scores")
-    yield scores(study, task)
-    yield all_metrics(study, task)
-    figures: dict[str, list[Html]] = {}
+def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> dict[str, Any]:
+    """What the page says of one task; its figures' files go into `plots`."""
+    many = f"{number + 1}-{_slug(task)}-" if len(study.tasks) > 1 else ""
+    figures: dict[str, list[dict[str, str]]] = {}
     for i, drawn in enumerate(of_task(study, task)):
-        name = f"{number + 1}-{_slug(task)}-{drawn.name}" if many else drawn.name
-        svg = svg_file(drawn.figure, name)
-        plots |= {f"{name}.svg": svg, f"{name}.png": png_file(drawn.figure, name)}
-        shown = figures.setdefault(drawn.condition, [])
-        shown.append(_figure(drawn, svg, f"f{number}-{i}"))
-    first = next((condition for condition in figures if condition), None)
-    for condition, shown in figures.items():
-        box = el("div", *shown, class_="figures")
-        told = f"Curves: {condition}"
-        yield details(told, box, open=condition == first) if condition else box
-    if (shown := sections.clients(study, task)) is not None:
-        yield el("h2", f"{task}: clients" if many else "Clients")
-        yield shown
-
-
-def _figure(drawn: Drawn, svg: bytes, prefix: str) -> Html:
-    title = drawn.figure.get_suptitle().replace("\n", " ")
-    return el("figure", inline(svg, prefix, title), el("figcaption", drawn.caption or None))
+        name = f"{many}{drawn.name}"
+        svg = saved(drawn.figure, name, "svg")
+        plots |= {f"{name}.svg": svg, f"{name}.png": saved(drawn.figure, name, "png")}
+        title = drawn.figure.get_suptitle().replace("\n", " ")
+        shown = {"svg": inline(svg, f"f{number}-{i}", title), "caption": drawn.caption}
+        figures.setdefault(drawn.condition, []).append(shown)
+    return {
+        "name": task,
+        "scores": tables.scores(study, task),
+        "metrics": tables.all_metrics(study, task),
+        "figures": figures,
+        "open": next((condition for condition in figures if condition), None),
+        "clients": tables.clients(study, task),
+        "absent": tables.absent(study, task),
+        "recipe": tables.recipe(study, task),
+    }
 
 
 def _slug(task: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-")[:40]
+
+
+def saved(figure: Figure, name: str, kind: str) -> bytes:
+    """A file on a white ground, "svg" or "png": the same bytes for the same figure."""
+    meta = {"svg": {"Date": None, "Creator": MARKER}, "png": {"Software": MARKER}}[kind]
+    buffer = io.BytesIO()
+    with style(), mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        # letters that matplotlib's font lacks become boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format=kind, dpi=150, facecolor="white", metadata=meta)
+    return buffer.getvalue()
+
+
+def inline(svg: bytes, name: str, title: str) -> Markup:
+    """A file of `saved` for use within a page: without a ground, its colours CSS variables (`--c0`
+    ..., `--grid`) and the text's colour, its ids beginning with `name`, unlike other figures'."""
+
+    def adapted(tag: re.Match[str]) -> str:
+        text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag[0])
+        for colour, variable in _COLOURS.items():
+            text = text.replace(colour, variable)
+        return text
+
+    body = re.sub(r"<metadata>.*?</metadata>", "", svg.decode().partition("<svg")[2], flags=re.S)
+    head = Markup('<svg role="img" aria-label="{}"').format(title)
+    return head + Markup(re.sub(r"<[^<>]+>", adapted, re.sub(r"\s*\n\s*", " ", body)))

@@ -9,8 +9,7 @@ from fedex_lora.disk import write_atomic
 from fedex_lora.errors import StorageError
 from fedex_lora.experiments.analysis.runs import read_runs
 from fedex_lora.experiments.analysis.study import Study, study
-from fedex_lora.experiments.report.page import build
-from fedex_lora.experiments.report.svg import MARKER
+from fedex_lora.experiments.report.page import MARKER, build
 
 _LOOKED_AT = 4096  # bytes at the beginning of a file, where the marker is
 
@@ -40,7 +39,12 @@ def write_report(
     for path in files:
         check_ours(path)
     for parent in (out.parent, folder):
-        _make(parent)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{parent}: cannot be made: {error.strerror}; name another `out`"
+            ) from None
     for path, content in files.items():
         write_atomic(path, content)
     return placed
@@ -62,12 +66,3 @@ def check_ours(path: Path) -> None:
             f"{path}: exists and is no report of this program, so it is not overwritten; name "
             "another file with `out`, or another folder with `plots`"
         )
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"{directory}: cannot be made: {error.strerror}; name another `out`"
-        ) from None

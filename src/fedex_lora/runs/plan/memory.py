@@ -77,8 +77,8 @@ def server_memory(
     exchanged = _exchanged(settings, model)
     k = settings.sample_size
     method = settings.method
-    sums = (method.trains == "both") + (method.assignment in ("reinit", "svd"))
-    sums += 2 * (not method.shared_base)
+    sums = (method.trains == "both") + ("product" in method.assignment.needs)
+    sums += 2 * ("increment" in method.assignment.needs)
     spread = sum(
         min(k * s.rank * (s.out + s.inp), 2 * s.out * s.inp) for s in settings.sites.values()
     )
@@ -110,11 +110,8 @@ def activations(recipe: Recipe, config: Any) -> int:
         kept = layer + layers * tokens * hidden
     else:
         kept = layer * layers
-    vocabulary = 0 if recipe.task.kind in _NO_LOGITS else getattr(config, "vocab_size", 0)
+    vocabulary = getattr(config, "vocab_size", 0) if recipe.task.vocabulary else 0
     return kept * _itemsize(recipe) + 3 * tokens * vocabulary * _FLOAT32
-
-
-_NO_LOGITS = ("glue", "text-classification", "image-classification")
 
 
 def _exchanged(settings: Settings, model: Architecture) -> int:

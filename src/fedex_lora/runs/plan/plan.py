@@ -21,7 +21,6 @@ from fedex_lora.engines.setup import (
     set_up,
 )
 from fedex_lora.errors import StorageError, UserError
-from fedex_lora.federation.messages import ledger_tensors
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.architectures import Architecture, architecture, count, local_folder
 from fedex_lora.model.load import pick_device
@@ -234,7 +233,7 @@ def _round(run: DryRun, late: bool) -> Round:
         down,
         ranks[site] if site is not None else 0,
         min(shape.out, shape.inp) if shape is not None else 0,
-        4 * sum(t.numel() for t in ledger_tensors(run.ledger).values()),
+        run.ledger_bytes(),
         run.checkpoint(),
         run.own_factors(),
         run.catch_up() if late else None,

@@ -19,11 +19,13 @@ from transformers import TrainingArguments
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.aggregator import Aggregator
-from fedex_lora.engines.fused import Turn, train_fused
+from fedex_lora.engines.fused import Fused
 from fedex_lora.engines.setup import Federation
-from fedex_lora.engines.training import steps_of, train_client, training_arguments
+from fedex_lora.engines.training import steps_of, training_arguments
+from fedex_lora.engines.turn import Turn
+from fedex_lora.federation.messages import flat
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import begin, start_of, step
+from fedex_lora.federation.state import begin, own_part, start_of, step
 from fedex_lora.recipe import EvaluationSpec
 
 _STEPS = 3  # measured after one that warms up
@@ -80,11 +82,10 @@ def few_steps(federation: Federation) -> float:
 
 def _steps(federation: Federation) -> tuple[float, float]:
     """Seconds of a step of the client with the most rows, and of its turn beside its steps."""
-    client = max(federation.clients, key=lambda name: len(federation.clients[name]))
     args = _arguments(federation.recipe.trainer_arguments, federation)
-    rows = _sample(federation.clients[client], _STEPS * _batch(args))
-    _turn(federation, client, rows, 1)
-    one, more = _turn(federation, client, rows, 1), _turn(federation, client, rows, 1 + _STEPS)
+    rows = _STEPS * args.train_batch_size * args.gradient_accumulation_steps
+    _turn(federation, rows, 1)
+    one, more = _turn(federation, rows, 1), _turn(federation, rows, 1 + _STEPS)
     step = max(0.0, more - one) / _STEPS
     return step, max(0.0, one - step)
 
@@ -99,30 +100,26 @@ def evaluations(spec: EvaluationSpec, rounds: int) -> int:
     return -(-rounds // spec.every)
 
 
-def _turn(federation: Federation, client: str, rows: Dataset, steps: int) -> float:
-    """Seconds of a turn; of clients that train in one pass, a client's share of them."""
-    recipe = federation.recipe
+def _turn(federation: Federation, rows: int, steps: int) -> float:
+    """Seconds of a turn; of clients that train in one pass, a client's share of them.
+
+    Args:
+        rows: Of each client at most, its own: they are padded to the longest of all.
+    """
+    recipe, trained = federation.recipe, federation.settings.method.trained(1)
+    largest = sorted(federation.clients.items(), key=lambda item: -len(item[1]))[: recipe.fused]
+    turns = [
+        Turn(name, 1, _sample(part, rows), federation.initial, trained, recipe.seed)
+        for name, part in largest
+    ]
     training = {**recipe.trainer_arguments, "max_steps": steps}
-    trained = federation.settings.method.trained(1)
-    given: dict[str, Any] = {"trained": trained, "training": training, "seed": recipe.seed}
-    model, task, start = federation.model, federation.task, federation.initial
-    if recipe.fused == 1:
-        one = train_client(model, task, rows, start, round=1, client=client, **given)
-        return one.metrics["seconds"]
-    # each its own rows: they are padded to the longest of all
-    own = sorted(federation.clients.items(), key=lambda item: -len(item[1]))[: recipe.fused]
-    turns = [Turn(name, _sample(part, len(rows)), start) for name, part in own]
-    return train_fused(model, task, turns, round=1, **given)[0].metrics["seconds"]
+    train = Fused(federation.task, training, recipe.fused)
+    return train(federation.model, turns)[0].metrics["seconds"]
 
 
 def _arguments(training: Mapping[str, Any], federation: Federation) -> TrainingArguments:
     with tempfile.TemporaryDirectory() as directory:
         return training_arguments(training, 0, federation.model.device, directory)
-
-
-def _batch(args: TrainingArguments) -> int:
-    """Rows of one optimizer step."""
-    return args.train_batch_size * args.gradient_accumulation_steps
 
 
 def _sample(rows: Dataset, count: int) -> Dataset:
@@ -170,19 +167,19 @@ def server_seconds(federation: Settings, initial: AdapterState) -> float:
     aggregator = Aggregator(
         federation.method, federation.sites, factors, rate, len(federation.clients)
     )
-    seconds, ends = 0.0, {}
+    seconds, kept, assignment = 0.0, {}, federation.method.assignment
     generator = torch.Generator().manual_seed(0)
     for client in federation.clients:
         start = start_of(state, federation, client)
         end = _drifted(start, factors, generator)
-        if federation.method.own_factors:
-            ends[client] = end
+        if assignment.own and not assignment.dealt:
+            kept[client] = own_part(federation, flat(end))
         began = perf_counter()
         aggregator.add(1.0, start, end)
         seconds += perf_counter() - began
     began = perf_counter()
     result = aggregator.finish()
-    step(state, federation, result, federation.clients, ends)
+    step(state, federation, result, federation.clients, kept)
     return seconds + perf_counter() - began
 
 

@@ -1,46 +1,32 @@
 """The size of every message of a federation, before it runs and without a model: from shapes.
 
-The size of a message depends on shapes, hardly on numbers. So the real server code is run with
-made-up updates on one site of each shape, and with a few numbers for each tensor of the head;
-what it sends is then laid out for all sites, by the names and in the format of the real messages.
-Every client is taken to deliver in every round it is sampled for.
+The server's own `broadcast_to` and `step` are called with tensors on the meta device, which have
+shapes and no numbers. What an assignment leaves out, and so what goes down, is asked of the
+assignment. Every client is taken to deliver in every round it is sampled for. What a lossy wire
+dtype rounds off, and is carried, is taken to have the largest rank that it can have.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
-from fedex_lora.aggregation.ledger import Increment, Ledger
-from fedex_lora.aggregation.lowrank import LowRank
-from fedex_lora.aggregation.seeding import derive
-from fedex_lora.federation.loop import Lost, run_round
-from fedex_lora.federation.messages import (
-    Broadcast,
-    Update,
-    broadcast_parts,
-    ledger_tensors,
-    metadata,
-    update_parts,
-)
+from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.aggregator import Aggregate
+from fedex_lora.aggregation.delta import Delta
+from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.aggregation.statistics import Statistics
+from fedex_lora.federation.codec import broadcast_nbytes, ledger_tensors, update_nbytes
+from fedex_lora.federation.messages import Tensors, Update, flat, only
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, begin, broadcast_to, start_of
+from fedex_lora.federation.state import ServerState, begin, broadcast_to, start_of, step
 
-Tensors = Mapping[str, Tensor]
 Shapes = Mapping[str, torch.Size]
-Message = TypeVar("Message", Broadcast, Update)
 
-# safetensors' names; it lays wider types out first, and those of equal width in this order
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_FEW = 3  # numbers that stand for a tensor of the head
+_METRICS = {"loss": 1.0, "steps": 1.0, "seconds": 1.0}
 
 
 @dataclass(frozen=True)
@@ -69,29 +55,6 @@ def summed(sizes: Iterable[Size]) -> Size:
     return sum(sizes, Size())
 
 
-def blob_bytes(tensors: Tensors, metadata: Mapping[str, str]) -> int:
-    """len(safetensors.torch.save(tensors, metadata)), from shapes and dtypes alone.
-
-    Args:
-        tensors: By name; on any device, the meta device too.
-
-    Source:
-        https://github.com/huggingface/safetensors#format
-
-    Example:
-        >>> blob_bytes({"w": torch.empty(1000, 1000, device="meta")}, {"a": "b"}) - 4 * 10**6
-        104
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    order, end = {dtype: place for place, dtype in enumerate(_DTYPES)}, 0
-    for name, t in sorted(tensors.items(), key=lambda item: (order[item[1].dtype], item[0])):
-        begin, end = end, end + t.numel() * t.element_size()
-        shape, offsets = list(t.shape), [begin, end]
-        header[name] = {"dtype": _DTYPES[t.dtype], "shape": shape, "data_offsets": offsets}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
-
-
 class DryRun:
     """A federation without a model; `round` plays one round.
 
@@ -111,21 +74,19 @@ class DryRun:
         672
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        head: Shapes,
-        started: bool = False,
-    ) -> None:
-        self.settings, self.head = settings, head
-        first: dict[Site, str] = {}  # the site that stands for all that are like it
-        self._like = {name: first.setdefault(site, name) for name, site in settings.sites.items()}
-        sites = {name: site for site, name in first.items()}
-        self._small = replace(settings, sites=sites, max_norm=None, norm_ratio=None, examples={})
-        self._state = begin(self._small, self._initial(started))
-        self.ledger = Ledger((), self._increment(self._state.ledger.snapshot), 0)
+    def __init__(self, settings: Settings, head: Shapes, started: bool = False) -> None:
+        self.settings, self._started = settings, started
+        # one number, seen as many: whether B is zero is asked for
+        b = torch.full((1, 1), float(started))
+        initial = AdapterState(
+            {
+                n: Factors(_empty(s.rank, s.inp), b.expand(s.out, s.rank), s.scale)
+                for n, s in settings.sites.items()
+            },
+            {name: _empty(*shape) for name, shape in head.items()},
+        )
+        self._state = _without_numbers(begin(settings, initial))
         self._sizes: dict[object, Size] = {}
-        self._up: dict[str, Size] = {}
 
     @property
     def version(self) -> int:
@@ -134,142 +95,163 @@ class DryRun:
 
     def round(self) -> tuple[dict[str, Size], dict[str, Size]]:
         """Plays the next round; sizes of the messages up and down, by client."""
-        clients = self._small.sample(self.version + 1)
-        down = {client: self.down(client) for client in clients}
-        # the ledger of all sites is kept apart: whether it is compacted depends on all of them
-        state = replace(self._state, ledger=Ledger((), {}, self.version))
-        self._state, _ = run_round(state, self._small, self)
+        asked = self.settings.sample(self.version + 1)
+        down = {client: self.down(client) for client in asked}
+        taken = asked[: self.settings.sample_size]  # the others come too late
+        up = {client: self._up(client) for client in taken}
+        result = self._aggregate(taken) if self.settings.method.exchanges else None
+        self._state = self._in_wire_dtype(step(self._state, self.settings, result, taken, {}))
         self._sizes.clear()
-        up, self._up = self._up, {}
-        for version, increment in self._state.ledger.entries:
-            with torch.device("meta"):
-                ledger = self.ledger.append(version, self._increment(increment))
-                self.ledger = ledger.compact_if_smaller(version - 1)
         return up, down
 
     def down(self, client: str) -> Size:
         """The message that brings this client up to date."""
-        if not self.settings.method.exchanges:
-            return Size()
         state = self._state
         own = state.changed.get(f"own/{client}")
-        key = (self._small.ranks.get(client), state.held.get(client), own)
-        if key not in self._sizes:
-            self._sizes[key] = self._down(state, client)
-        return self._sizes[key]
+        return self._down(state, client, self.settings.ranks.get(client), own)
 
     def catch_up(self) -> Size:
         """The message for a client that joins now: it holds the start and nothing since."""
-        if not self.settings.method.exchanges:
-            return Size()
         changed = {k: v for k, v in self._state.changed.items() if not k.startswith("own/")}
-        state = replace(self._state, held={}, changed=changed)
-        return self._down(state, self.settings.clients[0])
+        joined = replace(self._state, held={}, changed=changed)
+        return self._down(joined, self.settings.clients[0], "joins")
 
     def own_factors(self) -> int:
         """Bytes of what clients keep for themselves, which lies on disk."""
-        return 4 * sum(self._numbers(adapter) for adapter in self._state.own.values())
-
-    def _numbers(self, adapter: AdapterState) -> int:
-        times = Counter(self._like.values())
-        factors = sum(times[n] * (f.A.numel() + f.B.numel()) for n, f in adapter.sites.items())
-        return factors + sum(prod(self.head[n]) for n in adapter.head)
+        return 4 * sum(_numbers(own) for own in self._state.own.values())
 
     def checkpoint(self) -> int:
         """Bytes of the state's tensors, all float32, clients' own factors apart."""
-        state, times = self._state, Counter(self._like.values())
-        numbers = sum(t.numel() for t in ledger_tensors(self.ledger).values())
-        numbers += self._numbers(AdapterState(state.factors, state.head))
-        numbers += sum(
-            times[n] * (w.left.numel() + w.right.numel()) for n, w in state.carry.items()
-        )
-        for key, value in state.late.items():
-            kind, _, name = key.partition("/")
-            numbers += prod(self.head[name]) if kind == "head" else times[name] * value.numel()
-        return 4 * numbers
+        state = self._state
+        numbers = _numbers(flat(AdapterState(state.factors, state.head))) + _numbers(state.late)
+        return self.ledger_bytes() + 4 * (numbers + sum(w.numbers for w in state.carry.values()))
+
+    def ledger_bytes(self) -> int:
+        """Bytes of the ledger's tensors as float32."""
+        return 4 * _numbers(ledger_tensors(self._state.ledger))
 
     def ledger_ranks(self) -> dict[str, int]:
-        """By site, the rank of T as the ledger holds it; min(out, in) where it is dense."""
+        """By layer, the rank of T as the ledger holds it; min(out, in) where it is dense."""
         ranks = dict.fromkeys(self.settings.sites, 0)
-        for increment in (self.ledger.snapshot, *(inc for _, inc in self.ledger.entries)):
+        ledger = self._state.ledger
+        for increment in (ledger.snapshot, *(inc for _, inc in ledger.entries)):
             for name, w in increment.items():
-                ranks[name] += w.rank if isinstance(w, LowRank) else min(w.shape)
-        return {
-            n: min(r, s.out, s.inp)
-            for (n, s), r in zip(self.settings.sites.items(), ranks.values())
-        }
+                ranks[name] = min(ranks[name] + w.rank, *w.shape)
+        return ranks
 
-    def _initial(self, started: bool) -> AdapterState:
-        sites = fresh(self._small.sites, self.settings.seed)
-        if started:
-            sites = {n: replace(f, B=torch.ones_like(f.B)) for n, f in sites.items()}
-        return AdapterState(sites, {name: torch.zeros(_FEW) for name in self.head})
-
-    def _down(self, state: ServerState, client: str) -> Size:
-        message = broadcast_to(replace(state, ledger=self.ledger), self._small, client)
-        return _size(*broadcast_parts(self._laid_out(message)))
-
-    def exchange(
-        self, state: ServerState, broadcasts: Mapping[str, Broadcast]
-    ) -> Iterator[Update | Lost]:
-        """As a transport: all clients send updates that they made up; surplus ones come late."""
-        for place, client in enumerate(sorted(broadcasts)):
-            if place >= self.settings.sample_size:
-                yield Lost(client, "late")
-                continue
-            start = start_of(state, self._small, client)
-            update = self._made_up(start, broadcasts[client].round, client)
-            self._up[client] = self._size_up(update)
-            yield update
-
-    def _made_up(self, start: AdapterState, round: int, client: str) -> Update:
-        generator = torch.Generator().manual_seed(derive(self.settings.seed, round, client))
-
-        def trained(part: Tensors) -> dict[str, Tensor]:
-            return {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in part.items()}
-
-        factors = self.settings.method.trained(round)
-        a = {n: f.A for n, f in start.sites.items()} if "A" in factors else {}
-        b = {n: f.B for n, f in start.sites.items()} if "B" in factors else {}
-        metrics = {"loss": 1.0, "steps": 1.0, "seconds": 1.0}
-        return Update(round, client, trained(a), trained(b), trained(start.head), 1, metrics)
-
-    def _size_up(self, update: Update) -> Size:
+    def _down(self, state: ServerState, client: str, *like: object) -> Size:
+        """Of the message to this client; clients of one version and `like` are sent as much."""
+        key = (state.held.get(client), *like)
         if not self.settings.method.exchanges:
             return Size()
-        key, dtype = ("up", self._small.ranks.get(update.client)), self.settings.wire_dtype
         if key not in self._sizes:
-            tensors, meta = update_parts(self._laid_out(update), dtype)
-            self._sizes[key] = _size({n: t.to(dtype) for n, t in tensors.items()}, meta)
+            message = broadcast_to(state, self.settings, client)
+            numbers = _numbers(message.tensors) + _numbers(ledger_tensors(message.ledger))
+            bytes = broadcast_nbytes(message, self.settings.wire_dtype)
+            self._sizes[key] = Size(numbers, bytes)
         return self._sizes[key]
 
-    def _laid_out(self, message: Message) -> Message:
-        """The message with all sites and the head at its full size."""
-        return replace(
-            message,
-            A={n: self._sent(message.A[r]) for n, r in self._like.items() if r in message.A},
-            B={n: self._sent(message.B[r]) for n, r in self._like.items() if r in message.B},
-            head={n: self._sent(value, self.head[n]) for n, value in message.head.items()},
+    def _up(self, client: str) -> Size:
+        if not self.settings.method.exchanges:
+            return Size()
+        key = ("up", self.settings.ranks.get(client))
+        if key not in self._sizes:
+            round, method = self.version + 1, self.settings.method
+            sent = method.assignment.sent_up(method.trained(round)) | {"head"}
+            tensors = only(flat(start_of(self._state, self.settings, client)), sent)
+            update = Update(round, client, tensors, 1, _METRICS)
+            bytes = update_nbytes(update, self.settings.wire_dtype)
+            self._sizes[key] = Size(_numbers(tensors), bytes)
+        return self._sizes[key]
+
+    def _aggregate(self, taken: Sequence[str]) -> Aggregate:
+        """What the aggregator would come to, in shapes."""
+        method = self.settings.method
+        factors, increment = {}, {}
+        for name, layer in self.settings.sites.items():
+            assigned = method.assignment.assign(self._statistics(layer, taken))
+            if assigned.factors is not None:
+                factors[name] = assigned.factors
+            if assigned.left_out is not None and method.in_ledger:
+                increment[name] = assigned.left_out
+        head = {name: _empty(*t.shape) for name, t in self._state.head.items()}
+        return Aggregate(factors, increment, head, {}, {})
+
+    def _statistics(self, layer: Site, taken: Sequence[str]) -> Statistics:
+        settings, assignment = self.settings, self.settings.method.assignment
+        k, eta = len(taken), settings.server_learning_rate
+        both = assignment.sent_up(settings.method.trained(self.version + 1)) == {"A", "B"}
+        began = sum(map(self._has_begun, taken))  # whose B⁰A⁰ is a term of its own
+
+        def terms(count: int) -> Delta:
+            rank = count * layer.rank
+            return Delta(_empty(layer.out, rank), _empty(rank, layer.inp)).smaller()
+
+        mean = Factors(_empty(layer.rank, layer.inp), _empty(layer.out, layer.rank), layer.scale)
+        return _Statistics(
+            layer,
+            eta,
+            both,
+            mean,
+            mean,
+            terms(k - 1) if both and k > 1 else None,
+            terms(k if eta == 1 else k + began) if "product" in assignment.needs else None,
+            terms(k + began) if "increment" in assignment.needs else None,
         )
 
-    def _increment(self, part: Increment) -> Increment:
-        whole: dict[str, LowRank | Tensor] = {}
-        for name, like in self._like.items():
-            if like in part:
-                w = part[like]
-                factors = isinstance(w, LowRank)
-                whole[name] = (
-                    LowRank(self._sent(w.left), self._sent(w.right)) if factors else self._sent(w)
-                )
-        return whole
+    def _has_begun(self, client: str) -> bool:
+        """Whether a client starts from B ≠ 0."""
+        assignment, version = self.settings.method.assignment, self.version
+        if assignment.drawn:
+            return self._started and not version
+        trained = client in self._state.taken if assignment.own else version > 0
+        return self._started or trained
 
-    def _sent(self, value: Tensor, shape: torch.Size | None = None) -> Tensor:
-        """A tensor without numbers, of the dtype in which a broadcast would hold `value`."""
-        dtype = self.settings.wire_dtype
-        exact = torch.equal(value.to(dtype).float(), value)
-        to = dtype if exact else torch.float32
-        return torch.empty(value.shape if shape is None else shape, dtype=to, device="meta")
+    def _in_wire_dtype(self, state: ServerState) -> ServerState:
+        """The newest tensors in the dtype in which they are sent."""
+        settings, version = self.settings, state.version
+        if version == settings.rounds and settings.flush:
+            return state
+        to = settings.wire_dtype
+        factors = {n: Factors(f.A.to(to), f.B.to(to), f.scale) for n, f in state.factors.items()}
+        entries = tuple(
+            (v, {n: w.to(to) for n, w in inc.items()} if v == version else inc)
+            for v, inc in state.ledger.entries
+        )
+        return replace(
+            state,
+            factors=factors,
+            head={name: t.to(to) for name, t in state.head.items()},
+            ledger=Ledger(entries, state.ledger.snapshot, state.ledger.snapshot_version),
+            own={c: {name: t.to(to) for name, t in own.items()} for c, own in state.own.items()},
+        )
 
 
-def _size(tensors: Tensors, meta: Mapping[str, object]) -> Size:
-    return Size(sum(t.numel() for t in tensors.values()), blob_bytes(tensors, metadata(meta)))
+@dataclass(frozen=True)
+class _Statistics(Statistics):
+    """Without numbers."""
+
+    def best_pair(self) -> Factors:
+        return self.mean
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _numbers(tensors: Tensors) -> int:
+    return sum(t.numel() for t in tensors.values())
+
+
+def _without_numbers(state: ServerState) -> ServerState:
+    """The state before round 1 on the meta device."""
+    snapshot = {
+        name: Delta(*(part.to("meta") for part in w.parts.values()))
+        for name, w in state.ledger.snapshot.items()
+    }
+    return replace(
+        state,
+        factors={n: Factors(f.A, f.B.to("meta"), f.scale) for n, f in state.factors.items()},
+        ledger=Ledger((), snapshot, 0),
+        own={c: {n: t.to("meta") for n, t in own.items()} for c, own in state.own.items()},
+    )

@@ -1,0 +1,167 @@
+"""Which factors the clients get next: the assignment.
+
+The ideal next global model G' is the same for every method. Methods differ in what of it the
+factors of the next round express, and in who holds those factors. An assignment says both; the
+aggregator takes its sums, the state its factors, the messages what is sent, and the checks of a
+recipe what may be combined, from here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from fedex_lora.aggregation.adapter import Factors
+    from fedex_lora.aggregation.delta import Delta
+    from fedex_lora.aggregation.statistics import Statistics
+
+Factor = Literal["A", "B"]
+BOTH: frozenset[Factor] = frozenset("AB")  # type: ignore[arg-type]
+NONE: frozenset[Factor] = frozenset()
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """What one layer's clients get next.
+
+    Attributes:
+        factors: At the layer's full rank; a client of a lower rank gets the first of them. None
+            where no factor comes from the server.
+        left_out: The residual: what of G' − base the factors do not express. None if nothing is
+            left, or nobody asks.
+    """
+
+    factors: Factors | None
+    left_out: Delta | None = None
+
+
+@dataclass(frozen=True)
+class Assignment(ABC):
+    """Base of all assignments; a subclass states its facts as class attributes.
+
+    Attributes:
+        name: In tables.
+        shared: Factors that the server gives to all clients alike.
+        own: Factors of which each client has its own, which are its state while it is away.
+        drawn: Whether all factors follow from the seed: A at random, B = 0, and nothing is sent.
+        needs: Sums over the clients' products BᵢAᵢ that `assign` reads beside the means:
+            "product", Σ wᵢsᵢBᵢAᵢ, or "increment", Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰).
+        dealt: Whether own factors are given by the server; otherwise a client keeps what it
+            trained.
+        private: Whether own factors never leave their client, which needs no sum of them.
+        head_private: Whether the head stays with its client too, so that nothing is exchanged.
+        ranks_may_differ: Whether clients may have different LoRA ranks.
+    """
+
+    name: ClassVar[str] = ""
+    shared: ClassVar[frozenset[Factor]] = BOTH
+    own: ClassVar[frozenset[Factor]] = NONE
+    drawn: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    dealt: ClassVar[bool] = False
+    private: ClassVar[bool] = False
+    head_private: ClassVar[bool] = False
+    ranks_may_differ: ClassVar[bool] = False
+
+    @abstractmethod
+    def assign(self, s: Statistics) -> Assigned:
+        """The factors of one layer, from what the clients' factors amount to."""
+
+    def sent_up(self, trained: frozenset[str]) -> frozenset[str]:
+        """Of the factors that clients trained, those that they send."""
+        return trained - self.own if self.private else trained
+
+    def sent_down(self, trained: frozenset[str]) -> frozenset[str]:
+        """Factors that are new for all clients after a round in which `trained` were trained."""
+        return trained & self.shared
+
+
+@dataclass(frozen=True)
+class Average(Assignment):
+    """B' = B⁰ + η(B̄ − B⁰), A' likewise; the residual is their covariance (eq. 5-16)."""
+
+    name = "average"
+
+    def assign(self, s: Statistics) -> Assigned:
+        return Assigned(s.moved, s.averages_miss)
+
+
+@dataclass(frozen=True)
+class Reinit(Assignment):
+    """A fresh from the seed, B = 0: all of G' − base is left out, and goes into the base."""
+
+    name = "reinit"
+    drawn = True
+    needs = frozenset({"product"})
+    ranks_may_differ = True
+
+    def assign(self, s: Statistics) -> Assigned:
+        return Assigned(None, s.product)
+
+    def sent_down(self, trained: frozenset[str]) -> frozenset[str]:
+        return frozenset()
+
+
+@dataclass(frozen=True)
+class Keep(Assignment):
+    """Each client goes on from its own factors; G moves by the mean of what they changed."""
+
+    name = "keep"
+    shared = NONE
+    own = BOTH
+    needs = frozenset({"increment"})
+    ranks_may_differ = True
+
+    def assign(self, s: Statistics) -> Assigned:
+        return Assigned(None, s.increment)
+
+
+@dataclass(frozen=True)
+class Svd(Assignment):
+    """The best pair for the mean product Σ wᵢsᵢBᵢAᵢ, cut to each client's rank.
+
+    A' = the top rows of Vᵀ, completed to orthonormal rows; B' = UΣ/s.
+    """
+
+    name = "svd"
+    needs = frozenset({"product"})
+    ranks_may_differ = True
+
+    def assign(self, s: Statistics) -> Assigned:
+        return Assigned(s.best_pair())
+
+    def sent_down(self, trained: frozenset[str]) -> frozenset[str]:
+        return BOTH
+
+
+@dataclass(frozen=True)
+class OwnSvd(Svd):
+    """As `Svd`, dealt out as each client's own: who was absent keeps what it had, and its base
+    moves with G."""
+
+    shared = NONE
+    own = BOTH
+    dealt = True
+    needs = frozenset({"product", "increment"})
+
+    def assign(self, s: Statistics) -> Assigned:
+        return Assigned(s.best_pair(), s.increment)
+
+    def sent_down(self, trained: frozenset[str]) -> frozenset[str]:
+        return frozenset()
+
+
+@dataclass(frozen=True)
+class Alone(Assignment):
+    """Every client goes on by itself, factors and head; nothing is exchanged."""
+
+    name = "keep"
+    shared = NONE
+    own = BOTH
+    private = True
+    head_private = True
+
+    def assign(self, s: Statistics) -> Assigned:
+        return Assigned(None)

@@ -1,0 +1,120 @@
+"""One client's turn in a round: place, write, freeze, train, read, transform, message.
+
+There is one for clients in this process, on other machines, and for several in one pass. What
+trains is a function: the Trainer of transformers, several clients in one pass, or a loop of one's
+own; what becomes of an update before it is sent is a chain of functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from datasets import Dataset
+from torch import Tensor
+
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.engines.stage import Stage
+from fedex_lora.errors import UserError
+from fedex_lora.federation.messages import Tensors, Update, flat, only
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import own_part
+from fedex_lora.model.adapted import AdaptedModel
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a training is given.
+
+    Attributes:
+        client: The client's name.
+        round: The round, from 1 on.
+        rows: The client's rows, encoded.
+        start: The factors and the head that it starts from.
+        trained: Which factors are trained, of "A" and "B".
+        seed: The run's; everything random derives from (seed, round, client).
+    """
+
+    client: str
+    round: int
+    rows: Dataset
+    start: AdapterState
+    trained: frozenset[str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to.
+
+    Attributes:
+        end: The factors and the head that it ended with.
+        metrics: Numbers by name, for the records: loss, steps, seconds, and what else there is.
+    """
+
+    end: AdapterState
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Train(Protocol):
+    """A way to train: from where turns start to where they end.
+
+    Attributes:
+        together: How many clients it trains in one pass.
+    """
+
+    @property
+    def together(self) -> int: ...
+
+    def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
+        """Trains up to `together` clients; their base is in place already.
+
+        Returns:
+            What each came to, in the order of `turns`.
+        """
+        ...
+
+
+Transform = Callable[[Tensors, Turn], Mapping[str, Tensor]]
+"""(the update as a drift from the start, the turn) → the drift that is sent instead."""
+
+
+def take_turns(
+    stage: Stage,
+    train: Train,
+    turns: Sequence[Turn],
+    ledger: Ledger,
+    settings: Settings,
+    transform: Transform | None = None,
+) -> list[Update]:
+    """The updates of some clients, as many as `train` takes in one pass.
+
+    Args:
+        ledger: What their base has beyond the pretrained weights.
+    """
+    stage.place(ledger, turns[0].start)
+    found = train(stage.model, turns)
+    if len(found) != len(turns):
+        raise UserError(f"a training of {len(turns)} clients came back with {len(found)} results")
+    return [
+        _update(turn, trained, settings, transform)
+        for turn, trained in zip(turns, found, strict=True)
+    ]
+
+
+def _update(
+    turn: Turn, trained: Trained, settings: Settings, transform: Transform | None
+) -> Update:
+    assignment = settings.method.assignment
+    end = flat(trained.end)
+    if transform is not None:
+        start = flat(turn.start)
+        drift = {name: value - start[name] for name, value in end.items()}
+        end = {name: start[name] + moved for name, moved in transform(drift, turn).items()}
+    sent = assignment.sent_up(turn.trained) if settings.method.exchanges else turn.trained
+    kept = own_part(settings, end) if assignment.private else {}
+    return Update(
+        turn.round, turn.client, only(end, sent | {"head"}), len(turn.rows), trained.metrics, kept
+    )

@@ -1,0 +1,52 @@
+"""What a run's records say about its rounds: which was the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fedex_lora.federation.loop import Record
+
+
+def best_record(records: Sequence[Record], higher: bool) -> Record | None:
+    """The record with the best selection score; None if none has one.
+
+    Of equal scores the one with the lower loss, then the later round. Scores of different clients
+    cannot be compared; where rounds were scored by different ones it is the last that has a score.
+
+    Args:
+        records: In any order; a score that is absent, None or not finite does not count.
+        higher: Whether a higher score is better.
+
+    Example:
+        >>> best_record([{"round": 1, "score": None}, {"round": 2, "score": 0.5}], True)["round"]
+        2
+        >>> one = {"round": 1, "score": 0.9, "scored_by": ["a"]}
+        >>> best_record([one, {"round": 2, "score": 0.5, "scored_by": ["a", "b"]}], True)["round"]
+        2
+    """
+    scored = [r for r in records if r.get("score") is not None and math.isfinite(r["score"])]
+    if not comparable(scored):
+        return max(scored, key=lambda r: r["round"])
+    sign = 1 if higher else -1
+    return max(scored, key=lambda r: (sign * r["score"], -_loss(r), r["round"]), default=None)
+
+
+def comparable(records: Sequence[Record]) -> bool:
+    """Whether the same clients scored all of these rounds, or the server did."""
+    return len({tuple(r.get("scored_by", ())) for r in records if r.get("score") is not None}) < 2
+
+
+def _loss(record: Record) -> float:
+    """The mean loss beside the selection score; without one that of the training."""
+    told = list(record.get("scores", {}).values())[:1]
+    if "scored_by" in record:
+        own = record.get("client_scores", {})
+        told = [own.get(client, {}) for client in record["scored_by"]]
+    for name in ("loss", "perplexity"):
+        found = [scores[name] for scores in told if scores.get(name) is not None]
+        if told and len(found) == len(told):
+            return sum(found) / len(found)
+    trained = record.get("clients", {})
+    losses = {c: trained.get(c, {}).get("loss") for c in record.get("weights", {})}
+    return sum(record["weights"][c] * loss for c, loss in losses.items() if loss is not None)

@@ -1,0 +1,47 @@
+"""The examples do what they say; each is executed as a reader would execute it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedex_lora.recipe import task as registry
+from fedex_lora.runs.reopened import open_run
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """Executes one with a folder of its own, and forgets what it registers."""
+    registry.own_specs()  # these stay
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+    def run(name: str) -> Path:
+        monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return tmp_path
+
+    return run
+
+
+def test_they_are_short():
+    for file in EXAMPLES.glob("*.py"):
+        assert len(file.read_text().splitlines()) < 60, file
+
+
+def test_a_task_of_ones_own(example, capsys):
+    folder = example("own_task.py")
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    scores = [json.loads(line)["scores"]["validation"] for line in lines]
+    # four notes with two names each; the best round is the one that misses fewest
+    assert [set(score) for score in scores] == [{"missed", "names"}] * 3
+    assert all(score["names"] == 8 and (score["missed"] * 8).is_integer() for score in scores)
+    best = min(score["missed"] for score in scores)
+    assert best < scores[0]["missed"] and f"'score': {best}" in capsys.readouterr().out
+    trained = open_run(folder / "run", "best")
+    assert type(trained.model.module.base_model.model).__name__ == "BertForTokenClassification"
