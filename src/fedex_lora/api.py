@@ -38,7 +38,7 @@ from fedex_lora.federation.state import ServerState, begin, global_factors, star
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.plan import make_plan
 from fedex_lora.merge.write import Options, merge_adapters
-from fedex_lora.model import AdaptedModel, load_model
+from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
 from fedex_lora.runs.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fedex_lora.runs.export import as_adapter, check_finite

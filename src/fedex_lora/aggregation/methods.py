@@ -11,7 +11,6 @@ in what becomes of the residual, the part of G' that those factors cannot expres
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +23,7 @@ from fedex_lora.aggregation.assignment import (
     Reinit,
     Svd,
 )
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, did_you_mean
 
 Trains = Literal["both", "B", "alternate", "all"]
 Residual = Literal["exact", "truncated", "dropped", "zero"]
@@ -121,8 +120,7 @@ def get_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)
-    raise UserError(
-        f"method.name: there is no method {name!r}; did you mean {near[0]!r}? "
+    raise RecipeError(
+        f"method.name: there is no method {name!r}{did_you_mean(name, METHODS, 0.0)} "
         f"Known: {', '.join(METHODS)}"
     )
