@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from fedex_lora.aggregation.adapter import AdapterState, fresh, uniform
@@ -56,10 +56,12 @@ class Model:
     Attributes:
         adapted: The model with its base, factors and head as values.
         name: Hub id or path of the pretrained model.
+        head: As it was loaded: every federation of this model starts from it.
     """
 
     adapted: AdaptedModel
     name: str
+    head: Mapping[str, Tensor]
 
     @classmethod
     def from_pretrained(
@@ -103,7 +105,7 @@ class Model:
             model_kwargs=kwargs,
             seed=seed,
         )
-        return cls(adapted, name)
+        return cls(adapted, name, {n: t.clone() for n, t in adapted.initial(seed).head.items()})
 
     @property
     def module(self) -> nn.Module:
@@ -275,9 +277,7 @@ class Federation:
             },
         )
         check_shares(self.settings)
-        initial = adapted.initial(seed)
-        if ranks:
-            initial = replace(initial, sites=fresh(layers, seed))
+        initial = AdapterState(fresh(layers, seed), dict(model.head))
         stage = Stage(adapted, cast(Any, None), chosen)
         self.engine = LocalEngine(
             stage, rows, self.settings, initial, _way(train), transform=transform
