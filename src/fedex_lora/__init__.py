@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
     from fedex_lora.aggregation.assignment import Assigned, Assignment
     from fedex_lora.aggregation.methods import Method
-    from fedex_lora.api import Federation, HFTrainer, Merge, Model, Round
+    from fedex_lora.api import Federation, HFTrainer, Model
     from fedex_lora.engines.transforms import chain, clip, gaussian_noise
     from fedex_lora.engines.turn import Trained
     from fedex_lora.errors import (
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from fedex_lora.federation.messages import Broadcast, Update
     from fedex_lora.federation.server import Server
     from fedex_lora.merge.adapters import open_adapter
+    from fedex_lora.merge.call import Merge
     from fedex_lora.merge.plan import make_plan
     from fedex_lora.merge.write import merge_adapters
+    from fedex_lora.runs.records import Round
 
 __version__ = "0.1.0"
 
@@ -45,14 +47,14 @@ _HOMES = {  # where a public name is defined
     "Federation": "api",
     "HFTrainer": "api",
     "LayerShape": "aggregation.adapter",
-    "Merge": "api",
+    "Merge": "merge.call",
     "Method": "aggregation.methods",
     "MissingDependency": "errors",
     "Model": "api",
     "ProtocolError": "errors",
     "QuorumLost": "errors",
     "RecipeError": "errors",
-    "Round": "api",
+    "Round": "runs.records",
     "Server": "federation.server",
     "StorageError": "errors",
     "Trained": "engines.turn",
