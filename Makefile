@@ -14,7 +14,7 @@ SMALL_LM ?=
 RESULTS ?= runs/results
 JOBS ?= 1
 
-.PHONY: help setup demo test deployment results bench chaos lint type clean
+.PHONY: help setup demo test deployment results bench chaos lint type dist clean
 
 help:
 	@echo "make demo    set up, then federate a real model over three clients (some minutes)"
@@ -26,6 +26,7 @@ help:
 	@echo "make setup   install everything, at the tested versions, into $(VENV)"
 	@echo "make lint    formatting, lint rules and the direction of imports"
 	@echo "make type    static types"
+	@echo "make dist    a wheel in dist/, and whether it is complete"
 	@echo "make clean   remove $(VENV) and caches; runs/ stays"
 	@echo "PYTHON=python3.12 before any of them chooses another Python (3.11 or newer)"
 
@@ -38,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	       "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,quantised,scorers,images,simulation]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
 	@touch $@
 
 demo: setup
@@ -82,6 +83,11 @@ lint: setup
 
 type: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# What a wheel has to hold is not seen in an editable install.
+dist: setup
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	$(BIN)/python tests/wheel.py dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

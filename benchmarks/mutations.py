@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.spoil import parts, whole
-from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, LayerShape, fresh
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.engines.remote.courier import Failed, Waits
 from fedex_lora.engines.remote.engine import RemoteEngine
@@ -43,7 +43,10 @@ PAIRS = (
 )
 ROWS = {"a": 5, "b": 3, "c": 4, "d": 9, "e": 4}
 LIAR = "b"
-SITES = {"q": Site(out=7, inp=5, rank=3, scale=1.7), "v": Site(out=6, inp=9, rank=2, scale=0.6)}
+SITES = {
+    "q": LayerShape(out=7, inp=5, rank=3, scale=1.7),
+    "v": LayerShape(out=6, inp=9, rank=2, scale=0.6),
+}
 IDENTITY = Identity("0" * 32, ((0, "m"),))
 STRANGE: Sequence[Any] = (
     *(None, True, -1, 0, 10**9, 10**30, 3.7, 1e300, -1e300, math.nan, math.inf),

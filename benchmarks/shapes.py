@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 
 # out × in of one decoder layer of Mistral-7B (arXiv 2310.06825; 8 key-value heads of 128)
 MISTRAL = {
@@ -21,16 +21,16 @@ ROBERTA_LARGE = {"query": (1024, 1024), "value": (1024, 1024)}
 ROBERTA_LARGE_LAYERS = 24
 
 
-def sites(shapes: dict[str, tuple[int, int]], layers: int, rank: int) -> dict[str, Site]:
+def sites(shapes: dict[str, tuple[int, int]], layers: int, rank: int) -> dict[str, LayerShape]:
     """The adapted layers of `layers` decoder or encoder layers."""
     return {
-        f"layers.{i}.{name}": Site(out, inp, rank, 2.0)
+        f"layers.{i}.{name}": LayerShape(out, inp, rank, 2.0)
         for i in range(layers)
         for name, (out, inp) in shapes.items()
     }
 
 
-def start(sites: dict[str, Site], seed: int = 0) -> AdapterState:
+def start(sites: dict[str, LayerShape], seed: int = 0) -> AdapterState:
     """Random factors; B is not zero, as after a round or two."""
     g = torch.Generator().manual_seed(seed)
     return AdapterState(

@@ -8,11 +8,11 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.aggregator import Aggregator
 from fedex_lora.aggregation.methods import METHODS
 
-SITE = Site(out=768, inp=512, rank=4, scale=2.0)
+SITE = LayerShape(out=768, inp=512, rank=4, scale=2.0)
 SPREADS = [1.0, 1e-1, 1e-2, 1e-3, 1e-4]
 CLIENTS = 5
 

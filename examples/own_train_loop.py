@@ -14,19 +14,20 @@ set_seed(0)
 folder, good, bad = Path(sys.argv[1]), ["fine", "warm", "kind"], ["poor", "cold", "rude"]
 words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "day", "word", *good, *bad]
 BertTokenizer({word: i for i, word in enumerate(words)}).save_pretrained(folder / "model")
-config = BertConfig(vocab_size=len(words), hidden_size=24, num_hidden_layers=1, num_labels=2)
+sizes = {"vocab_size": len(words), "hidden_size": 24, "num_hidden_layers": 1, "num_labels": 2}
+config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 BertForSequenceClassification(config).save_pretrained(folder / "model")
 lora = LoraConfig(r=2, target_modules="all-linear")
 model = fl.Model.from_pretrained(str(folder / "model"), lora, num_labels=2)
 
 
 def train(module, rows, *, round, client, rng):
-    """Thirty passes in an order of its own; `module` is a plain torch module with LoRA in it."""
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=0.005)
+    """Sixty steps on three rows each; `module` is a plain torch module with LoRA in it."""
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=0.003)
     losses = []
-    for i in torch.randperm(30 * len(rows), generator=rng).tolist():
-        row = rows[i % len(rows)]
-        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+    for _ in range(60):
+        some = rows[torch.randperm(len(rows), generator=rng)[:3].tolist()]
+        batch = {name: torch.tensor(some[name]) for name in ("input_ids", "labels")}
         loss = module(**batch).loss
         loss.backward()
         optimizer.step()
@@ -42,7 +43,7 @@ def client(adjectives):
 
 
 clients = {"ann": client(["fine", "poor"]), "bob": client(["warm", "cold", "kind", "rude"])}
-noised = fl.chain(fl.clip(5.0), fl.gaussian_noise(0.001))
+noised = fl.chain(fl.clip(5.0), fl.gaussian_noise(1e-4))
 federation = fl.Federation(model, clients, method="fedex", train=train, transform=noised)
 for round in federation.rounds(4):
     print(round.number, {name: told["loss"] for name, told in round.metrics.items()})

@@ -22,8 +22,8 @@ def accuracy(told):
 
 
 data = stdlib_docs()
-train = encoded(data["train"].shuffle(seed=0).select(range(240)))
-test = encoded(data["test"].shuffle(seed=0).select(range(120)))
+train = encoded(data["train"].shuffle(seed=0).select(range(180)))
+test = encoded(data["test"].shuffle(seed=0).select(range(90)))
 clients = {name: train.shard(3, i) for i, name in enumerate(["ann", "bob", "cleo"])}
 trainer = fl.HFTrainer(learning_rate=2e-3, per_device_train_batch_size=16)
 federation = fl.Federation(model, clients, method="fedex", train=trainer)

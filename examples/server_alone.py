@@ -4,7 +4,7 @@ import torch
 
 import fedex_lora as fl
 
-layers = {"q": fl.Layer(out=6, inp=5, rank=2, scale=4.0)}  # ΔW = scale · B · A
+layers = {"q": fl.LayerShape(out=6, inp=5, rank=2, scale=4.0)}  # ΔW = scale · B · A
 server = fl.Server("fedex", layers, ["ann", "bob", "cleo"])
 rows = {"ann": 30, "bob": 10, "cleo": 20}
 state, g, generator = server.init(), torch.zeros(6, 5).double(), torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.delta import Delta
-from fedex_lora.model import AdaptedModel, load_model
+from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
 CLASSIFY = {

@@ -1,23 +1,6 @@
-"""The command line as a fixture; import it where it is used."""
+"""What the fixture `command` (conftest.py) gives to tests."""
 
-import pytest
+from collections.abc import Callable
 
-from fedex_lora import cli
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Runs a command; returns (exit code, output, errors)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["fedex-lora", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "width", 200)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+Command = Callable[..., tuple[int, str, str]]
+"""Runs the command line on its arguments: exit code, output, errors."""

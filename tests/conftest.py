@@ -8,8 +8,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from commands import Command
 from small_runs import recipe
 
+from fedex_lora import cli
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import start_run
 
@@ -34,3 +36,22 @@ def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     start_run(recipe(folder, records={"save_updates": True}), folder / "run")
     return folder / "run", open_run(folder / "run").model
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command; returns (exit code, output, errors)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["fedex-lora", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "width", 200)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert stop.code is None or isinstance(stop.code, int)
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call

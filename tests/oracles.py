@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 
 SITES = {
-    "q": Site(out=7, inp=5, rank=3, scale=1.7),
-    "v": Site(out=6, inp=9, rank=2, scale=0.6),
-    "q2": Site(out=7, inp=5, rank=3, scale=1.7),  # layers of equal shape
+    "q": LayerShape(out=7, inp=5, rank=3, scale=1.7),
+    "v": LayerShape(out=6, inp=9, rank=2, scale=0.6),
+    "q2": LayerShape(out=7, inp=5, rank=3, scale=1.7),  # layers of equal shape
 }
 
 
@@ -52,7 +52,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def start_state(
-    sites: Mapping[str, Site], generator: torch.Generator, dtype: torch.dtype = torch.float64
+    sites: Mapping[str, LayerShape], generator: torch.Generator, dtype: torch.dtype = torch.float64
 ) -> AdapterState:
     """Random factors (B ≠ 0) and a head of two tensors."""
     factors = {

@@ -18,7 +18,7 @@ from oracles import (
     trained_by,
 )
 
-from fedex_lora.aggregation.adapter import Factors, Site, fresh
+from fedex_lora.aggregation.adapter import Factors, LayerShape, fresh
 from fedex_lora.aggregation.aggregator import Aggregator
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.aggregation.statistics import orthonormal_rows
@@ -132,7 +132,7 @@ def test_a_frozen_factor_is_passed_on_bit_for_bit(name, round):
 
 @pytest.mark.parametrize("spread", [1, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_the_residual_keeps_its_digits_however_close_the_clients_are(spread):
-    sites = {"q": Site(out=96, inp=64, rank=4, scale=2.0)}
+    sites = {"q": LayerShape(out=96, inp=64, rank=4, scale=2.0)}
     starts, ends = federation(METHODS["fedex"], 5, 11, sites, torch.float32, spread)
     n = [5, 1, 3, 8, 2]
     out = run(METHODS["fedex"], sites, starts, ends, n)
@@ -143,7 +143,7 @@ def test_the_residual_keeps_its_digits_however_close_the_clients_are(spread):
 
 @pytest.mark.parametrize("k", [2, 3, 6, 40])
 def test_the_residual_has_rank_at_most_k_minus_1_times_r_and_turns_dense_when_that_is_smaller(k):
-    sites = {"q": Site(out=60, inp=40, rank=3, scale=2.0)}
+    sites = {"q": LayerShape(out=60, inp=40, rank=3, scale=2.0)}
     starts, ends = federation(METHODS["fedex"], k, 11, sites, torch.float32)
     increment = run(METHODS["fedex"], sites, starts, ends, [1] * k).increment["q"]
     if (k - 1) * 3 * (60 + 40) < 60 * 40:
@@ -158,7 +158,7 @@ def test_the_residual_has_rank_at_most_k_minus_1_times_r_and_turns_dense_when_th
 def test_ranks_may_differ(name):
     method, n = METHODS[name], [3, 1, 2]
     g = torch.Generator().manual_seed(0)
-    wide = {"q": Site(out=7, inp=8, rank=4, scale=1.7)}
+    wide = {"q": LayerShape(out=7, inp=8, rank=4, scale=1.7)}
     narrow = [{"q": wide["q"].at_rank(r)} for r in (1, 4, 2)]
     starts = [start_state(s, g) for s in narrow]
     if method.shared_base:  # they start from one product only where B = 0
@@ -200,7 +200,7 @@ def test_more_rows_than_columns_are_zero_beyond_them(given):
 @pytest.mark.parametrize("out, inp", [(7, 3), (3, 7), (4, 4)])
 def test_an_svd_assignment_of_more_ranks_than_a_layer_has_is_the_product_itself(name, out, inp):
     """r = 6 > min(out, in): B'A' is the mean of the products, and nothing is NaN."""
-    method, sites = METHODS[name], {"q": Site(out=out, inp=inp, rank=6, scale=1.5)}
+    method, sites = METHODS[name], {"q": LayerShape(out=out, inp=inp, rank=6, scale=1.5)}
     starts, ends = federation(method, 3, 5, sites)
     n = [3, 1, 2]
     result = run(method, sites, starts, ends, n)

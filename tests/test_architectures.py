@@ -8,7 +8,7 @@ import transformers
 from tiny import tiny
 
 from fedex_lora.errors import UserError
-from fedex_lora.model import load_model
+from fedex_lora.model.adapted import load_model
 from fedex_lora.model.architectures import architecture, count, natural_task, read_config
 from fedex_lora.model.presets import PRESETS
 from fedex_lora.recipe import LoraSpec, ModelSpec

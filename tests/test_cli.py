@@ -6,30 +6,12 @@ import pytest
 import yaml
 from small_runs import recipe
 
-from fedex_lora import __version__, cli
+from fedex_lora import __version__
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import QuorumLost
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs import checkpoint
 from fedex_lora.runs.rundir import RunDir
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Runs a command; returns (exit code, output, errors)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["fedex-lora", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "width", 200)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +163,7 @@ def test_ctrl_c_says_how_to_go_on(command, folder, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.runs, "start_run", stop)
+    monkeypatch.setattr("fedex_lora.runs.run.start_run", stop)
     code, _, err = command("run", folder / "recipe.yaml", "--out", tmp_path / "run")
     assert code == 130 and f"run {folder / 'recipe.yaml'} --out {tmp_path / 'run'}" in err
 
@@ -189,7 +171,7 @@ def test_ctrl_c_says_how_to_go_on(command, folder, tmp_path, monkeypatch):
         RunDir(out).create(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.runs, "start_run", stop_later)
+    monkeypatch.setattr("fedex_lora.runs.run.start_run", stop_later)
     run = tmp_path / "a run"
     code, _, err = command("run", folder / "recipe.yaml", "--out", run)
     assert code == 130 and f"fedex-lora resume '{run}'" in err
@@ -197,7 +179,7 @@ def test_ctrl_c_says_how_to_go_on(command, folder, tmp_path, monkeypatch):
     def too_few(*_):
         raise QuorumLost("1 client")
 
-    monkeypatch.setattr(cli.runs, "resume_run", too_few)
+    monkeypatch.setattr("fedex_lora.runs.run.resume_run", too_few)
     code, _, err = command("resume", run)
     assert code == 2 and "1 client" in err and f"fedex-lora resume '{run}'" in err
     monkeypatch.setattr("fedex_lora.flower.deploy.launch.launch", stop)

@@ -26,7 +26,7 @@ def results(**scores):
 
 def test_methods_are_paired_with_the_exact_one_by_seed():
     found = results(fedit=[0.5, 0.6, 0.7], fedex=[0.8, 0.9, 1.01, 0.3], local=[0.1])
-    header, rows = difference_table(found)
+    header, rows = difference_table(found)  # type: ignore[misc]
     assert header[0] == "test accuracy against fedex"
     assert rows == [["fedit", "3", "−0.303", "−0.318 to −0.289", "lower"]]
     assert "| fedit | 3 | −0.303 |" in markdown(found)
@@ -38,5 +38,5 @@ def test_nothing_to_compare(scores):
 
 
 def test_no_difference_is_claimed_where_the_interval_holds_0():
-    _, rows = difference_table(results(ffa=[0.5, 0.9], fedit=[0.6, 0.5]))
+    _, rows = difference_table(results(ffa=[0.5, 0.9], fedit=[0.6, 0.5]))  # type: ignore[misc]
     assert rows[0][0] == "fedit" and rows[0][-1] == "none seen"

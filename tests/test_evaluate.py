@@ -7,20 +7,17 @@ import shutil
 import pytest
 import torch
 import transformers
-from commands import command
 from safetensors.torch import load_file, save_file
 from small_runs import recipe
 from tiny import TEXT, tiny
 
-from fedex_lora.cli.evaluate import asked
+from fedex_lora.cli.asked import asked
 from fedex_lora.errors import UserError
 from fedex_lora.runs import evaluation
 from fedex_lora.runs.evaluation import evaluate, load_subject
 from fedex_lora.runs.export import export_adapter, export_model
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import start_run
-
-__all__ = ["command"]
 
 XYZ = ["task.labels=[x, y, z]"]
 SHORT = ["task.max_new_tokens=8", "task.max_length=150", "evaluation.batch_size=2"]

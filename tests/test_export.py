@@ -4,17 +4,18 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from commands import Command
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_runs import StopAfter, recipe
 from tiny import tiny
 
-from fedex_lora import cli
 from fedex_lora.aggregation.adapter import Factors
 from fedex_lora.errors import UserError
 from fedex_lora.model import files
@@ -55,19 +56,9 @@ def stopped(tmp_path_factory):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch):
+def command(command: Command) -> Command:
     """Runs `fedex-lora export`; returns (exit code, output, errors)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["fedex-lora", "export", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(command, "export")
 
 
 def copied(run: Path, folder: Path) -> Path:
@@ -81,7 +72,7 @@ def test_a_full_disk_leaves_nothing_and_a_retry_succeeds(trained, tmp_path, monk
 
     monkeypatch.setattr(files, "save_file", full)
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    with pytest.raises(UserError, match=r"out: the export cannot be written: .*No space.*--out"):
+    with pytest.raises(UserError, match=r"out: the export cannot be written: .*No space.*`out`"):
         write(trained, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()

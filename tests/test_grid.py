@@ -11,7 +11,6 @@ import time
 import pytest
 from small_runs import recipe
 
-from fedex_lora import cli
 from fedex_lora.errors import UserError
 from fedex_lora.experiments.grid import plan as planning
 from fedex_lora.experiments.grid import work as working
@@ -161,7 +160,7 @@ def test_done_and_begun_runs_are_known_and_other_recipes_are_never_touched(folde
     changed = plan(folder / "other.yaml", ["lora.lora_alpha=99"]).runs[3]
     make_run(changed, tmp_path)
     assert standing(other, tmp_path) == "other"
-    with pytest.raises(UserError, match=r"lora.lora_alpha: 5.0 != 99.0.*--out"):
+    with pytest.raises(UserError, match=r"lora.lora_alpha: 5.0 != 99.0.*`out`"):
         left(small(folder).runs, tmp_path)
 
 
@@ -283,22 +282,6 @@ def test_a_killed_run_is_told_as_such(folder, tmp_path, scripted):
     scripted("import os; os.kill(os.getpid(), 9)")
     failed = work(small(folder).runs[:1], tmp_path, 1, print, print)
     assert "killed by SIGKILL" in failed["tiny/fedit-seed0"]
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["fedex-lora", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "width", 200)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def test_the_command_runs_what_is_left_and_shows_the_table(command, folder, tmp_path):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from commands import command  # noqa: F401
 from oracles import SITES
 from small_runs import recipe
 from test_aggregate import federation, run
@@ -52,7 +51,7 @@ def as_before():
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch) -> Callable[..., None]:
+def install(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
     """Makes a package with an entry point, as pip would."""
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -145,7 +144,7 @@ def test_a_name_is_given_once():
     assert get_method("mine") is METHODS["mine"] is AVERAGE
 
 
-def test_a_package_s_method_is_imported_when_a_recipe_names_it(install, tmp_path, command):  # noqa: F811
+def test_a_package_s_method_is_imported_when_a_recipe_names_it(install, tmp_path, command):
     install("theirs", "fed-theirs")
     assert "fed-theirs" in METHODS and "theirs" not in sys.modules
     assert next(iter(METHODS)) == "fedit" and list(METHODS)[-1] == "fed-theirs"
@@ -158,7 +157,7 @@ def test_a_package_s_method_is_imported_when_a_recipe_names_it(install, tmp_path
     assert code == 0 and "fed-theirs" in out and "a package" in out
 
 
-def test_package_against_package_and_table(install, tmp_path, command):  # noqa: F811
+def test_package_against_package_and_table(install, tmp_path, command):
     install("theirs", "fedex")
     with pytest.raises(UserError, match=r"'fedex': registered twice, by fedex-lora and theirs"):
         get_method("fedex")
@@ -187,7 +186,7 @@ def test_package_against_package_and_table(install, tmp_path, command):  # noqa:
         (MODULE + "\nOwn.private = True", "private is about own factors"),
     ],
 )
-def test_a_package_that_is_broken_is_named(install, module, why, command):  # noqa: F811
+def test_a_package_that_is_broken_is_named(install, module, why, command):
     install("theirs", "mine", module)
     with pytest.raises(UserError, match=f"^method 'mine': .*{why}"):
         get_method("mine")
@@ -197,6 +196,7 @@ def test_a_package_that_is_broken_is_named(install, module, why, command):  # no
 
 class Wrong(Average):
     name = "wrong"
+    given: Callable[..., Assigned]
 
     def __init__(self, given):
         object.__setattr__(self, "given", given)

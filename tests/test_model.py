@@ -11,7 +11,7 @@ from transformers import BertModel
 from fedex_lora.aggregation.adapter import AdapterState, Factors, fresh
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UserError
-from fedex_lora.model import load_model
+from fedex_lora.model.adapted import load_model
 from fedex_lora.recipe import ModelSpec
 
 __all__ = ["path"]

@@ -13,7 +13,7 @@ from tiny import tiny
 from fedex_lora.aggregation.adapter import AdapterState, Factors, uniform
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UserError
-from fedex_lora.model import load_model
+from fedex_lora.model.adapted import load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
 __all__ = ["path"]

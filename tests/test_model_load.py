@@ -12,7 +12,7 @@ from torch import nn
 
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UserError
-from fedex_lora.model import load_model
+from fedex_lora.model.adapted import load_model
 from fedex_lora.model.inject import inject
 from fedex_lora.model.load import Base
 from fedex_lora.recipe import LoraSpec, ModelSpec

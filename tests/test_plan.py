@@ -13,7 +13,6 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from small_runs import SIZES, recipe
 
-from fedex_lora import cli
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import dump_recipe, load_recipe
@@ -35,24 +34,6 @@ def offline(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("plan")
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Runs a command; returns (exit code, output, errors)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["fedex-lora", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "width", 200)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def changed(r: Recipe, block: str, **values) -> Recipe:

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from commands import command  # noqa: F401
 from small_runs import recipe
 
 from fedex_lora.engines import setup
@@ -42,7 +41,7 @@ def whole(folder, **blocks) -> Recipe:
     return Recipe.model_validate(raw)
 
 
-def test_all_is_said_at_once_with_its_place(command, folder, tmp_path, unloaded):  # noqa: F811
+def test_all_is_said_at_once_with_its_place(command, folder, tmp_path, unloaded):
     raw = yaml.safe_load(dump_recipe(whole(folder)))
     raw["lora"] |= {"r": 17, "lora_alpha": float("inf")}
     raw["federation"]["clients"] = 7

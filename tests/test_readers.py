@@ -12,7 +12,6 @@ import peft
 import pytest
 import torch
 import transformers
-from commands import command
 from safetensors.torch import load_file, save_file
 from small_runs import products, recipe
 from torch import nn
@@ -21,13 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.plan import make_plan
 from fedex_lora.merge.write import Options, merge_adapters
-from fedex_lora.model import files
+from fedex_lora.model import config as config_module
 from fedex_lora.runs import export as export_module
 from fedex_lora.runs.export import export_adapter
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import start_run
 
-__all__ = ["command"]
 IDS = torch.arange(3, 19).reshape(2, 8)
 # layers whose ranks differ: of unequal sides, so that full ranks are unequal too
 TARGETS = {
@@ -215,7 +213,7 @@ def test_export_takes_a_rank_or_an_error(command, runs, tmp_path):
 
 
 def test_an_export_tells_what_a_cut_would_cost(runs, tmp_path, monkeypatch):
-    for module in (files, export_module):
+    for module in (config_module, export_module):
         monkeypatch.setattr(module, "SERVER_LIMITS", (2, 5))
     folder = runs("llama")
     whole = products(folder / "run" / "final" / "adapter")
@@ -225,7 +223,7 @@ def test_an_export_tells_what_a_cut_would_cost(runs, tmp_path, monkeypatch):
     for rank in (2, 5):
         tails = [torch.linalg.svdvals(m)[rank:].norm() ** 2 for m in whole.values()]
         missed = (sum(tails) ** 0.5 / total).item()
-        assert f"--rank {rank} would miss {missed:.2g} of the change" in note
+        assert f"`rank={rank}` would miss {missed:.2g} of the change" in note
 
 
 def test_ranks_above_what_servers_take_are_told_with_what_a_cut_would_cost(tmp_path):
@@ -243,6 +241,6 @@ def test_ranks_above_what_servers_take_are_told_with_what_a_cut_would_cost(tmp_p
     s = torch.linalg.svdvals(b.double() @ a.double())
     (note,) = done.notes
     assert note.startswith("rank 80 is above 64, where programs that serve adapters often stop")
-    assert f"--rank 64 would miss {(s[64:].norm() / s.norm()).item():.2g} of the change" in note
+    assert f"`rank=64` would miss {(s[64:].norm() / s.norm()).item():.2g} of the change" in note
     assert "128" not in note
     assert not merge_adapters(plan, tmp_path / "cut", Options(rank=64)).notes

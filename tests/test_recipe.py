@@ -120,8 +120,8 @@ def test_all_problems_are_reported_together_each_with_its_place(tmp_path: Path) 
     assert lines == [
         "r.yaml:8: lora.r: expected a whole number of at least 1, got 0",
         "r.yaml:9: lora.ranl: unknown key; did you mean 'ranks'?",
-        "--set method.nam=fedit: method.nam: unknown key; did you mean 'name'?",
-        "--set federation.rounds=many: federation.rounds: "
+        "`set=method.nam=fedit`: method.nam: unknown key; did you mean 'name'?",
+        "`set=federation.rounds=many`: federation.rounds: "
         'expected a whole number of at least 1, got "many"',
         "r.yaml:2: nmae: unknown key; did you mean 'name'?",
     ]
@@ -349,7 +349,7 @@ def test_a_file_that_is_absent_or_no_text(tmp_path: Path) -> None:
 )
 def test_a_bad_override_names_itself(tmp_path: Path, override: str, message: str) -> None:
     line = refused_line(tmp_path, MINIMAL, override)
-    assert line.startswith(f"--set {override}: {message}")
+    assert line.startswith(f"`set={override}`: {message}")
 
 
 def test_a_file_for_each_client_counts_the_clients(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_unknown_training_keys_are_named_with_their_line(tmp_path: Path) -> None
     recipe, places = load_recipe_with_places(path, ["training.optm=x"])
     assert unknown_keys(recipe.training, ["learning_rate", "optim"], "training", places) == [
         f"{path}:6: training.lerning_rate: unknown key; did you mean 'learning_rate'?",
-        "--set training.optm=x: training.optm: unknown key; did you mean 'optim'?",
+        "`set=training.optm=x`: training.optm: unknown key; did you mean 'optim'?",
     ]
 
 

@@ -118,7 +118,10 @@ def rows(recipe: Recipe, split: str, count: int) -> Iterator[dict[str, Any]]:
                 yield {**{c: f"{c} has {i} words." for c in known.texts}, "label": label}
             case "text-classification":
                 labels = task.labels or ["yes", "no"]
-                yield {task.text_column: f"Row {i} is fine.", "label": labels[i % len(labels)]}
+                yield {
+                    task.text_column or "": f"Row {i} is fine.",
+                    "label": labels[i % len(labels)],
+                }
             case "instruction":
                 yield {"question": f"What is {i}?", "answer": f"It is {i}."}
             case "e2e":

@@ -381,6 +381,23 @@ def test_collections_of_garbage_are_as_before_once_a_run_ends(tmp_path):
     assert len(skipped) == 2 and min(skipped) > 0 and gc.get_freeze_count() == 0
 
 
+def test_a_run_and_its_resumption_take_the_recipe_s_threads_and_leave_the_caller_s(tmp_path):
+    spec, seen = recipe(tmp_path, engine={"threads": 3}), []
+
+    class Looks(StopAfter):
+        def round_done(self, record):
+            seen.append(torch.get_num_threads())
+            super().round_done(record)
+
+    before = torch.get_num_threads()
+    assert before != 3
+    with pytest.raises(KeyboardInterrupt):
+        start_run(spec, tmp_path / "run", Looks(1))
+    assert torch.get_num_threads() == before
+    resume_run(tmp_path / "run", watcher=Looks(0))
+    assert torch.get_num_threads() == before and seen == [3, 3]
+
+
 @pytest.mark.parametrize("name", ["fedex", "local"])
 def test_no_row_is_scored_twice_by_one_model(tmp_path, monkeypatch, name):
     scored = []

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from commands import command  # noqa: F401
 from safetensors.torch import load_file
 from small_runs import StopAfter, recipe
 
@@ -95,7 +94,7 @@ def holder():
         process.wait()
 
 
-def test_a_second_process_is_stopped_and_told_by_whom(whole, begun, holder, command, tmp_path):  # noqa: F811
+def test_a_second_process_is_stopped_and_told_by_whom(whole, begun, holder, command, tmp_path):
     spec, run, _ = whole
     other = holder(begun)
     who = rf"begun: in use by process {other.pid} on {socket.gethostname()} since 20\d\d-.*; wait "
@@ -191,7 +190,7 @@ def test_what_may_be_somebody_s_is_in_use(whole, tmp_path, name):
 # --- edited
 
 
-def test_a_recipe_that_was_edited_after_the_start_is_refused_at_resume_too(whole, begun, command):  # noqa: F811
+def test_a_recipe_that_was_edited_after_the_start_is_refused_at_resume_too(whole, begun, command):
     file = begun / "recipe.yaml"
     text = file.read_text()
     file.write_text(
@@ -266,7 +265,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name, content", [(n, c) for n, cs in ODD.items() for c in cs])
-def test_odd_content_is_an_error_that_names_the_file(whole, begun, command, name, content):  # noqa: F811
+def test_odd_content_is_an_error_that_names_the_file(whole, begun, command, name, content):
     (begun / name).write_bytes(content)
     code, _, err = command("resume", begun)
     assert code == 2 and f"{name}" in err and "damaged (" in err and "delete the" in err
@@ -282,7 +281,7 @@ def test_an_odd_digest_is_a_damaged_checkpoint_that_is_named(whole, begun, conte
     same_end(begun, whole[1])
 
 
-def test_other_files_of_a_run_are_named_too(whole, tmp_path, command):  # noqa: F811
+def test_other_files_of_a_run_are_named_too(whole, tmp_path, command):
     run = shutil.copytree(whole[1], tmp_path / "run")
     (run / "results.json").write_text('{"best_round": "x"}')
     for name in ("evaluate", "export"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import SITES, dense64, ideal_change, mean, product, relative, residual
 from test_aggregate import EXCHANGING, federation, run
 
-from fedex_lora.aggregation.adapter import Site
+from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.aggregation.aggregator import Aggregator
 from fedex_lora.aggregation.methods import METHODS
 
@@ -94,7 +94,7 @@ def test_a_tree_of_servers_comes_to_the_aggregate_of_all_clients(name, tree, see
 @pytest.mark.parametrize("name", [n for n in EXCHANGING if METHODS[n].ranks_may_differ])
 def test_ranks_may_differ_between_the_servers_of_a_tree(name):
     method, n, ranks = METHODS[name], [3, 1, 2, 5], [1, 4, 2, 3]
-    wide = {"q": Site(out=7, inp=8, rank=4, scale=1.7)}
+    wide = {"q": LayerShape(out=7, inp=8, rank=4, scale=1.7)}
     starts, ends = [], []
     for i, rank in enumerate(ranks):
         begun, ended = federation(method, 1, i, {"q": wide["q"].at_rank(rank)})
@@ -113,7 +113,7 @@ def test_ranks_may_differ_between_the_servers_of_a_tree(name):
 
 @pytest.mark.parametrize("spread", [1, 1e-2, 1e-4])
 def test_regions_that_nearly_agree_lose_no_digits_in_float32(spread):
-    sites = {"q": Site(out=96, inp=64, rank=4, scale=2.0)}
+    sites = {"q": LayerShape(out=96, inp=64, rank=4, scale=2.0)}
     starts, ends = federation(METHODS["fedex"], 9, 11, sites, torch.float32, spread)
     n = [5, 1, 3, 8, 2, 7, 1, 1, 4]
     new = lambda: Aggregator(METHODS["fedex"], sites, frozenset("AB"))  # noqa: E731

@@ -6,21 +6,33 @@ Names are imported when they are first used: `import fedex_lora` costs nothing. 
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedex_lora.aggregation.adapter import AdapterState, Factors
-    from fedex_lora.aggregation.adapter import Site as Layer
+    from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
     from fedex_lora.aggregation.assignment import Assigned, Assignment
     from fedex_lora.aggregation.methods import Method
-    from fedex_lora.api import Federation, HFTrainer, Merge, Model, Round
+    from fedex_lora.api import Federation, HFTrainer, Model
     from fedex_lora.engines.transforms import chain, clip, gaussian_noise
     from fedex_lora.engines.turn import Trained
-    from fedex_lora.errors import QuorumLost, UserError
+    from fedex_lora.errors import (
+        DataError,
+        DeploymentError,
+        MissingDependency,
+        ProtocolError,
+        QuorumLost,
+        RecipeError,
+        StorageError,
+        UserError,
+    )
     from fedex_lora.federation.messages import Broadcast, Update
     from fedex_lora.federation.server import Server
+    from fedex_lora.merge.adapters import open_adapter
+    from fedex_lora.merge.call import Merge
+    from fedex_lora.merge.plan import make_plan
+    from fedex_lora.merge.write import merge_adapters
+    from fedex_lora.runs.records import Round
 
 __version__ = "0.1.0"
 
@@ -29,22 +41,31 @@ _HOMES = {  # where a public name is defined
     "Assigned": "aggregation.assignment",
     "Assignment": "aggregation.assignment",
     "Broadcast": "federation.messages",
+    "DataError": "errors",
+    "DeploymentError": "errors",
     "Factors": "aggregation.adapter",
     "Federation": "api",
     "HFTrainer": "api",
-    "Layer": "aggregation.adapter.Site",
-    "Merge": "api",
+    "LayerShape": "aggregation.adapter",
+    "Merge": "merge.call",
     "Method": "aggregation.methods",
+    "MissingDependency": "errors",
     "Model": "api",
+    "ProtocolError": "errors",
     "QuorumLost": "errors",
-    "Round": "api",
+    "RecipeError": "errors",
+    "Round": "runs.records",
     "Server": "federation.server",
+    "StorageError": "errors",
     "Trained": "engines.turn",
     "Update": "federation.messages",
     "UserError": "errors",
     "chain": "engines.transforms",
     "clip": "engines.transforms",
     "gaussian_noise": "engines.transforms",
+    "make_plan": "merge.plan",
+    "merge_adapters": "merge.write",
+    "open_adapter": "merge.adapters",
 }
 
 __all__ = [
@@ -52,32 +73,49 @@ __all__ = [
     "Assigned",
     "Assignment",
     "Broadcast",
+    "DataError",
+    "DeploymentError",
     "Factors",
     "Federation",
     "HFTrainer",
-    "Layer",
+    "LayerShape",
     "Merge",
     "Method",
+    "MissingDependency",
     "Model",
+    "ProtocolError",
     "QuorumLost",
+    "RecipeError",
     "Round",
     "Server",
+    "StorageError",
     "Trained",
     "Update",
     "UserError",
     "chain",
     "clip",
     "gaussian_noise",
+    "make_plan",
+    "merge_adapters",
+    "open_adapter",
 ]
-
-# at every import it advises to install kernels for 4-bit products; most models have none
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
-    if home.endswith(".Site"):
-        return import_module(f"{__name__}.aggregation.adapter").Site
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    try:
+        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from fedex_lora.errors import EXTRAS, missing  # noqa: PLC0415 (nothing before it is used)
+
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        raise missing(module, f"fedex_lora.{name}") from error
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from fedex_lora.aggregation.adapter import AdapterState, fresh, uniform
@@ -32,16 +32,14 @@ from fedex_lora.engines.training import score
 from fedex_lora.engines.turn import Train, Trained, Transform, Turn
 from fedex_lora.errors import UserError
 from fedex_lora.federation.checks import check_shares
-from fedex_lora.federation.loop import Record, run_round
+from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, begin, global_factors, start_of
-from fedex_lora.merge.adapters import open_adapter
-from fedex_lora.merge.plan import make_plan
-from fedex_lora.merge.write import Options, merge_adapters
-from fedex_lora.model import AdaptedModel, load_model
+from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
 from fedex_lora.runs.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fedex_lora.runs.export import as_adapter, check_finite
+from fedex_lora.runs.records import Round, Rounds
 from fedex_lora.tasks.base import Collate
 
 _POOLED = "all"  # the one client of a method that pools the rows
@@ -56,10 +54,12 @@ class Model:
     Attributes:
         adapted: The model with its base, factors and head as values.
         name: Hub id or path of the pretrained model.
+        head: As it was loaded: every federation of this model starts from it.
     """
 
     adapted: AdaptedModel
     name: str
+    head: Mapping[str, Tensor]
 
     @classmethod
     def from_pretrained(
@@ -103,7 +103,7 @@ class Model:
             model_kwargs=kwargs,
             seed=seed,
         )
-        return cls(adapted, name)
+        return cls(adapted, name, {n: t.clone() for n, t in adapted.initial(seed).head.items()})
 
     @property
     def module(self) -> nn.Module:
@@ -166,48 +166,6 @@ class _Batches:
             return (sequences if listed else single)(rows)
 
         return padded
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a round came to.
-
-    Attributes:
-        number: From 1 on.
-        record: All that is known of it, as in a run's metrics.jsonl.
-    """
-
-    number: int
-    record: Record
-
-    @property
-    def deviation(self) -> float | None:
-        """‖Σ wᵢsᵢBᵢAᵢ − s·B̄Ā‖_F, the mean over the layers: what plain averaging would miss."""
-        return self.record.get("deviation")
-
-    @property
-    def metrics(self) -> Mapping[str, Mapping[str, float]]:
-        """By client, what its training told."""
-        return self.record["clients"]
-
-
-class Rounds(list[Round]):
-    """Rounds, which a notebook shows as a table."""
-
-    def _repr_html_(self) -> str:
-        def cell(value: float | None) -> str:
-            return "<td>" + ("–" if value is None else f"{value:.4g}") + "</td>"
-
-        rows = ""
-        for r in self:
-            losses = [m["loss"] for m in r.metrics.values() if m.get("loss") is not None]
-            loss = sum(losses) / len(losses) if losses else None
-            sent = (sum(r.record[key].values()) / 1e6 for key in ("bytes_up", "bytes_down"))
-            rows += f"<tr>{cell(r.number)}{cell(len(r.metrics))}{cell(loss)}{cell(r.deviation)}"
-            rows += "".join(map(cell, sent)) + "</tr>"
-        names = ("round", "clients", "mean loss", "deviation", "MB up", "MB down")
-        head = "".join(f"<th>{name}</th>" for name in names)
-        return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 class Federation:
@@ -275,9 +233,7 @@ class Federation:
             },
         )
         check_shares(self.settings)
-        initial = adapted.initial(seed)
-        if ranks:
-            initial = replace(initial, sites=fresh(layers, seed))
+        initial = AdapterState(fresh(layers, seed), dict(model.head))
         stage = Stage(adapted, cast(Any, None), chosen)
         self.engine = LocalEngine(
             stage, rows, self.settings, initial, _way(train), transform=transform
@@ -420,31 +376,3 @@ def _inputs(module: nn.Module, rows: Dataset, whose: str) -> Dataset:
         )
     rows = rows.select_columns(kept)
     return rows.rename_column("label", "labels") if "label" in kept else rows
-
-
-@dataclass(frozen=True)
-class Merge:
-    """The exact weighted mean of PEFT adapters' updates; nothing is read before `save`.
-
-    Attributes:
-        adapters: Folders, or hub ids.
-        weights: Relative to each other; None for equal ones.
-        options: Further ones of `make_plan` and of `merge.write.Options`, e.g. `strict`, `rank`.
-    """
-
-    adapters: Sequence[str | Path]
-    weights: Sequence[float] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def save(self, path: str | Path) -> Any:
-        """Writes the merged adapter; returns what was written, with its errors and notes.
-
-        Raises:
-            UserError: The adapters do not go together, by name; `path` is in use.
-        """
-        options = dict(self.options)
-        written = {k: options.pop(k) for k in Options.__dataclass_fields__ if k in options}
-        strict = options.pop("strict", True)
-        opened = [open_adapter(str(name)) for name in self.adapters]
-        plan = make_plan(opened, self.weights, strict, **options)
-        return merge_adapters(plan, Path(path), Options(**written))

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError
 
 
 @contextmanager
@@ -39,9 +39,9 @@ def new_directory(out: Path, what: str, then: str) -> Iterator[Path]:
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise StorageError(
             f"{out}: {what} cannot be written: {reason(error)}. Free some space or name a "
-            f"directory that you may write with --out, then {then}"
+            f"directory that you may write with `out`, then {then}"
         ) from None
 
 
@@ -50,9 +50,9 @@ def check_free(out: Path) -> None:
     try:
         used = out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {reason(error)}") from None
+        raise StorageError(f"{out}: cannot be written: {reason(error)}") from None
     if used:
-        raise UserError(f"{out}: exists and is not empty; name another directory with --out")
+        raise StorageError(f"{out}: exists and is not empty; name another directory with `out`")
 
 
 def reason(error: Exception) -> str:
@@ -79,7 +79,7 @@ def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         new.unlink(missing_ok=True)
-        raise UserError(
+        raise StorageError(
             f"{path}: cannot be written: {reason(error)}. Free some space or choose "
             "another directory, then `fedex-lora resume`; what was saved before is intact"
         ) from None

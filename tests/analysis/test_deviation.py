@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """Deviation by layer, matrix and round, against numbers worked out by hand and from updates."""
 
 import json

@@ -38,7 +38,7 @@ def test_tasks_of_one_seed_are_the_sample():
 def test_the_bootstrap_repeats_and_stays_within_the_values():
     e = estimate({"a": VALUES})
     assert e.resampled == estimate({"a": VALUES}).resampled
-    low, high = e.resampled
+    low, high = e.resampled  # type: ignore[misc]
     assert min(VALUES) <= low < e.mean < high <= max(VALUES)
 
 
@@ -58,7 +58,7 @@ def test_no_verdict_contradicts_the_interval(values, higher):
     e = estimate({"t": values})
     outcome = Paired("a", "b", e, higher).outcome
     if outcome in ("better", "worse"):
-        (low, high), better = e.interval, outcome == "better"
+        (low, high), better = e.interval, outcome == "better"  # type: ignore[misc]
         assert low > 0 if better is higher else high < 0
     assert Paired("a", "b", mirrored(e), not higher).outcome == outcome
 

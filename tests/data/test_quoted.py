@@ -58,7 +58,7 @@ def test_an_error_about_a_row_shows_little_of_it(name, content, task, tmp_path):
     assert str(file) in short and leaked(short) <= SHOWN
     show_rows(True)
     whole = told()
-    assert ("--show-rows" in short) == (whole != short)
+    assert ("`show_rows=True`" in short) == (whole != short)
 
 
 @given(st.text(max_size=200), st.sampled_from(["{!r} is no label", "expected 'a', got {!r}."]))

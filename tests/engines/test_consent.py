@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from commands import command
 from small_runs import recipe
 
 from benchmarks.spoil import about as about_of
@@ -31,7 +30,6 @@ from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.across_machines import across_machines
 from fedex_lora.runs.run import start_run
 
-__all__ = ["command"]
 SECRET = "Mrs Miller, born 1950"
 
 
@@ -187,7 +185,7 @@ def test_a_run_is_no_more_rounds_than_its_recipe_s(ann, monkeypatch):
         blob = encode_broadcast(Broadcast(version + 1), about=said)
         told = about_of(handle(blob, brought))
         assert told["kind"] == "failed" and "this client's recipe has 2 rounds" in told["reason"]
-    assert most_turns(spec) == 18
+    assert most_turns(spec) == 4 * 2 + 10
     monkeypatch.setattr(client_app, "most_turns", lambda spec: 2)
     monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
     blob = encode_broadcast(Broadcast(1), about=about(brought))
@@ -357,17 +355,18 @@ def test_what_is_not_ours_does_not_leave_the_client_in_words(
 ):
     node, home = ann
     brought = client_app.institution(node, client_app.load_recipe(home.parent / "recipe.yaml"))
-    broken = lambda *_, **__: fails()  # noqa: E731
+    asked, broken = about(brought), lambda *_, **__: fails()
     if where == "set up":
         monkeypatch.setattr(client_app, "set_up_client", broken)
     else:
-        brought = replace(brought, validation=brought.rows)
-        monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
-        stage, trains = site.Stage, where == "training"
-        monkeypatch.setattr(*((site, "take_turns") if trains else (stage, "show")), broken)
-    asked = {} if where == "training" else {"kind": "evaluate", "evaluate": True}
-    blob = encode_broadcast(Broadcast(1), about={**about(brought), **asked})
-    reply = reply_to(blob, node, {})
+        scored = replace(brought, validation=brought.rows)
+        monkeypatch.setattr(client_app, "institution", lambda place, spec: scored)
+    if where == "training":
+        monkeypatch.setattr(site, "take_turns", broken)
+    elif where == "scoring":
+        monkeypatch.setattr(site.Stage, "score", broken)
+        asked |= {"kind": "evaluate", "evaluate": True}
+    reply = reply_to(encode_broadcast(Broadcast(1), about=asked), node, {})
     said = about_of(reply)
     assert said["kind"] == "failed" and said["reason"] == told
     assert SECRET.encode() not in reply and SECRET in caplog.text

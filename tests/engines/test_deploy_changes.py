@@ -7,7 +7,6 @@ import stat
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from commands import command
 from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +18,6 @@ from fedex_lora.flower.deploy.keys import check_certificate
 from fedex_lora.flower.deploy.names import check_client_names, host_name
 from fedex_lora.flower.deploy.processes import alone, free_port, make_private
 from fedex_lora.flower.refusals import known_keys
-
-__all__ = ["command"]
 
 
 def served_names(folder):
@@ -51,14 +48,14 @@ def test_names_of_a_server_as_certificates_have_them(text, name):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("fed.example.org:9443", "without a port, which is --port"),
+        ("fed.example.org:9443", "without a port, which is `port`"),
         ("10.0.0.5:9443", "without a port"),
         ("[::1]:9443", "without brackets"),
         ("[::1]", "without brackets"),
         ("https://fed.example.org", "without a scheme"),
         ("fed.example.org/path", "without a path"),
-        ("10.0.0.5,fed.example.org", "repeat --host"),
-        ("a;b", "repeat --host"),
+        ("10.0.0.5,fed.example.org", "repeat `host`"),
+        ("a;b", "repeat `host`"),
         ("fed example", "has blanks"),
         ("fed\nexample", "has blanks"),
         ("", "no name of a server"),
@@ -79,7 +76,7 @@ def test_names_of_a_server_as_certificates_have_them(text, name):
     ],
 )
 def test_what_is_no_name_of_a_server_is_refused(text, reason, command, tmp_path):
-    with pytest.raises(UserError, match="--host") as error:
+    with pytest.raises(UserError, match="`host`") as error:
         host_name(text)
     assert reason in str(error.value)
     code, _, errors = command("deploy", "init", tmp_path / "d", "--host", text, "--clients", "a")
@@ -141,7 +138,7 @@ def test_a_server_listens_where_its_names_are(hosts, bind, tmp_path):
     ],
 )
 def test_institutions_that_would_share_a_folder_somewhere_are_refused(names, known, reason):
-    with pytest.raises(UserError, match="--clients") as error:
+    with pytest.raises(UserError, match="`clients`") as error:
         check_client_names(names, known)
     assert reason in str(error.value)
     check_client_names(("console", "ann", "ann.2", "Bob"), ("dora",))

@@ -13,7 +13,6 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from commands import command
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from small_runs import recipe as tiny_recipe
@@ -27,8 +26,6 @@ from fedex_lora.flower.deploy.processes import check_server, free_port
 from fedex_lora.flower.progress import Recorder, follow
 from fedex_lora.recipe.reader import dump_recipe, load_recipe
 from fedex_lora.runs.watch import Silent, Start
-
-__all__ = ["command"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,7 @@ def test_a_folder_in_use_is_left_alone_and_insecure_stays_on_this_machine(folder
 
 def test_names_that_would_leave_the_folder_are_refused(tmp_path):
     for name in ("../a", "a/b", "", "-x", "a" * 65):
-        with pytest.raises(UserError, match="--clients"):
+        with pytest.raises(UserError, match="`clients`"):
             init(tmp_path / "d", Deployment("127.0.0.1", 9443, (name,)))
 
 

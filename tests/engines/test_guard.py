@@ -129,7 +129,7 @@ def test_who_is_refused_is_told_why_on_both_sides(whose, seconds, code, reason, 
     known = {name: key for key, name in known_keys(keys).items()}
     assert sorted(known) == ["ann", "bob"]
     headers = signed(known.get(whose, b"another"), seconds) if whose else []
-    said = []
+    said, sent = [], []
     app = admitting(answering(code), Keys(keys), said.append)
     for _ in range(3):  # it tries again, and is named once
         sent = called(app, "/v1/fleet/activate-node", "10.0.0.9", headers)

@@ -203,7 +203,7 @@ def test_absent_clients_and_one_that_joins_late_catch_up(tmp_path):
     for site in held["ann"].ledger.sites():  # type: ignore[union-attr]
         mine, *others = (h.ledger.total(site) for h in held.values())  # type: ignore[union-attr]
         assert mine.norm() > 0
-        assert all((mine - other).norm() <= 1e-6 * mine.norm() for other in others)
+        assert all((mine - other).norm() <= 1e-6 * mine.norm() for other in others)  # type: ignore[operator]
     assert nbytes(to_cleo[7].ledger) == nbytes(ledgers[6].since(0))
     seventh, fourth = records[6]["bytes_down"], records[3]["bytes_down"]
     assert seventh["cleo"] == courier.down[7, "cleo"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from oracles import trained_by
 
-from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, LayerShape, fresh
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.federation.checks import check
@@ -25,8 +25,8 @@ from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, begin, own_part, start_of
 
 SITES = {
-    "q": Site(out=26, inp=33, rank=3, scale=1.7),
-    "v": Site(out=24, inp=20, rank=3, scale=0.6),
+    "q": LayerShape(out=26, inp=33, rank=3, scale=1.7),
+    "v": LayerShape(out=24, inp=20, rank=3, scale=0.6),
 }
 EXAMPLES = {"a": 5, "b": 1, "c": 3, "d": 9}
 

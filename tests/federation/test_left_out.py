@@ -1,3 +1,4 @@
+# pyright: reportOperatorIssue=false
 """What a truncated residual leaves out, as the records say, against float64 singular values."""
 
 import pytest

@@ -68,7 +68,7 @@ def test_laws_of_rounds(name, law):
     st.sampled_from([1.0, 0.5]),
 )
 def test_laws_of_an_aggregate(law, name, n, seed, eta):
-    law.hypothesis.inner_test(name, n, seed, eta, 1)
+    law.hypothesis.inner_test(name, n, seed, eta, 1)  # pyright: ignore
 
 
 @settings(deadline=None, max_examples=40)
@@ -80,7 +80,7 @@ def test_laws_of_an_aggregate(law, name, n, seed, eta):
 )
 def test_a_tree_of_servers_comes_to_the_aggregate_of_all_clients(name, tree, seed, eta):
     law = test_tree.test_a_tree_of_servers_comes_to_the_aggregate_of_all_clients
-    law.hypothesis.inner_test(name, tree, seed, eta, 1)
+    law.hypothesis.inner_test(name, tree, seed, eta, 1)  # pyright: ignore
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,6 +126,7 @@ def test_a_factor_that_is_kept_is_looked_at_before_the_run_goes_on_from_it():
 def test_a_server_for_other_frameworks_leaves_B_with_the_client():
     server = Server("fedsa", SITES, ["a", "b"])
     state, g = server.init(), torch.Generator().manual_seed(0)
+    updates = {}
     for _ in range(3):
         starts = {c: server.start(state, c) for c in "ab"}
         ends = {c: trained_by(start, frozenset("AB"), g, 0.1) for c, start in starts.items()}

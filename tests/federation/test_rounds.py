@@ -7,7 +7,7 @@ import torch
 from oracles import dense64, ideal_change, mean, product, relative
 from simulation import EXAMPLES, SITES, assert_same, initial, settings, simulate
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import QuorumLost
 from fedex_lora.federation.loop import run_round
@@ -100,7 +100,7 @@ def test_counted_bytes_are_those_of_the_messages(name, wire):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_half_as_wide_messages_take_about_half_the_bytes_and_do_not_grow(name):
-    sites = {"q": Site(out=256, inp=192, rank=4, scale=2.0)}
+    sites = {"q": LayerShape(out=256, inp=192, rank=4, scale=2.0)}
     down = {}
     for wire in (torch.float32, torch.bfloat16):
         _, clients, _ = simulate(settings(name, sites=sites, wire_dtype=wire, flush=False))
@@ -303,4 +303,4 @@ def test_sampling_is_a_function_of_seed_and_round():
     assert [s.sample(r) for r in range(1, 9)] == [s.sample(r) for r in range(1, 9)]
     assert {tuple(s.sample(r)) for r in range(1, 30)} >= {("a", "b"), ("c", "d")}
     assert settings("fedex", clients_per_round=0.3).sample_size == 1
-    assert Site(4, 4, 4, 2.0).at_rank(1).scale == 8.0
+    assert LayerShape(4, 4, 4, 2.0).at_rank(1).scale == 8.0

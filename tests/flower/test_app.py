@@ -61,9 +61,12 @@ def expected(app, clients: int) -> Weights:
         ends = []
         for node in served(app("client_app").app, clients, CONFIG):
             reply = node(Message(content, dst_node_id=1, message_type="train"))
-            arrived = reply.content["arrays"].to_torch_state_dict()
+            arrived = reply.content.array_records["arrays"].to_torch_state_dict()
             ends.append({name: tensor.double() for name, tensor in arrived.items()})
-        mean = {name: sum(w * e[name] for w, e in zip(shares, ends)) for name in arrays}
+        mean = {
+            name: sum((w * e[name] for w, e in zip(shares, ends)), torch.zeros(()))
+            for name in arrays
+        }
         for n in LAYERS:
             products = [SCALE * e[key(n, "B")] @ e[key(n, "A")] for e in ends]
             g[n] = base[n] + sum(w * product for w, product in zip(shares, products))

@@ -149,7 +149,7 @@ def test_beside_quantised_weights():
     model = get_peft_model(model, config).eval()
     tensors, base = drawn(model, 1)
     zero = {n: torch.zeros_like(t) if ".lora_B." in n else t for n, t in tensors.items()}
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     seen = {}
     for what in ("before", "after"):  # the difference that T makes to the layer's own output

@@ -102,8 +102,8 @@ class World:
                 ends = [(one[f"{P}{name}.lora_B.weight"].double(),
                          one[f"{P}{name}.lora_A.weight"].double()) for one in answers]  # fmt: skip
                 g = sum(n * (base + self.scale(name) * b @ a) for n, (b, a) in zip(w, ends))
-                mean_b = sum(n * b for n, (b, _) in zip(w, ends))
-                mean_a = sum(n * a for n, (_, a) in zip(w, ends))
+                mean_b = sum((n * b for n, (b, _) in zip(w, ends)), torch.zeros(()))
+                mean_a = sum((n * a for n, (_, a) in zip(w, ends)), torch.zeros(()))
                 base = g - self.scale(name) * mean_b @ mean_a
             found[name] = g
         return found

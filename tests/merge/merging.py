@@ -1,9 +1,11 @@
+# pyright: reportAttributeAccessIssue=false
 """Adapters of tiny models as PEFT saves them, and the dense float64 oracle of their merge."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,11 @@ import peft
 import pytest
 import torch
 import transformers
+from commands import Command
 from peft.tuners.lora import LoraLayer
 from tiny import TEXT, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from fedex_lora import cli
 
 LM = ("AutoModelForCausalLM", "CAUSAL_LM")
 CLS = ("AutoModelForSequenceClassification", "SEQ_CLS")
@@ -156,17 +157,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def command(capsys: Any, monkeypatch: Any) -> Any:
+def command(command: Command) -> Command:
     """Runs `fedex-lora merge`; returns (exit code, output, errors)."""
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedex-lora", "merge", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return partial(command, "merge")

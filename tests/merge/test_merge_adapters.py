@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Merged adapters as PEFT loads them, against dense float64 sums and PEFT's own merges."""
 
 import json
@@ -170,7 +171,9 @@ def test_without_strict_what_all_share_is_merged_and_the_rest_is_listed(base, tm
     one = save(path, case.auto, tmp_path / "a0", 0, **narrow)
     wide = case.configs[0] | {"target_modules": ["query", "value"], "task_type": None}
     two = save(path, case.auto, tmp_path / "a1", 1, **wide)
-    with pytest.raises(ValueError, match=r"(?s)do not go together.*task_type.*value.*--no-strict"):
+    with pytest.raises(
+        ValueError, match=r"(?s)do not go together.*task_type.*value.*`strict=False`"
+    ):
         merge([one, two], tmp_path / "out")
     done = merge([one, two], tmp_path / "out", strict=False)
     assert all(site.endswith("query") for site in done.layers) and len(done.layers) == 2

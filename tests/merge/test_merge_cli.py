@@ -137,7 +137,7 @@ def test_adapters_of_other_kinds(adapters, refused, fields, text):
 def test_a_task_that_peft_does_not_know_is_refused_before_anything_is_written(adapters, refused):
     for folder in adapters:
         edit(folder, task_type="NOPE")
-    refused(*adapters, text="PEFT does not take it: Invalid task type: 'NOPE'")
+    refused(*adapters, text="PEFT does not take task_type 'NOPE'")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """The mathematics of a merge against the dense float64 sum."""
 
 import pytest

@@ -161,7 +161,9 @@ def test_embeddings_that_differ_get_a_way_on(made, command, tmp_path):
         assert torch.equal(written.get_input_embeddings().weight, got)
         owner = {"1": "a0", "2": "a1", "mean": "a0"}[which]
         assert (tmp_path / f"b-{which}" / "tokenizer.json").read_text() == f"of {owner}"
-    code, _, err = command(*arguments[:2], "--embeddings", "3", "--out", tmp_path / "out")
+    code, _, err = command(
+        tmp_path / "a0", tmp_path / "a1", "--embeddings", "3", "--out", tmp_path / "out"
+    )
     assert code == 2 and "1 to 2" in err
 
 

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from commands import command  # noqa: F401
 from made_up import CLIENTS, grid, made_up, spec
 
 from fedex_lora.cli import reports
@@ -283,7 +282,7 @@ def test_places_that_cannot_be_written(quick, tmp_path, where):
         write_report([run], tmp_path / where)
 
 
-def test_the_command_line(command, quick, tmp_path):  # noqa: F811
+def test_the_command_line(command, quick, tmp_path):
     run = made_up(tmp_path / "run", spec())
     code, out, _ = command("report", run)
     assert code == 0 and "report.html" in out and (run / "report.html").exists()
@@ -304,7 +303,7 @@ def test_the_command_line(command, quick, tmp_path):  # noqa: F811
     assert code == 2 and "no deviation" in err
 
 
-def test_watching_ends_with_the_runs(command, quick, tmp_path, monkeypatch):  # noqa: F811
+def test_watching_ends_with_the_runs(command, quick, tmp_path, monkeypatch):
     run = made_up(tmp_path / "run", spec(), None, rounds=(1,))
     pages = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def test_training_rows_are_of_the_data_set_that_is_named(tokenizer):
 
 
 def test_a_missing_library_is_told_when_rows_are_checked(monkeypatch):
-    monkeypatch.setattr(latex, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     rows = Dataset.from_list([GSM8K])
     with pytest.raises(UserError, match=r"or set task\.compare: string"):
         task(compare="latex").check(rows, "x")

@@ -1,8 +1,10 @@
+# pyright: reportAttributeAccessIssue=false
 """The E2E task: prompts, groups of references, scores of what a model says."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tiny import tiny, tokenizer_of
 from torch.nn import functional
 
 from fedex_lora.errors import UserError
-from fedex_lora.model import load_model
+from fedex_lora.model.adapted import load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec, task_spec
 from fedex_lora.tasks import build_task, nlg
 from fedex_lora.tasks.outputs import OutputFile
@@ -103,14 +105,14 @@ def test_each_meaning_is_put_into_words_once_and_scored_on_all_its_references(
 
 
 def test_without_generation_there_is_the_loss_alone(folder, tokenizer, monkeypatch):
-    monkeypatch.setattr(nlg, "find_spec", lambda name: None)  # no scorers are needed then
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)  # no scorers are needed then
     task = e2e()
     task.check(ROWS, "x")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     encoded = task.encode_evaluation(ROWS, tokenizer, 100)
     assert set(task.evaluate(model, encoded, tokenizer, 2)) == {"perplexity", "loss"}
     assert task.primary == "perplexity" and not task.higher_is_better
-    with pytest.raises(UserError, match="needs the package sacrebleu"):
+    with pytest.raises(UserError, match="needs pycocoevalcap"):
         e2e(generate=True).check(ROWS, "x")
 
 

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Texts as tokens: special tokens once, whoever wrote them, and long texts in no long time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Generation on tiny models of real architectures, and what may not repeat in it."""
 
 from __future__ import annotations

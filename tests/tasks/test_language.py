@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Language modelling and instructions on tiny models of real architectures."""
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from fedex_lora.aggregation.seeding import derive
 
 
 @dataclass(frozen=True)
-class Site:
+class LayerShape:
     """Shape of one adapted layer.
 
     Attributes:
@@ -40,7 +40,7 @@ class Site:
     std: float | None = None
     fixed_rank: bool = False
 
-    def at_rank(self, rank: int) -> Site:
+    def at_rank(self, rank: int) -> LayerShape:
         """The same layer for a client whose rank is `rank`; α stays, so s changes."""
         if self.fixed_rank or rank == self.rank:
             return self
@@ -99,7 +99,7 @@ def uniform(sites: Mapping[str, Factors]) -> dict[str, Factors]:
     return padded
 
 
-def fresh(sites: Mapping[str, Site], seed: int, version: int = 0) -> dict[str, Factors]:
+def fresh(sites: Mapping[str, LayerShape], seed: int, version: int = 0) -> dict[str, Factors]:
     """New factors: A random, a function of (seed, version, site) alone, and B = 0 (eq. 10).
 
     A smaller rank gets the first rows of what a larger one gets.
@@ -110,7 +110,7 @@ def fresh(sites: Mapping[str, Site], seed: int, version: int = 0) -> dict[str, F
         version: The round after which the factors are drawn; 0 for the start.
 
     Example:
-        >>> site = Site(out=4, inp=3, rank=2, scale=2.0)
+        >>> site = LayerShape(out=4, inp=3, rank=2, scale=2.0)
         >>> f = fresh({"q": site}, seed=0)["q"]
         >>> f.A.shape, f.B.abs().sum().item()
         (torch.Size([2, 3]), 0.0)
@@ -118,14 +118,14 @@ def fresh(sites: Mapping[str, Site], seed: int, version: int = 0) -> dict[str, F
     return {name: _fresh_site(s, derive(seed, "A", version, name)) for name, s in sites.items()}
 
 
-def _fresh_site(site: Site, seed: int) -> Factors:
+def _fresh_site(site: LayerShape, seed: int) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     # row by row: what a row holds must not depend on how many there are
     rows = [_fresh_row(site, generator) for _ in range(site.rank)]
     return Factors(torch.stack(rows), torch.zeros(site.out, site.rank), site.scale)
 
 
-def _fresh_row(site: Site, generator: torch.Generator) -> Tensor:
+def _fresh_row(site: LayerShape, generator: torch.Generator) -> Tensor:
     if site.std is None:
         return (torch.rand(site.inp, generator=generator) * 2 - 1) * site.inp**-0.5
     return torch.randn(site.inp, generator=generator) * site.std

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.assignment import Assigned
 from fedex_lora.aggregation.ledger import Increment
 from fedex_lora.aggregation.methods import Method
@@ -82,7 +82,7 @@ class Aggregator:
     Example:
         >>> import torch
         >>> from fedex_lora.aggregation.methods import METHODS
-        >>> layer = Site(out=2, inp=2, rank=1, scale=2.0)
+        >>> layer = LayerShape(out=2, inp=2, rank=1, scale=2.0)
         >>> def state(a, b):
         ...     f = Factors(torch.tensor([[a, 0.0]]), torch.tensor([[b], [0.0]]), 2.0)
         ...     return AdapterState({"q": f})
@@ -97,7 +97,7 @@ class Aggregator:
     def __init__(
         self,
         method: Method,
-        layers: Mapping[str, Site],
+        layers: Mapping[str, LayerShape],
         trained: frozenset[str],
         eta: float = 1.0,
         clients: int = 2,

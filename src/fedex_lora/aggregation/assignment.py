@@ -12,16 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from itertools import chain, combinations
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from fedex_lora.aggregation.adapter import Factors
     from fedex_lora.aggregation.delta import Delta
     from fedex_lora.aggregation.statistics import Statistics
 
-Factor = Literal["A", "B"]
-BOTH: frozenset[Factor] = frozenset("AB")  # type: ignore[arg-type]
-NONE: frozenset[Factor] = frozenset()
+BOTH = frozenset("AB")
+NONE: frozenset[str] = frozenset()
 SUMS = frozenset({"product", "increment"})
 
 
@@ -59,8 +58,8 @@ class Assignment(ABC):
     """
 
     name: ClassVar[str] = ""
-    shared: ClassVar[frozenset[Factor]] = BOTH
-    own: ClassVar[frozenset[Factor]] = NONE
+    shared: ClassVar[frozenset[str]] = BOTH
+    own: ClassVar[frozenset[str]] = NONE
     drawn: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     dealt: ClassVar[bool] = False

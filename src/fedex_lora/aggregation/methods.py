@@ -26,7 +26,7 @@ from fedex_lora.aggregation.assignment import (
     Svd,
 )
 from fedex_lora.aggregation.registry import Registry
-from fedex_lora.errors import UserError, did_you_mean
+from fedex_lora.errors import RecipeError, UserError, did_you_mean
 
 GROUP = "fedex_lora.methods"  # of entry points
 
@@ -205,4 +205,4 @@ def get_method(name: str | Method) -> Method:
         return METHODS.one(name)
     near = did_you_mean(name, METHODS, cutoff=0.0)
     known = ", ".join(METHODS)
-    raise UserError(f"method.name: there is no method {name!r}{near} Known: {known}")
+    raise RecipeError(f"method.name: there is no method {name!r}{near} Known: {known}")

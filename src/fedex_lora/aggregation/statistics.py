@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedex_lora.aggregation.adapter import Factors, Site
+from fedex_lora.aggregation.adapter import Factors, LayerShape
 from fedex_lora.aggregation.covariance import Covariance
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.running_sum import RunningSum
@@ -30,7 +30,7 @@ class Statistics:
         increment: η·Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰), if asked for.
     """
 
-    layer: Site
+    layer: LayerShape
     eta: float
     both: bool
     start: Factors
@@ -85,7 +85,12 @@ class LayerSums:
     """
 
     def __init__(
-        self, layer: Site, needs: frozenset[str], trained: frozenset[str], eta: float, clients: int
+        self,
+        layer: LayerShape,
+        needs: frozenset[str],
+        trained: frozenset[str],
+        eta: float,
+        clients: int,
     ) -> None:
         self.layer, self.needs, self.eta = layer, needs, eta
         self.both = trained == {"A", "B"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 
-from fedex_lora.cli import costs, deploys, evaluate, grids, merges, plans, reports, runs
-from fedex_lora.cli.common import app, complain, console
-from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.cli import costs, deploys, evaluate, grids, lists, merges, plans, reports, runs
+from fedex_lora.cli.common import app, complain, console, phase, phases
+from fedex_lora.cli.spoken import Spoken
+from fedex_lora.errors import EXTRAS, QuorumLost, UserError, missing
 
 __all__ = [
     "app",
@@ -16,6 +17,7 @@ __all__ = [
     "deploys",
     "evaluate",
     "grids",
+    "lists",
     "main",
     "merges",
     "plans",
@@ -26,7 +28,14 @@ __all__ = [
 
 def main() -> None:
     """Entry point: errors of the user become text on stderr and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(Spoken("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    # when imported it advises to install kernels for 4-bit products; most models have none
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    phase.setLevel(logging.INFO)
+    phase.addHandler(phases)
+    phase.propagate = False
     try:
         app()
     except QuorumLost as error:
@@ -38,4 +47,10 @@ def main() -> None:
         sys.exit(2)
     except UserError as error:
         complain(f"error: {error}")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        complain(f"error: {missing(module)}")
         sys.exit(2)

@@ -1,30 +1,30 @@
-"""What the commands share: the app, the console, options, and how errors are told."""
+"""What the commands share: the app, the console, options, and how errors are told.
+
+Modules of commands import nothing heavy; a command's function imports what it needs. So help,
+mistyped options and lists come at once.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from fedex_lora import __version__
-from fedex_lora.cli.display import Display
-from fedex_lora.engines.training import training_problems
-from fedex_lora.errors import QuorumLost, UserError, show_rows
-from fedex_lora.recipe import Recipe
-from fedex_lora.recipe.reader import load_recipe_with_places
-from fedex_lora.runs.preflight import beforehand
+from fedex_lora.cli.spoken import app, spoken
+from fedex_lora.errors import QuorumLost, RecipeError, show_rows
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+if TYPE_CHECKING:
+    from fedex_lora.cli.display import Display
+    from fedex_lora.recipe import Problem, Recipe
 
 
 def _version(asked: bool) -> None:
@@ -72,22 +72,70 @@ RankError = Annotated[
 ]
 
 
-def read_recipe(path: Path, sets: list[str]) -> Recipe:
-    """The recipe of a file; all that is wrong with it is told at once."""
-    return load_recipe_with_places(
-        path, sets, lambda recipe: training_problems(recipe.training), beforehand
-    )[0]
+def read_recipe(
+    path: Path, sets: list[str], tell: Callable[[Recipe], None] | None = None
+) -> Recipe:
+    """The recipe of a file; all that is wrong with it is told at once.
+
+    Args:
+        tell: Is given the recipe before anything heavy is imported.
+    """
+    from fedex_lora.recipe.reader import load_recipe_with_places
+
+    def training(recipe: Recipe) -> Iterable[Problem]:
+        phase.info("loading libraries")
+        from fedex_lora.engines.training import training_problems
+
+        return training_problems(recipe.training)
+
+    def ranks_and_rows(recipe: Recipe) -> Iterable[Problem]:
+        from fedex_lora.runs.preflight import beforehand
+
+        return beforehand(recipe)
+
+    with suppress(RecipeError):  # which is told below, with whatever else is wrong
+        recipe = load_recipe_with_places(path, sets)[0]
+        if tell is not None:
+            tell(recipe)
+        if not any(training(recipe)):
+            return recipe
+    return load_recipe_with_places(path, sets, training, ranks_and_rows)[0]
+
+
+def announce(recipe: Recipe) -> None:
+    """The first line of a run: what is about to happen."""
+    clients, rounds = recipe.federation.clients, recipe.federation.rounds
+    counts = f"{clients} client{'s' * (clients != 1)}, {rounds} round{'s' * (rounds != 1)}"
+    say(f"{recipe.name}: {recipe.method.name}, {counts}, {recipe.model.name}")
+
+
+class Phases(logging.Handler):
+    """Shows what takes long: on the display of a run; without one, on a terminal."""
+
+    display: Display | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.display is not None:
+            self.display.phase(record.getMessage())
+        elif errors.is_terminal:
+            errors.print(f"  {record.getMessage()}", style="dim", highlight=False, markup=False)
+
+
+phases, phase = Phases(), logging.getLogger("fedex_lora.phase")
 
 
 @contextmanager
 def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display]]:
     """Makes displays, takes them away whatever happens, and says how to go on after Ctrl-C or with
     too few clients: by the command that `go_on` gives."""
+    from fedex_lora.cli.display import Display
+
     made: list[Display] = []
 
     def show(label: str) -> Display:
-        made.append(Display(console, label))
-        return made[-1]
+        phases.display = Display(console, label)
+        made.append(phases.display)
+        return phases.display
 
     try:
         yield show
@@ -102,6 +150,7 @@ def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display]]:
         )
         raise typer.Exit(2) from None
     finally:
+        phases.display = None
         for display in made:
             display.close()
 
@@ -129,7 +178,7 @@ def which_round(text: str) -> Literal["best", "last"] | int:
 
 def whole_number(text: str, option: str) -> int:
     if not text.strip().isdecimal():
-        raise UserError(f"{option}: {text!r} is no whole number")
+        raise RecipeError(f"{option}: {text!r} is no whole number")
     return int(text)
 
 
@@ -141,21 +190,21 @@ def rank_option(text: str, error: float | None) -> tuple[int | None, float]:
     """A rank (None for as many as there are), and a relative error that it may cost in a layer."""
     if text == "auto":
         if error is None or not 0 < error < 1:
-            raise UserError("--rank auto: needs --error, above 0 and below 1, e.g. --error 1e-3")
+            raise RecipeError("--rank auto: needs --error, above 0 and below 1, e.g. --error 1e-3")
         return None, error
     if error is not None:
-        raise UserError("--error: goes with --rank auto only")
+        raise RecipeError("--error: goes with --rank auto only")
     if not text:
         return None, 0.0
     rank = whole_number(text, "--rank")
     if rank < 1:
-        raise UserError("--rank: expected a number of at least 1, or auto")
+        raise RecipeError("--rank: expected a number of at least 1, or auto")
     return rank, 0.0
 
 
 def say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(spoken(text), highlight=False, soft_wrap=True, markup=False)
 
 
 def complain(text: str) -> None:
-    errors.print(text, highlight=False, markup=False)
+    errors.print(spoken(text), highlight=False, markup=False)

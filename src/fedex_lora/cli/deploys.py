@@ -19,8 +19,7 @@ from fedex_lora.cli.common import (
     say,
     this_command,
 )
-from fedex_lora.engines.setup import client_rows, recipe_task
-from fedex_lora.errors import MOST, UserError, some
+from fedex_lora.errors import MOST, RecipeError, some
 
 deploys = typer.Typer(no_args_is_help=True, help="Across machines: see docs/deploy.md.")
 app.add_typer(deploys, name="deploy")
@@ -45,8 +44,8 @@ def init_command(
     ] = False,
 ) -> None:
     """Make certificates, keys, and everything else that a deployment needs."""
-    from fedex_lora.flower.deploy.init import Deployment, init  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.flower.deploy.names import host_names  # noqa: PLC0415
+    from fedex_lora.flower.deploy.init import Deployment, init
+    from fedex_lora.flower.deploy.names import host_names
 
     first, *others = host_names(host)
     names = tuple(comma_separated(clients))
@@ -76,7 +75,7 @@ def add_command(
     names: Annotated[list[str], typer.Argument(help="Names of the institutions.")],
 ) -> None:
     """Make folders for more institutions; a server that runs lets them in at once."""
-    from fedex_lora.flower.deploy.changes import add  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.flower.deploy.changes import add
 
     add(folder, names, say)
     _say_hand_over(folder, names)
@@ -89,7 +88,7 @@ def revoke_command(
     names: Annotated[list[str], typer.Argument(help="Names of the institutions.")],
 ) -> None:
     """Take institutions out: from now on the server refuses their keys."""
-    from fedex_lora.flower.deploy.changes import revoke  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.flower.deploy.changes import revoke
 
     for name in names:
         revoke(folder, name, say)
@@ -107,8 +106,8 @@ def renew_command(
     ] = None,
 ) -> None:
     """Make a new server certificate by the same authority; institutions need nothing new."""
-    from fedex_lora.flower.deploy.changes import renew  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.flower.deploy.names import host_names  # noqa: PLC0415
+    from fedex_lora.flower.deploy.changes import renew
+    from fedex_lora.flower.deploy.names import host_names
 
     until = renew(folder, host_names(host) if host else [], ca_key)
     say(f"{folder / 'server' / 'server.pem'} is good until {until:%Y-%m-%d}.")
@@ -118,9 +117,9 @@ def renew_command(
 @deploys.command("server")
 def server_command(folder: Folder) -> None:
     """Serve clients and runs until Ctrl-C (prints the Flower commands it runs)."""
-    from fedex_lora.flower.deploy.init import read_deployment  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.flower.deploy.keys import check_certificate  # noqa: PLC0415
-    from fedex_lora.flower.deploy.processes import alone, serve  # noqa: PLC0415
+    from fedex_lora.flower.deploy.init import read_deployment
+    from fedex_lora.flower.deploy.keys import check_certificate
+    from fedex_lora.flower.deploy.processes import alone, serve
 
     deployment = read_deployment(folder)
     if deployment.insecure:
@@ -150,25 +149,27 @@ def client_command(
     show_rows: ShowRows = False,
 ) -> None:
     """Take part as one institution until Ctrl-C (prints the Flower commands it runs)."""
-    from fedex_lora.engines.remote.consent import FILE, Consent  # noqa: PLC0415
-    from fedex_lora.flower.deploy import commands, processes  # noqa: PLC0415 (needs Flower)
-    from fedex_lora.flower.deploy.asking import Asking, said_so_far  # noqa: PLC0415
-    from fedex_lora.flower.deploy.init import client_folder, new_folders, read_deployment  # noqa: PLC0415
-    from fedex_lora.flower.deploy.keys import check_private_key  # noqa: PLC0415
-    from fedex_lora.flower.deploy.names import host_name  # noqa: PLC0415
+    from fedex_lora.engines.remote.consent import FILE, Consent
+    from fedex_lora.flower.deploy import commands, processes
+    from fedex_lora.flower.deploy.asking import Asking, said_so_far
+    from fedex_lora.flower.deploy.init import client_folder, new_folders, read_deployment
+    from fedex_lora.flower.deploy.keys import check_private_key
+    from fedex_lora.flower.deploy.names import host_name
 
     own = client_folder(folder, name)
     deployment = read_deployment(own)
     if host is not None:
         deployment = replace(deployment, host=host_name(host))
     if name not in deployment.clients:
-        raise UserError(f"--name: {name!r}; this folder is for {some(deployment.clients)}")
+        raise RecipeError(f"--name: {name!r}; this folder is for {some(deployment.clients)}")
     if ask and not sys.stdin.isatty():
-        raise UserError("--ask: nobody can answer here; start it at a terminal, or use --runs")
+        raise RecipeError("--ask: nobody can answer here; start it at a terminal, or use --runs")
     if not deployment.insecure:
         check_private_key(own / "key")
     spec = read_recipe(recipe, [])
     if check:
+        from fedex_lora.engines.setup import client_rows, recipe_task
+
         client_rows(spec, recipe_task(spec), name, data)
         say("the rows can be used")
     if port:
@@ -199,12 +200,12 @@ def allow_command(
     name: Annotated[str, typer.Option(help="The institution's, in a folder of several.")] = "",
 ) -> None:
     """Say that this institution takes part in one more run; `deploy client` need not be stopped."""
-    from fedex_lora.engines.remote.consent import FILE, Consent  # noqa: PLC0415
-    from fedex_lora.flower.deploy.init import client_folder, read_deployment  # noqa: PLC0415 (needs Flower)
+    from fedex_lora.engines.remote.consent import FILE, Consent
+    from fedex_lora.flower.deploy.init import client_folder, read_deployment
 
     own = client_folder(folder, name)
     if len(names := read_deployment(own).clients) != 1 or (own / "server").exists():
-        raise UserError(f"{own}: not one institution's folder; name it with --name: {some(names)}")
+        raise RecipeError(f"{own}: not one institution's folder; use --name: {some(names)}")
     consent = Consent(own / FILE)
     consent.allow(runs)
     say(f"{own}: takes part in {runs} more run{'s' if runs > 1 else ''}")

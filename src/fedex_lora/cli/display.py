@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.status import Status
 from rich.table import Table
 
+from fedex_lora.cli.spoken import spoken
 from fedex_lora.errors import number, size, some, tally
-from fedex_lora.federation.loop import Record
-from fedex_lora.runs.watch import Start
+
+if TYPE_CHECKING:
+    from fedex_lora.federation.loop import Record
+    from fedex_lora.runs.watch import Start
 
 _WIDEST = 10_000  # characters in a line
 
@@ -34,8 +38,10 @@ class Display:
         )
         self._turn: tuple[int, str] | None = None
         self._task: TaskID | None = None
+        self._status: Status | None = None
 
     def started(self, start: Start) -> None:
+        self._clear()
         examples = tally(start.examples)
         self.console.print(
             f"{self.label or start.name}: {start.method}, seed {start.seed}, "
@@ -45,6 +51,15 @@ class Display:
             markup=False,
             soft_wrap=True,
         )
+
+    def phase(self, text: str) -> None:
+        """What the run is at before its first round."""
+        if not self.console.is_terminal:
+            self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+            return
+        self._clear()
+        self._status = self.console.status(escape(text))
+        self._status.start()
 
     def turn(self, round: int, client: str, done: int, total: int) -> None:
         if self._turn != (round, client):
@@ -63,7 +78,10 @@ class Display:
             by_reason.setdefault(why, []).append(name)
         for why, names in by_reason.items():
             self.console.print(
-                f"    without {some(names)}: {why}", style="yellow", highlight=False, markup=False
+                f"    without {some(names)}: {spoken(why)}",
+                style="yellow",
+                highlight=False,
+                markup=False,
             )
 
     def scored(self, record: Record) -> None:
@@ -72,8 +90,9 @@ class Display:
         self.console.print(text, highlight=False, markup=False)
 
     def note(self, text: str) -> None:
+        self._clear()
         self.console.print(
-            f"note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True
+            f"note: {spoken(text)}", style="yellow", highlight=False, markup=False, soft_wrap=True
         )
 
     def close(self) -> None:
@@ -81,6 +100,9 @@ class Display:
         self._clear()
 
     def _clear(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task, self._turn = None, None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedex_lora.cli.common import Out, Sets, app, complain, console, say, this_command
 from fedex_lora.cli.display import show_table
-from fedex_lora.experiments.grid.plan import Plan, left, plan, standing, told
-from fedex_lora.experiments.grid.table import write_comparison, write_tables
-from fedex_lora.experiments.grid.work import ends_as_interrupts, work
+
+if TYPE_CHECKING:
+    from fedex_lora.experiments.grid.plan import Plan
 
 
 @app.command()
@@ -27,6 +27,10 @@ def grid(
     list_: Annotated[bool, typer.Option("--list", help="Only show what is done.")] = False,
 ) -> None:
     """Run every recipe, choice, method and seed of a grid file; what is done is not run again."""
+    from fedex_lora.experiments.grid.plan import left, plan
+    from fedex_lora.experiments.grid.table import write_comparison
+    from fedex_lora.experiments.grid.work import ends_as_interrupts, work
+
     found = plan(file, set, data, only)
     path = out or Path("runs") / file.stem
     if list_:
@@ -59,6 +63,8 @@ def _tell(text: str) -> None:
 
 
 def _show_tables(found: Plan, path: Path) -> None:
+    from fedex_lora.experiments.grid.table import write_tables
+
     shown = write_tables(found, path)
     for table in shown:
         say(table.title)
@@ -68,6 +74,8 @@ def _show_tables(found: Plan, path: Path) -> None:
 
 
 def _show(found: Plan, out: Path) -> None:
+    from fedex_lora.experiments.grid.plan import standing, told
+
     rows: dict[tuple[str, str], dict[int, str]] = {}
     for run in found.runs:
         rows.setdefault((run.cell, run.label), {})[run.seed] = told(run, out)

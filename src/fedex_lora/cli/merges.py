@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
 from fedex_lora.cli.common import RankError, app, comma_separated, console, rank_option, say
 from fedex_lora.cli.display import show_table
-from fedex_lora.errors import UserError
-from fedex_lora.merge.adapters import open_adapter
-from fedex_lora.merge.base import merge_into_base
-from fedex_lora.merge.plan import make_plan
-from fedex_lora.merge.quantised import KINDS
-from fedex_lora.merge.write import REPORT, Merged, Options, merge_adapters, share
+from fedex_lora.errors import RecipeError
+
+if TYPE_CHECKING:
+    from fedex_lora.merge.write import Merged
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -62,14 +59,21 @@ def merge(
     ] = False,
 ) -> None:
     """Merge LoRA adapters: the exact weighted mean (or sum) of their updates."""
+    import torch
+
+    from fedex_lora.merge.adapters import open_adapter
+    from fedex_lora.merge.plan import make_plan
+    from fedex_lora.merge.quantised import KINDS
+    from fedex_lora.merge.write import Options, merge_adapters
+
     limit, tolerance = rank_option(rank, error)
     if base_quantised is not None and (into_base is None or base_quantised not in KINDS):
-        raise UserError(
+        raise RecipeError(
             f"--base-quantised: goes with --into-base, and is one of {', '.join(KINDS)}"
         )
     for option, given in (("report", report), ("tight", tight)):
         if into_base is not None and given:
-            raise UserError(f"--{option}: is about a merged adapter; leave out --into-base or it")
+            raise RecipeError(f"--{option}: is about a merged adapter; leave out --into-base or it")
     opened = [open_adapter(a, allow_pickle) for a in adapters]
     plan = make_plan(
         opened,
@@ -86,6 +90,8 @@ def merge(
     for line in plan.left_out:
         say(f"Passed over: {line}")
     if into_base is not None:
+        from fedex_lora.merge.base import merge_into_base
+
         written = merge_into_base(plan, into_base, out, limit, tolerance, to, base_quantised)
         say(f"Written: {out}")
         _show_model(out, written)
@@ -102,10 +108,12 @@ def _weights(text: str) -> list[float] | None:
     try:
         return [float(part) for part in comma_separated(text)]
     except ValueError:
-        raise UserError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1") from None
+        raise RecipeError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1") from None
 
 
 def _show_adapter(merged: Merged, report: bool) -> None:
+    from fedex_lora.merge.write import REPORT, share
+
     ranks = sorted({layer.rank for layer in merged.layers.values()})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     padded = f"; all are padded to {merged.rank}" if len(ranks) > 1 and merged.rank else ""
@@ -132,6 +140,8 @@ def _show_adapter(merged: Merged, report: bool) -> None:
 
 
 def _rows(merged: Merged) -> list[list[str]]:
+    from fedex_lora.merge.write import share
+
     return [
         [
             name,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedex_lora.cli.common import RecipeFile, Sets, ShowRows, app, console, read_recipe, say
 from fedex_lora.cli.display import show_table
 from fedex_lora.errors import size
-from fedex_lora.experiments.cost.cost import Table, millions
-from fedex_lora.runs.plan.memory import total
-from fedex_lora.runs.plan.plan import Plan, Round, plan
-from fedex_lora.runs.preflight import check
+
+if TYPE_CHECKING:
+    from fedex_lora.experiments.cost.cost import Table
+    from fedex_lora.runs.plan.plan import Plan, Round
 
 _SHOWN = 10  # clients
 
@@ -31,9 +31,15 @@ def plan_command(
     show_rows: ShowRows = False,
 ) -> None:
     """Say what a recipe's run will send, hold, write and take, before it starts."""
+    from fedex_lora.engines.setup import surroundings
+    from fedex_lora.runs.plan.memory import total
+    from fedex_lora.runs.plan.plan import plan
+    from fedex_lora.runs.preflight import check
+
     spec = read_recipe(recipe, set)
-    check(spec)
-    found = plan(spec, measured)
+    with surroundings(spec):
+        check(spec)
+        found = plan(spec, measured)
     if as_json:
         whole = {**asdict(found), "recipe": found.recipe.model_dump(mode="json")}
         typer.echo(json.dumps(whole, indent=1))
@@ -50,6 +56,8 @@ def plan_command(
 
 
 def _say_what(found: Plan) -> None:
+    from fedex_lora.experiments.cost.cost import millions
+
     recipe, clients = found.recipe, len(found.clients)
     say(
         f"{recipe.name}: {recipe.method.name}, {clients} client(s), {len(found.rounds)} rounds\n"
@@ -97,6 +105,8 @@ def _say_bytes(found: Plan) -> None:
 
 
 def _memory_table(found: Plan) -> Table:
+    from fedex_lora.runs.plan.memory import total
+
     rows = []
     for process, parts in (("client", found.client), ("server", found.server)):
         rows += [[process, p.what, ("~" if p.estimate else "") + size(p.bytes)] for p in parts]

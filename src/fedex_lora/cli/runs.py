@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
 
-from fedex_lora import __version__
-from fedex_lora.aggregation.methods import METHODS, get_method
+from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import (
     Client,
     Out,
@@ -20,10 +18,12 @@ from fedex_lora.cli.common import (
     RunPath,
     Sets,
     ShowRows,
+    announce,
     app,
     comma_separated,
     console,
     displays,
+    phase,
     rank_option,
     read_recipe,
     runs_folder,
@@ -33,16 +33,11 @@ from fedex_lora.cli.common import (
     whole_number,
 )
 from fedex_lora.cli.display import show_table
-from fedex_lora.errors import UserError, number
-from fedex_lora.experiments.compare import client_table, compare, difference_table, table
-from fedex_lora.experiments.grid.spec import grid_row, is_grid
-from fedex_lora.recipe import Recipe
-from fedex_lora.recipe.reader import load_recipe_with_places
-from fedex_lora.runs.card import loading_lines
-from fedex_lora.runs.export import Exported, default_name, export_adapter, export_model, is_export
-from fedex_lora.runs.reopened import open_run
-from fedex_lora.runs.run import resume_run, start_run
-from fedex_lora.runs.rundir import RunDir
+from fedex_lora.errors import RecipeError, number
+
+if TYPE_CHECKING:
+    from fedex_lora.recipe import Recipe
+    from fedex_lora.runs.export import Exported
 
 Deployment = Annotated[
     Path, typer.Option(help="Engine flower: the folder that `deploy init` made.")
@@ -62,7 +57,8 @@ def run(
     show_rows: ShowRows = False,
 ) -> None:
     """Run a recipe in a new directory (or continue it there with --resume)."""
-    spec = read_recipe(recipe, [*set, *([f"engine.kind={engine}"] if engine else [])])
+    sets = [*set, *([f"engine.kind={engine}"] if engine else [])]
+    spec = read_recipe(recipe, sets, announce)
     path = out or runs_folder(f"{spec.name}-{spec.method.name}-seed{spec.seed}")
     _run(spec, path, resume, deployment)
 
@@ -77,6 +73,10 @@ def resume(
     show_rows: ShowRows = False,
 ) -> None:
     """Continue a run after its last finished round."""
+    say(f"{run}: going on after its last finished round")
+    phase.info("loading libraries")
+    from fedex_lora.runs.rundir import RunDir
+
     if round is not None:
         say(f"What came after round {round} lies in {RunDir(run).go_back(round)}")
     _run(RunDir(run).recipe(), run, True, deployment)
@@ -84,6 +84,8 @@ def resume(
 
 def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
     """With the engine that the recipe names."""
+    from fedex_lora.runs.run import resume_run, start_run
+    from fedex_lora.runs.rundir import RunDir
 
     def go_on() -> str:
         if not RunDir(path).is_run():
@@ -96,7 +98,7 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
         if spec.engine.kind == "local":
             results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
         else:
-            from fedex_lora.flower.deploy.launch import launch, simulate  # noqa: PLC0415 (needs Flower)
+            from fedex_lora.flower.deploy.launch import launch, simulate
 
             if spec.engine.kind == "flower":
                 results = launch(spec, path, deployment, resume, shown)
@@ -116,7 +118,11 @@ def compare_command(
     show_rows: ShowRows = False,
 ) -> None:
     """Run several methods (and seeds) on one recipe and print the table."""
-    spec = read_recipe(recipe, set)
+    spec = read_recipe(recipe, set, announce)
+    from fedex_lora.experiments.compare import client_table, compare, difference_table, table
+    from fedex_lora.runs.export import export_model
+    from fedex_lora.runs.reopened import open_run
+
     path = out or runs_folder(f"{spec.name}-comparison")
     numbers = [whole_number(s, "--seeds") for s in comma_separated(seeds)] or [spec.seed]
     with displays(this_command) as show:
@@ -163,10 +169,21 @@ def export(
     out: Out = None,
 ) -> None:
     """Write a run's model as a merged model or as a PEFT adapter."""
+    import torch
+
+    from fedex_lora.runs.export import (
+        Exported,
+        default_name,
+        export_adapter,
+        export_model,
+        is_export,
+    )
+    from fedex_lora.runs.reopened import open_run
+
     limit, tolerance = rank_option(rank, error)
     for option, given in (("rank", rank), ("tight", tight), ("base-name", base_name)):
         if as_ == "model" and given:
-            raise UserError(f"--{option}: is about an adapter; use --as adapter or leave it out")
+            raise RecipeError(f"--{option}: is about an adapter; use --as adapter or leave it out")
     trained = open_run(run, which_round(round))
     to = torch.float32 if as_ == "model" and dtype == "float32" else None
     # before a run is finished its best round may become another one
@@ -194,53 +211,6 @@ def export(
     _show_export(exported, trained.recipe)
 
 
-@app.command()
-def methods() -> None:
-    """List the methods: three choices each, and where they come from."""
-    header = ["method", "trains", "assignment", "residual", "base", "ranks differ", "source"]
-    rows = [
-        [
-            name,
-            m.trains,
-            m.assignment.name,
-            m.residual,
-            "shared" if m.shared_base else "per client",
-            "yes" if m.ranks_may_differ else "no",
-            m.source,
-        ]
-        for name, m in ((name, get_method(name)) for name in METHODS)
-    ]
-    show_table(console, header, rows)
-
-
-@app.command()
-def recipes(directory: Path = Path("recipes")) -> None:
-    """List the recipes and grids in a directory."""
-    found = sorted(directory.rglob("*.yaml"))
-    if not found:
-        raise UserError(f"{directory}: no recipes (*.yaml) there; name a directory that has some")
-    rows, grids = [], []
-    for file in found:
-        try:
-            if is_grid(file):
-                grids.append([str(file), *grid_row(file)])
-                continue
-            spec = load_recipe_with_places(file)[0]
-        except UserError as error:
-            rows.append([str(file), "-", "-", str(error).splitlines()[0]])
-            continue
-        rows.append([str(file), spec.method.name, spec.task.title, spec.model.name])
-    show_table(console, ["recipe", "method", "task", "model"], rows)
-    if grids:
-        show_table(console, ["grid", "runs", "methods", "varies"], grids)
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
-
-
 def _show_results(path: Path, results: dict) -> None:
     rows = [
         [which, split, *(f"{k} {number(v)}" for k, v in scores.items())]
@@ -256,6 +226,10 @@ def _show_results(path: Path, results: dict) -> None:
 
 
 def _offer(path: Path) -> None:
+    from fedex_lora.runs.card import loading_lines
+    from fedex_lora.runs.export import is_export
+    from fedex_lora.runs.rundir import RunDir
+
     final, recipe = path / "final", RunDir(path).recipe()
     say(f"Run:     {path}")
     for what in ("adapter", "model"):
@@ -268,6 +242,8 @@ def _offer(path: Path) -> None:
 
 
 def _show_export(exported: Exported, recipe: Recipe) -> None:
+    from fedex_lora.runs.card import loading_lines
+
     if exported.rank is not None:
         say(f"Largest rank of a layer: {exported.rank}")
     if exported.error and exported.errors:

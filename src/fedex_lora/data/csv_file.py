@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from fedex_lora.data.text_file import open_text
-from fedex_lora.errors import UserError, shown
+from fedex_lora.errors import DataError, shown
 
 LONGEST = 2**31 - 1  # characters of a field: texts may well exceed the csv module's 128 KiB
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", ":": "colon"}
@@ -33,7 +33,7 @@ def read_csv(file: Path) -> Dataset:
     columns: list[list[str]] = [[] for _ in header]
     for line, fields in records:
         if len(fields) != len(header):
-            raise UserError(
+            raise DataError(
                 f"{file}, line {line}: {len(fields)} field(s), where the header has {len(header)}. "
                 + _expected(separator)
             )
@@ -63,7 +63,7 @@ def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
                     yield start, fields
                 start = reader.line_num + 1 + before
         except csv.Error as error:
-            raise UserError(f"{file}, line {start}: {error}. {_expected(separator)}") from error
+            raise DataError(f"{file}, line {start}: {error}. {_expected(separator)}") from error
 
 
 def _separator(file: Path) -> tuple[str, int]:
@@ -86,7 +86,7 @@ def _expected(separator: str) -> str:
 def _check_header(header: list[str], separator: str, where: str) -> None:
     others = [s for s in SEPARATORS if s not in (separator, ":") and s in "".join(header)]
     if len(header) == 1 and others:
-        raise UserError(
+        raise DataError(
             f"{where}: {shown(header[0])} is the only column; this is no {SEPARATORS[separator]}-"
             f"separated file. Save it with {SEPARATORS[separator]}s, or put a line "
             f"sep={others[0]} before it."
@@ -94,4 +94,4 @@ def _check_header(header: list[str], separator: str, where: str) -> None:
     named = [name for name in header if name]
     twice = next((name for name in named if named.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{where}: two columns are named '{twice}'; rename one of them.")
+        raise DataError(f"{where}: two columns are named '{twice}'; rename one of them.")

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Image, Value
 from datasets.exceptions import DatasetGenerationError
 
 from fedex_lora.data.read import quiet
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 
 
 def read_folder(folder: Path) -> Dataset:
@@ -34,10 +34,10 @@ def read_folder(folder: Path) -> Dataset:
                 drop_labels=False,
             )
     except (DatasetGenerationError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"{folder}: {_LAYOUT}: {error.__cause__ or error}") from error
+        raise DataError(f"{folder}: {_LAYOUT}: {error.__cause__ or error}") from error
     assert isinstance(rows, Dataset)
     if not len(rows):
-        raise UserError(f"{folder}: {_LAYOUT}.")
+        raise DataError(f"{folder}: {_LAYOUT}.")
     return _named(rows)
 
 
@@ -75,7 +75,7 @@ def with_images(rows: Dataset, column: str, folder: Path | None, where: str) -> 
     try:
         return rows.cast_column(column, Image())
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise UserError(
+        raise DataError(
             f"{where}: column '{column}' holds neither paths of images nor images ({feature}); "
             "name the column that does (task.image_column)."
         ) from error

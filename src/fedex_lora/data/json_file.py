@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from fedex_lora.data.text_file import open_text
-from fedex_lora.errors import UserError, shown
+from fedex_lora.errors import DataError, StorageError, shown
 
 DEEPEST = 30  # objects and lists within each other
 AT_ONCE = 10_000  # rows that are values of Python before they are columns
@@ -78,7 +78,7 @@ def _records(file: Path, first: int, text: str) -> Iterator[tuple[int, Row]]:
         line += text.count("\n", counted, damage.begin)
         there = line + text.count("\n", damage.begin, damage.at)
         where = f" (on line {there})" if there != line else ""
-        raise UserError(f"{file}, line {line}: cannot be read: {damage}{where}") from None
+        raise StorageError(f"{file}, line {line}: cannot be read: {damage}{where}") from None
 
 
 def _objects(text: str) -> Iterator[tuple[int, Row]]:
@@ -190,7 +190,7 @@ def _check_numbers(file: Path, name: str, part: Sequence[tuple[int, Row]]) -> No
         try:
             pa.array([row.get(name)])
         except OverflowError:
-            raise UserError(
+            raise DataError(
                 f"{file}, line {line}: {name} has a whole number of more than 64 bits, "
                 f"{shown(row[name])}; write it as a text"
             ) from None

@@ -16,7 +16,7 @@ from fedex_lora.data.images import read_folder, with_images
 from fedex_lora.data.quoted import about_rows
 from fedex_lora.data.read import SUFFIXES, kind, line_of, read
 from fedex_lora.disk import reason
-from fedex_lora.errors import UserError, shown, tally
+from fedex_lora.errors import DataError, RecipeError, StorageError, shown, tally
 from fedex_lora.recipe import DataSpec, did_you_mean
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import one_based
@@ -68,7 +68,7 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"data: {shown(str(error.filename))}: {reason(error)}") from None
+        raise StorageError(f"data: {shown(str(error.filename))}: {reason(error)}") from None
 
 
 @_readable()
@@ -142,10 +142,10 @@ def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) ->
     where = spec.source or spec.name or spec.path or "data.clients"
     if only is not None and only not in splits:
         has = ", ".join(splits) or "none of the task's splits"
-        raise UserError(f"--split: {where} has no split '{only}'; it has {has}.")
+        raise DataError(f"`split`: {where} has no split '{only}'; it has {has}.")
     if not found and only is None:
         names = ", ".join(task.evaluation_splits)
-        raise UserError(f"data: {where} has no labelled rows to evaluate on (splits {names}).")
+        raise RecipeError(f"data: {where} has no labelled rows to evaluate on (splits {names}).")
     return {
         name: _checked(splits[name], task, spec.evaluation_examples, seed, name)
         for name in ([only] if only else found)
@@ -180,11 +180,11 @@ def _splits(spec: DataSpec, task: Task, wanted: tuple[str, ...]) -> dict[str, Sp
 
 def _directory_splits(folder: Path, wanted: tuple[str, ...], task: Task) -> dict[str, Split]:
     if not folder.is_dir():
-        raise UserError(f"data.path: {folder} is no directory.")
+        raise RecipeError(f"data.path: {folder} is no directory.")
     files = {split: _split_file(folder, split, task) for split in wanted}
     if "train" in wanted and files["train"] is None:
         there = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-        raise UserError(
+        raise RecipeError(
             f"data.path: {folder} has no file train ({', '.join(SUFFIXES)}); there is: {there}."
         )
     return {split: _file_split(file, task) for split, file in files.items() if file is not None}
@@ -200,7 +200,7 @@ def _split_file(folder: Path, split: str, task: Task) -> Path | None:
         found.append(folder / split)
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
-        raise UserError(f"data.path: {folder} has both {names}; keep one of them.")
+        raise RecipeError(f"data.path: {folder} has both {names}; keep one of them.")
     return found[0] if found else None
 
 
@@ -221,7 +221,7 @@ def _client_splits(files: list[Path], task: Task) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     for file in files:
         if file.stem in splits:
-            raise UserError(
+            raise RecipeError(
                 f"data.clients: two files are named '{file.stem}'; the names of the files are "
                 "the names of the clients and must differ."
             )
@@ -233,10 +233,10 @@ def _hub_splits(spec: DataSpec, wanted: tuple[str, ...], task: Task) -> dict[str
     try:
         found = datasets.load_dataset(spec.name or "", spec.config, revision=spec.revision)
     except _NO_DATA as error:
-        raise UserError(f"data.name: cannot load '{spec.name}' from the hub: {error}") from error
+        raise RecipeError(f"data.name: cannot load '{spec.name}' from the hub: {error}") from error
     assert isinstance(found, DatasetDict)
     if "train" in wanted and "train" not in found:
-        raise UserError(
+        raise RecipeError(
             f"data.name: '{spec.name}' has no split train; it has {', '.join(map(str, found))}."
         )
     return {str(k): Split(_named(rows, task), f"{spec.name}, {k}") for k, rows in found.items()}
@@ -246,7 +246,7 @@ def _further_splits(spec: DataSpec, task: Task) -> dict[str, Split]:
     """What `data.evaluation` names."""
     for name in spec.evaluation:
         if name not in task.evaluation_splits:
-            raise UserError(
+            raise RecipeError(
                 f"data.evaluation.{name}: no evaluation split of the task, which has "
                 f"{', '.join(task.evaluation_splits)}{did_you_mean(name, task.evaluation_splits)}"
             )
@@ -261,7 +261,7 @@ def _further(source: str, name: str, task: Task) -> Split:
     try:
         rows = datasets.load_dataset(hub, config or None, split=split or "test")
     except _NO_DATA as error:
-        raise UserError(
+        raise RecipeError(
             f"data.evaluation.{name}: cannot load '{source}' from the hub: {error}. Expected "
             f"NAME[:CONFIG][@SPLIT], or a file ({', '.join(SUFFIXES)})."
         ) from error
@@ -284,7 +284,7 @@ def _checked(split: Split, task: Task, examples: int | None, seed: int, name: st
     for ours, theirs in task.renamed.items():
         if ours in task.columns and ours not in rows.column_names:
             there = ", ".join(rows.column_names)
-            raise UserError(
+            raise DataError(
                 f"{split.where}: no column '{theirs}', which task.columns.{ours} names; there are: "
                 f"{there}."
             )

@@ -17,7 +17,7 @@ from flwr_datasets.partitioner import (
 )
 
 from fedex_lora.aggregation.seeding import derive
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, RecipeError
 from fedex_lora.recipe import PartitionSpec
 from fedex_lora.tasks import Task
 
@@ -52,7 +52,7 @@ def partition(
             task without labels dealt by label, or natural ids that are not as many as clients.
     """
     if clients > len(rows):
-        raise UserError(
+        raise RecipeError(
             f"federation.clients: {clients} clients, but only {len(rows)} training examples. "
             f"Use at most {len(rows)} clients, or more data."
         )
@@ -80,7 +80,7 @@ def split_validation(
         UserError: There are fewer than two rows.
     """
     if len(rows) < 2:
-        raise UserError(
+        raise DataError(
             f"{client} has {len(rows)} example(s): too few to set some aside for validation. "
             "Use fewer clients, a larger partition.alpha, or evaluation.where: server."
         )
@@ -100,12 +100,12 @@ def _keys(rows: Dataset, spec: PartitionSpec, task: Task) -> Sequence[Any]:
         return [0] * len(rows)
     column = spec.column or task.stratify
     if column is None:
-        raise UserError(
+        raise DataError(
             f"{WHERE}: kind {spec.kind} deals rows by label, and task {task.name} has none. "
             "Name a column to deal by (partition.column), or use kind: iid."
         )
     if column not in rows.column_names:
-        raise UserError(
+        raise DataError(
             f"{WHERE}.column: the training rows have no column '{column}'; "
             f"there are: {', '.join(rows.column_names)}."
         )
@@ -124,7 +124,7 @@ def _bins(values: Sequence[float | str]) -> list[int]:
 def _sortable(values: Sequence[Any], column: str) -> list[Any]:
     if any(value is None for value in values):
         row = next(i for i, value in enumerate(values) if value is None)
-        raise UserError(f"{WHERE}.column: '{column}' is missing in training example {row + 1}.")
+        raise DataError(f"{WHERE}.column: '{column}' is missing in training example {row + 1}.")
     if all(isinstance(value, str) and _WHOLE.fullmatch(value) for value in values):
         return [int(value) for value in values]  # so that CSV is dealt like other formats
     comparable = {type(value) for value in values} in ({str}, {int}, {float}, {bool})
@@ -166,7 +166,7 @@ def _assign(keys: Dataset, spec: PartitionSpec, clients: int, seed: int) -> list
         if empty is None:
             return indices
     assert empty is not None
-    raise UserError(
+    raise DataError(
         f"{WHERE}: {client_names(clients)[empty]} is left without examples by kind {spec.kind}, "
         f"in the last of {DRAWS} draws. Use a larger alpha, fewer clients, or another seed."
     )
@@ -179,7 +179,7 @@ def _deal(
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
         found = partitioner.num_partitions
         if found != clients:
-            raise UserError(
+            raise DataError(
                 f"{WHERE}: column '{spec.column}' has {found} different values, but there are "
                 f"{clients} clients. Set federation.clients to {found}."
             )

@@ -27,7 +27,7 @@ def about_rows() -> Iterator[None]:
         short = shortened(str(error), [str(one) for one in foreign(error)])
         if short == str(error) and not _SHORT.search(short):
             raise
-        raise type(error)(short + " (--show-rows shows all of it)") from error
+        raise type(error)(short + " (`show_rows=True` shows all of it)") from error
 
 
 def shortened(text: str, words: list[str]) -> str:

@@ -17,7 +17,7 @@ from fedex_lora.data.csv_file import csv_records, read_csv
 from fedex_lora.data.json_file import json_records, read_json
 from fedex_lora.data.text_file import check_text
 from fedex_lora.disk import reason
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, StorageError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _UNREADABLE = (DatasetGenerationError, pa.ArrowException, ValueError, TypeError, OSError)
@@ -35,19 +35,19 @@ def read(file: Path) -> Dataset:
             cannot be parsed, or it has no rows.
     """
     if kind(file) not in SUFFIXES:
-        raise UserError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}.")
+        raise DataError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}.")
     if not file.is_file():
-        raise UserError(f"{file}: no such file.")
+        raise StorageError(f"{file}: no such file.")
     try:
         if file.stat().st_size == 0:
-            raise UserError(f"{file}: the file is empty.")
+            raise DataError(f"{file}: the file is empty.")
         if kind(file) != ".parquet":
             check_text(file)
         rows = _READERS[kind(file)](file)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {reason(error)}") from None
+        raise StorageError(f"{file}: cannot be read: {reason(error)}") from None
     if len(rows) == 0:
-        raise UserError(f"{file}: no rows; at least one is needed.")
+        raise DataError(f"{file}: no rows; at least one is needed.")
     return rows
 
 
@@ -83,7 +83,7 @@ def _read_parquet(file: Path) -> Dataset:
         cause = str(error.__cause__ or error).strip()
         if NO_ROWS in cause:
             return Dataset.from_dict({})
-        raise UserError(f"{file}: cannot be read: {cause}") from error
+        raise StorageError(f"{file}: cannot be read: {cause}") from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 
 AREAS: dict[str, str] = {
     "networking": """
@@ -78,7 +78,7 @@ def stdlib_docs() -> dict[str, Dataset]:
     found = _unambiguous([_sentences_of(area) for area in LABELS])
     count = min(len(sentences) for sentences in found)
     if count < FEWEST_PER_CLASS:
-        raise UserError(
+        raise RecipeError(
             f"data.source stdlib-docs: only {count} sentences of the area "
             f"'{LABELS[[len(s) for s in found].index(count)]}' were found in "
             f"{sysconfig.get_path('stdlib')}; this Python seems to come without the source files "

@@ -6,7 +6,7 @@ import codecs
 from pathlib import Path
 from typing import TextIO
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 
 _MARKS = {  # what a file may begin with; without a mark it is UTF-8
     codecs.BOM_UTF8: "utf-8-sig",  # Excel's
@@ -50,4 +50,4 @@ def _check(part: bytes, encoding: str, file: Path, first: int) -> None:
         text, damage = text.partition("\0")[0], "a zero byte (UTF-16 without a byte order mark?)"
     if damage:
         line = first + text.count("\n")
-        raise UserError(f"{file}, line {line}: {damage}; save it as UTF-8.")
+        raise DataError(f"{file}, line {line}: {damage}; save it as UTF-8.")

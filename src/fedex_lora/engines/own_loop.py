@@ -11,7 +11,7 @@ from torch import nn
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.errors import UserError
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.load import seeded
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers.utils import logging as transformers_logging
 
 from fedex_lora.aggregation.adapter import AdapterState, fresh
 from fedex_lora.aggregation.methods import METHODS
@@ -17,16 +18,19 @@ from fedex_lora.data.load import known_labels, load, load_client, load_evaluatio
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
 from fedex_lora.engines.training import rehearse
-from fedex_lora.errors import UserError, Withheld
+from fedex_lora.errors import RecipeError, UserError, Withheld
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.settings import Settings
-from fedex_lora.model import AdaptedModel, load_model
+from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.model.architectures import Architecture
+from fedex_lora.model.load import unheard
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task, build_task
 from fedex_lora.tasks.base import Encode, learned_positions
 
 POOLED = "all"  # the one client of a method that pools the data
+
+_phase = logging.getLogger("fedex_lora.phase")  # what takes long, for who wants to know
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,26 @@ class Rows:
     description: str
 
 
+@contextmanager
+def surroundings(recipe: Recipe) -> Iterator[None]:
+    """Runs a block with as many torch threads as the recipe says, on which bits depend, and
+    without transformers' messages; then all is as it was."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.engine.threads)
+    try:
+        with unheard():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def set_up(recipe: Recipe, workdir: Path | None = None) -> Federation:
     """Loads data and model and checks everything that can be checked before training.
 
     Raises:
         UserError: Whatever is wrong with recipe, data or model.
     """
-    task = _prepare(recipe)
+    task = recipe_task(recipe)
     rows = load_rows(recipe, task)
     pooled = METHODS[recipe.method.name].pooled
     return _bring_to_life(recipe, task, rows, [POOLED] if pooled else list(rows.train), workdir)
@@ -90,7 +107,8 @@ def set_up_server(recipe: Recipe, clients: list[str] | None = None) -> Federatio
     Raises:
         UserError: Whatever is wrong with recipe, evaluation rows or model.
     """
-    task, where = _prepare(recipe), recipe.evaluation.where
+    task, where = recipe_task(recipe), recipe.evaluation.where
+    _phase.info("reading rows")
     evaluation = {} if where == "clients" else load_evaluation(recipe.data, task, recipe.seed)
     rows = Rows({}, {}, evaluation, "the institutions' own rows")
     return _bring_to_life(recipe, task, rows, clients or roster(recipe) or [], None)
@@ -106,9 +124,9 @@ def set_up_client(recipe: Recipe, name: str, file: Path | None = None) -> Federa
     Raises:
         UserError: Whatever is wrong with recipe, rows or model.
     """
-    task, known = _prepare(recipe), roster(recipe)
+    task, known = recipe_task(recipe), roster(recipe)
     if recipe.lora.ranks is not None and name not in (known or []):
-        raise UserError(f"lora.ranks: none for {name!r}; name it in federation.names")
+        raise RecipeError(f"lora.ranks: none for {name!r}; name it in federation.names")
     rows = client_rows(recipe, task, name, file)
     return _bring_to_life(recipe, task, rows, known or [name], None)
 
@@ -128,7 +146,7 @@ def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None)
     except UserError as error:
         raise Withheld(str(error)) from error
     if name not in whole.train:
-        raise UserError(f"{name!r} has no share of the data: {', '.join(whole.train)} have")
+        raise RecipeError(f"{name!r} has no share of the data: {', '.join(whole.train)} have")
     train, validation = (
         {n: r for n, r in part.items() if n == name} for part in (whole.train, whole.validation)
     )
@@ -142,16 +160,10 @@ def roster(recipe: Recipe) -> list[str] | None:
     return recipe.federation.names
 
 
-def _prepare(recipe: Recipe) -> Task:
-    torch.set_num_threads(recipe.engine.threads)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    return recipe_task(recipe)
-
-
 def _bring_to_life(
     recipe: Recipe, task: Task, rows: Rows, names: list[str], workdir: Path | None
 ) -> Federation:
+    _phase.info("loading the model, %s", recipe.model.name)
     model = recipe_model(recipe, task, workdir)
     check_length(recipe, task, model)
     if recipe.fused > 1:
@@ -166,6 +178,7 @@ def _bring_to_life(
         with quiet():
             return {n: encoder(r, model.tokenizer, length) for n, r in part.items()}
 
+    _phase.info("preparing the rows")
     spec = recipe.task
     clients = encode(rows.train, task.encode, spec.max_length)
     evaluating = task.encode_evaluation or task.encode
@@ -182,6 +195,7 @@ def _bring_to_life(
     if pooled:
         clients = {POOLED: concatenate_datasets(list(clients.values()))}
     if clients:
+        _phase.info("trying the training settings")
         settings = replace(settings, examples={name: len(part) for name, part in clients.items()})
         check_shares(settings)
         smallest = min(clients.values(), key=len)
@@ -211,7 +225,7 @@ def check_length(recipe: Recipe, task: Task, model: AdaptedModel) -> None:
     for key in ("max_length", "evaluation_max_length"):
         asked = getattr(recipe.task, key)
         if limit is not None and asked is not None and asked > limit:
-            raise UserError(
+            raise RecipeError(
                 f"task.{key}: {asked}, but {recipe.model.name} takes at most {limit} tokens; set "
                 f"it to {limit} or less"
             )
@@ -228,7 +242,7 @@ def check_image(task: Task, model: AdaptedModel, rows: Dataset) -> None:
     try:
         task.evaluate(model.module, rows.select([0]), model.tokenizer, 1)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(
+        raise RecipeError(
             f"model.name: the model cannot use what its image processor makes: {error}. "
             "Expected a preprocessor_config.json that goes with config.json"
         ) from error
@@ -255,6 +269,7 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
 
 def load_rows(recipe: Recipe, task: Task) -> Rows:
     """Rows by client, dealt out or one file each, and the evaluation splits."""
+    _phase.info("reading rows")
     data = load(recipe.data, task, recipe.seed)
     fed = recipe.federation
     train = data.clients
@@ -264,7 +279,7 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
     train, validation = _split(recipe, train)
     evaluation = data.evaluation if recipe.evaluation.where != "clients" else {}
     if not evaluation and recipe.evaluation.where != "clients":
-        raise UserError(
+        raise RecipeError(
             f"evaluation.where: {recipe.evaluation.where}, but the server has no labelled rows to "
             "evaluate on; give a validation split with data.path, or set evaluation.where: clients"
         )

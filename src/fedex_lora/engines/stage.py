@@ -13,7 +13,7 @@ from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, base_increment, global_factors, start_of
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.outputs import VerdictFile
 

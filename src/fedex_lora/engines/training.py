@@ -23,7 +23,7 @@ from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.training_log import TrainingLog, named, reported
 from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.errors import UserError, shown
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Problem, did_you_mean
 from fedex_lora.recipe.reader import Places
 from fedex_lora.recipe.wording import in_words

@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def reported(trainer: Trainer, log: TrainingLog | None) -> Iterator[None]:
     except Exception as error:
         if not _of_a_report(error):
             raise
-        raise UserError(
+        raise RecipeError(
             f"training.report_to: {type(error).__name__}: {error}; settings of reports are their "
             "own environment variables; `none` trains without"
         ) from error

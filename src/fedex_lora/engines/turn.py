@@ -21,7 +21,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import Tensors, Update, flat, only
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import own_part
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 
 
 @dataclass(frozen=True)

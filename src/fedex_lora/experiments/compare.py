@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import UserError, number, size
+from fedex_lora.errors import RecipeError, number, size
 from fedex_lora.experiments.analysis.scores import judged, scores_by_split
 from fedex_lora.experiments.analysis.statistics import estimate, spread
 from fedex_lora.experiments.analysis.study import is_exact_average
@@ -36,11 +36,11 @@ def variant(recipe: Recipe, method: str, seed: int) -> Recipe:
     name, colon, rank = method.partition(":")
     truncated = get_method(name).residual == "truncated"
     if colon and not (truncated and rank.isdecimal()):
-        raise UserError(f"--methods: {method}: only a truncated residual has a rank: fedex-svd:8")
+        raise RecipeError(f"`methods`: {method}: only a truncated residual has a rank: fedex-svd:8")
     spec = recipe.method
     if name != spec.name or rank:
         if truncated and not rank:
-            raise UserError(f"--methods: {name} needs the rank to truncate to, e.g. {name}:8")
+            raise RecipeError(f"`methods`: {name} needs the rank to truncate to, e.g. {name}:8")
         spec = MethodSpec(name=name, rank=int(rank)) if rank else MethodSpec(name=name)
     raw = {**recipe.model_dump(exclude_unset=True), "seed": seed}
     raw["method"] = spec.model_dump(exclude_unset=True)
@@ -48,7 +48,7 @@ def variant(recipe: Recipe, method: str, seed: int) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         reasons = "; ".join(e["msg"] for e in error.errors())
-        raise UserError(f"--methods: {method} does not go with this recipe: {reasons}") from None
+        raise RecipeError(f"`methods`: {method} does not go with this recipe: {reasons}") from None
 
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
     Writes comparison.json and comparison.md into `out`.
     """
     if not methods:
-        raise UserError(f"--methods: expected one or more of {', '.join(METHODS)}")
+        raise RecipeError(f"`methods`: expected one or more of {', '.join(METHODS)}")
     variants = {(m, s): variant(recipe, m, s) for m in methods for s in seeds}
     known = RunDir(out).comparison()
     results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape, fresh
 from fedex_lora.aggregation.ledger import Ledger
 
 Tensors = Mapping[str, Tensor]
@@ -115,7 +115,7 @@ def only(tensors: Tensors, kinds: frozenset[str] | set[str]) -> dict[str, Tensor
 
 
 def receive(
-    held: AdapterState, message: Broadcast, layers: Mapping[str, Site], seed: int
+    held: AdapterState, message: Broadcast, layers: Mapping[str, LayerShape], seed: int
 ) -> AdapterState:
     """The adapter a client starts from: what it held, with what the message changes.
 

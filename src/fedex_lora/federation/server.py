@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, LayerShape, fresh
 from fedex_lora.aggregation.methods import Method, get_method
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange, Record, run_round
@@ -27,7 +27,7 @@ class Server:
 
     Example:
         >>> import torch
-        >>> server = Server("fedex", {"q": Site(out=3, inp=2, rank=1, scale=2.0)}, ["a", "b"])
+        >>> server = Server("fedex", {"q": LayerShape(out=3, inp=2, rank=1, scale=2.0)}, ["a", "b"])
         >>> state = server.init()
         >>> ends = {c: server.start(state, c) for c in "ab"}
         >>> for c, end in ends.items():  # training, of sorts
@@ -43,7 +43,7 @@ class Server:
     def __init__(
         self,
         method: str | Method,
-        layers: Mapping[str, Site],
+        layers: Mapping[str, LayerShape],
         clients: Iterable[str] = (),
         *,
         seed: int = 0,

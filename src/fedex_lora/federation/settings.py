@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from fedex_lora.aggregation.adapter import Site
+from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.seeding import derive
 
@@ -38,7 +38,7 @@ class Settings:
     method: Method
     seed: int
     clients: tuple[str, ...]
-    sites: Mapping[str, Site]
+    sites: Mapping[str, LayerShape]
     rounds: int
     ranks: Mapping[str, int] = field(default_factory=dict)
     rank: int | None = None
@@ -55,7 +55,7 @@ class Settings:
     max_share: float | None = None
     examples: Mapping[str, int] = field(default_factory=dict)
 
-    def sites_of(self, client: str) -> dict[str, Site]:
+    def sites_of(self, client: str) -> dict[str, LayerShape]:
         """The sites at this client's rank."""
         rank = self.ranks.get(client)
         return {n: s if rank is None else s.at_rank(rank) for n, s in self.sites.items()}

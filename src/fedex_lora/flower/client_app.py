@@ -29,8 +29,8 @@ from fedex_lora.engines.remote.site import (
     unable,
     undecided,
 )
-from fedex_lora.engines.setup import roster, set_up_client
-from fedex_lora.errors import UserError, show_rows
+from fedex_lora.engines.setup import roster, set_up_client, surroundings
+from fedex_lora.errors import ProtocolError, show_rows
 from fedex_lora.federation.header import first_of
 from fedex_lora.flower.grid import pack, unpack
 from fedex_lora.recipe import Recipe
@@ -47,7 +47,7 @@ def answer(message: Message, context: Context) -> Message:
     with in_time(message, context):
         try:
             blob = unpack(message.content)
-        except UserError:
+        except ProtocolError:
             blob = b""  # of a program that is not run here; it is logged as any other message
         reply = reply_to(blob, context.node_config, context.run_config)
         return Message(pack(reply), reply_to=message)
@@ -83,7 +83,7 @@ def reply_to(blob: bytes, node: Mapping[str, Any], run: Mapping[str, Any]) -> by
     about: dict[str, Any] = {}
     try:
         if not blob:
-            raise UserError("a message of another program than fedex-lora")
+            raise ProtocolError("a message of another program than fedex-lora")
         about = dict(first_of(blob)["about"])
         _note(audit, "in", about, about, blob)
         reply = _reply(blob, about, place, None if "partition-id" in node else _consent(place))
@@ -135,7 +135,8 @@ def _reply(
                 shlex.quote(str(place["home"])),
             )
         return undecided(about, name, str(error))
-    reply = handle(blob, institution(place, recipe))
+    with surroundings(recipe):
+        reply = handle(blob, institution(place, recipe))
     if consent is not None and kind == "final" and not consent.ask and not consent.left():
         log.info(
             "took part in %d, which is as many runs as it was told; for another one: "

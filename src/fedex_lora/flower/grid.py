@@ -9,7 +9,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedex_lora.engines.remote.courier import Failed
-from fedex_lora.errors import UserError
+from fedex_lora.errors import ProtocolError
 from fedex_lora.federation.header import WORDS
 from fedex_lora.flower.bounds import TOO_LARGE, bound_replies
 
@@ -47,7 +47,7 @@ def unpack(content: RecordDict) -> bytes:
     try:
         return content.array_records[_KEY][_KEY].data
     except (LookupError, AttributeError, TypeError):
-        raise UserError("a message of another program") from None
+        raise ProtocolError("a message of another program") from None
 
 
 class FlowerCourier:
@@ -111,5 +111,5 @@ def _opened(message: Message) -> bytes | Failed:
         return Failed(reason, gone=code in _MAY_MEND)
     try:
         return unpack(message.content)
-    except UserError as error:
+    except ProtocolError as error:
         return Failed(str(error))

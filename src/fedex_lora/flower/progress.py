@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.errors import QuorumLost, UserError
+from fedex_lora.errors import ProtocolError, QuorumLost, UserError
 from fedex_lora.federation.loop import Record
 from fedex_lora.runs.rundir import plain
 from fedex_lora.runs.watch import Start, Watcher
@@ -70,9 +70,9 @@ def follow(path: Path, watcher: Watcher, still_runs: Callable[[], bool]) -> dict
             getattr(watcher, {"round_done": "round_done", "scored": "scored"}.get(event, "note"))(
                 value
             )
-    raise UserError(
+    raise ProtocolError(
         "the coordinator's process ended without a word; its log says why (deploy server prints "
-        "it). What was finished is intact: go on with --resume"
+        "it). What was finished is intact: go on with `resume=True`"
     )
 
 
@@ -100,7 +100,7 @@ def _outcome(value: dict[str, Any]) -> dict[str, Any]:
         raise QuorumLost(value["text"])
     if value["how"] == "user":
         raise UserError(value["text"])
-    raise UserError(
+    raise ProtocolError(
         f"the coordinator's program failed: {value['text']}; its log has the rest. What was "
-        "finished is intact: go on with --resume"
+        "finished is intact: go on with `resume=True`"
     )

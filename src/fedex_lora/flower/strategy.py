@@ -22,7 +22,7 @@ from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consis
 from peft import LoraConfig
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.methods import get_method
@@ -100,7 +100,7 @@ class FedExLora(FedAvg):
         self._rank, self._carries = rank, carry
         self._last_round: int | None = None
         self._sent: dict[str, Tensor] = {}  # the averages, as they were given out last
-        self._layers: dict[str, Site] = {}
+        self._layers: dict[str, LayerShape] = {}
         self._base: Base = {}  # T, as clients have it
         self._carry: Base = {}
         self._next: tuple[Base, Base] | None = None  # both, until the averages come back
@@ -218,7 +218,7 @@ class FedExLora(FedAvg):
                     f"{layer}: the initial arrays have A {tuple(a.shape)} and B {tuple(b.shape)}; "
                     f"lora_config gives it rank {rank}, so A is ({rank}, in) and B (out, {rank})"
                 )
-            self._layers[layer] = Site(b.shape[0], a.shape[1], rank, scale)
+            self._layers[layer] = LayerShape(b.shape[0], a.shape[1], rank, scale)
         self._sent = tensors
 
     def _settle(self, arrays: ArrayRecord) -> None:

@@ -16,13 +16,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import Site
+from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.disk import reason
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, StorageError
 from fedex_lora.merge.experts import Form, forms
 from fedex_lora.merge.factors import Term, finite
 from fedex_lora.merge.tokens import indices, of_tokens
-from fedex_lora.model.files import CONFIG, WEIGHTS, adapter_folder, empty
+from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.plain import unsupported
 
@@ -47,7 +47,7 @@ class Place:
             the other, B's columns belong to the experts in turn.
     """
 
-    site: Site
+    site: LayerShape
     keys: tuple[str, str]
     experts: int = 1
 
@@ -93,7 +93,7 @@ class Adapter:
         for key, factor, scale in zip(place.keys, (a, b), (1.0, place.site.scale)):
             self._check_dtype(key, factor)
             if not finite(factor.to(torch.float32) * scale):
-                raise UserError(
+                raise DataError(
                     f"{self.name}: {key} in {self.file}, times its scale {scale:g}, is too large "
                     "for float32; its training went wrong, leave this adapter out"
                 )
@@ -107,7 +107,7 @@ class Adapter:
             if tensor.is_floating_point():
                 self._check_dtype(key, tensor)
             if not finite(tensor):
-                raise UserError(
+                raise DataError(
                     f"{self.name}: {key} in {self.file} holds NaN or infinity; its training went "
                     "wrong, leave this adapter out"
                 )
@@ -115,7 +115,7 @@ class Adapter:
 
     def _check_dtype(self, key: str, tensor: Tensor) -> None:
         if tensor.dtype not in _DTYPES:
-            raise UserError(
+            raise DataError(
                 f"{self.name}: {key} in {self.file} has dtype {tensor.dtype}; expected one of "
                 f"{', '.join(map(str, _DTYPES))}"
             )
@@ -136,7 +136,7 @@ def open_adapter(name: str, allow_pickle: bool = False) -> Adapter:
     config = _config(folder)
     refused = unsupported(config, _DEALT_WITH)
     if refused:
-        raise UserError(
+        raise DataError(
             f"{name}: uses {refused}: the mean of such adapters is not the mean of their B·A; "
             "expected a plain LoRA adapter"
         )
@@ -150,7 +150,7 @@ def open_adapter(name: str, allow_pickle: bool = False) -> Adapter:
     try:
         places = _places(name, config, shapes, file)
     except (TypeError, AttributeError, ArithmeticError, re.error) as error:
-        raise UserError(f"{folder / CONFIG}: not what PEFT writes: {error}") from None
+        raise DataError(f"{folder / CONFIG}: not what PEFT writes: {error}") from None
     taken = {key for place in places.values() for key in place.keys}
     others = {key: shape for key, shape in shapes.items() if key not in taken}
     _check_others(name, config, others)
@@ -169,7 +169,7 @@ def _find(name: str, allow_pickle: bool) -> Path:
             there = adapter_folder(download(name, [f"*/{CONFIG}"])).name
             path = download(name, [f"{there}/{file}" for file in files]) / there
     if not (path / CONFIG).is_file():
-        raise UserError(f"{name}: there is no {path / CONFIG}; expected a folder with it")
+        raise StorageError(f"{name}: there is no {path / CONFIG}; expected a folder with it")
     return path
 
 
@@ -188,7 +188,7 @@ def download(name: str, files: Sequence[str], revision: str | None = None) -> Pa
         return Path(snapshot_download(name, allow_patterns=list(files), revision=revision))
     except (OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
+        raise StorageError(
             f"{name}: no such folder, and not to be had from the hub: {first}"
         ) from None
 
@@ -197,14 +197,14 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG}: cannot be read: {reason(error)}") from None
+        raise StorageError(f"{folder / CONFIG}: cannot be read: {reason(error)}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG}: not what PEFT writes: expected a JSON object")
+        raise DataError(f"{folder / CONFIG}: not what PEFT writes: expected a JSON object")
     for fields, expected, fits in _FORMS:
         for field in fields:
             value = config.get(field)
             if not (value is None or fits(value)):
-                raise UserError(f"{folder / CONFIG}: {field} is {value!r}; expected {expected}")
+                raise DataError(f"{folder / CONFIG}: {field} is {value!r}; expected {expected}")
     return config
 
 
@@ -230,11 +230,11 @@ def _weights(folder: Path, allow_pickle: bool) -> Path:
     if pickled.is_file() and allow_pickle:
         return pickled
     if pickled.is_file():
-        raise UserError(
+        raise DataError(
             f"{pickled} is a pickle, which may run code; save the adapter as safetensors, or trust "
-            "it with --allow-pickle (it is still read as plain tensors only)"
+            "it with `allow_pickle` (it is still read as plain tensors only)"
         )
-    raise UserError(f"{folder}: there is no {WEIGHTS}; expected it beside {CONFIG}")
+    raise StorageError(f"{folder}: there is no {WEIGHTS}; expected it beside {CONFIG}")
 
 
 def _places(
@@ -247,7 +247,7 @@ def _places(
             site = key.removeprefix(PREFIX).removesuffix(suffix)
             halves.setdefault(site, {})[_SUFFIXES[suffix]] = key
     if not halves:
-        raise UserError(f"{name}: {file} holds no LoRA factors ({_content(shapes)})")
+        raise DataError(f"{name}: {file} holds no LoRA factors ({_content(shapes)})")
     rows = {site: _rows(name, site, halves[site], shapes) for site in sorted(halves)}
     found = forms(name, config, rows)
     return {site: _place(name, site, halves[site], shapes, found[site]) for site in rows}
@@ -261,10 +261,10 @@ def _content(shapes: Mapping[str, Shape]) -> str:
 
 def _rows(name: str, site: str, keys: Mapping[int, str], shapes: Mapping[str, Shape]) -> int:
     if len(keys) != 2:
-        raise UserError(f"{name}: {site} has only one of its two factors: {keys}; it is damaged")
+        raise StorageError(f"{name}: {site} has only one of its two factors: {keys}; it is damaged")
     a, b = shapes[keys[0]], shapes[keys[1]]
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-        raise UserError(
+        raise DataError(
             f"{name}: {site} has factors A {a} and B {b}; expected A (r, in) and B (out, r) of a "
             "Linear, Conv1D or Embedding layer"
         )
@@ -275,21 +275,21 @@ def _place(
     name: str, site: str, keys: Mapping[int, str], shapes: Mapping[str, Shape], form: Form
 ) -> Place:
     if not math.isfinite(form.scale):
-        raise UserError(f"{name}: {site} has the scale {form.scale} by {CONFIG}; it is damaged")
+        raise StorageError(f"{name}: {site} has the scale {form.scale} by {CONFIG}; it is damaged")
     out, inp = shapes[keys[1]][0], shapes[keys[0]][1]
-    return Place(Site(out, inp, form.rank, form.scale), (keys[0], keys[1]), form.experts)
+    return Place(LayerShape(out, inp, form.rank, form.scale), (keys[0], keys[1]), form.experts)
 
 
 def _check_others(name: str, config: Mapping[str, Any], others: Mapping[str, Shape]) -> None:
     for key in filter(of_tokens, others):
         if len(indices(name, config, key)) != others[key][0]:
-            raise UserError(
+            raise DataError(
                 f"{name}: {key} has {others[key][0]} rows, trainable_token_indices in {CONFIG} "
                 "another number of tokens; they are not of one adapter"
             )
     unknown = sorted(key for key in others if ".lora_" in key)
     if unknown:
-        raise UserError(
+        raise DataError(
             f"{name}: holds {unknown[0]}, which is no factor of a Linear, Conv1D or Embedding "
             "layer; expected a plain LoRA adapter as PEFT saves it"
         )
@@ -327,6 +327,6 @@ _UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError)
 _UNREADABLE += (pickle.UnpicklingError,)
 
 
-def _damaged(file: Path, name: str, error: Exception) -> UserError:
+def _damaged(file: Path, name: str, error: Exception) -> StorageError:
     why = reason(error).strip().splitlines()[0]
-    return UserError(f"{name}: {file} cannot be read ({why}); it is truncated or damaged")
+    return StorageError(f"{name}: {file} cannot be read ({why}); it is truncated or damaged")

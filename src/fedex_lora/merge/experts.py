@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import Any, NamedTuple
 
-from fedex_lora.errors import UserError
-from fedex_lora.model.files import CONFIG
+from fedex_lora.errors import DataError
+from fedex_lora.model.config import CONFIG
 from fedex_lora.model.plain import configured
 
 
@@ -75,13 +75,13 @@ def forms(name: str, config: Mapping[str, Any], rows: Mapping[str, int]) -> dict
         if not options:
             site = sites[0]
             rank = configured(config, site, 1)[0]
-            raise UserError(
+            raise DataError(
                 f"{name}: {site} has rank {rows[site]} in the file and {rank} in {CONFIG}: these "
                 "are not of one adapter, or r or rank_pattern was changed by hand; expected what "
                 "it was trained with, from which its scale follows"
             )
         if len(options) > 1:
-            raise UserError(
+            raise DataError(
                 f"{name}: which parameter of {module} has which rank and alpha cannot be told; "
                 f"expected one rank_pattern and alpha_pattern for all of them in {CONFIG}"
             )

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 
 Shape = tuple[int, ...]
 
@@ -74,8 +74,8 @@ class Group:
             there = self.forward(found)
             if all(torch.equal(there[name], tensor) for name, tensor in update.items()):
                 return found
-        raise UserError(
-            f"--into-base: transformers makes {self.first} of {self.keys[0]} and others by "
+        raise DataError(
+            f"`into_base`: transformers makes {self.first} of {self.keys[0]} and others by "
             f"{self.converter.operations}, which cannot be undone; merge into an adapter instead"
         )
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, StorageError, UserError
 from fedex_lora.merge.adapters import Adapter, Shape, download, is_local
 from fedex_lora.merge.checkpoint import checkpoint
 from fedex_lora.merge.target import Target
@@ -82,21 +82,21 @@ def _locate(name: str, revision: str | None) -> Path:
     if not path.exists() and not is_local(name):
         path = download(name, _FILES, revision)
     if not (path / "config.json").is_file():
-        raise UserError(f"{name}: there is no {path / 'config.json'}; expected a model's folder")
+        raise StorageError(f"{name}: there is no {path / 'config.json'}; expected a model's folder")
     return path
 
 
 def _unknown(folder: Path, error: Exception) -> UserError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"--into-base: {folder} is no model that transformers knows: {first}")
+    return DataError(f"`into_base`: {folder} is no model that transformers knows: {first}")
 
 
 def _check_quantisation(folder: Path, config: Any) -> None:
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
     if found and method != "bitsandbytes":
-        raise UserError(
-            f"--into-base: {folder} is quantised by {method}, which is not undone here "
+        raise DataError(
+            f"`into_base`: {folder} is quantised by {method}, which is not undone here "
             "(bitsandbytes' 4 and 8 bits are); name the model that it was made from"
         )
 
@@ -127,13 +127,13 @@ def _target(target: Target, trained: Mapping[str, Shape], copies: Mapping[str, S
         name = target.parameter(key)
         own = target.names.shape(name)
         if name in target.names.groups:
-            raise UserError(
-                f"--into-base: {name} was trained in full and is in parts in the files of {folder};"
+            raise DataError(
+                f"`into_base`: {name} was trained in full and is in parts in the files of {folder};"
                 " merge into an adapter instead"
             )
         if own != shape:
-            raise UserError(
-                f"--into-base: {name} is {shape} in the adapters and {own or 'absent'} in a "
+            raise DataError(
+                f"`into_base`: {name} is {shape} in the adapters and {own or 'absent'} in a "
                 f"{type(target.net).__name__}; expected the model that they were trained on"
             )
     if target.enlarged:
@@ -193,8 +193,8 @@ def _check_rows(target: Target, given: set[str]) -> None:
     for name, (key, needed) in names.items():
         held = target.stored[key].shape
         if held != needed and name not in given:
-            raise UserError(
-                f"--into-base: {name} is {held} in {target.folder}, and {needed} by the vocabulary "
+            raise DataError(
+                f"`into_base`: {name} is {held} in {target.folder}, and {needed} by the vocabulary "
                 "of the adapters, which hold no rows for it; save them with "
                 "save_embedding_layers=True"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.errors import UserError, some
+from fedex_lora.errors import DataError, RecipeError, some
 from fedex_lora.merge.adapters import Adapter, Shape
 from fedex_lora.merge.factors import Sum, Term, weighted_sum
 from fedex_lora.merge.tokens import of_tokens
@@ -82,10 +82,10 @@ class Plan:
             self._check_equal(key)
             return first
         if pretrained is None and self.is_sum and not math.isclose(sum(self.weights), 1):
-            raise UserError(
-                f"--sum: {key} was trained in full: it is no update, and a sum of such tensors "
-                f"with weights that sum to {sum(self.weights):g} means nothing. With --into-base "
-                "it is taken as an update of the base's own, if that has one; without --sum it is "
+            raise RecipeError(
+                f"`sum`: {key} was trained in full: it is no update, and a sum of such tensors "
+                f"with weights that sum to {sum(self.weights):g} means nothing. With `into_base` "
+                "it is taken as an update of the base's own, if that has one; without `sum` it is "
                 "averaged"
             )
         start = first if pretrained is None else pretrained
@@ -110,11 +110,11 @@ class Plan:
         first = self.adapters[0]
         for other in self.adapters[1:]:
             if not torch.equal(first.tensors([key])[0], other.tensors([key])[0]):
-                raise UserError(
+                raise DataError(
                     f"{first.name} and {other.name} differ in {key}, which is no LoRA factor and "
                     "not in modules_to_save: they were trained on different base models, or each "
-                    "added rows of its own to the vocabulary. --embeddings mean averages what "
-                    "differs, --embeddings 1 takes that of the first adapter (2: of the second)"
+                    "added rows of its own to the vocabulary. `embeddings=mean` averages what "
+                    "differs, `embeddings=1` takes that of the first adapter (2: of the second)"
                 )
 
 
@@ -148,10 +148,10 @@ def make_plan(
     problems = list(_differences(adapters, source))
     if strict and (problems or (names and not ignore_base_name)):
         shown = problems if ignore_base_name else [*names, *problems]
-        ways = ["--no-strict merges what all of them share and leaves out the rest"]
+        ways = ["`strict=False` merges what all of them share and leaves out the rest"]
         if names and not ignore_base_name:
-            ways.append("--ignore-base-name passes over the names of base models alone")
-        raise UserError(
+            ways.append("`ignore_base_name=True` passes over the names of base models alone")
+        raise DataError(
             "the adapters do not go together:\n"
             + "\n".join(f"  {problem}" for problem in shown)
             + "\n"
@@ -160,7 +160,7 @@ def make_plan(
     _check_shapes(adapters)
     sites = sorted(set.intersection(*(set(a.places) for a in adapters)))
     if not sites:
-        raise UserError("no layer is adapted by all of the adapters; there is nothing to merge")
+        raise DataError("no layer is adapted by all of the adapters; there is nothing to merge")
     shared = [key for key in sorted(adapters[0].others) if _shared(adapters, key)]
     heads = [k for k in shared if embeddings == "mean" or all(_trained(a, k) for a in adapters)]
     copies: dict[str, Adapter | None] = dict.fromkeys(k for k in shared if k not in heads)
@@ -179,8 +179,8 @@ def _source(adapters: Sequence[Adapter], embeddings: str) -> Adapter | None:
     if embeddings in ("equal", "mean"):
         return None
     if not embeddings.isdecimal() or not 1 <= int(embeddings) <= len(adapters):
-        raise UserError(
-            f"--embeddings: {embeddings!r} is neither equal nor mean nor the number of an adapter, "
+        raise RecipeError(
+            f"`embeddings`: {embeddings!r} is neither equal nor mean nor the number of an adapter, "
             f"1 to {len(adapters)}"
         )
     return adapters[int(embeddings) - 1]
@@ -200,13 +200,13 @@ def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
         return [1 / count] * count
     for weight in _counted(weights, count):
         if weight < 0:
-            raise UserError(
-                f"--weights: {weight:g} is negative, and a mean has no negative weights; --sum "
-                "takes them as they are: Σ wᵢ·ΔWᵢ, not divided by their sum"
+            raise RecipeError(
+                f"`weights`: {weight:g} is negative, and a mean has no negative weights; "
+                "`sum=True` takes them as they are: Σ wᵢ·ΔWᵢ, not divided by their sum"
             )
     total = math.fsum(weights)
     if not (total > 0 and math.isfinite(total)):
-        raise UserError("--weights: their sum is 0 or too large; at least one must be above 0")
+        raise RecipeError("`weights`: their sum is 0 or too large; at least one must be above 0")
     return [weight / total for weight in weights]
 
 
@@ -223,18 +223,18 @@ def as_given(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
     if not any(_counted(weights, count)):
-        raise UserError("--weights: all are 0; at least one must be another number")
+        raise RecipeError("`weights`: all are 0; at least one must be another number")
     return [float(weight) for weight in weights]
 
 
 def _counted(weights: Sequence[float], count: int) -> Sequence[float]:
     if len(weights) != count:
-        raise UserError(
-            f"--weights: {len(weights)} weights for {count} adapters; give one for each, in order"
+        raise RecipeError(
+            f"`weights`: {len(weights)} weights for {count} adapters; give one for each, in order"
         )
     for weight in weights:
         if not math.isfinite(weight):
-            raise UserError(f"--weights: {weight} is no weight; expected finite numbers")
+            raise RecipeError(f"`weights`: {weight} is no weight; expected finite numbers")
     return weights
 
 
@@ -266,7 +266,7 @@ def _differences(adapters: Sequence[Adapter], source: Adapter | None) -> Iterato
     for key in sorted(set.intersection(*(set(own) for own in others))):
         if len({own[key] for own in others}) > 1:
             shapes = ", ".join(f"{a.name} {own[key]}" for a, own in zip(adapters, others))
-            way = "" if _trained(adapters[0], key) else "; --embeddings 1 takes those of the first"
+            way = "" if _trained(adapters[0], key) else "; `embeddings=1` takes those of the first"
             yield f"shape of {key}: {shapes}{way}"
 
 
@@ -297,7 +297,7 @@ def _check_shapes(adapters: Sequence[Adapter]) -> None:
                     for n, o, i, e in forms
                 ]
                 tokens = places[0].embedding or site.endswith(("lm_head", "embed_out"))
-                raise UserError(
+                raise DataError(
                     f"{site}: ΔW is {texts[0]} in {first.name} and {texts[1]} in {other.name}; "
                     "they belong to different base models"
                     + (", or to vocabularies of different sizes" if tokens else "")

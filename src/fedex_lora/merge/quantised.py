@@ -7,7 +7,6 @@ A 4-bit weight is packed two numbers a byte, its scales and codebook lie beside 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, StorageError, check_installed
 
 _STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "nf4-double", "fp4", "fp4-double")  # as load_in_4bit makes them; double: scales too
@@ -55,12 +54,12 @@ class Packed:
                 state.dtype = torch.float32
                 weight = functional.dequantize_4bit(file.get_tensor(key), state)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-            raise UserError(
-                f"--into-base: {key} cannot be dequantised: {error!r}; the file is damaged"
+            raise StorageError(
+                f"`into_base`: {key} cannot be dequantised: {error!r}; the file is damaged"
             ) from None
         if tuple(weight.shape) != self.shape:
-            raise UserError(
-                f"--into-base: {key} dequantised is {tuple(weight.shape)}; expected {self.shape}"
+            raise DataError(
+                f"`into_base`: {key} dequantised is {tuple(weight.shape)}; expected {self.shape}"
             )
         return weight
 
@@ -77,8 +76,8 @@ def packed_parts(file: Any, keys: Sequence[str], dtype: torch.dtype) -> dict[str
                 own, shape = getattr(torch, state["dtype"]), tuple(map(int, state["shape"]))
                 found[weight] = Packed(beside, shape, own, True)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(
-                    f"--into-base: {key} is no state of a quantised weight: {error!r}; the file is "
+                raise StorageError(
+                    f"`into_base`: {key} is no state of a quantised weight: {error!r}; the file is "
                     "damaged"
                 ) from None
         elif key.endswith(".SCB"):
@@ -111,11 +110,7 @@ def requantised(weight: Tensor, kind: str) -> Tensor:
 
 
 def _bitsandbytes() -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "--into-base: a quantised model needs bitsandbytes; install it with: pip install "
-            "'fedex-lora[quantised]'"
-        )
+    check_installed("bitsandbytes", "`into_base`: a quantised model")
     from bitsandbytes import functional  # noqa: PLC0415 (heavy, and not always installed)
 
     return functional

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from fedex_lora.disk import check_free
-from fedex_lora.errors import UserError, size
+from fedex_lora.errors import RecipeError, StorageError, size
 
 
 def check_place(out: Path, inputs: Iterable[Path], needed: int) -> None:
@@ -22,13 +22,13 @@ def check_place(out: Path, inputs: Iterable[Path], needed: int) -> None:
     target = out.absolute().resolve()
     for folder in inputs:
         if target.is_relative_to(folder.resolve()):
-            raise UserError(f"--out: {out} lies in {folder}, which is read; name a place outside")
+            raise RecipeError(f"`out`: {out} lies in {folder}, which is read; name a place outside")
     there = next(p for p in (target, *target.parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if needed > free:
-        raise UserError(
-            f"--out: up to {size(needed)} will be written to {out}, and only {size(free)} "
-            "are free there; free some space, choose another place, or a smaller --rank or --dtype"
+        raise StorageError(
+            f"`out`: up to {size(needed)} will be written to {out}, and only {size(free)} "
+            "are free there; free some space, choose another place, or a smaller `rank` or `dtype`"
         )
 
 
@@ -36,7 +36,7 @@ def check_memory(needed: int) -> None:
     """Raises a `UserError` if less than `needed` bytes of memory are available."""
     free = psutil.virtual_memory().available
     if needed > free:
-        raise UserError(
+        raise StorageError(
             f"the largest layer takes {size(needed)} of memory while it is merged, and "
             f"{size(free)} are available; close other programs or use a larger machine"
         )

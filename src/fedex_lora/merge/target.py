@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 from fedex_lora.merge.adapters import Adapter, Place, Shape
 from fedex_lora.merge.checkpoint import Stored
 from fedex_lora.merge.experts import module_of, targeted
@@ -100,8 +100,8 @@ class Target:
         ending = site.rpartition(".")[2]
         like = [n for n, _ in self.net.named_modules() if n.rpartition(".")[2] == ending][:1]
         like = [f"; there is {like[0]}"] if like else []
-        raise UserError(
-            f"--into-base: {self.folder} as {type(self.net).__name__} has no layer {site}, and no "
+        raise DataError(
+            f"`into_base`: {self.folder} as {type(self.net).__name__} has no layer {site}, and no "
             f"tensor of that name in its files{''.join(like)}. Name the model that the adapters "
             "were trained on"
         )
@@ -159,8 +159,8 @@ class Target:
             return Spot(source, name, None, turned)
         if name in self.names.groups:
             return Spot(None, name, self.names.groups[name], turned)
-        raise UserError(
-            f"--into-base: the files of {self.folder} hold no tensor for {name}, or not all parts "
+        raise DataError(
+            f"`into_base`: the files of {self.folder} hold no tensor for {name}, or not all parts "
             f"of it: they are not complete, or not those of a {type(self.net).__name__}"
         )
 
@@ -177,21 +177,21 @@ class Target:
         own = [place.site.out, place.site.inp]
         for key in [spot.key] if spot.key else spot.group.keys if spot.group else []:
             if not self.stored[key].dtype.is_floating_point:
-                raise UserError(
-                    f"--into-base: {key} in {self.folder} has dtype {self.stored[key].dtype}, to "
+                raise DataError(
+                    f"`into_base`: {key} in {self.folder} has dtype {self.stored[key].dtype}, to "
                     "which no update can be added; name the model that it was made from"
                 )
         if len(held) not in (2, 3):
             kind = "x".join(map(str, held))
-            raise UserError(f"--into-base: {site} has a weight of {kind}; cannot be changed")
+            raise DataError(f"`into_base`: {site} has a weight of {kind}; cannot be changed")
         experts, sides = (1, held) if len(held) == 2 else (held[0], held[1:])
         fits = [list(sides), list(sides)[::-1]] if len(held) == 3 else [list(sides)]
         fits = [list(sides)[::-1]] if spot.turned else fits
         if experts != place.experts or own not in fits:
             times = f"{place.experts} × " if place.experts > 1 else ""
             has = " × ".join(map(str, ([experts] if len(held) == 3 else []) + fits[0]))
-            raise UserError(
-                f"--into-base: {site} is {has} in {self.folder} and {times}{own[0]} × {own[1]} in "
+            raise DataError(
+                f"`into_base`: {site} is {has} in {self.folder} and {times}{own[0]} × {own[1]} in "
                 f"the adapters; name the model that they were trained on{self._vocabulary(site)}"
             )
 

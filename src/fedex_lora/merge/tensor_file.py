@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 
 _TYPES = {
     torch.float64: "F64",
@@ -54,7 +54,7 @@ class TensorFile:
         """
         assert name not in self._header
         if tensor.dtype not in _TYPES:
-            raise UserError(
+            raise DataError(
                 f"{name}: has dtype {tensor.dtype}; expected a model that is not quantised"
             )
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

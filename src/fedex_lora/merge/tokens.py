@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedex_lora.errors import UserError
-from fedex_lora.model.files import CONFIG
+from fedex_lora.errors import DataError
+from fedex_lora.model.config import CONFIG
 from fedex_lora.model.keys import PREFIX
 
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -45,7 +45,7 @@ def indices(name: str, config: Mapping[str, Any], key: str) -> list[int]:
         found = [value for own, value in given.items() if f".{module}".endswith(f".{own}")]
         given = found[0] if len(found) == 1 else None
     if not isinstance(given, list) or not all(type(i) is int and i >= 0 for i in given):
-        raise UserError(
+        raise DataError(
             f"{name}: trainable_token_indices in {CONFIG} does not say which tokens {key} is of; "
             "expected a list of their numbers"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.delta import Delta
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, StorageError
 from fedex_lora.merge.checkpoint import Stored
 from fedex_lora.merge.factors import Reduced, finite, reduce
 from fedex_lora.merge.names import Group
@@ -90,8 +90,8 @@ class Values:
         """A tensor on disk must have the shape that the model's config gives it."""
         needed = self.target.names.shape(spot.parameter or "")
         if needed is not None and needed != tuple(self._final(key)):
-            raise UserError(
-                f"--into-base: {key} is {tuple(self._final(key))} in the files of "
+            raise StorageError(
+                f"`into_base`: {key} is {tuple(self._final(key))} in the files of "
                 f"{self.target.folder} and {needed} by its config.json; the model is damaged"
             )
 
@@ -133,8 +133,8 @@ class Values:
             return tensor
         assert name is not None
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(
-                f"--base-quantised: {key} has dtype {tensor.dtype}, which bitsandbytes does not "
+            raise DataError(
+                f"`base_quantised`: {key} has dtype {tensor.dtype}, which bitsandbytes does not "
                 "quantise; leave it out, or name the model that the adapters were trained on"
             )
         if self.target.is_turned(name):
@@ -153,8 +153,8 @@ class Values:
             max(where, default=0) >= len(tensor)
             or self.plan.saved_shape(own)[1:] != tensor.shape[1:]
         ):
-            raise UserError(
-                f"--into-base: {first.name} trained tokens up to {max(where)} of {name}, which is "
+            raise DataError(
+                f"`into_base`: {first.name} trained tokens up to {max(where)} of {name}, which is "
                 f"{tuple(tensor.shape)} in {self.target.folder}; save the adapters with "
                 "save_embedding_layers=True, or name the model that they were trained on"
             )
@@ -205,7 +205,7 @@ class Values:
     def _rounded(self, wide: Tensor, key: str, to: torch.dtype) -> Tensor:
         rounded = wide.to(to)
         if not finite(rounded):
-            raise UserError(f"{key}: is not finite in {to} once changed; choose another --dtype")
+            raise DataError(f"{key}: is not finite in {to} once changed; choose another `dtype`")
         if rounded.dtype != wide.dtype:
             self._norm += wide.norm().item() ** 2
             pairs = zip(wide.split(_ROWS), rounded.split(_ROWS))
@@ -254,8 +254,8 @@ def _untied(plan: Plan, target: Target, others: Mapping[str, str], changed: set[
     embeddings = {n for n, m in target.net.named_modules(remove_duplicate=False) if m in ends}
     for name in sorted(found):
         if name.removesuffix(".weight") not in embeddings:
-            raise UserError(
-                f"--into-base: {name} shares its weight with other layers of a "
+            raise DataError(
+                f"`into_base`: {name} shares its weight with other layers of a "
                 f"{type(target.net).__name__}; it cannot be changed alone. Merge into an adapter"
             )
     return sorted(found)

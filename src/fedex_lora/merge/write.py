@@ -11,26 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.aggregator import Aggregator
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.disk import new_directory
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 from fedex_lora.merge.adapters import Place
 from fedex_lora.merge.experts import of_parameter
 from fedex_lora.merge.factors import Reduced, finite, reduce, rounded, singular_values
 from fedex_lora.merge.plan import Plan, within
 from fedex_lora.merge.room import check_memory, check_place
 from fedex_lora.merge.tensor_file import TensorFile, tensor_file
-from fedex_lora.model.files import CONFIG, SERVER_LIMITS, WEIGHTS, above_limits, misread, with_ranks
-from fedex_lora.model.load import quiet
+from fedex_lora.model.config import (
+    CONFIG,
+    SERVER_LIMITS,
+    WEIGHTS,
+    above_limits,
+    misread,
+    with_ranks,
+    write_config,
+)
 
 REPORT = "merge.json"
+_TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# how factors were drawn, what PEFT leaves out of files, and what it does not know (of ms-swift)
+_DROPPED = ("eva_config", "corda_config", "lora_ga_config", "velora_config", "loftq_config")
+_DROPPED += ("runtime_config", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr")
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
     options = options or Options()
     check_place(out, [adapter.folder for adapter in plan.adapters], _bytes(plan, options))
     check_memory(max(working_bytes(plan, site) for site in plan.sites))
-    config = _first_config(plan)
+    _check_task(plan)
     with new_directory(out, "the merged adapter", "merge again") as new:
         names = [key for site in plan.sites for key in plan.adapters[0].places[site].keys]
         with tensor_file(new / WEIGHTS, [*names, *plan.heads, *plan.copies]) as file:
@@ -128,10 +138,10 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
         ranks = {site: max(1, layer.rank) for site, layer in layers.items()}
         if not options.tight or any(plan.experts(site) > 1 for site in plan.sites):
             ranks = _pad(plan, new / WEIGHTS, ranks, options.tight)
-        _config(plan, config, ranks).save_pretrained(str(new))
+        write_config(_config(plan, ranks), new)
         _write(new / REPORT, json.dumps(_report(plan, options, layers), indent=1) + "\n")
         _write(new / "README.md", _card(plan))
-        misled = [f"--tight: {who}" for who in misread(new)]
+        misled = [f"`tight`: {who}" for who in misread(new)]
         same = max(ranks.values()) if len(set(ranks.values())) == 1 else None
         merged = Merged(out, layers, same, plan.left_out, misled)
     at = {r: merged.relative(partial(_missed_at, r)) for r in SERVER_LIMITS}
@@ -149,7 +159,7 @@ def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> La
         found = reduce(whole, options.rank, options.error)
         stored, rounding = rounded(found.factors, options.dtype)
         if not all(map(finite, stored.parts.values())):
-            raise UserError(f"{site}: is too large for {options.dtype}; choose another --dtype")
+            raise DataError(f"{site}: is too large for {options.dtype}; choose another `dtype`")
         kept.append(stored)
         parts.append(Layer(stored.rank, found.norm, found.missed, rounding, None, _at(found)))
     rank = max(stored.rank for stored in kept)
@@ -221,7 +231,7 @@ def _pad(plan: Plan, file: Path, ranks: Mapping[str, int], tight: bool) -> dict[
 def _averaging(plan: Plan, site: str) -> float:
     """‖Σ wᵢsᵢBᵢAᵢ − B̄Ā‖_F, as a federated round of factor averaging would leave it."""
     ranks = [adapter.places[site].site.rank for adapter in plan.adapters]
-    whole = Site(*plan.shape(site), max(ranks), scale=1.0)
+    whole = LayerShape(*plan.shape(site), max(ranks), scale=1.0)
     zero = Factors(torch.zeros(whole.rank, whole.inp), torch.zeros(whole.out, whole.rank), 1.0)
     start = AdapterState({site: zero})
     aggregators = [
@@ -236,41 +246,35 @@ def _averaging(plan: Plan, site: str) -> float:
     return math.hypot(*(a.finish().deviation[site] for a in aggregators))
 
 
-def _first_config(plan: Plan) -> LoraConfig:
-    """The first adapter's.
-
-    Raises:
-        UserError: PEFT does not take it.
-    """
-    folder = plan.adapters[0].folder
-    try:
-        with quiet():
-            config: Any = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG}: PEFT does not take it: {error}") from None
-    return config
+def _check_task(plan: Plan) -> None:
+    """Raises a `UserError` if PEFT would not read what the first adapter says its task is."""
+    first = plan.adapters[0]
+    task = first.config.get("task_type")
+    if task is not None and task not in _TASKS:
+        raise DataError(
+            f"{first.folder / CONFIG}: PEFT does not take task_type {task!r}; expected one of "
+            f"{', '.join(_TASKS)}"
+        )
 
 
-def _config(plan: Plan, config: Any, ranks: Mapping[str, int]) -> LoraConfig:
+def _config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The first adapter's, with the merged ranks and a scale of 1 everywhere.
 
     How factors are drawn at first goes: PEFT draws them before it loads these, and not at any rank.
     """
     first = plan.adapters[0]
-    config.init_lora_weights = True
-    for name in ("eva_config", "corda_config", "lora_ga_config", "velora_config"):
-        if hasattr(config, name):  # PEFT warns of one without its init_lora_weights
-            setattr(config, name, None)
-    tied = config.ensure_weight_tying and any(p.embedding for p in first.places.values())
+    config = {key: value for key, value in first.config.items() if key not in _DROPPED}
+    config["init_lora_weights"] = True
+    tied = config.get("ensure_weight_tying") and any(p.embedding for p in first.places.values())
     if tied:
-        config.ensure_weight_tying = False  # two layers' factors are no longer each other's
+        config["ensure_weight_tying"] = False  # two layers' factors are no longer each other's
     if tied or set(plan.sites) != set(first.places):
         whole = [site for site in plan.sites if not of_parameter(first.config, site)]
-        config.target_modules, config.exclude_modules = whole, None
-        config.layers_to_transform = config.layers_pattern = None
+        config |= {"target_modules": whole, "exclude_modules": None}
+        config |= {"layers_to_transform": None, "layers_pattern": None}
     if set(plan.heads) != {key for key in first.others if key not in plan.copies}:
-        config.modules_to_save = _still_saved(config.modules_to_save, plan.heads)
-        config.task_type = None  # PEFT adds a head to some task types
+        config["modules_to_save"] = _still_saved(config.get("modules_to_save"), plan.heads)
+        config["task_type"] = None  # PEFT adds a head to some task types
     like = next((site for site in ranks if plan.experts(site) > 1), None)
     return with_ranks(config, {site: (rank, 1.0) for site, rank in ranks.items()}, like)
 

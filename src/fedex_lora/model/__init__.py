@@ -3,7 +3,3 @@
 Scale and the orientation of weights are settled here, once: everything above sees ΔW as
 out × in and already scaled.
 """
-
-from fedex_lora.model.adapted import AdaptedModel, load_model
-
-__all__ = ["AdaptedModel", "load_model"]

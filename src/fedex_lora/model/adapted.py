@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fedex_lora.aggregation.adapter import AdapterState, Site, fresh
+from fedex_lora.aggregation.adapter import AdapterState, LayerShape, fresh
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.model.files import read_adapter, save_adapter
 from fedex_lora.model.inject import head_names, heads, inject
 from fedex_lora.model.layer import ADAPTER, Layer, copy_of
@@ -51,7 +51,7 @@ class AdaptedModel:
     ) -> None:
         self.module = module
         self.tokenizer = base.tokenizer
-        self.sites: dict[str, Site] = {layer.name: layer.site for layer in layers}
+        self.sites: dict[str, LayerShape] = {layer.name: layer.site for layer in layers}
         self._base = base
         self._layers = {layer.name: layer for layer in layers}
         self._head = _head_parameters(base.model, layers)
@@ -106,7 +106,7 @@ class AdaptedModel:
         with torch.no_grad():
             for name, parameter in self._head.items():
                 if parameter.shape != state.head[name].shape:
-                    raise UserError(
+                    raise RecipeError(
                         f"{name}: shape {tuple(state.head[name].shape)} does not fit; "
                         f"expected {tuple(parameter.shape)}"
                     )
@@ -133,7 +133,7 @@ class AdaptedModel:
         found = [*maps, *self._head_maps()]
         odd = next((m for m in found if type(m) is not nn.Linear), None)
         if odd is not None:
-            raise UserError(
+            raise RecipeError(
                 f"engine.fuse: only linear factors and heads can be fused, but a "
                 f"{type(odd).__name__} is trained; set engine.fuse: 1 or leave it out of lora"
             )
@@ -177,7 +177,7 @@ class AdaptedModel:
             base_name: Hub id or path of the pretrained model, for the adapter's config.
         """
         if not self._layers:
-            raise UserError("a fully fine-tuned model has no adapter; export it as a model")
+            raise RecipeError("a fully fine-tuned model has no adapter; export it as a model")
         config = self.module.peft_config[ADAPTER]
         save_adapter(state, self._layers, config, Path(directory), base_name)
 
@@ -281,7 +281,7 @@ def _check_no_statistics(model: nn.Module, name: str) -> None:
     """Training changes them, yet they are no parameters: they would leak from client to client."""
     for module_name, module in model.named_modules():
         if getattr(module, "track_running_stats", False):
-            raise UserError(
+            raise RecipeError(
                 f"model.name: {name!r} normalises batches by running statistics ({module_name}), "
                 "which are neither averaged nor reset; take a model with layer normalisation"
             )
@@ -318,4 +318,4 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _check_keys(what: str, given: set[str], own: set[str]) -> None:
     if given != own:
         names = ", ".join(sorted(given ^ own)[:3])
-        raise UserError(f"the {what} are of another model: they differ in {names}")
+        raise RecipeError(f"the {what} are of another model: they differ in {names}")

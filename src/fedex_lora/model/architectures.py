@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from fedex_lora.aggregation.adapter import Site
-from fedex_lora.errors import UserError, did_you_mean
+from fedex_lora.aggregation.adapter import LayerShape
+from fedex_lora.errors import RecipeError, did_you_mean
 from fedex_lora.model.inject import head_names, heads, inject
 from fedex_lora.model.load import Base, locate, quiet
 from fedex_lora.model.presets import PRESETS, preset_of
@@ -48,7 +48,7 @@ class Architecture:
     """
 
     config: Any
-    sites: Mapping[str, Site]
+    sites: Mapping[str, LayerShape]
     head: Mapping[str, torch.Size]
     parameters: Mapping[str, torch.Size]
     linear: int
@@ -106,7 +106,7 @@ def read_config(name: str, revision: str | None = None, **changes: Any) -> Any:
                 where, local_files_only=True, trust_remote_code=False, **hub, **changes
             )
     except _NO_MODEL as error:
-        raise UserError(_unknown(name, error if local else None)) from error
+        raise RecipeError(_unknown(name, error if local else None)) from error
 
 
 def _unknown(name: str, error: Exception | None) -> str:
@@ -215,7 +215,7 @@ def _build(
             return model, frozenset(info["missing_keys"])
     except _NO_MODEL as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
+        raise RecipeError(
             f"model.name: {name!r} cannot be built as {auto_model}: {reason}"
         ) from error
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import re
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
-from fedex_lora.errors import UserError
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
+from fedex_lora.errors import RecipeError
+from fedex_lora.model.config import (
+    CONFIG,
+    WEIGHTS,
+    adapter_folder,
+    empty,
+    published,
+    with_ranks,
+    write_config,
+)
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.layer import Layer
 from fedex_lora.model.load import locate
 from fedex_lora.model.plain import configured, unsupported
 from fedex_lora.model.pretrained import Pretrained
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_adapter(
@@ -42,9 +46,9 @@ def save_adapter(
     """
     directory.mkdir(parents=True, exist_ok=True)
     sites = {name: _at_least_rank_1(f) for name, f in sorted(state.sites.items())}
-    config = with_ranks(config, {name: (f.rank, f.scale) for name, f in sites.items()})
-    config.base_model_name_or_path = published(base_name)
-    config.save_pretrained(str(directory))
+    ranks = {name: (f.rank, f.scale) for name, f in sites.items()}
+    written = with_ranks(config.to_dict(), ranks)
+    write_config({**written, "base_model_name_or_path": published(base_name)}, directory)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in state.head.items()}
     for name, f in sites.items():
         a, b = NAMES[layers[name].embedding]
@@ -67,134 +71,6 @@ def resolved(name: str) -> str:
     """
     where = locate(name)
     return str(Path(where).resolve()) if Path(where).exists() else where
-
-
-def published(name: str) -> str:
-    """What an adapter calls its base model: nothing that only this machine understands.
-
-    A hub id as it is, also where the model is read from the hub's cache; `package:NAME/SUB` as it
-    is; of any other folder its name.
-
-    Example:
-        >>> published("FacebookAI/roberta-base"), published("/home/ann/models/mine/")
-        ('FacebookAI/roberta-base', 'mine')
-        >>> published("/cache/hub/models--FacebookAI--roberta-base/snapshots/e2da8e2")
-        'FacebookAI/roberta-base'
-    """
-    if name.startswith("package:"):
-        return name
-    cached = re.search(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)", name)
-    if cached:
-        return f"{cached[1]}/{cached[2]}"
-    path = Path(name).expanduser()
-    local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return path.resolve().name if local else name
-
-
-def with_ranks(
-    config: Any, sites: Mapping[str, tuple[int, float]], like: str | None = None
-) -> LoraConfig:
-    """A copy of a `LoraConfig` for a file, by which every layer has this (rank, scale).
-
-    `r` and `lora_alpha` are those of most layers (or of the layer `like`), others get patterns.
-    rsLoRA's √r goes into the alphas: not every program that reads adapters knows it.
-    """
-    config = copy.deepcopy(config)
-    config.inference_mode, config.use_rslora = True, False
-    config.rank_pattern, config.alpha_pattern = {}, {}
-    alphas = {name: _alpha(scale * rank) for name, (rank, scale) in sites.items()}
-    ranks = {name: rank for name, (rank, _) in sites.items()}
-    config.r, config.lora_alpha = (
-        values[like] if like else Counter(values.values()).most_common(1)[0][0]
-        for values in (ranks, alphas)
-    )
-    for name, rank in ranks.items():
-        pattern = f"^{re.escape(name)}"  # anchored: PEFT matches the ends of names
-        if rank != config.r:
-            config.rank_pattern[pattern] = rank
-        if alphas[name] != config.lora_alpha:
-            config.alpha_pattern[pattern] = alphas[name]
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
-        value = getattr(config, field)
-        if isinstance(value, list | set):  # a set's order changes from process to process
-            setattr(config, field, sorted(set(value)))
-    return config
-
-
-def _alpha(alpha: float) -> float:
-    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
-
-
-SERVER_LIMITS = (64, 128, 256)  # largest ranks that programs which serve adapters are set up for
-
-
-def above_limits(rank: int, would_miss: Mapping[int, float]) -> list[str]:
-    """What to know of an adapter of that rank, if it is a large one.
-
-    Args:
-        would_miss: By rank, how much of the change an adapter cut to it would miss.
-
-    Example:
-        >>> above_limits(100, {64: 0.01, 128: 0.0, 256: 0.0})[0][:68]
-        'rank 100 is above 64, where programs that serve adapters often stop '
-    """
-    limits = [limit for limit in SERVER_LIMITS if rank > limit]
-    if not limits:
-        return []
-    costs = ", ".join(f"--rank {r} would miss {would_miss[r]:.2g} of the change" for r in limits)
-    return [
-        f"rank {rank} is above {', '.join(map(str, limits))}, where programs that serve adapters "
-        f"often stop (vLLM: --max-lora-rank); {costs}"
-    ]
-
-
-def misread(directory: Path) -> list[str]:
-    """Which programs read the adapter in a directory wrongly, and by how much."""
-    config = json.loads((directory / CONFIG).read_text())
-    with safe_open(directory / WEIGHTS, framework="pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    ends = [f".{names[0]}" for names in NAMES.values()]
-    ranks = {
-        key.removeprefix(PREFIX).removesuffix(end): shape[0]
-        for key, shape in shapes.items()
-        for end in ends
-        if key.endswith(end)
-    }
-    # of the rest the tensors hold the ranks of many experts
-    layers = {site: r for site, r in ranks.items() if configured(config, site, r)[0] == r}
-    return misreaders(config, layers)
-
-
-def misreaders(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
-    """Which programs read such an adapter wrongly, and by how much.
-
-    PEFT takes every layer's rank and alpha from the patterns. vLLM and others scale all layers by
-    `lora_alpha / r`, llama.cpp each by `lora_alpha` over the rank of its tensor.
-
-    Args:
-        config: The adapter_config.json.
-        ranks: Of the layers' tensors.
-
-    Example:
-        >>> told = misreaders({"r": 4, "lora_alpha": 8, "alpha_pattern": {"k": 4}}, {"k": 4})
-        >>> told[1].partition(", ")[2]
-        'which scales a layer by lora_alpha / its rank, applies 2 × what PEFT does in 1 of 1 layers'
-    """
-    alpha, r = config["lora_alpha"], config["r"]
-    told = []
-    for who, scale in (
-        ("vLLM, which scales all layers by lora_alpha / r", lambda rank: alpha / r),
-        ("llama.cpp, which scales a layer by lora_alpha / its rank", lambda rank: alpha / rank),
-    ):
-        factors = [scale(rank) / configured(config, site, rank)[1] for site, rank in ranks.items()]
-        wrong = [factor for factor in factors if abs(factor - 1) > 1e-6]
-        if wrong:
-            least, most = f"{min(wrong):.3g}", f"{max(wrong):.3g}"
-            span = least if least == most else f"{least} to {most}"
-            told.append(
-                f"{who}, applies {span} × what PEFT does in {len(wrong)} of {len(factors)} layers"
-            )
-    return told
 
 
 def _at_least_rank_1(f: Factors) -> Factors:
@@ -225,7 +101,7 @@ def read_adapter(
     }
     present = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
     if present != set(layers):
-        raise UserError(
+        raise RecipeError(
             f"lora.init: {directory} adapts other layers than the recipe: "
             f"{_some(present ^ set(layers))}; "
             f"set lora.target_modules: {config.get('target_modules')}"
@@ -243,7 +119,7 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((directory / CONFIG).read_text())
         stored = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
+        raise RecipeError(
             f"lora.init: {directory} is no PEFT adapter: {error}; "
             f"expected a folder with {CONFIG} and {WEIGHTS}"
         ) from error
@@ -254,53 +130,20 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise empty(name, original, stored[original].shape)
     refused = unsupported(config)
     if refused:
-        raise UserError(
+        raise RecipeError(
             f"{name} uses {refused}: its training cannot be gone on with exactly; expected a plain "
             "LoRA adapter"
         )
     return config, {k.removeprefix(PREFIX): stored[name].float() for k, name in keys.items()}
 
 
-def adapter_folder(path: Path) -> Path:
-    """Where the adapter lies that `path` names: there, or in the one subfolder that has one.
-
-    PEFT puts adapters that are not called "default" into a subfolder.
-
-    Returns:
-        `path` itself where there is none.
-
-    Raises:
-        UserError: Several subfolders have one.
-    """
-    if path.is_file() and (path.parent / CONFIG).is_file():
-        return path.parent
-    if not path.is_dir() or (path / CONFIG).is_file():
-        return path
-    found = sorted(p.parent for deep in ("*", "*/*") for p in path.glob(f"{deep}/{CONFIG}"))
-    if len(found) > 1:
-        names = ", ".join(str(folder) for folder in found[:8])
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise UserError(f"{path}: there are adapters in {names}{more}; name one of them")
-    return found[0] if found else path
-
-
-def empty(name: str, key: str, shape: Sequence[int]) -> UserError:
-    """What is wrong with a tensor of no elements."""
-    return UserError(
-        f"{name}: {key} is empty, of size {tuple(shape)}: DeepSpeed ZeRO-3 (or FSDP) saved it "
-        "without gathering its parts. Save it once more with "
-        "stage3_gather_16bit_weights_on_model_save: true, or get the weights out of the training "
-        "checkpoint with DeepSpeed's zero_to_fp32.py"
-    )
-
-
 def _fitting(
-    directory: Path, config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, site: Site
+    directory: Path, config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, site: LayerShape
 ) -> Factors:
     """A layer's factors at the recipe's rank and scale; rows and columns of zeros are padding."""
     rank = a.shape[0]
     if a.shape[1] != site.inp or b.shape != (site.out, rank):
-        raise UserError(
+        raise RecipeError(
             f"lora.init: {directory} was made for another model: {name} has ΔW "
             f"{b.shape[0]} × {a.shape[1]} there and {site.out} × {site.inp} "
             f"here; set model.name to "
@@ -311,7 +154,7 @@ def _fitting(
     if (rank != site.rank and not padded) or abs(scale - site.scale) > 1e-6 * abs(scale):
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         settings = ", ".join(f"{key}: {json.dumps(config[key])}" for key in keys if config.get(key))
-        raise UserError(
+        raise RecipeError(
             f"lora.init: {directory} has rank {rank} and scale {scale:g} at {name}, the recipe "
             f"rank {site.rank} and scale {site.scale:g}; set in the recipe's lora: {settings}"
         )
@@ -333,9 +176,9 @@ def _read_head(
             if not (
                 same and torch.allclose(layer.oriented(w0(site)), tensor, rtol=1e-2, atol=1e-6)
             ):
-                raise UserError(f"lora.init: {directory} changes the base weight of {site}")
+                raise RecipeError(f"lora.init: {directory} changes the base weight of {site}")
         elif key not in head or head[key].shape != tensor.shape:
-            raise UserError(
+            raise RecipeError(
                 f"lora.init: {directory} holds {key} {tuple(tensor.shape)}, which is not "
                 "trained here; set lora.modules_to_save and the labels as they were for it"
             )

@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.model.layer import ADAPTER, Layer, make_layer
 from fedex_lora.model.load import Base, quiet, seeded
 from fedex_lora.recipe import LoraSpec
@@ -58,7 +58,7 @@ def inject(
         with quiet(), seeded(seed):
             peft_model = get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
-        raise UserError(
+        raise RecipeError(
             f"lora: this model cannot be adapted so: {error} It has these layers: {kinds}"
         ) from error
     layers = _layers(model, lora)
@@ -102,7 +102,7 @@ def _layers(model: nn.Module, lora: LoraSpec) -> list[Layer]:
 def _check_targets(lora: LoraSpec, layers: list[Layer], kinds: str) -> None:
     names = [layer.name for layer in layers]
     if not names:
-        raise UserError(
+        raise RecipeError(
             f"lora.target_modules: {lora.target_modules!r} matches no layer; the model has: {kinds}"
         )
     if isinstance(lora.target_modules, list):
@@ -113,13 +113,13 @@ def _check_names(field: str, wanted: list[str] | None, names: list[str], kinds: 
     for want in wanted or []:
         if not any(name == want or name.endswith(f".{want}") for name in names):
             has = kinds or ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in names if n))
-            raise UserError(f"{field}: {want!r} matches nothing; the model has: {has}")
+            raise RecipeError(f"{field}: {want!r} matches nothing; the model has: {has}")
 
 
 def _check_untied(layers: list[Layer], tied: set[int]) -> None:
     for layer in layers:
         if id(layer.base.weight) in tied:
-            raise UserError(
+            raise RecipeError(
                 f"lora.target_modules: the weight of {layer.name} is shared with another layer "
                 "(tied embeddings), which adapting it would change as well; leave it out"
             )
@@ -128,7 +128,7 @@ def _check_untied(layers: list[Layer], tied: set[int]) -> None:
 def _check_head(name: str, model: nn.Module, tied: set[int]) -> None:
     original: Any = model.get_submodule(name)
     if any(id(p) in tied for p in original.original_module.parameters()):
-        raise UserError(
+        raise RecipeError(
             f"lora.modules_to_save: {name} shares its weight with another layer (tied embeddings), "
             "which training it would separate; leave it out"
         )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 
 PREFIX = "base_model.model."
 NAMES = {  # by whether the layer is an embedding
@@ -65,7 +65,7 @@ left_out=('model.q.base_layer.weight',))
         found[original], adapter = _without_name(key)
         names |= {adapter} - {None}
     if len(names) > 1:
-        raise UserError(
+        raise DataError(
             f"{name}: holds {len(names)} adapters, {', '.join(sorted(names))}; expected one: save "
             "them apart"
         )

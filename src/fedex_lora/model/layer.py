@@ -11,8 +11,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedex_lora.aggregation.adapter import Factors, Site
-from fedex_lora.errors import UserError
+from fedex_lora.aggregation.adapter import Factors, LayerShape
+from fedex_lora.errors import RecipeError
 from fedex_lora.model.load import is_quantised
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
@@ -31,7 +31,7 @@ class Layer:
 
     name: str
     module: Any
-    site: Site
+    site: LayerShape
 
     @property
     def base(self) -> Any:
@@ -78,7 +78,7 @@ class Layer:
             UserError: If they do not fit the layer.
         """
         if new.A.shape != (new.rank, self.site.inp) or new.B.shape != (self.site.out, new.rank):
-            raise UserError(
+            raise RecipeError(
                 f"{self.name}: factors A {tuple(new.A.shape)}, B {tuple(new.B.shape)} do not fit; "
                 f"expected A (r, {self.site.inp}) and B ({self.site.out}, r)"
             )
@@ -112,20 +112,20 @@ def make_layer(name: str, module: Any, *, rslora: bool, gaussian: bool, fixed_ra
     base = module.get_base_layer()
     kind = type(base).__name__
     if type(module) not in (LoraLinear, LoraEmbedding) and type(module).__name__ not in _QUANTISED:
-        raise UserError(
+        raise RecipeError(
             f"lora.target_modules: {name} is a {kind}, adapted by PEFT's {type(module).__name__}; "
             "only Linear, Conv1D and Embedding layers can be; leave it out"
         )
     if module.lora_variant or any(module.lora_bias.values()) or any(module.use_dora.values()):
-        raise UserError(f"lora: {name} is adapted by a variant of LoRA; only plain LoRA is exact")
+        raise RecipeError(f"lora: {name} is adapted by a variant of LoRA; only plain LoRA is exact")
     if "weight" not in dict(base.named_parameters(recurse=False)):
-        raise UserError(f"lora.target_modules: {name} ({kind}) computes its weight; leave it out")
+        raise RecipeError(f"lora.target_modules: {name} ({kind}) computes its weight; leave it out")
     if getattr(base, "max_norm", None) is not None:
-        raise UserError(f"lora.target_modules: {name} rescales its weight (max_norm); leave it out")
+        raise RecipeError(f"lora.target_modules: {name} rescales its weight (max_norm)")
     scale, rank = float(module.scaling[ADAPTER]), int(module.r[ADAPTER])
     shape = (int(module.out_features), int(module.in_features))
     std = 1.0 if isinstance(module, LoraEmbedding) else 1 / rank if gaussian else None
-    return Layer(name, module, Site(*shape, rank, scale, rslora, std, fixed_rank))
+    return Layer(name, module, LayerShape(*shape, rank, scale, rslora, std, fixed_rank))
 
 
 def transposed(base: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import EXTRAS, RecipeError, check_installed, missing
 from fedex_lora.recipe import ModelSpec
 
 # what transformers and safetensors raise for a folder, name or file that is no usable model
@@ -78,7 +78,7 @@ def load_base(
                 where, **hub, **kwargs, output_loading_info=True
             )
     except _NO_MODEL as error:
-        raise UserError(_cannot_load(spec.name, auto_model, images, error)) from error
+        raise RecipeError(_cannot_load(spec.name, auto_model, images, error)) from error
     _check_found(model, info["missing_keys"], spec.name)
     if spec.quantisation is None:
         model.to(device)
@@ -125,7 +125,7 @@ def locate(name: str) -> str:
         if not path.exists() and not looks_local:
             return name
     if not (path / "config.json").is_file():
-        raise UserError(
+        raise RecipeError(
             f"model.name: {name!r} is no model: there is no {path / 'config.json'}; expected a "
             "folder with config.json, the weights and the tokenizer's files, or a hub id"
         )
@@ -135,8 +135,10 @@ def locate(name: str) -> str:
 def _in_package(name: str) -> Path:
     package, _, sub = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None and package in EXTRAS:
+        raise missing(package, f"model.name: {name!r}")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
+        raise RecipeError(
             f"model.name: there is no Python package {package!r} in this environment; "
             "install it, or give a hub id or a local folder"
         )
@@ -159,7 +161,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
+        raise RecipeError(
             f"model.device: {name!r} cannot be used: {_first_line(error)}; "
             "expected auto, cpu, cuda or cuda:N"
         ) from error
@@ -175,19 +177,25 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Runs a block without transformers' loading reports, progress bars and PEFT's warnings."""
+def unheard() -> Iterator[None]:
+    """Runs a block without transformers' messages and progress bars."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Runs a block without transformers' loading reports, progress bars and PEFT's warnings."""
+    with unheard(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -205,11 +213,7 @@ def dequantised(module: Any) -> Tensor:
 def _quantisation(spec: ModelSpec, device: torch.device, keep: list[str]) -> dict[str, Any]:
     if spec.quantisation is None:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"model.quantisation: {spec.quantisation} needs bitsandbytes; "
-            "install it with: pip install 'fedex-lora[quantised]'"
-        )
+    check_installed("bitsandbytes", f"model.quantisation: {spec.quantisation}")
     four_bit = spec.quantisation != "int8"
     config = transformers.BitsAndBytesConfig(
         load_in_8bit=not four_bit,
@@ -224,7 +228,7 @@ def _quantisation(spec: ModelSpec, device: torch.device, keep: list[str]) -> dic
 def _check_found(model: nn.Module, missing: set[str], name: str) -> None:
     sizes = {key: p.numel() for key, p in model.named_parameters()}
     if 2 * sum(sizes.get(key, 0) for key in missing) > sum(sizes.values()):
-        raise UserError(
+        raise RecipeError(
             f"model.name: most of the weights of a {type(model).__name__} are not in {name!r}, "
             f"{min(missing)} for one; expected pretrained weights that go with its config.json"
         )
@@ -262,7 +266,7 @@ def with_padding(
     """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise UserError(
+            raise RecipeError(
                 f"model.name: the tokenizer of {tokenizer.name_or_path!r} has neither a padding "
                 "nor an end-of-text token; add a pad_token to its tokenizer_config.json"
             )

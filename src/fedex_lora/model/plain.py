@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from fedex_lora.recipe import LoraSpec
 
@@ -73,7 +71,6 @@ def _why(key: str, config: Mapping[str, Any]) -> str:
 
 
 def _refused(config: Mapping[str, Any]) -> Iterator[str]:
-    plain = LoraConfig().to_dict() | {"peft_type": "LORA"}
     if config.get("peft_type") != "LORA":
         yield "peft_type"
     init = config.get("init_lora_weights", True)
@@ -81,13 +78,19 @@ def _refused(config: Mapping[str, Any]) -> Iterator[str]:
         yield "init_lora_weights"
     for key, value in config.items():
         known = key in _ALLOWED or key in ("peft_type", "init_lora_weights")
-        if not known and value and value != plain.get(key):
+        known |= (key, value) == ("bias", "none")
+        if not known and value:
             yield key
 
 
 def configured(config: Mapping[str, Any], site: str, rank: int) -> tuple[int, float]:
     """The rank that an adapter_config.json gives to a layer, and the scale it has at `rank`."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), site), config.get("lora_alpha", 8))
+    alpha = alphas.get(_pattern(alphas, site), config.get("lora_alpha", 8))
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return ranks.get(get_pattern_key(list(ranks), site), config.get("r", 8)), scale
+    return ranks.get(_pattern(ranks, site), config.get("r", 8)), scale
+
+
+def _pattern(patterns: Iterable[str], site: str) -> str | None:
+    """The first pattern that fits the end of a layer's name, as PEFT takes it."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", site)), None)

@@ -10,9 +10,9 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.model.files import CONFIG, WEIGHTS, adapter_folder, empty
+from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty
 from fedex_lora.model.keys import PREFIX, adapter_keys
 from fedex_lora.model.load import load_base, quiet
 from fedex_lora.recipe import ModelSpec
@@ -46,7 +46,7 @@ def load_ready(
     base = load_base(spec, auto_model, {} if adapter is None else model_kwargs, seed, [], images)
     if absent := sorted(base.missing - {key.removeprefix(PREFIX) for key in keys}):
         neither = f"{spec.name!r}" + (f" nor {adapter}" if adapter else "")
-        raise UserError(
+        raise DataError(
             f"{absent[0]} of a {type(base.model).__name__} is not in {neither}, so that it would "
             "be random; expected a model that was trained for this task, e.g. an export of a run"
         )
@@ -64,7 +64,7 @@ def base_of(adapter: Path) -> dict[str, str]:
         config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
         found = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{adapter / CONFIG}: no adapter's config: {error}") from error
+        raise DataError(f"{adapter / CONFIG}: no adapter's config: {error}") from error
     return {key: value for key, value in found.items() if value}
 
 
@@ -73,7 +73,7 @@ def _keys(adapter: Path) -> set[str]:
         with safe_open(adapter / WEIGHTS, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise DataError(
             f"{adapter}: no adapter's weights: {error}; expected {WEIGHTS} beside {CONFIG}"
         ) from error
     for key, shape in shapes.items():
@@ -81,7 +81,7 @@ def _keys(adapter: Path) -> set[str]:
             raise empty(str(adapter), key, shape)
     names = adapter_keys(shapes, str(adapter)).stored.items()
     if any(not stored.endswith(key.removeprefix(PREFIX)) for key, stored in names):
-        raise UserError(
+        raise DataError(
             f"{adapter}: its tensors are named as in a model's state ({min(shapes)}, ...), and "
             f"PEFT does not find them; `fedex-lora merge {adapter} --out NEW` renames them"
         )
@@ -104,9 +104,9 @@ def _adapted(model: Any, adapter: Path, keys: set[str], base_name: str) -> PeftM
     return module.eval()
 
 
-def _does_not_fit(adapter: Path, base_name: str, why: str) -> UserError:
+def _does_not_fit(adapter: Path, base_name: str, why: str) -> DataError:
     short = " ".join(why.split())[:300].rstrip(".")
-    return UserError(
+    return DataError(
         f"{adapter}: the adapter does not go with {base_name!r}: {short}. Name the model it was "
-        "made for (--set model.name=MODEL), and a task of as many classes"
+        "made for (`set=model.name=MODEL`), and a task of as many classes"
     )

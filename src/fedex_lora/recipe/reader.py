@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from fedex_lora.aggregation.methods import METHODS
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.recipe import LoraSpec, Problem, Recipe, did_you_mean, limits
 from fedex_lora.recipe.wording import Keys, describe
 
@@ -119,7 +119,7 @@ def load_recipe_with_places(
     raw, lines = read_yaml(path, places)
     if "recipes" in raw and "model" not in raw:
         text = f"a grid of runs, not a recipe; start it with `fedex-lora grid {path}`"
-        raise UserError(f"{path}: this is {text}")
+        raise RecipeError(f"{path}: this is {text}")
     return recipe_of(raw, places, overrides, lines, also, further), places
 
 
@@ -162,7 +162,7 @@ def recipe_of(
         wrong |= {keys for keys, _ in found if keys}
         recipe = whole(raw, wrong)[0] if wrong else recipe
     if lines or recipe is None:
-        raise UserError("\n".join(dict.fromkeys(lines)))
+        raise RecipeError("\n".join(dict.fromkeys(lines)))
     if METHODS[recipe.method.name].trains == "all" and recipe.lora != LoraSpec():
         text = f"{recipe.method.name} trains all parameters; this block is not used"
         _log.warning("%s", places.line(("lora",), text))
@@ -282,14 +282,14 @@ def read_yaml(path: Path, places: Places) -> tuple[dict[str, Any], list[str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; expected a recipe in YAML") from error
+        raise StorageError(f"{path}: there is no such file; expected a recipe in YAML") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 text: {error}") from error
+        raise StorageError(f"{path}: not readable as UTF-8 text: {error}") from error
     reader = _Reader(text, str(path))
     values = reader.read()
     places.known.update(reader.places)
     if not isinstance(values, dict):
-        raise UserError(f"{path}:1: expected a recipe: lines of `key: value`")
+        raise RecipeError(f"{path}:1: expected a recipe: lines of `key: value`")
     return values, reader.lines
 
 
@@ -309,9 +309,9 @@ class _Reader:
             return None if node is None else self._value(node, ())
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
-            raise UserError(f"{self._place(mark)}: not valid YAML: {error.problem}") from error
+            raise RecipeError(f"{self._place(mark)}: not valid YAML: {error.problem}") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{self.source}: not valid YAML: {error}") from error
+            raise RecipeError(f"{self.source}: not valid YAML: {error}") from error
 
     def _place(self, mark: yaml.Mark | None) -> str:
         return f"{self.source}:{mark.line + 1}" if self.lined and mark else self.source
@@ -341,7 +341,7 @@ class _Reader:
 
 def _override(raw: dict[str, Any], override: str, places: Places) -> list[str]:
     """Set one key of `raw`; the lines say what is wrong with the override."""
-    place = f"--set {override}"
+    place = f"`set={override}`"
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
@@ -349,7 +349,7 @@ def _override(raw: dict[str, Any], override: str, places: Places) -> list[str]:
     reader, block = _Reader(text, place, lined=False), raw
     try:
         value = reader.read()
-    except UserError as error:
+    except RecipeError as error:
         return [str(error)]
     _drop_other_sources(raw, keys, places)
     for i, key in enumerate(keys[:-1], start=1):
@@ -373,7 +373,7 @@ def _drop_other_sources(raw: dict[str, Any], keys: Keys, places: Places) -> None
         if keys[1] in kind:
             others = set().union(*_SOURCES) - kind
             for key in others & data.keys():
-                if not places.of(("data", key)).startswith("--set "):
+                if not places.of(("data", key)).startswith("`set="):
                     del data[key]
 
 

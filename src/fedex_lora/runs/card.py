@@ -10,7 +10,8 @@ from typing import Any
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import number
-from fedex_lora.model.files import CONFIG, resolved
+from fedex_lora.model.config import CONFIG
+from fedex_lora.model.files import resolved
 from fedex_lora.model.inject import head_names
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.reopened import Trained

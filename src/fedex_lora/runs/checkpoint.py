@@ -19,7 +19,7 @@ from torch import Tensor
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.disk import parsed, replace_atomic, write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.codec import ledger_from, ledger_meta, ledger_tensors
 from fedex_lora.federation.messages import Tensors, flat
 from fedex_lora.federation.state import ServerState
@@ -63,20 +63,20 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
     try:
         intact = _digest(path).encode() == _digest_path(path).read_bytes().strip()
     except OSError as error:
-        raise UserError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
+        raise StorageError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
     if not intact:
-        raise UserError(f"{path}: checkpoint is corrupted or truncated (its digest differs)")
+        raise StorageError(f"{path}: checkpoint is corrupted or truncated (its digest differs)")
     try:
         return _read(path)
     except UserError:
         raise
     except LookupError as error:
-        raise UserError(
+        raise StorageError(
             f"{path}: checkpoint of another version of fedex-lora (it lacks {error}); go on with "
             "the version that environment.json names"
         ) from None
     except _ODD as error:
-        raise UserError(f"{path}: no checkpoint ({type(error).__name__}: {error})") from None
+        raise StorageError(f"{path}: no checkpoint ({type(error).__name__}: {error})") from None
 
 
 def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
@@ -84,7 +84,7 @@ def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
     own = {client: path.parent / OWN / name for client, name in meta["own"].items()}
     for client, file in own.items():
         if not shelf.intact(file):
-            raise UserError(f"{path}: checkpoint lacks the factors of {client}, {file}")
+            raise StorageError(f"{path}: checkpoint lacks the factors of {client}, {file}")
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return _state(tensors, meta, {c: shelf.get(file) for c, file in own.items()}), meta["extra"]

@@ -18,10 +18,10 @@ from fedex_lora.data.counts import scored_on
 from fedex_lora.data.load import load_evaluation
 from fedex_lora.data.read import quiet
 from fedex_lora.engines.setup import check_image, check_length, recipe_task
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.federation.codec import ledger_tensors
-from fedex_lora.model import AdaptedModel
-from fedex_lora.model.files import CONFIG, adapter_folder, published
+from fedex_lora.model.adapted import AdaptedModel
+from fedex_lora.model.config import CONFIG, adapter_folder, published
 from fedex_lora.model.ready import base_of, load_ready
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.export import final_state
@@ -66,10 +66,10 @@ def kind_of(what: str) -> Kind:
                 return kind
         if (adapter_folder(path) / CONFIG).is_file():
             return "adapter"
-        raise UserError(f"{what}: no run there, no model and no adapter (no {_or(files)})")
+        raise StorageError(f"{what}: no run there, no model and no adapter (no {_or(files)})")
     looks_local = what.startswith((".", "/", "~")) or what.count("/") > 1 or path.is_file()
     if looks_local and not what.startswith("package:"):
-        raise UserError(
+        raise StorageError(
             f"{what}: no such directory; expected one of a run, a model or a PEFT adapter, or a "
             "model's hub id"
         )
@@ -140,14 +140,14 @@ def _run(path: Path, recipe: Recipe, task: Task, which: Which | int, client: str
         ("classes", own.labels, task.labels),
     ):
         if theirs != ours:
-            raise UserError(
+            raise RecipeError(
                 f"task: the run's {what}: {_shown(theirs)}; the task's: {_shown(ours)}. A model "
                 "can only be scored on what it was trained to tell"
             )
     trained = open_run(path, which)
     if trained.recipe.model != recipe.model:
-        raise UserError(
-            "model: that of a run is as it was trained; leave --set model... out, or export the "
+        raise RecipeError(
+            "model: that of a run is as it was trained; leave what sets model out, or export the "
             "run and evaluate the export"
         )
     final_state(trained, client)  # says whether a client is to be named
@@ -171,14 +171,14 @@ def _check_classes(what: str, model: AdaptedModel, task: Task) -> bool:
     config = model.module.config
     if task.labels is None:
         if task.regression and config.num_labels != 1:
-            raise UserError(f"{what}: tells {config.num_labels} classes; {task.name} is a number")
+            raise RecipeError(f"{what}: tells {config.num_labels} classes; {task.name} is a number")
         return True
     default = [f"LABEL_{i}" for i in range(config.num_labels)]
     names = [str(config.id2label.get(i, name)) for i, name in enumerate(default)]
     if names == default and len(names) == len(task.labels):
         return False
     if [n.lower() for n in names] != [n.lower() for n in task.labels]:
-        raise UserError(
+        raise RecipeError(
             f"{what}: its classes are {', '.join(names)}; those of {task.name} are "
             f"{', '.join(task.labels)}. They must be the same in the same order: take another "
             "model, or a task of kind text-classification with the model's classes as task.labels"
@@ -213,7 +213,6 @@ def evaluate(
     Raises:
         UserError: Rows the task cannot use, or `out` holds something else.
     """
-    torch.set_num_threads(recipe.engine.threads)
     task = recipe_task(recipe)
     rows = load_evaluation(recipe.data, task, recipe.seed, split)
     encode, length = task.encode_evaluation or task.encode, recipe.task.evaluated_length
@@ -274,18 +273,18 @@ def _begin(directory: RunDir, asked: Mapping[str, Any]) -> dict[str, Any] | None
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
+            raise StorageError(
                 f"{path}: cannot be made: {error.strerror}; name a directory that you may write "
-                "with --out"
+                "with `out`"
             ) from None
         directory.write_json(ASKED, asked)
         return None
     if not isinstance(stored, dict) or stored.get("digest") != asked["digest"]:
         differ = [k for k in ("model", "task", "data", "rows") if _other(stored, asked, k)]
-        raise UserError(
+        raise RecipeError(
             f"{path}: holds another evaluation (of another "
             f"{' and '.join(differ) or 'state of the model or the rows'}); name another directory "
-            "with --out"
+            "with `out`"
         )
     return directory.evaluated()
 

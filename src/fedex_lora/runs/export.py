@@ -19,9 +19,9 @@ from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.disk import new_directory
 from fedex_lora.engines.setup import recipe_task
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.federation.state import base_increment, global_factors, start_of
-from fedex_lora.model.files import CONFIG, SERVER_LIMITS, above_limits, misread, published
+from fedex_lora.model.config import CONFIG, SERVER_LIMITS, above_limits, misread, published
 from fedex_lora.runs.card import base_options, loading_lines, model_card
 from fedex_lora.runs.reopened import Trained
 
@@ -59,19 +59,19 @@ def final_state(trained: Trained, client: str | None) -> AdapterState:
     clients = trained.settings.clients
     if not trained.settings.method.personal:
         if client is not None:
-            raise UserError(
-                f"--client: {trained.recipe.method.name} trains one global model, no client has "
-                "its own; leave --client out"
+            raise RecipeError(
+                f"`client`: {trained.recipe.method.name} trains one global model, no client has "
+                "its own; leave `client` out"
             )
         return AdapterState(global_factors(trained.state, trained.settings), trained.state.head)
     if trained.recipe.engine.kind != "local":
-        raise UserError(
+        raise RecipeError(
             f"{trained.recipe.method.name}: every client has its own model, a part of which never "
             "left it; there is none of all of them here"
         )
     if client not in clients:
-        raise UserError(
-            f"--client: every client has its own model under {trained.recipe.method.name}; "
+        raise RecipeError(
+            f"`client`: every client has its own model under {trained.recipe.method.name}; "
             f"name one of {', '.join(clients)}"
         )
     return start_of(trained.state, trained.settings, client)
@@ -165,7 +165,7 @@ def export_adapter(
     with _fresh(out) as new:
         trained.model.save_adapter(AdapterState(sites, state.head), new, base_name=base_name)
         _save_tokenizer(trained.model.tokenizer, new)
-        notes += [f"--tight: {who}" for who in misread(new)]
+        notes += [f"`tight`: {who}" for who in misread(new)]
         _write_card(trained, new, out, "PEFT adapter", [*notes, *told], base_name)
         _write_loading(trained, new, base_name)
     return Exported(out, widest, cut.error, cut.errors, rounding, (*trained.notes, *notes))
@@ -222,9 +222,9 @@ def check_finite(*tensors: Mapping[str, Tensor]) -> None:
     """Raises a `UserError` if one of these holds NaN or infinity."""
     for name, tensor in (pair for part in tensors for pair in part.items()):
         if not tensor.isfinite().all():
-            raise UserError(
+            raise RecipeError(
                 f"{name} is not finite (in {tensor.dtype}): this round's training went wrong, or "
-                "its weights are too large for that. Nothing is written; take an earlier --round"
+                "its weights are too large for that. Nothing is written; take an earlier `round`"
             )
 
 
@@ -240,7 +240,7 @@ def _adapter_notes(
     if wide:
         yield (
             f"{len(wide)} layers ({wide[0]}, ...) need a rank at which factors are larger than the "
-            "weight itself; --as model is smaller, --rank R the best approximation"
+            "weight itself; `as=model` is smaller, `rank=R` the best approximation"
         )
     if rounding:
         yield (
@@ -248,7 +248,7 @@ def _adapter_notes(
             f"{rounding:.2g} (relative); on the unchanged base logits differ by as much"
         )
     if model.quantisation:
-        way = f"merge --into-base BASE --base-quantised {model.quantisation}"
+        way = f"fedex-lora merge --into-base BASE --base-quantised {model.quantisation}"
         more = "" if model.quantisation == "int8" else f", or {way}"
         yield f"the adapter belongs on the base quantised to {model.quantisation}; load it so{more}"
 

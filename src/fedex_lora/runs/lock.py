@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedex_lora.disk import parsed, reason, write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError
 
 LOCK, OWNER = ".lock", ".lock.json"  # what is locked, and who did (on Windows nobody reads LOCK)
 
@@ -32,12 +32,12 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(
+        raise StorageError(
             f"{directory}: in use by {_owner(directory)}; wait for it or end it, or name another "
             "directory"
         ) from None
     except (OSError, NotImplementedError) as error:
-        raise UserError(f"{directory}: cannot be locked: {reason(error)}") from None
+        raise StorageError(f"{directory}: cannot be locked: {reason(error)}") from None
     try:
         write_atomic(directory / OWNER, json.dumps(_self()).encode())
         yield

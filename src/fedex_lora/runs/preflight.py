@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.engines.setup import federation_settings, load_rows, recipe_task
 from fedex_lora.engines.training import training_problems
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.recipe import Problem, Recipe, limits
 from fedex_lora.recipe.reader import whole
 from fedex_lora.runs.plan.plan import architecture_of, elsewhere
@@ -33,7 +33,7 @@ def check(recipe: Recipe) -> None:
     found += [problem for problem in (_ranks(rest) if rest else ()) if problem[0] not in wrong]
     if found:
         found += [problem for problem in (_rows(rest) if rest else ()) if problem[0] not in wrong]
-        raise UserError("\n".join(": ".join(filter(None, problem)) for problem in found))
+        raise RecipeError("\n".join(": ".join(filter(None, problem)) for problem in found))
 
 
 def beforehand(recipe: Recipe) -> Iterator[Problem]:

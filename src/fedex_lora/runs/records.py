@@ -1,9 +1,10 @@
-"""What a run's records say about its rounds: which was the best."""
+"""What records say about rounds: one by one, as a table, and which was the best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from fedex_lora.federation.loop import Record
 
@@ -50,3 +51,45 @@ def _loss(record: Record) -> float:
     trained = record.get("clients", {})
     losses = {c: trained.get(c, {}).get("loss") for c in record.get("weights", {})}
     return sum(record["weights"][c] * loss for c, loss in losses.items() if loss is not None)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round came to.
+
+    Attributes:
+        number: From 1 on.
+        record: All that is known of it, as in a run's metrics.jsonl.
+    """
+
+    number: int
+    record: Record
+
+    @property
+    def deviation(self) -> float | None:
+        """‖Σ wᵢsᵢBᵢAᵢ − s·B̄Ā‖_F, the mean over the layers: what plain averaging would miss."""
+        return self.record.get("deviation")
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]:
+        """By client, what its training told."""
+        return self.record["clients"]
+
+
+class Rounds(list[Round]):
+    """Rounds, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        def cell(value: float | None) -> str:
+            return "<td>" + ("–" if value is None else f"{value:.4g}") + "</td>"
+
+        rows = ""
+        for r in self:
+            losses = [m["loss"] for m in r.metrics.values() if m.get("loss") is not None]
+            loss = sum(losses) / len(losses) if losses else None
+            sent = (sum(r.record[key].values()) / 1e6 for key in ("bytes_up", "bytes_down"))
+            rows += f"<tr>{cell(r.number)}{cell(len(r.metrics))}{cell(loss)}{cell(r.deviation)}"
+            rows += "".join(map(cell, sent)) + "</tr>"
+        names = ("round", "clients", "mean loss", "deviation", "MB up", "MB down")
+        head = "".join(f"<th>{name}</th>" for name in names)
+        return f"<table><tr>{head}</tr>{rows}</table>"

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from fedex_lora.engines.setup import federation_settings, recipe_model, recipe_task
 from fedex_lora.engines.stage import Stage
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.checkpoint import NAME, latest, load_checkpoint
 from fedex_lora.runs.records import best_record
@@ -67,7 +67,7 @@ def read_round(path: Path, which: Which | int = "best") -> Round:
     recipe = directory.recipe()
     state, extra, notes = directory.newest()
     if state is None:
-        raise UserError(
+        raise StorageError(
             f"{path}: no intact checkpoint; " + ("; ".join(notes) or "no round is done")
         )
     if which == "best":
@@ -89,7 +89,7 @@ def _later_scores(directory: RunDir, round: int) -> dict[str, Any]:
     """Scores of a round that came after its checkpoint was written: the clients' own."""
     try:
         found = [r for r in directory.records() if r["round"] == round]
-    except UserError:  # damaged; the checkpoint's record will do
+    except StorageError:  # damaged; the checkpoint's record will do
         return {}
     return {k: r[k] for r in found for k in ("scores", "client_scores", "score") if k in r}
 
@@ -117,11 +117,11 @@ def _load_round(directory: RunDir, round: int) -> tuple[ServerState, Mapping[str
         path = directory.checkpoints / NAME.format(round)
         state, extra = load_checkpoint(path)
         if problem := not_of_a_run(path, extra):
-            raise UserError(problem)
+            raise StorageError(problem)
         return state, extra
     except UserError as error:
         there = sorted(s.version for _, s, _ in latest(directory.checkpoints) if s is not None)
-        raise UserError(
+        raise StorageError(
             f"{error}. Intact checkpoints are there of rounds {', '.join(map(str, there))}; name "
-            "one with --round"
+            "one with `round`"
         ) from None

@@ -13,12 +13,12 @@ from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.local import LocalEngine
-from fedex_lora.engines.setup import Federation, set_up
+from fedex_lora.engines.setup import Federation, set_up, surroundings
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer, quick_collections
 from fedex_lora.engines.training_log import TrainingLog
 from fedex_lora.engines.turn import Train, Turn
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.federation.loop import KeepUpdate, Record, run_round
 from fedex_lora.federation.messages import Update
 from fedex_lora.federation.state import ServerState, admit, begin
@@ -81,7 +81,7 @@ def in_this_process(
 ) -> tuple[Federation, Engine]:
     """Everything of a recipe here: all rows, one model, the local engine."""
     if recipe.engine.kind != "local":
-        raise UserError(
+        raise RecipeError(
             f"engine.kind: {recipe.engine.kind} is for `fedex-lora run`; for this command set "
             "engine.kind=local"
         )
@@ -105,14 +105,15 @@ def start_run(
     """
     directory, watcher = RunDir(out), watcher or Silent()
     directory.check_free()
-    check(recipe)
-    foreseen(recipe, out)
-    federation, engine = assemble(recipe, out, None, watcher)
-    with directory.held():
-        directory.create(federation.recipe)
-        directory.write_json("environment.json", environment(federation.model.device))
-        state = begin(federation.settings, federation.initial)
-        return _go_on(federation, directory, engine, state, Progress(), watcher)
+    with surroundings(recipe):
+        check(recipe)
+        foreseen(recipe, out)
+        federation, engine = assemble(recipe, out, None, watcher)
+        with directory.held():
+            directory.create(federation.recipe)
+            directory.write_json("environment.json", environment(federation.model.device))
+            state = begin(federation.settings, federation.initial)
+            return _go_on(federation, directory, engine, state, Progress(), watcher)
 
 
 def resume_run(
@@ -133,17 +134,17 @@ def resume_run(
     directory, watcher = RunDir(out), watcher or Silent()
     stored = directory.recipe()
     if recipe is not None and (different := differences(recipe, stored)):
-        raise UserError(
-            f"{out}: this run began with another recipe: {'; '.join(different)}. Use another --out"
+        raise RecipeError(
+            f"{out}: this run began with another recipe: {'; '.join(different)}. Use another `out`"
         )
     if (results := directory.results(whole=True)) is not None:
         watcher.note(f"{out} is finished; nothing to do")
         return results
-    with directory.held():
+    with surroundings(stored), directory.held():
         records, then = directory.records(whole=True), directory.environment()
         state, extra, notes = directory.newest()
         if different := edited(stored, extra):
-            raise UserError(
+            raise StorageError(
                 f"{out}/recipe.yaml: was changed after the run began: {'; '.join(different)}. "
                 "Put it back, or begin a new run"
             )

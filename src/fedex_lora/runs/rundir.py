@@ -18,12 +18,12 @@ from safetensors.torch import save
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.disk import parsed, reason, write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.codec import ledger_tensors
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, start_of
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, dump_recipe, load_stored_recipe, recipe_of_text
 from fedex_lora.runs.checkpoint import by_round, latest, load_checkpoint
@@ -64,18 +64,18 @@ class RunDir:
         What is left where a process was killed before it wrote the recipe is in nobody's way.
         """
         if self.is_run():
-            raise UserError(
-                f"{self.path}: holds another run; name another directory with --out, or continue "
+            raise StorageError(
+                f"{self.path}: holds another run; name another directory with `out`, or continue "
                 f"that run with `fedex-lora resume {self.path}`"
             )
         if self.path.exists() and (not self.path.is_dir() or any(map(_precious, self._files()))):
-            raise UserError(f"{self.path}: is in use; name a new or empty directory with --out")
+            raise StorageError(f"{self.path}: is in use; name a new or empty directory with `out`")
 
     def _files(self) -> list[Path]:
         try:
             return list(self.path.iterdir())
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read: {reason(error)}") from None
+            raise StorageError(f"{self.path}: cannot be read: {reason(error)}") from None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -117,9 +117,9 @@ class RunDir:
             raise self._unmade(error) from None
 
     def _unmade(self, error: OSError) -> UserError:
-        return UserError(
+        return StorageError(
             f"{self.path}: cannot be made: {reason(error)}; name a directory that you may write "
-            "with --out"
+            "with `out`"
         )
 
     def is_run(self) -> bool:
@@ -132,7 +132,7 @@ class RunDir:
             UserError: The directory holds no run.
         """
         if not self.is_run():
-            raise UserError(f"{self.path}: no run there (no recipe.yaml); name a run's directory")
+            raise StorageError(f"{self.path}: no run there (no recipe.yaml)")
         return load_stored_recipe(self.path / "recipe.yaml")
 
     def write_json(self, name: str, value: object) -> None:
@@ -199,7 +199,7 @@ class RunDir:
         try:
             lines = file.read_bytes().split(b"\n") if file.is_file() else []
         except OSError as error:
-            raise UserError(f"{file}: cannot be read: {reason(error)}") from None
+            raise StorageError(f"{file}: cannot be read: {reason(error)}") from None
         needed = WHOLE if whole else ()
         records, remedy = [], "delete the lines that are no records"
         for number, line in enumerate(lines, start=1):
@@ -208,7 +208,7 @@ class RunDir:
             try:
                 value = parsed(line)
             except ValueError as error:
-                raise UserError(f"{file}: damaged (line {number}: {error}); {remedy}") from None
+                raise StorageError(f"{file}: damaged (line {number}: {error}); {remedy}") from None
             records.append(checked(RECORD, value, f"{file}, line {number}", remedy, needed))
         return records
 
@@ -246,7 +246,7 @@ class RunDir:
                 load_checkpoint(there[round])
             except KeyError:
                 known = ", ".join(map(str, sorted(there))) or "none"
-                raise UserError(
+                raise StorageError(
                     f"{self.path}: no checkpoint of round {round}; there are: {known}"
                 ) from None
             moved = [path for n, path in there.items() if n > round]
@@ -259,7 +259,7 @@ class RunDir:
                     if path.exists():
                         path.rename(aside / path.name)
             except OSError as error:
-                raise UserError(f"{aside}: cannot be written: {reason(error)}") from None
+                raise StorageError(f"{aside}: cannot be written: {reason(error)}") from None
             return aside
 
     def save_update(
@@ -310,7 +310,7 @@ def not_of_a_run(path: Path, extra: Mapping[str, Any]) -> str | None:
     try:
         checked(SAVED, extra, path, "")
         checked(RECORD, extra["record"], path, "", WHOLE)
-    except UserError as error:
+    except StorageError as error:
         return str(error).removesuffix("; ")
     return None
 
@@ -334,7 +334,7 @@ def _saving(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise StorageError(
             f"{folder}: cannot be written: {reason(error)}. Free some space or choose another "
             "directory, then `fedex-lora resume`; the checkpoints are intact"
         ) from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError
 
 Scores = dict[str, dict[str, float | None]]  # by split, or by client
 
@@ -110,7 +110,7 @@ def checked(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = "".join(f"{part}: " for part in first["loc"])
-        raise UserError(f"{where}: damaged ({at}{first['msg']}); {remedy}") from None
+        raise StorageError(f"{where}: damaged ({at}{first['msg']}); {remedy}") from None
     if missing := [name for name in needed if value.get(name) is None]:
-        raise UserError(f"{where}: damaged ({missing[0]}: missing); {remedy}")
+        raise StorageError(f"{where}: damaged ({missing[0]}: missing); {remedy}")
     return value

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedex_lora.disk import reason, replace_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError
 from fedex_lora.federation.messages import Tensors
 
 _NAME = "{:04d}-{}.safetensors"
@@ -96,7 +96,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise StorageError(
             f"{path}: a client's own factors cannot be read: {reason(error)}. The file belongs to "
             "a checkpoint; put it back, or delete that checkpoint and go on from the one before"
         ) from None

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedex_lora.errors import UserError, shown
+from fedex_lora.errors import DataError, UserError, shown
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, Tensor, nn, torch
 from fedex_lora.tasks.metrics import Metric
 from fedex_lora.tasks.outputs import Outputs
@@ -165,12 +165,12 @@ def check_columns(
     keys = keys or [f"columns.{name}" for name in columns]
     for name, key in zip(columns, keys, strict=True):
         if name not in rows.column_names:
-            raise UserError(
+            raise DataError(
                 f"{where}: no column '{name}'; there are: {', '.join(rows.column_names)}. Rename "
                 f"the column, or name the right one with task.{key}."
             )
     if len(rows) == 0:
-        raise UserError(f"{where}: no rows; at least one is needed.")
+        raise DataError(f"{where}: no rows; at least one is needed.")
 
 
 def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) -> None:
@@ -180,7 +180,7 @@ def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) ->
     """
     for row, problem in enumerate(problems):
         if problem is not None:
-            raise UserError(f"{where}, line {line_of(row)}: {problem}")
+            raise DataError(f"{where}, line {line_of(row)}: {problem}")
 
 
 def pad(rows: Sequence[Mapping[str, Any]], key: str, value: int, side: str = "right") -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedex_lora.errors import UserError, shown
+from fedex_lora.errors import DataError, RecipeError, shown
 from fedex_lora.recipe import Problem
 from fedex_lora.tasks.base import (
     Batch,
@@ -65,7 +65,7 @@ def agreed_labels(given: Sequence[str] | None, brought: Sequence[str] | None) ->
         UserError: There are neither.
     """
     if given is None and brought is None:
-        raise UserError("task.labels is missing: list all labels, in the order all agree on.")
+        raise RecipeError("task.labels is missing: list all labels, in the order all agree on.")
     return tuple(given or brought or ())
 
 
@@ -108,7 +108,7 @@ def check_labels(columns: Columns, rows: Dataset, where: str, line_of: LineOf) -
     code = codes(columns, rows)
     bad = next((i for i, value in enumerate(rows[columns.label]) if code(value) is None), None)
     if bad is not None:
-        raise UserError(
+        raise DataError(
             f"{where}, line {line_of(bad)}: {columns.label} is {shown(rows[columns.label][bad])}; "
             f"expected {_expected(columns)}."
         )
@@ -119,10 +119,10 @@ def _check_texts(names: tuple[str, ...], rows: Dataset, where: str, line_of: Lin
         for name, text in zip(names, texts):
             if not isinstance(text, str):
                 found = "missing" if text is None else f"{shown(text)}, which is no text"
-                raise UserError(f"{where}, line {line_of(row)}: {name} is {found}.")
+                raise DataError(f"{where}, line {line_of(row)}: {name} is {found}.")
         # one side of a pair may be empty: the official data have such rows
         if not any(text.strip() for text in texts):
-            raise UserError(f"{where}, line {line_of(row)}: {' and '.join(names)} is empty.")
+            raise DataError(f"{where}, line {line_of(row)}: {' and '.join(names)} is empty.")
 
 
 def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
@@ -131,7 +131,7 @@ def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
     if not isinstance(feature, datasets.ClassLabel) or columns.labels is None:
         return
     if set(feature.names) != set(columns.labels):
-        raise UserError(
+        raise DataError(
             f"{where}: the classes of column '{columns.label}' are {', '.join(feature.names)}; "
             f"the task's labels are {', '.join(columns.labels)}. Set task.labels to the former."
         )

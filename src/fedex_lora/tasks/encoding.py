@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.tasks.base import IGNORED
 from fedex_lora.tasks.lazy import PreTrainedTokenizerBase
 
@@ -140,7 +140,7 @@ def _say(count: int, of: int) -> None:
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise UserError(
+        raise RecipeError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, which is "
             "needed to end a response; add an eos_token to its configuration."
         )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.tasks.base import evaluating, learned_positions, longest_first, pad, padding
 from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, Tensor, nn, torch, transformers
 from fedex_lora.tasks.outputs import Outputs
@@ -176,7 +176,7 @@ def check_positions(
     """Raise a `UserError` if the model has not enough positions for a prompt and its answer."""
     limit, longest = learned_positions(model), max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
-        raise UserError(
+        raise RecipeError(
             f"task.max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens, "
             f"but the model takes at most {limit} in all; lower it, or task.max_length"
         )

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from threading import Event, Timer
 from typing import IO, cast
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, check_installed
 
 LONGEST = 400  # characters; those of MATH's test set have at most 159
 SECONDS = 10.0  # for one pair
@@ -28,11 +27,7 @@ _log = logging.getLogger(__name__)
 
 def require() -> None:
     """Raise a `UserError` if math-verify is not installed."""
-    if find_spec("math_verify") is None:
-        raise UserError(
-            "task.compare: latex needs the library math-verify, which is not installed: "
-            "pip install 'fedex-lora[scorers]', or set task.compare: string"
-        )
+    check_installed("math_verify", "task.compare: latex", "or set task.compare: string")
 
 
 def equal_latex(pairs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> list[bool]:
@@ -98,7 +93,7 @@ def _started() -> Iterator[_Child]:
     child = _Child(process)
     try:
         if not child.ask(None, START_SECONDS)[1]:
-            raise UserError(
+            raise RecipeError(
                 "task.compare: the library math-verify does not start; see what "
                 f"{sys.executable} -c 'import math_verify' says, or set task.compare: string"
             )

@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import check_installed
 from fedex_lora.tasks import nlg_ptb
 
 logger = logging.getLogger(__name__)
@@ -55,11 +54,7 @@ def score(predictions: Sequence[str], references: References) -> Scores:
 def require() -> None:
     """Raises a `UserError` if the packages of the extra `scorers` are not installed."""
     for package in ("sacrebleu", "pycocoevalcap"):
-        if find_spec(package) is None:
-            raise UserError(
-                f"task.generate: scoring texts needs the package {package}, which is not "
-                "installed; pip install 'fedex-lora[scorers]', or set task.generate: false"
-            )
+        check_installed(package, "task.generate: scoring texts", "or set task.generate: false")
 
 
 @cache

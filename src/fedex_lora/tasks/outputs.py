@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedex_lora.disk import parsed, write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError, UserError
 
 OnProgress = Callable[[int, int], None]  # (prompts done, prompts in all)
 
@@ -104,23 +104,23 @@ class OutputFile:
 
     def _start(self, header: Mapping[str, Any]) -> None:
         if self.verdicts_path.exists():  # of outputs that were moved away
-            raise UserError(f"{self.verdicts_path}: is there without its outputs. {_REMEDY}")
+            raise StorageError(f"{self.verdicts_path}: is there without its outputs. {_REMEDY}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_bytes(_line(header))
 
     def _check(self, first: bytes, header: Mapping[str, Any]) -> None:
         found = _parsed(first)
         if found is None or found.keys() != header.keys():
-            raise UserError(f"{self.path}: is no file of outputs. {_REMEDY}")
+            raise StorageError(f"{self.path}: is no file of outputs. {_REMEDY}")
         if other := [name for name in header if found[name] != header[name]]:
             names = " and ".join(_MEANING[name] for name in other)
-            raise UserError(f"{self.path}: holds the outputs of {names}. {_REMEDY}")
+            raise StorageError(f"{self.path}: holds the outputs of {names}. {_REMEDY}")
 
     def _text(self, number: int, line: bytes, rows: int) -> tuple[int, str]:
         match _parsed(line):
             case {"row": int(row), "output": str(text)} if 0 <= row < rows:
                 return row, text
-        raise UserError(f"{self.path}, line {number}: is no output. {_REMEDY}")
+        raise StorageError(f"{self.path}, line {number}: is no output. {_REMEDY}")
 
 
 class VerdictFile:
@@ -183,7 +183,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _unusable(path: Path, error: OSError) -> UserError:
-    return UserError(
+    return StorageError(
         f"{path}: cannot be used: {error.strerror}: {error.filename}. Name a file that can be "
         "written; what was written to this one before is intact."
     )

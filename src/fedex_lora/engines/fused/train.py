@@ -27,7 +27,7 @@ from fedex_lora.engines.training import (
 )
 from fedex_lora.engines.training_log import TrainingLog
 from fedex_lora.engines.turn import Trained, Turn
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
 

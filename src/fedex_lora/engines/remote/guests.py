@@ -206,7 +206,7 @@ class Guests:
         if before is not None and before.node != node and before.node in self._present:
             raise UserError(
                 f"two clients are called {name}; give each institution a name of its own "
-                "(deploy client --name)"
+                "(`name` of `fedex-lora deploy client`)"
             )
         if self.roster is not None and name not in self.roster:
             known = some(sorted(self.roster))

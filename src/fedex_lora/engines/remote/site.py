@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from datasets import Dataset
 
-from fedex_lora.aggregation.adapter import AdapterState, Site
+from fedex_lora.aggregation.adapter import AdapterState, LayerShape
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.engines.remote.cache import Cache, Held
 from fedex_lora.engines.remote.wire import (
@@ -353,7 +353,7 @@ def _least(settings: Settings) -> int:
 
 
 def _check_broadcast(
-    message: Broadcast, version: int, layers: Mapping[str, Site], held: AdapterState
+    message: Broadcast, version: int, layers: Mapping[str, LayerShape], held: AdapterState
 ) -> None:
     if message.round != version + 1 or version < 0:
         raise UserError(f"round {message.round} after version {version}; messages are mixed up")
@@ -368,7 +368,7 @@ def _check_broadcast(
     _check_ledger(message.ledger, version, layers)
 
 
-def _check_ledger(ledger: Ledger, version: int, layers: Mapping[str, Site]) -> None:
+def _check_ledger(ledger: Ledger, version: int, layers: Mapping[str, LayerShape]) -> None:
     versions = [v for v, _ in ledger.entries]
     if not all(type(v) is int for v in (*versions, ledger.snapshot_version)):
         raise UserError("the coordinator's ledger has versions that are no numbers")

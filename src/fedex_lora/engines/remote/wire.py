@@ -22,7 +22,7 @@ from fedex_lora.federation.codec import most_up
 from fedex_lora.federation.header import Limit
 from fedex_lora.federation.messages import flat
 from fedex_lora.federation.settings import Settings
-from fedex_lora.model import AdaptedModel
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.loop import Record
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import leaves
@@ -89,7 +89,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
             except UserError as error:
                 problems.append(f"{directory}: left out, its recipe cannot be read: {error}")
     if not runs:
-        raise UserError(
+        raise StorageError(
             "\n".join(problems)
             + "\nName a run's directory, or one whose subdirectories are runs (of `compare`)"
         )

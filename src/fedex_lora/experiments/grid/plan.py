@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedex_lora.engines.training import check_training
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.experiments.grid.spec import RECIPES, Grid, MethodEntry, load_grid, plain_text
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, load_recipe_with_places
@@ -88,14 +88,14 @@ def plan(path: Path, sets: Sequence[str] = (), data: Path | None = None, only: s
     _check_names(path, runs)
     found = tuple(run for run in runs if fnmatch(run.name, only))
     if not found:
-        raise UserError(f"--only: {only!r} fits none of {len(runs)} runs, e.g. {runs[0].name}")
+        raise RecipeError(f"`only`: {only!r} fits none of {len(runs)} runs, e.g. {runs[0].name}")
     return Plan(grid, found)
 
 
 def _check_names(path: Path, runs: Sequence[Run]) -> None:
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
-            raise UserError(f"{path}: two runs would be called {name}; choose other labels")
+            raise RecipeError(f"{path}: two runs would be called {name}; choose other labels")
 
 
 def _first_seeds(grid: Grid, path: Path, sets: Sequence[str], data: Path | None) -> Iterator[Run]:
@@ -114,7 +114,7 @@ def _first_seeds(grid: Grid, path: Path, sets: Sequence[str], data: Path | None)
                 yield Run(*run, *_resolve(path.parent / file, texts, entry, data))
             except UserError as error:
                 what = f"{'-'.join(choice.values())}, {entry.shown}"
-                raise UserError(f"{path}: {what}:\n{error}") from None
+                raise RecipeError(f"{path}: {what}:\n{error}") from None
 
 
 def _resolve(
@@ -126,7 +126,7 @@ def _resolve(
     more = []
     if entry.rank_factor > 1:
         if recipe.lora.rank_pattern or recipe.lora.ranks:
-            raise UserError("rank_factor: only goes with lora.r, not with rank_pattern or ranks")
+            raise RecipeError("rank_factor: only goes with lora.r, not with rank_pattern or ranks")
         more.append(override("lora.r", entry.rank_factor * recipe.lora.r))
     if data is not None:
         more += _local(recipe, data)
@@ -145,7 +145,9 @@ def _local(recipe: Recipe, data: Path) -> list[str]:
     hub = (spec.name or "").rpartition("/")[2]
     folder = data / (spec.path.name if spec.path else getattr(recipe.task, "name", None) or hub)
     if not folder.is_dir():
-        raise UserError(f"--data: there is no directory {folder}; expected train.jsonl, ... in it")
+        raise RecipeError(
+            f"`data`: there is no directory {folder}; expected train.jsonl, ... in it"
+        )
     there = {file.stem for file in folder.iterdir()}
     elsewhere = {k: v for k, v in spec.evaluation.items() if k not in there}
     sets = [override("data.path", str(folder))]
@@ -167,7 +169,7 @@ def _check_sets(grid: Grid, path: Path, sets: Sequence[str]) -> None:
     for text in sets:
         key = text.partition("=")[0].strip()
         if key in ("seed", "method", "method.name", *lists):
-            raise UserError(f"--set {text}: {path} has its own list of them; change it there")
+            raise RecipeError(f"`set={text}`: {path} has its own list of them; change it there")
 
 
 def standing(run: Run, out: Path) -> Standing:
@@ -191,7 +193,9 @@ def left(runs: Sequence[Run], out: Path) -> list[Run]:
         if now[run.name] == "other":
             path = out / run.name
             different = "; ".join(differences(run.recipe, RunDir(path).recipe()))
-            raise UserError(f"{path}: holds a run with another recipe: {different}. Use --out")
+            raise RecipeError(
+                f"{path}: holds a run with another recipe: {different}. Use another `out`"
+            )
     return [run for run in runs if now[run.name] != "done"]
 
 

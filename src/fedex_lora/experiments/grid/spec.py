@@ -27,7 +27,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fedex_lora.aggregation.methods import METHODS, get_method
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.recipe import Part, Problem, Recipe, did_you_mean
 from fedex_lora.recipe.reader import Places, read_yaml
 from fedex_lora.recipe.wording import Keys
@@ -184,7 +184,7 @@ def load_grid(path: Path) -> Grid:
     places = Places(f"{path}:1")
     raw, lines = read_yaml(path, places)
     if "recipes" not in raw and "model" in raw:
-        raise UserError(f"{path}: this is a recipe, not a grid; start it with `fedex-lora run`")
+        raise RecipeError(f"{path}: this is a recipe, not a grid; start it with `fedex-lora run`")
     methods = raw.get("methods")
     if isinstance(methods, list):
         raw["methods"] = [{"name": m} if isinstance(m, str) else m for m in methods]
@@ -194,7 +194,7 @@ def load_grid(path: Path) -> Grid:
     except ValidationError as error:
         lines += [places.line(*problem) for problem in _describe(error, places)]
     if lines or grid is None:
-        raise UserError("\n".join(dict.fromkeys(lines)))
+        raise RecipeError("\n".join(dict.fromkeys(lines)))
     return grid
 
 

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from fedex_lora.disk import reason
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError
 from fedex_lora.experiments.grid.plan import Run, standing
 from fedex_lora.runs.lock import LOCK, locked
 
@@ -163,14 +163,14 @@ def _alone(out: Path, runs: Sequence[Run]) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(
+        raise StorageError(
             f"{out}: another grid is at work here; wait for it, end it, or name another "
-            "directory with --out"
+            "directory with `out`"
         ) from None
     except OSError as error:
-        raise UserError(
+        raise StorageError(
             f"{out}: cannot be made: {reason(error)}; name a directory that you may write "
-            "with --out"
+            "with `out`"
         ) from None
     try:
         for run in runs:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError
 from fedex_lora.experiments.analysis.runs import read_runs
 from fedex_lora.experiments.analysis.study import Study, study
 from fedex_lora.experiments.report.page import MARKER, build
@@ -42,8 +42,8 @@ def write_report(
         try:
             parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{parent}: cannot be made: {error.strerror}; name another --out"
+            raise StorageError(
+                f"{parent}: cannot be made: {error.strerror}; name another `out`"
             ) from None
     for path, content in files.items():
         write_atomic(path, content)
@@ -58,11 +58,11 @@ def check_ours(path: Path) -> None:
         with path.open("rb") as file:
             ours = MARKER.encode() in file.read(_LOOKED_AT)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}; name another --out"
+        raise StorageError(
+            f"{path}: cannot be written: {error.strerror}; name another `out`"
         ) from None
     if not ours:
-        raise UserError(
+        raise StorageError(
             f"{path}: exists and is no report of this program, so it is not overwritten; name "
-            "another file with --out, or another folder with --plots"
+            "another file with `out`, or another folder with `plots`"
         )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, StorageError, UserError
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.init import (
     init_client,
@@ -35,7 +35,7 @@ def add(path: Path, names: Sequence[str], say: Callable[[str], object]) -> list[
     check_client_names(names, deployment.clients)
     for name in names:
         if (path / "clients" / name).exists():
-            raise UserError(f"{path / 'clients' / name}: is there already; move it away first")
+            raise StorageError(f"{path / 'clients' / name}: is there already; move it away first")
     folders = [path / "clients" / name for name in names]
     try:
         with writing(path):
@@ -61,7 +61,7 @@ def revoke(path: Path, name: str, say: Callable[[str], object]) -> None:
     deployment = read_deployment(path)
     if name not in deployment.clients:
         known = ", ".join(deployment.clients[:10]) or "nobody"
-        raise UserError(f"{name!r} is not in this deployment, which has {known}")
+        raise RecipeError(f"{name!r} is not in this deployment, which has {known}")
     folder, kept = path / "clients" / name, path / REVOKED / name
     if kept.exists():
         kept = kept.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -90,7 +90,7 @@ def renew(path: Path, hosts: Sequence[str], authority: Path | None = None) -> da
     """
     deployment = read_deployment(path)
     if deployment.insecure:
-        raise UserError(f"{path}: made with --insecure; it has no certificate")
+        raise RecipeError(f"{path}: made with `insecure=True`; it has no certificate")
     if hosts:
         deployment = replace(deployment, host=hosts[0], others=tuple(hosts[1:]))
     key = authority or path / "ca" / "ca.key"

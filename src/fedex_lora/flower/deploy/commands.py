@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.flower.deploy.init import Deployment, is_loopback
 
 CONNECTION = "fedex"  # of Flower's config.toml
@@ -176,5 +176,5 @@ def _trust(deployment: Deployment, folder: Path) -> list[str]:
 
 def _quoted(value: str) -> str:
     if '"' in value or "\\" in value:
-        raise UserError(f"{value}: a path with quotes or backslashes cannot be used here")
+        raise RecipeError(f"{value}: a path with quotes or backslashes cannot be used here")
     return f'"{value}"'

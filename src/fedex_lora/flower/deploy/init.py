@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedex_lora import __version__
 from fedex_lora.disk import reason, write_atomic
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.flower.deploy import templates
 from fedex_lora.flower.deploy.keys import write_certificates, write_key_pair, write_secret
 from fedex_lora.flower.deploy.names import check_client_names
@@ -69,9 +69,9 @@ def read_deployment(path: Path) -> Deployment:
         clients, others = tuple(raw["clients"]), tuple(raw.get("others", ()))
         return Deployment(raw["host"], raw["port"], clients, raw["insecure"], others)
     except PermissionError:
-        raise UserError(f"{path / FILE}: this account may not read it; use its owner's") from None
+        raise RecipeError(f"{path / FILE}: this account may not read it; use its owner's") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
+        raise RecipeError(
             f"{path}: no deployment there ({FILE}); make one: fedex-lora deploy init {path}"
         ) from None
 
@@ -118,7 +118,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
+        raise StorageError(
             f"{path}: cannot be written: {reason(error)}; name a directory of yours with room"
         ) from None
 
@@ -187,13 +187,13 @@ def init_client(path: Path, deployment: Deployment, name: str) -> None:
 
 def _check(path: Path, deployment: Deployment) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: is in use; name a new or empty directory")
+        raise StorageError(f"{path}: is in use; name a new or empty directory")
     far = [host for host in deployment.hosts if not is_loopback(host)]
     if deployment.insecure and far:
-        raise UserError(
-            f"--insecure: without TLS and keys a server must be reachable from this machine alone, "
-            f"{far[0]} is not; use --host 127.0.0.1, or leave --insecure out"
+        raise RecipeError(
+            f"`insecure`: without TLS and keys a server must be reachable from this machine alone, "
+            f"{far[0]} is not; use `host=127.0.0.1`, or leave `insecure` out"
         )
     if not 0 < deployment.port < 65536:
-        raise UserError(f"--port: expected 1 to 65535, got {deployment.port}")
+        raise RecipeError(f"`port`: expected 1 to 65535, got {deployment.port}")
     check_client_names(deployment.clients)

@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from fedex_lora.disk import reason
-from fedex_lora.errors import UserError
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-try:
-    from cryptography import x509
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-except ImportError:  # comes with Flower
-    raise UserError(
-        "federations across machines need Flower: pip install 'fedex-lora[flower]'"
-    ) from None
+from fedex_lora.disk import reason
+from fedex_lora.errors import DeploymentError, StorageError
 
 _CA_DAYS, _SERVER_DAYS = 3650, 730
 _EARLIER = timedelta(hours=1)  # clocks differ
@@ -56,16 +51,18 @@ def renew_certificate(ca_key: Path, server: Path, hosts: Sequence[str]) -> datet
     try:
         key = serialization.load_pem_private_key(ca_key.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise UserError(
+        raise DeploymentError(
             f"{ca_key}: no key of the certificate authority: {reason(error)}. Put ca.key there for "
-            "this once, or name it with --ca-key"
+            "this once, or name it with `ca_key`"
         ) from None
     if key.public_key() != authority.public_key():
-        raise UserError(f"{ca_key}: not the key of {server / 'ca.crt'}, which the clients trust")
+        raise DeploymentError(
+            f"{ca_key}: not the key of {server / 'ca.crt'}, which the clients trust"
+        )
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     until = authority.not_valid_after_utc
     if datetime.now(UTC) > until:
-        raise UserError(
+        raise DeploymentError(
             f"{server / 'ca.crt'}: the authority itself expired on {until:%Y-%m-%d}; run deploy "
             "init for another directory and hand out its folders"
         )
@@ -132,31 +129,33 @@ def check_certificate(server: Path, hosts: Sequence[str]) -> str | None:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
         key = serialization.load_pem_private_key((server / "server.key").read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise UserError(
+        raise StorageError(
             f"{server}: its server.pem or server.key cannot be read: {reason(error)}; "
             "`fedex-lora deploy renew` makes new ones"
         ) from None
     now = datetime.now(UTC)
     until, since = certificate.not_valid_after_utc, certificate.not_valid_before_utc
     if now > until:
-        raise UserError(
+        raise DeploymentError(
             f"{path}: expired on {until:%Y-%m-%d}; `fedex-lora deploy renew` makes a new one, and "
             "the institutions need nothing new"
         )
     if now < since:
-        raise UserError(
+        raise DeploymentError(
             f"{path}: valid from {since:%Y-%m-%d %H:%M} UTC, but this machine's clock says "
             f"{now:%Y-%m-%d %H:%M}; set the clock"
         )
     if key.public_key() != certificate.public_key():
-        raise UserError(f"{path}: not of server.key; `fedex-lora deploy renew` makes a new pair")
+        raise DeploymentError(
+            f"{path}: not of server.key; `fedex-lora deploy renew` makes a new pair"
+        )
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     known = {str(n.value) for n in names}
     for host in hosts:
         if host not in known:
-            raise UserError(
+            raise DeploymentError(
                 f"{path}: made for {', '.join(sorted(known))}, not for {host}; "
-                f"`fedex-lora deploy renew` with --host {host} makes one for it"
+                f"`fedex-lora deploy renew --host {host}` makes one for it"
             )
     left = (until - now).days
     if left < _SOON:
@@ -174,23 +173,23 @@ def check_private_key(path: Path) -> None:
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except FileNotFoundError:
-        raise UserError(f"{path}: the private key is missing; {fetch}") from None
+        raise DeploymentError(f"{path}: the private key is missing; {fetch}") from None
     except OSError as error:
-        raise UserError(
+        raise StorageError(
             f"{path}: the private key cannot be read: {reason(error)}; run this under the account "
             "that owns it"
         ) from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         kind = type(error).__name__
-        raise UserError(f"{path}: no private key, or a damaged one ({kind}); {fetch}") from None
+        raise StorageError(f"{path}: no private key, or a damaged one ({kind}); {fetch}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise UserError(f"{path}: a key of another kind, not EC P-384; {fetch}")
+        raise DeploymentError(f"{path}: a key of another kind, not EC P-384; {fetch}")
     public = path.with_name(path.name + ".pub")
     derived = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     if public.exists() and public.read_bytes().split()[:2] != derived.split()[:2]:
-        raise UserError(f"{path}: does not belong to {public.name}; {fetch}")
+        raise DeploymentError(f"{path}: does not belong to {public.name}; {fetch}")
 
 
 def _name(text: str) -> x509.Name:

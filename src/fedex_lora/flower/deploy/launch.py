@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import secrets
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.disk import write_atomic
-from fedex_lora.errors import UserError, shows_rows
+from fedex_lora.errors import DeploymentError, UserError, check_installed, shows_rows
 from fedex_lora.flower.deploy import commands, templates
 from fedex_lora.flower.deploy.init import new_folders, read_deployment, write_app
 from fedex_lora.flower.deploy.keys import write_secret
@@ -51,10 +50,7 @@ def simulate(recipe: Recipe, out: Path, resume: bool, watcher: Watcher) -> dict[
     Returns, raises: As `launch`.
     """
     _check_out(out, resume)
-    if importlib.util.find_spec("ray") is None:
-        raise UserError(
-            "engine.kind: flower-simulation needs Ray: pip install 'fedex-lora[simulation]'"
-        )
+    check_installed("ray", "engine.kind: flower-simulation")
     engine = recipe.engine
     options = (
         f"num-supernodes={recipe.federation.clients} "
@@ -135,7 +131,7 @@ def start(deployment: Path, config: Path, options: str | None = None) -> int:
     found = re.search(r'"run-id"\s*:\s*"?(\d+)', done.stdout)
     if done.returncode or found is None:
         told = (done.stdout + done.stderr).strip()
-        raise UserError(
+        raise DeploymentError(
             f"the run cannot be started: {told[-600:]}. Does `fedex-lora deploy server "
             f"{deployment}` run on this machine?"
         )

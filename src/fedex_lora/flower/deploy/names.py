@@ -7,7 +7,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Sequence
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.recipe import CLIENT_NAME, CLIENT_NAME_RULE
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
@@ -32,7 +32,7 @@ def host_name(text: str) -> str:
     except ValueError:
         return _domain(bare, text)
     if address.is_unspecified or address.is_multicast or getattr(address, "scope_id", None):
-        raise UserError(f"--host: {text!r}: nobody can reach that address; name the server's own")
+        raise RecipeError(f"`host`: {text!r}: nobody can reach that address; name the server's own")
     return str(address)
 
 
@@ -40,27 +40,27 @@ def _domain(bare: str, text: str) -> str:
     for sign, why in (
         ("://", "without a scheme (and a path)"),
         ("/", "without a path"),
-        ("[", "without brackets; the port is --port"),
-        ("]", "without brackets; the port is --port"),
-        (",", "one at a time: repeat --host for each"),
-        (";", "one at a time: repeat --host for each"),
-        (":", "without a port, which is --port"),
-        ("*", "no pattern: repeat --host for each name"),
+        ("[", "without brackets; the port is `port`"),
+        ("]", "without brackets; the port is `port`"),
+        (",", "one at a time: repeat `host` for each"),
+        (";", "one at a time: repeat `host` for each"),
+        (":", "without a port, which is `port`"),
+        ("*", "no pattern: repeat `host` for each name"),
         ("@", "without an account"),
     ):
         if sign in bare:
-            raise UserError(f"--host: {text!r}: expected a name or an address alone, {why}")
+            raise RecipeError(f"`host`: {text!r}: expected a name or an address alone, {why}")
     if len(bare.split()) > 1:
-        raise UserError(f"--host: {text!r}: has blanks; repeat --host for each name")
+        raise RecipeError(f"`host`: {text!r}: has blanks; repeat `host` for each name")
     name = _ascii(bare.removesuffix("."), text)
     labels = name.split(".")
     if not name or len(name) > 253 or not all(map(_LABEL.fullmatch, labels)):
-        raise UserError(
-            f"--host: {text!r}: no name of a server; expected letters, digits, '-', '.', such as "
+        raise RecipeError(
+            f"`host`: {text!r}: no name of a server; expected letters, digits, '-', '.', such as "
             "fed.example.org, or an address"
         )
     if labels[-1].isdigit():
-        raise UserError(f"--host: {text!r}: no address; expected one such as 10.0.0.5 or ::1")
+        raise RecipeError(f"`host`: {text!r}: no address; expected one such as 10.0.0.5 or ::1")
     return name
 
 
@@ -72,7 +72,7 @@ def _ascii(name: str, text: str) -> str:
     try:
         return idna.encode(name, uts46=True).decode()
     except idna.IDNAError as error:
-        raise UserError(f"--host: {text!r}: no name of a server: {error}") from None
+        raise RecipeError(f"`host`: {text!r}: no name of a server: {error}") from None
 
 
 def host_names(texts: Sequence[str]) -> list[str]:
@@ -83,8 +83,8 @@ def host_names(texts: Sequence[str]) -> list[str]:
     """
     found = list(dict.fromkeys(map(host_name, texts)))
     if not found:
-        raise UserError(
-            "--host: expected a name or an address under which clients reach the server"
+        raise RecipeError(
+            "`host`: expected a name or an address under which clients reach the server"
         )
     return found
 
@@ -99,21 +99,21 @@ def check_client_names(names: Sequence[str], known: Iterable[str] = ()) -> None:
         UserError: One is no name, or two would be one folder where case makes no difference.
     """
     if not names:
-        raise UserError("--clients: expected one or more names")
+        raise RecipeError("`clients`: expected one or more names")
     seen = {name.lower(): name for name in known}
     for name in names:
         if not CLIENT_NAME.fullmatch(name):
-            raise UserError(f"--clients: {name!r}: {CLIENT_NAME_RULE}")
+            raise RecipeError(f"`clients`: {name!r}: {CLIENT_NAME_RULE}")
         if name.endswith(".") or _DEVICES.fullmatch(name):
-            raise UserError(
-                f"--clients: {name!r}: cannot be a folder on Windows; choose another name"
+            raise RecipeError(
+                f"`clients`: {name!r}: cannot be a folder on Windows; choose another name"
             )
         other = seen.get(name.lower())
         if other == name:
-            raise UserError(f"--clients: {name!r} is there twice; names have to differ")
+            raise RecipeError(f"`clients`: {name!r} is there twice; names have to differ")
         if other is not None:
-            raise UserError(
-                f"--clients: {other!r} and {name!r} are one folder where case makes no difference "
+            raise RecipeError(
+                f"`clients`: {other!r} and {name!r} are one folder where case makes no difference "
                 "(macOS, Windows); choose another name"
             )
         seen[name.lower()] = name

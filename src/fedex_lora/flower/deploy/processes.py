@@ -20,7 +20,7 @@ from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
 from fedex_lora.disk import reason
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DeploymentError, StorageError
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.commands import Command
 from fedex_lora.flower.deploy.init import Deployment
@@ -54,7 +54,7 @@ def serve(path: Path, deployment: Deployment, say: Say) -> None:
         done = run_to_end(register)
         if done.returncode:
             told = (done.stdout + done.stderr).strip()[-600:]
-            raise UserError(f"the institutions' keys cannot be registered: {told}")
+            raise DeploymentError(f"the institutions' keys cannot be registered: {told}")
         with running([executor], say, log) as executor_ended:
             say(f"ready for clients at {deployment.address}")
             _supervise(lambda: [*link_ended(), *executor_ended()])
@@ -73,7 +73,7 @@ def make_private(path: Path) -> None:
         for file in (path / "server").iterdir():
             file.chmod(0o600)
     except OSError as error:
-        raise UserError(
+        raise DeploymentError(
             f"{path}: cannot be closed to other accounts: {reason(error)}; run this under the "
             "account that owns it"
         ) from None
@@ -113,7 +113,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     try:
         file = (folder / ".lock").open("a+")
     except OSError as error:
-        raise UserError(
+        raise StorageError(
             f"{folder}: cannot be written: {reason(error)}; run this under the account that owns it"
         ) from None
     with file:
@@ -122,7 +122,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         except OSError:
             file.seek(0)
             other = file.read().strip() or "?"
-            raise UserError(
+            raise DeploymentError(
                 f"{folder}: process {other} runs `{what}` with this folder already; end that one, "
                 "or let it go on"
             ) from None
@@ -239,7 +239,7 @@ def _parents() -> dict[int, tuple[int, int]]:
 def _supervise(look: Callable[[], list[str]]) -> None:
     while not (failing := look()):
         time.sleep(_OFTEN)
-    raise UserError(f"{' and '.join(failing)} does not stay up")
+    raise DeploymentError(f"{' and '.join(failing)} does not stay up")
 
 
 @contextmanager
@@ -274,9 +274,9 @@ def listens(port: int) -> bool:
 def check_port(port: int) -> None:
     """Raises a `UserError` if somebody listens there already."""
     if listens(port):
-        raise UserError(
+        raise StorageError(
             f"port {port} is in use; end the program that listens there, or choose another "
-            "with --port (of deploy init for a server)"
+            "with `port` (of deploy init for a server)"
         )
 
 
@@ -301,7 +301,7 @@ def check_server(deployment: Deployment, certificates: Path, say: Say) -> None:
         server.request("HEAD", "/health")
         date = server.getresponse().getheader("Date")
     except ssl.SSLCertVerificationError as error:
-        raise UserError(
+        raise DeploymentError(
             f"{deployment.address}: its certificate is not accepted: {error.verify_message}. "
             "Is this machine's clock right, is ca.crt the coordinator's, and is that the address "
             "the certificate was made for?"
@@ -319,7 +319,7 @@ def _check_clock(ahead: float) -> None:
     """`ahead` of the server's, which was given in whole seconds."""
     if not -_BEHIND < ahead < _AHEAD + 1:
         way = "ahead of" if ahead > 0 else "behind"
-        raise UserError(
+        raise DeploymentError(
             f"this machine's clock is {abs(ahead):.0f} s {way} the coordinator's, which refuses "
             f"messages that are dated so; set the clock that is wrong (here it is "
             f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC) by a time server"
@@ -339,7 +339,7 @@ def await_port(port: int, look: Callable[[], list[str]], seconds: float = 120.0)
         if listens(port):
             return
         time.sleep(_OFTEN)
-    raise UserError("the SuperLink does not come up; what it printed above says why")
+    raise DeploymentError("the SuperLink does not come up; what it printed above says why")
 
 
 def run_to_end(command: Command) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from fedex_lora.engines.setup import (
     roster,
     set_up,
 )
-from fedex_lora.errors import UserError
+from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.architectures import Architecture, architecture, count, local_folder
 from fedex_lora.model.load import pick_device
@@ -151,11 +151,11 @@ def _check_disk(plan: Plan, out: Path) -> None:
     free = shutil.disk_usage(there).free
     if plan.disk > free:
         last = plan.rounds[-1]
-        raise UserError(
+        raise StorageError(
             f"{out}: the run will write up to {_gb(plan.disk)}, and {_gb(free)} are free there. A "
             f"checkpoint grows to {_gb(max(r.checkpoint + r.own for r in plan.rounds))} by round "
             f"{last.round}, and up to {_KEPT} lie there at a time. Free some space, choose another "
-            "--out, or use fewer federation.rounds or a smaller lora.r"
+            "`out`, or use fewer federation.rounds or a smaller lora.r"
         )
 
 
@@ -174,7 +174,7 @@ def _check_memory(plan: Plan) -> None:
 
 def _check_room(needed: int, free: int, where: str) -> None:
     if needed > free:
-        raise UserError(
+        raise StorageError(
             f"the run needs at least {_gb(needed)} of {where}, activations not counted, and "
             f"{_gb(free)} are available. Use a smaller model, model.dtype: bfloat16, "
             "model.quantisation, or a machine with more memory; `fedex-lora plan` lists the parts"

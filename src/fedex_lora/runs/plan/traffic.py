@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, Site
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.aggregator import Aggregate, assign
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Ledger
@@ -72,7 +72,7 @@ class DryRun:
 
     Example:
         >>> from fedex_lora.aggregation.methods import METHODS
-        >>> sites = {"q": Site(out=64, inp=48, rank=2, scale=1.0)}
+        >>> sites = {"q": LayerShape(out=64, inp=48, rank=2, scale=1.0)}
         >>> run = DryRun(Settings(METHODS["fedex"], 0, ("a", "b", "c"), sites, rounds=2), {})
         >>> up, down = run.round()
         >>> up["a"].numbers, down["a"].numbers      # A and B; all have the start already
@@ -194,7 +194,7 @@ class DryRun:
         head = {name: _empty(*t.shape) for name, t in self._state.head.items()}
         return Aggregate(factors, increment, head, {}, {})
 
-    def _statistics(self, layer: Site, taken: Sequence[str]) -> Statistics:
+    def _statistics(self, layer: LayerShape, taken: Sequence[str]) -> Statistics:
         settings, assignment = self.settings, self.settings.method.assignment
         k, eta = len(taken), settings.server_learning_rate
         both = assignment.sent_up(settings.method.trained(self.version + 1)) == {"A", "B"}

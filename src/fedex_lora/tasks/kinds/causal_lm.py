@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from fedex_lora.errors import UserError, shown
+from fedex_lora.errors import DataError, shown
 from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based
 from fedex_lora.tasks.encoding import encode_texts
@@ -36,7 +36,7 @@ def check_texts(column: str, rows: Dataset, where: str, line_of: LineOf = one_ba
             found = (
                 "missing" if text is None else f"{shown(text)}; expected a text that is not empty"
             )
-            raise UserError(f"{where}, line {line_of(row)}: {column} is {found}.")
+            raise DataError(f"{where}, line {line_of(row)}: {column} is {found}.")
 
 
 def _encode(

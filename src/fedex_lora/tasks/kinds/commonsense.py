@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fedex_lora.errors import UserError, shown
+from fedex_lora.errors import RecipeError, shown
 from fedex_lora.recipe import Problem, TaskSpec, did_you_mean, register_task
 from fedex_lora.tasks.base import (
     IGNORED,
@@ -261,7 +261,7 @@ def option_scores(
 def _check_positions(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
     limit, longest = learned_positions(model), max(len(row["input_ids"]) for row in rows)
     if limit is not None and longest > limit:
-        raise UserError(
+        raise RecipeError(
             f"task.max_length: a prompt with an option is {longest} tokens long, but the model "
             f"takes at most {limit}; lower task.max_length by {longest - limit} or more"
         )

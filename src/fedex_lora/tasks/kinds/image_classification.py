@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, check_installed
 from fedex_lora.recipe import Problem, TaskSpec, register_task
 from fedex_lora.tasks.base import Batch, Collate, LineOf, Task, check_columns, evaluating, one_based
 from fedex_lora.tasks.classification import (
@@ -54,11 +53,7 @@ class ImageClassification(TaskSpec):
                 yield key, f"a task of kind {self.kind} does not use it"
 
     def build(self, labels: Sequence[str] | None) -> Task:
-        if find_spec("PIL") is None:
-            raise UserError(
-                "task.kind: image-classification needs Pillow; install it with: "
-                "pip install 'fedex-lora[images]'"
-            )
+        check_installed("PIL", "task.kind: image-classification")
         names, image = agreed_labels(self.labels, labels), self.image_column
         keys = ("image_column", "label_column")
         columns = Columns((image,), self.label_column, names, keys)
@@ -87,13 +82,13 @@ def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_ba
     (column,) = columns.texts
     check_columns(rows, (column, columns.label), where, columns.keys)
     if not isinstance(rows.features[column], datasets.Image):
-        raise UserError(
+        raise DataError(
             f"{where}: column '{column}' holds no images; name the column that does "
             "(task.image_column)."
         )
     for row, cell in enumerate(_stored(rows, column)):
         if problem := _problem(cell):
-            raise UserError(f"{where}, line {line_of(row)}: {column} {problem}.")
+            raise DataError(f"{where}, line {line_of(row)}: {column} {problem}.")
     check_labels(columns, rows, where, line_of)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import RecipeError
 from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, refuse_first
 from fedex_lora.tasks.encoding import bare_responses, encode_pairs, labelled
@@ -62,7 +62,7 @@ def templates_of(prompt: str, response: str) -> Templates:
     """
     asked, answered = fields(prompt, "task.prompt"), fields(response, "task.response")
     if not answered:
-        raise UserError("task.response: no {column} field; every response would be the same.")
+        raise RecipeError("task.response: no {column} field; every response would be the same.")
     return Templates(prompt, response, tuple(dict.fromkeys(asked + answered)))
 
 
@@ -80,12 +80,12 @@ def fields(template: str, where: str) -> tuple[str, ...]:
     try:
         parsed = list(Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"{where}: {error}. {_BRACES}") from error
+        raise RecipeError(f"{where}: {error}. {_BRACES}") from error
     names = tuple(name for _, name, _, _ in parsed if name is not None)
     odd = [n for n in names if not n or n.isdecimal() or set(n) & set(".[]{}")]
     if odd or any(spec or conversion for _, _, spec, conversion in parsed):
         shown = f"{{{odd[0]}}}" if odd else "a conversion (!) or a format (:)"
-        raise UserError(f"{where}: {shown} is not allowed, only plain column names. {_BRACES}")
+        raise RecipeError(f"{where}: {shown} is not allowed, only plain column names. {_BRACES}")
     return names
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeGuard
 
 from pydantic import Field
 
-from fedex_lora.errors import UserError
+from fedex_lora.errors import DataError, RecipeError
 from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks import answers, latex
 from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based
@@ -144,13 +144,13 @@ def _check(needs_library: bool, rows: Dataset, where: str, line_of: LineOf = one
         latex.require()
     check_columns(rows, (), where)
     if not any(set(columns) <= set(rows.column_names) for columns in FORMS.values()):
-        raise UserError(
+        raise DataError(
             f"{where}: there are the columns {', '.join(rows.column_names)}; expected {_EXPECTED}. "
             "Rename them, or name yours: task.columns, e.g. {question: NAME, answer: NAME}."
         )
     for index, row in enumerate(rows.to_list()):
         if problem(row) is None:
-            raise UserError(
+            raise DataError(
                 f"{where}, line {line_of(index)}: no problem with a solution, both texts that "
                 f"are not empty; expected {_EXPECTED}."
             )
@@ -170,7 +170,7 @@ def _encode(
     problems = _problems(rows)
     other = next((p.form for p in problems if name not in (None, p.form)), None)
     if other is not None:
-        raise UserError(
+        raise RecipeError(
             f"task.name: {name}, but there are training rows of {other} (by their columns); set "
             f"task.name: {other}, or leave it out to train on any."
         )
@@ -184,7 +184,7 @@ def _encode_evaluation(
     references = [p.reference if generate else "" for p in problems]
     known = [p for p, r in zip(problems, references) if r is not None]
     if not known:
-        raise UserError(f"none of the {len(problems)} solutions names its final answer: {_ANSWER}.")
+        raise DataError(f"none of the {len(problems)} solutions names its final answer: {_ANSWER}.")
     if len(known) < len(problems):
         count = len(problems) - len(known)
         _log.warning("%d of %d rows left out: no final answer", count, len(problems))
