@@ -7,7 +7,7 @@ file, and come back as a mapping that reads a tensor when it is asked for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,12 @@ class OnDisk(Mapping[str, Tensor]):
         if name not in self.names:
             raise KeyError(name)
         with _opened(self.path) as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name).clone()  # else it keeps the whole file mapped
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """All of them, in one pass over the file."""
+        with _opened(self.path) as file:
+            return {name: file.get_tensor(name).clone() for name in self.names}.items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
