@@ -16,7 +16,8 @@ from fedex_lora.errors import UserError
 from fedex_lora.recipe import Recipe, task_spec
 from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task, latex, prompted
-from fedex_lora.tasks.kinds.math import PROMPT, answer_of, problem, same
+from fedex_lora.tasks.arithmetic import answer_of, same
+from fedex_lora.tasks.kinds.math import PROMPT, problem
 
 METAMATH = {"type": "GSM_AnsAug", "query": "1+1?", "response": "It is 2.\nThe answer is: 2"}
 GSM8K = {"question": "Ann has 2, Bob 3. All?", "answer": "2+3 = <<2+3=5>>5\n#### 5"}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedex_lora.tasks.kinds.math import answer_of, same
+from fedex_lora.tasks.arithmetic import answer_of, same
 from fedex_lora.tasks.numbers import numbers, plain, value
 
 WAYS = {  # of setting off thousands

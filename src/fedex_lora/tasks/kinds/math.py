@@ -17,6 +17,7 @@ from pydantic import Field
 from fedex_lora.errors import DataError, RecipeError
 from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks import answers, latex
+from fedex_lora.tasks.arithmetic import answer_of, same
 from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import evaluate_loss, language_task
@@ -49,9 +50,6 @@ METRICS = dict.fromkeys(("accuracy", *(f"accuracy_{form}" for form in FORMS)), S
 
 SPLITS = ("validation", "test", "test_gsm8k", "test_math")
 
-# Where a model that goes on to the next problem stops answering this one: the stop words of
-# MetaMath's evaluation, and those of lm-evaluation-harness at the beginning of a line.
-_STOPS = ("Question:", "USER:", "ASSISTANT:", "Instruction:", "Response:", "\nQ:", "\nProblem:")
 
 _log = logging.getLogger(__name__)
 
@@ -225,30 +223,3 @@ def _judge(compare: str, encoded: Dataset, outputs: Sequence[str]) -> list[Verdi
     found = [answer_of(form, text) for form, text in zip(encoded["form"], outputs)]
     right = same(list(zip(references, found)), compare)
     return [Verdict(*each) for each in zip(references, found, right)]
-
-
-def answer_of(form: str, output: str) -> str | None:
-    """The final answer in an output, as rows of that data set are answered.
-
-    Example:
-        >>> answer_of("gsm8k", "The answer is: 5 apples."), answer_of("math", "so \\\\boxed{x^2}")
-        ('5', 'x^2')
-    """
-    text = output
-    for stop in _STOPS:
-        text = text.partition(stop)[0]
-    answer = answers.extract(text)
-    if form == "gsm8k" and answer is not None:
-        return answers.first_number(answer) or answers.last_number(text)
-    return answer
-
-
-def same(pairs: Sequence[tuple[str, str | None]], compare: str) -> list[bool]:
-    """Whether each answer is the reference; math-verify is asked only where spelling differs."""
-    right = [answer is not None and answers.equal(ref, answer) for ref, answer in pairs]
-    if compare == "latex":
-        unclear = [i for i, (_, answer) in enumerate(pairs) if answer and not right[i]]
-        asked = [(answers.bare(pairs[i][0]), answers.bare(pairs[i][1] or "")) for i in unclear]
-        for i, verdict in zip(unclear, latex.equal_latex(asked)):
-            right[i] = verdict
-    return right
