@@ -271,3 +271,11 @@ def test_the_server_alone_counts_what_is_sent_and_refuses_what_it_did_not_ask_fo
     assert set(flat(server.start(after, "a"))) == {"A/q", "B/q"}
     with pytest.raises(fl.UserError, match="Server: no option 'rnak'"):
         fl.Server("fedex", layers, rnak=3)
+
+
+def test_every_public_name_is_there_and_has_words():
+    for name in fl.__all__:
+        assert (getattr(fl, name).__doc__ or "").strip(), name
+    assert set(fl.__all__) <= set(dir(fl))
+    with pytest.raises(AttributeError, match="has no attribute 'Sever'"):
+        _ = fl.Sever

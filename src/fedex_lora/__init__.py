@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
     from fedex_lora.aggregation.assignment import Assigned, Assignment
-    from fedex_lora.aggregation.methods import Method
+    from fedex_lora.aggregation.methods import Method, register_method
     from fedex_lora.api import Federation, HFTrainer, Model
     from fedex_lora.engines.transforms import chain, clip, gaussian_noise
     from fedex_lora.engines.turn import Trained
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedex_lora.merge.plan import make_plan
     from fedex_lora.merge.write import merge_adapters
     from fedex_lora.runs.records import Round
+    from fedex_lora.tasks import Metric, Task, TaskSpec, register_task
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ _HOMES = {  # where a public name is defined
     "LayerShape": "aggregation.adapter",
     "Merge": "merge.call",
     "Method": "aggregation.methods",
+    "Metric": "tasks",
     "MissingDependency": "errors",
     "Model": "api",
     "ProtocolError": "errors",
@@ -57,6 +59,8 @@ _HOMES = {  # where a public name is defined
     "Round": "runs.records",
     "Server": "federation.server",
     "StorageError": "errors",
+    "Task": "tasks",
+    "TaskSpec": "tasks",
     "Trained": "engines.turn",
     "Update": "federation.messages",
     "UserError": "errors",
@@ -66,6 +70,8 @@ _HOMES = {  # where a public name is defined
     "make_plan": "merge.plan",
     "merge_adapters": "merge.write",
     "open_adapter": "merge.adapters",
+    "register_method": "aggregation.methods",
+    "register_task": "tasks",
 }
 
 __all__ = [
@@ -81,6 +87,7 @@ __all__ = [
     "LayerShape",
     "Merge",
     "Method",
+    "Metric",
     "MissingDependency",
     "Model",
     "ProtocolError",
@@ -89,6 +96,8 @@ __all__ = [
     "Round",
     "Server",
     "StorageError",
+    "Task",
+    "TaskSpec",
     "Trained",
     "Update",
     "UserError",
@@ -98,6 +107,8 @@ __all__ = [
     "make_plan",
     "merge_adapters",
     "open_adapter",
+    "register_method",
+    "register_task",
 ]
 
 
