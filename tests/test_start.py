@@ -129,7 +129,8 @@ def test_every_import_is_of_a_dependency_or_of_an_extra() -> None:
 
     needed = names(DECLARED["dependencies"])
     extras = {name: names(given) for name, given in DECLARED["optional-dependencies"].items()}
-    along = {"annotated_types", "pydantic_core", "httpx", "idna"}  # of pydantic, of huggingface-hub
+    along = {"annotated_types", "pydantic_core"}  # with pydantic
+    along |= {"httpx", "idna", "tqdm"}  # with huggingface-hub
     brought = {"datasets": "pyarrow", "flwr": "cryptography uvicorn ray"}  # by what is declared
     for name, modules in brought.items():
         for module in modules.split():

@@ -89,7 +89,6 @@ EXTRAS = {  # of fedex-lora, by the module that they bring
     "sacrebleu": "scorers",
     "scipy": "report",
     "sklearn": "train",
-    "tqdm": "train",
     "transformers": "train",
     "uvicorn": "flower",
 }
