@@ -107,6 +107,10 @@ def test_four_rounds_are_two_saved_and_two_more_bit_for_bit(folder, model, clien
     assert again.history._repr_html_().count("<tr>") == 5
     with pytest.raises(fl.UserError, match="was saved with another seed: 3 then, 0 now"):
         fl.Federation.resume(tmp_path / "run", model, clients, "fedex-keep")
+    with pytest.raises(fl.UserError, match="was saved with another weights: 'examples' then"):
+        fl.Federation.resume(
+            tmp_path / "run", model, clients, "fedex-keep", seed=3, weights="uniform"
+        )
     with pytest.raises(fl.UserError, match="there is no checkpoint"):
         fl.Federation.resume(tmp_path / "nothing", model, clients)
 
@@ -122,6 +126,8 @@ def test_what_is_saved_loads_with_plain_peft_and_gives_the_same_logits(
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(fl.UserError, match="adapter"):  # what is there is not written over
+        federation.save_adapter(tmp_path / "adapter")
 
 
 def test_scores_are_those_of_the_global_model(model, clients):
@@ -222,7 +228,8 @@ def test_a_train_function_that_does_not_do_its_part_is_named(folder, clients, tr
         ({"method": "fedex-svd"}, "rank: fedex-svd needs the rank"),
         ({"ranks": {"ann": 1, "bob": 2, "cleo": 3}}, "ranks: fedex needs one rank"),
         ({"method": "flexlora", "ranks": {"ann": 1}}, "ranks: expected one for each of ann, bob"),
-        ({"wieghts": "uniform"}, "no option 'wieghts'"),
+        ({"wieghts": "uniform"}, "no option 'wieghts'; did you mean 'weights'"),
+        ({"sites": {}}, "Federation: there is no option 'sites'"),
         ({"max_share": 0.4}, "client ann declares 5 of 10 rows"),
     ],
 )
@@ -269,7 +276,7 @@ def test_the_server_alone_counts_what_is_sent_and_refuses_what_it_did_not_ask_fo
     with pytest.raises(fl.UserError, match="the update of 'a' is given as 'b''s"):
         server.step(after, {"b": updates["a"]})
     assert set(flat(server.start(after, "a"))) == {"A/q", "B/q"}
-    with pytest.raises(fl.UserError, match="Server: no option 'rnak'"):
+    with pytest.raises(fl.UserError, match="Server: there is no option 'rnak'; did you"):
         fl.Server("fedex", layers, rnak=3)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from fedex_lora.aggregation.adapter import AdapterState, fresh, uniform
 from fedex_lora.aggregation.methods import Method, get_method
+from fedex_lora.disk import new_directory
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.own_loop import OwnLoop
 from fedex_lora.engines.stage import Stage
@@ -33,7 +35,7 @@ from fedex_lora.engines.turn import Train, Trained, Transform, Turn
 from fedex_lora.errors import UserError
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.loop import run_round
-from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.settings import Settings, check_options
 from fedex_lora.federation.state import ServerState, begin, global_factors, start_of
 from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
@@ -211,8 +213,7 @@ class Federation:
             raise UserError(f"ranks: {method} needs one rank for all clients; leave them out")
         if ranks and ranks.keys() != rows.keys():
             raise UserError(f"ranks: expected one for each of {', '.join(sorted(rows))}")
-        if unknown := sorted(options.keys() - set(Settings.__dataclass_fields__)):
-            raise UserError(f"Federation: there is no option {unknown[0]!r}")
+        check_options(options, "Federation")
         if chosen.residual == "truncated" and options.get("rank") is None:
             raise UserError(f"rank: {method} needs the rank its residual is cut to")
         adapted = model.adapted
@@ -298,12 +299,16 @@ class Federation:
         Args:
             rank: None for the numerical rank of each layer, else the best of that rank.
             client: As of `show`.
+
+        Raises:
+            UserError: `path` is in use or cannot be written, or a weight is no finite number.
         """
         adapter = self._adapter(client)
         check_finite(adapter.head)
         cut = as_adapter(self.state.ledger, adapter, self.model.adapted.sites, rank, 0.0)
         whole = AdapterState(uniform(cut.sites), adapter.head)
-        self.model.adapted.save_adapter(whole, Path(path), base_name=self.model.name)
+        with new_directory(Path(path), "the adapter", "save it again") as new:
+            self.model.adapted.save_adapter(whole, new, base_name=self.model.name)
 
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint from which `resume` goes on, bit for bit."""
@@ -339,7 +344,10 @@ class Federation:
 
     def _identity(self) -> dict[str, Any]:
         s, method = self.settings, self.settings.method
+        chosen = ("ranks", "rank", "carry", "flush", "weights", "server_learning_rate")
+        chosen += ("clients_per_round", "wire_dtype")
         return {
+            **{name: _plain(getattr(s, name)) for name in chosen},
             "method": f"{method.trains}, {type(method.assignment).__name__}, {method.residual}",
             "seed": s.seed,
             "clients": dict(s.examples),
@@ -356,6 +364,15 @@ class Federation:
         if client is not None:
             return start_of(self.state, self.settings, client)
         return AdapterState(global_factors(self.state, self.settings), self.state.head)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON brings it back."""
+    return (
+        dict(value)
+        if isinstance(value, Mapping)
+        else (str(value) if isinstance(value, torch.dtype) else value)
+    )
 
 
 def _way(train: HFTrainer | Callable[..., Trained] | Train | None) -> Train:

@@ -94,8 +94,11 @@ def test_after_one_round_all_exact_assignments_have_the_same_global_model():
 @pytest.mark.parametrize("name", EXCHANGING)
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
 def test_counted_bytes_are_those_of_the_messages(name, wire):
-    _, clients, records = simulate(settings(name, clients_per_round=2, wire_dtype=wire))
-    assert [r["bytes_down"] for r in records] == clients.down
+    unequal = {"a": 1, "b": 3, "c": 2, "d": 3} if METHODS[name].ranks_may_differ else {}
+    for part, ranks in ((2, {}), (2, unequal), ("all", unequal)):
+        given = settings(name, clients_per_round=part, wire_dtype=wire, ranks=ranks)
+        _, clients, records = simulate(given)
+        assert [r["bytes_down"] for r in records] == clients.down
 
 
 @pytest.mark.parametrize("name", EXACT)

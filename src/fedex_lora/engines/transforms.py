@@ -56,8 +56,9 @@ def clip(most: float) -> Transform:
 def gaussian_noise(deviation: float, seed: int | None = None) -> Transform:
     """drift + N(0, deviation²), independent in every entry.
 
-    Noise that is to hide something must not be known to anybody, so it is drawn from the operating
-    system's randomness and a run with it does not repeat.
+    Noise that is to hide something must not be known to anybody, so its seed comes from the
+    operating system's randomness and a run with it does not repeat. The generator is torch's, which
+    is no cryptographic one.
 
     Args:
         deviation: Standard deviation, in the units of the weights. For differential privacy of a

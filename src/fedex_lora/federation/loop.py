@@ -20,7 +20,6 @@ from fedex_lora.federation.codec import (
     broadcast_nbytes,
     decode_update,
     encode_update,
-    ledger_tensors,
     update_nbytes,
 )
 from fedex_lora.federation.messages import Broadcast, Lost, Scores, Tensors, Update, flat, replaced
@@ -302,17 +301,18 @@ def _check_quorum(tally: _Tally, exchange: Exchange) -> None:
 
 
 def count_down(exchange: Exchange) -> dict[str, int]:
-    """Bytes of each client's message; those of the same tensors are counted once."""
-    if not exchange.settings.method.exchanges:
+    """Bytes of each client's message. It is a function of the client's rank, of the version that it
+    holds, and of its own factors where it has such; equal ones are counted once."""
+    state, settings = exchange.state, exchange.settings
+    if not settings.method.exchanges:
         return dict.fromkeys(exchange.clients, 0)
     sizes: dict[object, int] = {}
     down = {}
     for client in exchange.clients:
-        message = exchange.message(client)
-        tensors = {**message.tensors, **ledger_tensors(message.ledger)}
-        key = message.fresh, message.own, tuple((name, id(t)) for name, t in tensors.items())
+        own = client if settings.method.assignment.own else None
+        key = settings.ranks.get(client), state.held.get(client, 0), own
         if key not in sizes:
-            sizes[key] = broadcast_nbytes(message, exchange.settings.wire_dtype)
+            sizes[key] = broadcast_nbytes(exchange.message(client), settings.wire_dtype)
         down[client] = sizes[key]
     return down
 

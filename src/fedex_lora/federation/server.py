@@ -11,7 +11,7 @@ from fedex_lora.aggregation.methods import Method, get_method
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange, Record, run_round
 from fedex_lora.federation.messages import Broadcast, Scores, Update, flat, only
-from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.settings import Settings, check_options
 from fedex_lora.federation.state import ServerState, begin, own_part, start_of
 
 
@@ -23,6 +23,7 @@ class Server:
         layers: The adapted layers' shapes, by name.
         clients: Their names; more may come later.
         seed: Of fresh factors.
+        rounds: After how many what a truncated residual still carries is sent whole.
         options: Further fields of `Settings`: `rank`, `ranks`, `weights`, `wire_dtype`, ...
 
     Example:
@@ -47,18 +48,12 @@ class Server:
         clients: Iterable[str] = (),
         *,
         seed: int = 0,
+        rounds: int = 10**9,
         **options: Any,
     ) -> None:
-        known = set(Settings.__dataclass_fields__)
-        if unknown := sorted(options.keys() - known):
-            raise UserError(
-                f"Server: no option {unknown[0]!r}; there are {', '.join(sorted(known))}"
-            )
-        chosen = get_method(method)
+        check_options(options, "Server")
         names = tuple(sorted(clients))
-        self.settings = Settings(
-            chosen, seed, names, dict(layers), options.pop("rounds", 10**9), **options
-        )
+        self.settings = Settings(get_method(method), seed, names, dict(layers), rounds, **options)
 
     def init(self, adapter: AdapterState | None = None) -> ServerState:
         """The state before round 1; without an adapter A is drawn from the seed and B = 0."""

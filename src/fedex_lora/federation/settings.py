@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,18 @@ class Settings:
         if wanted == "all":
             return k
         return max(1, round(wanted * k)) if isinstance(wanted, float) else min(wanted, k)
+
+
+_MADE = ("method", "seed", "clients", "sites", "rounds")  # of what a caller gives by itself
+
+
+def check_options(given: Iterable[str], whose: str) -> None:
+    """Raises a `UserError` for a name that is no field of `Settings` which may be chosen.
+
+    Args:
+        whose: Who was given it, for the error.
+    """
+    known = [name for name in Settings.__dataclass_fields__ if name not in _MADE]
+    for name in sorted(set(given) - set(known)):
+        near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise UserError(f"{whose}: there is no option {name!r}{near}")
