@@ -1,6 +1,5 @@
 """Whole runs on tiny real models: exactness of exports, resuming, best rounds, failures."""
 
-import gc
 import json
 import os
 import shutil
@@ -18,16 +17,13 @@ from safetensors.torch import load_file
 from small_runs import SIZES, StopAfter, oracle, products, recipe
 
 from fedex_lora.aggregation.methods import METHODS
-from fedex_lora.engines.setup import set_up
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.federation.loop import run_round
-from fedex_lora.federation.state import begin
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.checkpoint import load_checkpoint
 from fedex_lora.runs.export import export_adapter, export_model
 from fedex_lora.runs.reopened import open_run
-from fedex_lora.runs.run import local_engine, resume_run, start_run
+from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.watch import Silent
 
@@ -153,25 +149,6 @@ def test_two_rounds_and_a_resumed_two_are_four_bit_for_bit(finished, tmp_path):
     same_bits(tmp_path / "run", folder / "run")
     assert timeless(tmp_path / "run") == timeless(folder / "run")
     assert resumed["best"] == results["best"] and resumed["bytes_up"] == results["bytes_up"]
-
-
-@pytest.mark.parametrize("training", [{"bf16": True}, {"gradient_checkpointing": True}])
-def test_training_leaves_nothing_behind_on_the_shared_model(tmp_path, training):
-    """Neither a wrapper nor a hook; so what is evaluated does not depend on who trained before."""
-    spec = recipe(tmp_path, training=training, federation={"rounds": 3})
-    results = start_run(spec, tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
-    resumed = resume_run(tmp_path / "run")
-    assert resumed["last"] == results["last"]
-    federation = set_up(spec)
-    hooks = _hooks(federation.model.module)
-    engine = local_engine(federation)
-    run_round(begin(federation.settings, federation.initial), federation.settings, engine)
-    assert _hooks(federation.model.module) == hooks
-
-
-def _hooks(module):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
 def test_scores_that_are_no_numbers_count_as_no_better_and_survive_a_resume(tmp_path, monkeypatch):
@@ -368,34 +345,6 @@ def test_a_client_that_diverges_is_refused_and_below_the_quorum_the_run_stops(tm
     ):
         start_run(spec, tmp_path / "run")
     assert newest(tmp_path / "run").version == 1
-
-
-def test_collections_of_garbage_are_as_before_once_a_run_ends(tmp_path):
-    skipped = []
-
-    class Looks(Silent):
-        def round_done(self, record):
-            skipped.append(gc.get_freeze_count())
-
-    start_run(recipe(tmp_path), tmp_path / "run", Looks())
-    assert len(skipped) == 2 and min(skipped) > 0 and gc.get_freeze_count() == 0
-
-
-def test_a_run_and_its_resumption_take_the_recipe_s_threads_and_leave_the_caller_s(tmp_path):
-    spec, seen = recipe(tmp_path, engine={"threads": 3}), []
-
-    class Looks(StopAfter):
-        def round_done(self, record):
-            seen.append(torch.get_num_threads())
-            super().round_done(record)
-
-    before = torch.get_num_threads()
-    assert before != 3
-    with pytest.raises(KeyboardInterrupt):
-        start_run(spec, tmp_path / "run", Looks(1))
-    assert torch.get_num_threads() == before
-    resume_run(tmp_path / "run", watcher=Looks(0))
-    assert torch.get_num_threads() == before and seen == [3, 3]
 
 
 @pytest.mark.parametrize("name", ["fedex", "local"])
