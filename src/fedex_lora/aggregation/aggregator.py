@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -156,20 +156,38 @@ class Aggregator:
                 They are of products, so not where clients keep a factor that they trained.
         """
         self._take_waiting()
-        factors, increment, measured = {}, {}, {}
-        for name, sums in self._layers.items():
-            statistics = sums.finish()
-            if norms and self._sees_all:
-                measured[name] = statistics.norms()
-            assigned = assign(self.method, statistics)
-            if assigned.factors is not None:
-                factors[name] = assigned.factors
-            if assigned.left_out is not None and self.method.in_ledger:
-                increment[name] = assigned.left_out
-        return Aggregate(
-            factors,
-            increment,
+        return concluded(
+            self.method,
+            ((name, sums.finish()) for name, sums in self._layers.items()),
             {n: self._head_start[n] + self.eta * d for n, d in self._head.items()},
-            {name: deviation for name, (deviation, _) in measured.items()},
-            {name: ideal for name, (_, ideal) in measured.items()},
+            norms and self._sees_all,
         )
+
+
+def concluded(
+    method: Method,
+    layers: Iterable[tuple[str, Statistics]],
+    head: Mapping[str, Tensor],
+    norms: bool = True,
+) -> Aggregate:
+    """What the method makes of every layer's statistics.
+
+    Args:
+        norms: Whether to measure `deviation` and `ideal`.
+    """
+    factors, increment, measured = {}, {}, {}
+    for name, statistics in layers:
+        if norms:
+            measured[name] = statistics.norms()
+        assigned = assign(method, statistics)
+        if assigned.factors is not None:
+            factors[name] = assigned.factors
+        if assigned.left_out is not None and method.in_ledger:
+            increment[name] = assigned.left_out
+    return Aggregate(
+        factors,
+        increment,
+        head,
+        {name: deviation for name, (deviation, _) in measured.items()},
+        {name: ideal for name, (_, ideal) in measured.items()},
+    )

@@ -50,6 +50,8 @@ class Assignment(ABC):
         drawn: Whether all factors follow from the seed: A at random, B = 0, and nothing is sent.
         needs: Sums over the clients' products BᵢAᵢ that `assign` reads beside the means:
             "product", Σ wᵢsᵢBᵢAᵢ, or "increment", Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰).
+        means: Whether `assign` reads the means of the factors, where clients send both. Those that
+            read none are summed without showing any under secure aggregation.
         dealt: Whether own factors are given by the server; otherwise a client keeps what it
             trained.
         private: Whether own factors never leave their client, which needs no sum of them.
@@ -62,6 +64,7 @@ class Assignment(ABC):
     own: ClassVar[frozenset[str]] = NONE
     drawn: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
+    means: ClassVar[bool] = True
     dealt: ClassVar[bool] = False
     private: ClassVar[bool] = False
     head_private: ClassVar[bool] = False
@@ -132,6 +135,7 @@ class Reinit(Assignment):
     name = "reinit"
     drawn = True
     needs = frozenset({"product"})
+    means = False
     ranks_may_differ = True
 
     def assign(self, s: Statistics) -> Assigned:
@@ -149,6 +153,7 @@ class Keep(Assignment):
     shared = NONE
     own = BOTH
     needs = frozenset({"increment"})
+    means = False
     ranks_may_differ = True
 
     def assign(self, s: Statistics) -> Assigned:
@@ -164,6 +169,7 @@ class Svd(Assignment):
 
     name = "svd"
     needs = frozenset({"product"})
+    means = False
     ranks_may_differ = True
 
     def assign(self, s: Statistics) -> Assigned:

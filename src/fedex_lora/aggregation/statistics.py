@@ -100,7 +100,7 @@ class LayerSums:
 
     def add(self, n: float, start: Factors, end: Factors) -> None:
         """Takes in one client: where it began and where it ended, its weight n > 0."""
-        start, end = self._full(start), self._full(end)
+        start, end = padded(start, self.layer), padded(end, self.layer)
         self._start = self._start or start
         self._moments.add(n, end.B, end.A)
         c, began = self.layer.scale * n, bool(self.needs) and bool(start.B.any())
@@ -136,13 +136,14 @@ class LayerSums:
             self._increment.total(self.eta / total),
         )
 
-    def _full(self, f: Factors) -> Factors:
-        """Zero-padded to the full rank, B in units of the layer's scale."""
-        ratio, missing = f.scale / self.layer.scale, self.layer.rank - f.rank
-        b = f.B if ratio == 1 else f.B * ratio
-        if not missing:
-            return Factors(f.A, b, self.layer.scale)
-        return Factors(pad(f.A, (0, 0, 0, missing)), pad(b, (0, missing)), self.layer.scale)
+
+def padded(f: Factors, layer: LayerShape) -> Factors:
+    """Zero-padded to the layer's rank, B in units of the layer's scale."""
+    ratio, missing = f.scale / layer.scale, layer.rank - f.rank
+    b = f.B if ratio == 1 else f.B * ratio
+    if not missing:
+        return Factors(f.A, b, layer.scale)
+    return Factors(pad(f.A, (0, 0, 0, missing)), pad(b, (0, missing)), layer.scale)
 
 
 def orthonormal_rows(a: Tensor) -> Tensor:

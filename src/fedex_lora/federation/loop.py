@@ -94,7 +94,7 @@ class Transport(Protocol):
 
 
 @dataclass(frozen=True)
-class _Taken:
+class Taken:
     """What the record says of an update that was aggregated."""
 
     examples: int
@@ -102,10 +102,10 @@ class _Taken:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What happened in a round, besides the numbers that are aggregated."""
 
-    taken: dict[str, _Taken] = field(default_factory=dict)
+    taken: dict[str, Taken] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
@@ -144,7 +144,7 @@ def run_round(
     """
     exchange = Exchange(state, settings, settings.sample(state.version + 1))
     down = count_down(exchange)
-    tally = _Tally()
+    tally = Tally()
     with Spool(waiting) as spool:
         for reply in each_once(exchange.clients, transport.train(exchange), tally.refused):
             down[reply.client] += reply.resent
@@ -162,7 +162,7 @@ def run_round(
             for client in sorted(tally.taken):
                 update = spool.get(client)
                 keep(exchange.round, update, replaced(_end(exchange, update), update.kept))
-    return after, _record(settings, after, result, tally, down)
+    return after, record_of(settings, after, result, tally, down)
 
 
 def deliver(
@@ -213,7 +213,7 @@ def each_once(
             refused.setdefault(reply.client, "sent something that was not asked for")
 
 
-def _receive(update: Update, exchange: Exchange, tally: _Tally, spool: Spool) -> None:
+def _receive(update: Update, exchange: Exchange, tally: Tally, spool: Spool) -> None:
     """Checks an update by itself and puts it aside until the others are there."""
     client, settings = update.client, exchange.settings
     start, began = exchange.start(client), perf_counter()
@@ -230,7 +230,7 @@ def _receive(update: Update, exchange: Exchange, tally: _Tally, spool: Spool) ->
         tally.refused[client] = str(refusal)
         return
     spool.put(update)
-    tally.taken[client] = _Taken(update.examples, update.metrics)
+    tally.taken[client] = Taken(update.examples, update.metrics)
     tally.seconds += perf_counter() - began
 
 
@@ -240,7 +240,7 @@ def _end(exchange: Exchange, update: Update) -> AdapterState:
 
 
 def _next_state(
-    exchange: Exchange, tally: _Tally, spool: Spool, shelve: Shelve
+    exchange: Exchange, tally: Tally, spool: Spool, shelve: Shelve
 ) -> tuple[ServerState, Aggregate | None]:
     """The state that the updates lead to, in sorted order of the clients: sums depend on their
     order in the last bits, so results do not depend on who is faster.
@@ -289,7 +289,7 @@ def _aggregated(
     return step(exchange.state, settings, result, clients, kept), result
 
 
-def _check_quorum(tally: _Tally, exchange: Exchange) -> None:
+def _check_quorum(tally: Tally, exchange: Exchange) -> None:
     least = exchange.settings.min_clients
     if len(tally.taken) >= least:
         return
@@ -317,13 +317,14 @@ def count_down(exchange: Exchange) -> dict[str, int]:
     return down
 
 
-def _record(
+def record_of(
     settings: Settings,
     after: ServerState,
     result: Aggregate | None,
-    tally: _Tally,
+    tally: Tally,
     down: Mapping[str, int],
 ) -> Record:
+    """One line of the records: what happened in a round, and what it came to."""
     record: Record = {
         "round": after.version,
         "clients": {
@@ -360,7 +361,7 @@ def _left_out(settings: Settings, after: ServerState, result: Aggregate) -> floa
     return _norm({layer: w - sent[layer] for layer, w in result.increment.items()})
 
 
-def _weights(taken: Mapping[str, _Taken], settings: Settings) -> dict[str, float]:
+def _weights(taken: Mapping[str, Taken], settings: Settings) -> dict[str, float]:
     uniform = settings.weights == "uniform"
     n = {c: 1.0 if uniform else float(taken[c].examples) for c in sorted(taken)}
     return {c: v / sum(n.values()) for c, v in n.items()}

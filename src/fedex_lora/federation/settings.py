@@ -16,6 +16,21 @@ from fedex_lora.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
+class Secure:
+    """How updates are summed without the server seeing a single one.
+
+    Attributes:
+        threshold: How many of a round's clients must stay to its end; None for more than half.
+        bits: Of fixed point, below a tensor's largest entry.
+        rank: Of the sketch of the clients' products; None for one that loses nothing.
+    """
+
+    threshold: int | None = None
+    bits: int = 40
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """The fixed values of a federation.
 
@@ -34,6 +49,7 @@ class Settings:
         max_share: Bound of one client's share of the weights.
         examples: Rows by client, as declared before round 1; they hold for the run. Empty where
             what an update says is believed.
+        secure: Set where the server is to see sums alone.
     """
 
     method: Method
@@ -55,6 +71,7 @@ class Settings:
     norm_ratio: float | None = None
     max_share: float | None = None
     examples: Mapping[str, int] = field(default_factory=dict)
+    secure: Secure | None = None
 
     def layers_of(self, client: str) -> dict[str, LayerShape]:
         """The layers at this client's rank."""

@@ -1,0 +1,161 @@
+"""A client's part in a round of secure aggregation: it answers what the server asks.
+
+keys      a round begins: public keys for two sums, signed
+shares    everybody's keys → letters with shares of both sums' secrets
+train     the letters; trains → the sizes of its tensors, under masks
+open      who sent sizes → shares that open their sum
+send      the sizes that all agreed on → its numbers, under masks
+open      who sent numbers → shares that open their sum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.errors import ProtocolError
+from fedex_lora.federation.messages import Update, replaced
+from fedex_lora.federation.secure import fixed, sums
+from fedex_lora.federation.secure.identity import Identity
+from fedex_lora.federation.secure.messages import SUMS, Answer, Ask
+from fedex_lora.federation.secure.session import Session
+from fedex_lora.federation.settings import Settings
+
+Trained = tuple[AdapterState, Update]
+"""Where a client started from, and its update."""
+
+_HALVINGS = 40  # of weights, at most
+
+
+@dataclass
+class Member:
+    """What a client remembers from one message of a round to the next. It lives in memory.
+
+    Attributes:
+        context: The round's, as the server gave it.
+        sessions: One for each of the two sums.
+        everybody: How many clients take part.
+        widths: Of the sketches, by layer.
+    """
+
+    name: str
+    context: str = ""
+    sessions: dict[str, Session] = field(default_factory=dict, repr=False)
+    everybody: int = 0
+    widths: dict[str, int] = field(default_factory=dict)
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON. It holds secrets, and goes into no file."""
+        sessions = {label: session.dump() for label, session in self.sessions.items()}
+        return {**self.__dict__, "sessions": sessions}
+
+    @classmethod
+    def load(cls, value: Mapping[str, Any]) -> Self:
+        """The inverse of `dump`."""
+        sessions = {label: Session.load(found) for label, found in value["sessions"].items()}
+        return cls(**{**value, "sessions": sessions})
+
+    def answer(
+        self,
+        ask: Ask,
+        settings: Settings,
+        trained: Callable[[], Trained],
+        identity: Identity | None = None,
+    ) -> Answer:
+        """The answer to one message.
+
+        Args:
+            settings: As this client knows them from its own recipe.
+            trained: Trains, or gives what was trained before in this round.
+            identity: Signs, and knows the others' signatures; None where nobody has keys.
+
+        Raises:
+            UserError: What is asked would show more than a sum, or cannot be done.
+        """
+        about = ask.about
+        if ask.step == "keys":
+            return self._keys(_text(about, "context"), identity)
+        if not self.sessions:
+            raise ProtocolError("what this client knew of the round is gone; it sits this one out")
+        if ask.step == "shares":
+            return self._shares(about, settings, identity)
+        if ask.step == "open":
+            present = about.get("present")
+            if about.get("sum") not in SUMS or not isinstance(present, list):
+                raise ProtocolError("asked to open a sum that is none")
+            return self._told(shares=self.sessions[about["sum"]].reveal(map(str, present)))
+        if ask.step == "train":
+            self._letters(about, settings)
+            votes = fixed.votes(self._contribution(settings, trained))
+            self.sessions["sizes"].mask(votes)
+            return Answer(self.name, vector=votes)
+        return self._send(about, settings, trained)
+
+    def _keys(self, context: str, identity: Identity | None) -> Answer:
+        """A new round: new secrets, and those of the one before are forgotten."""
+        self.context = context
+        self.sessions = {label: Session(self.name, f"{context} {label}") for label in SUMS}
+        keys = {label: session.keys() for label, session in self.sessions.items()}
+        signature = None if identity is None else identity.sign(context, self.name, keys)
+        return self._told(keys=keys, signature=signature)
+
+    def _shares(
+        self, about: Mapping[str, Any], settings: Settings, identity: Identity | None
+    ) -> Answer:
+        everybody = about["everybody"]
+        for name, told in everybody.items():
+            if identity is not None:
+                identity.check(self.context, name, told["keys"], told["signature"])
+        assert settings.secure is not None
+        self.everybody = len(everybody)
+        found = {
+            label: session.share(
+                {name: told["keys"][label] for name, told in everybody.items()},
+                settings.secure.threshold,
+            )
+            for label, session in self.sessions.items()
+        }
+        return self._told(dealt=found)
+
+    def _letters(self, about: Mapping[str, Any], settings: Settings) -> None:
+        for label, session in self.sessions.items():
+            session.receive(about["letters"][label], about["commitments"][label])
+        self.widths = {str(name): width for name, width in about["widths"].items()}
+        needed = sums.products(settings.method, about["round"])
+        wrong = self.widths.keys() != (settings.layers.keys() if needed else set())
+        if wrong or any(type(w) is not int or w < 1 for w in self.widths.values()):
+            raise ProtocolError("asked for sketches that do not fit the layers")
+
+    def _send(
+        self, about: Mapping[str, Any], settings: Settings, trained: Callable[[], Trained]
+    ) -> Answer:
+        exponents, halvings = about.get("exponents"), about.get("halvings")
+        if type(halvings) is not int or not 0 <= halvings <= _HALVINGS:
+            raise ProtocolError("asked for weights in a strange unit")
+        start, update = trained()
+        found = self._contribution(settings, lambda: (start, update))
+        if not isinstance(exponents, list) or len(exponents) != len(found):
+            raise ProtocolError("the sizes that were agreed on are not those of its tensors")
+        assert settings.secure is not None
+        rows = 1 if settings.weights == "uniform" else update.examples
+        weight, bits = rows * 2.0**-halvings, settings.secure.bits
+        vector = fixed.encode(found, list(map(int, exponents)), weight, bits, self.everybody)
+        self.sessions["numbers"].mask(vector)
+        return Answer(self.name, vector=vector)
+
+    def _contribution(self, settings: Settings, trained: Callable[[], Trained]) -> dict[str, Any]:
+        start, update = trained()
+        end, loss = replaced(start, update.tensors), update.metrics.get("loss")
+        return sums.contribution(settings, update.round, self.widths, start, end, loss)
+
+    def _told(self, **about: Any) -> Answer:
+        return Answer(self.name, about)
+
+
+def _text(about: Mapping[str, Any], name: str) -> str:
+    value = about.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= 200:
+        raise ProtocolError(f"a message without its {name}")
+    return value

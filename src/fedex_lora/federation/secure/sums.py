@@ -1,0 +1,275 @@
+"""What clients add up in a round, so that the next state follows from sums alone.
+
+With drifts D = B − B⁰ and E = A − A⁰ a method needs Σ wD and Σ wE, or a sum over products
+
+    covariance  Σ wᵢ·DᵢEᵢ                    (its residual is that minus D̄Ē)
+    increment   Σ wᵢ·(BᵢAᵢ − Bᵢ⁰Aᵢ⁰)
+    product     Σ wᵢ·(Bᵢ⁰Aᵢ⁰ + η(BᵢAᵢ − Bᵢ⁰Aᵢ⁰))    where each starts from factors of its own
+
+of which no product is formed: two sketches with public random Ω and Ψ are sums too, and give it
+back (generalised Nyström: Nakatsukasa, arXiv 2009.11392),
+
+    Y = Σ wᵢ·Pᵢ Ω  (out × p),    Z = Σ wᵢ·Ψ Pᵢ  (q × in),    P = Q (Ψ Q)⁺ Z,   Q = orth(Y),
+
+exactly as soon as p is the rank of P, which is at most the sum of the clients' ranks. Where Y and Z
+would hold more numbers than P, it is P that is summed. All in float64; B in units of the layer's
+scale, factors padded with zeros to the layer's rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
+from fedex_lora.aggregation.aggregator import Aggregate, concluded
+from fedex_lora.aggregation.delta import Delta
+from fedex_lora.aggregation.methods import Method
+from fedex_lora.aggregation.seeding import derive
+from fedex_lora.aggregation.statistics import Statistics, padded
+from fedex_lora.federation.messages import Tensors
+from fedex_lora.federation.settings import Settings
+
+MORE = 8  # rows that Ψ has beyond p
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def unfit(method: Method, ranks_differ: bool) -> str | None:
+    """Why sums do not suffice for a method; None if they do."""
+    if method.pooled or not method.exchanges:
+        return "exchanges nothing, so there is nothing to hide"
+    assignment = method.assignment
+    if assignment.own and not assignment.dealt and not assignment.private:
+        return "needs each client's own factors at the coordinator, which could not restore them"
+    if assignment.private:
+        return "leaves factors with the clients, which the coordinator cannot check against a sum"
+    if ranks_differ and assignment.means:
+        return "reads means, in which the columns of the largest rank would be one client's alone"
+    return None
+
+
+def products(method: Method, round: int) -> frozenset[str]:
+    """Which sums over products are needed in a round."""
+    if method.assignment.sent_up(method.trained(round)) != {"A", "B"}:
+        return frozenset()  # D or E is zero, and the product follows from the means
+    needs = method.assignment.needs
+    if not needs:
+        return frozenset({"covariance"} if method.in_ledger else ())
+    if "product" in needs and not method.assignment.own:
+        return needs - {"product"} | {"increment"}  # all start from what the server knows
+    return needs
+
+
+def means(method: Method, round: int) -> frozenset[str]:
+    """Of which factors the mean is needed in a round."""
+    seen = method.assignment.sent_up(method.trained(round))
+    spared = products(method, round) and method.assignment.needs and not method.assignment.means
+    return frozenset() if spared else seen
+
+
+def widths(settings: Settings, round: int, clients: Iterable[str], begun: bool) -> dict[str, int]:
+    """p of each layer: the rank that a sum over these clients' products can have at most.
+
+    Args:
+        begun: Whether B⁰ is not zero.
+    """
+    found: dict[str, int] = {}
+    asked = None if settings.secure is None else settings.secure.rank
+    if not products(settings.method, round):
+        return {}
+    for client in clients:
+        for name, layer in settings.layers_of(client).items():
+            found[name] = found.get(name, 0) + layer.rank
+    drifts = not settings.method.assignment.needs
+    for name, layer in settings.layers.items():
+        if asked is not None:
+            found[name] = asked
+        elif begun and not drifts:  # B⁰E, of all clients together
+            found[name] += layer.rank
+    return found
+
+
+def is_dense(layer: LayerShape, width: int) -> bool:
+    """Whether the sum itself holds no more numbers than its sketches.
+
+    Example:
+        >>> layer = LayerShape(out=100, inp=100, rank=4, scale=1.0)
+        >>> is_dense(layer, 12), is_dense(layer, 48)
+        (False, True)
+    """
+    return width * layer.out + (width + MORE) * layer.inp >= layer.out * layer.inp
+
+
+def shapes(settings: Settings, round: int, width: Mapping[str, int], head: Tensors) -> Shapes:
+    """What is summed in a round, by name, in the order in which it stands in the vector."""
+    method = settings.method
+    found: dict[str, tuple[int, ...]] = {"count": (1,), "loss": (2,)}
+    for name, layer in settings.layers.items():
+        if "A" in means(method, round):
+            found[f"A/{name}"] = (layer.rank, layer.inp)
+        if "B" in means(method, round):
+            found[f"B/{name}"] = (layer.out, layer.rank)
+        for kind in sorted(products(method, round)):
+            if is_dense(layer, width[name]):
+                found[f"{kind}/{name}"] = (layer.out, layer.inp)
+            else:
+                found[f"{kind} Y/{name}"] = (layer.out, width[name])
+                found[f"{kind} Z/{name}"] = (width[name] + MORE, layer.inp)
+        if settings.ranks and products(method, round):
+            found[f"ranks/{name}"] = (layer.rank,)
+    return found | {f"head/{name}": tuple(t.shape) for name, t in head.items()}
+
+
+def contribution(
+    settings: Settings,
+    round: int,
+    width: Mapping[str, int],
+    start: AdapterState,
+    end: AdapterState,
+    loss: float | None = None,
+) -> dict[str, Tensor]:
+    """What one client adds, before its weight, as `shapes` lists it."""
+    told = [0.0, 0.0] if loss is None or not math.isfinite(loss) else [loss, 1.0]
+    found = {"count": torch.ones(1), "loss": torch.tensor(told)}
+    method = settings.method
+    for name, layer in settings.layers.items():
+        before, after = _wide(start.layers[name], layer), _wide(end.layers[name], layer)
+        d, e = after.B - before.B, after.A - before.A
+        none = d.new_zeros(())
+        if "A" in means(method, round):
+            found[f"A/{name}"] = e
+        if "B" in means(method, round):
+            found[f"B/{name}"] = d
+        for kind in sorted(products(method, round)):
+            eta = settings.server_learning_rate
+            terms = {
+                "covariance": [(d, e)],
+                "increment": [(d, after.A), (before.B, e)],
+                "product": [(after.B * eta, after.A), (before.B * (1 - eta), before.A)],
+            }[kind]
+            if is_dense(layer, width[name]):
+                found[f"{kind}/{name}"] = sum((b @ a for b, a in terms), none)
+            else:
+                omega, psi = _random(settings, round, name, width[name])
+                found[f"{kind} Y/{name}"] = sum((b @ (a @ omega) for b, a in terms), none)
+                found[f"{kind} Z/{name}"] = sum(((psi @ b) @ a for b, a in terms), none)
+        if settings.ranks and products(method, round):
+            rank = start.layers[name].rank
+            found[f"ranks/{name}"] = (torch.arange(layer.rank) < rank).double()
+    return found | {f"head/{n}": end.head[n].double() - t.double() for n, t in start.head.items()}
+
+
+def aggregate(
+    settings: Settings,
+    round: int,
+    width: Mapping[str, int],
+    start: AdapterState,
+    sums: Mapping[str, Tensor],
+    clients: int,
+) -> Aggregate:
+    """What the sums amount to: the same as what the clients' own numbers would.
+
+    Args:
+        start: The shared factors at the full rank, and the head.
+        sums: Σ n·x by name.
+        clients: How many went into them.
+    """
+    method, eta = settings.method, settings.server_learning_rate
+    mean = {name: total / sums["count"] for name, total in sums.items()}
+    head = {n: (t.double() + eta * mean[f"head/{n}"]).to(t) for n, t in start.head.items()}
+    layers = (
+        (name, _statistics(settings, round, width, mean, clients, name, f))
+        for name, f in start.layers.items()
+    )
+    trained = method.trained(round)
+    seen = method.assignment.sent_up(trained)
+    told = seen != {"A", "B"} or "covariance" in products(method, round)
+    return concluded(method, layers, head, told and seen == trained)
+
+
+def _statistics(
+    settings: Settings,
+    round: int,
+    width: Mapping[str, int],
+    mean: Mapping[str, Tensor],
+    clients: int,
+    name: str,
+    start: Factors,
+) -> Statistics:
+    """Those of one layer, in float32. A mean that was not summed is NaN, so that an assignment that
+    reads it after all comes to nothing that could be trained from."""
+    method, layer, eta = settings.method, settings.layers[name], settings.server_learning_rate
+    seen, summed = method.assignment.sent_up(method.trained(round)), products(method, round)
+    recovered = partial(_recovered, settings, round, width, mean, name)
+    first, s = _wide(start, layer), layer.scale
+    d, e = (mean.get(f"{x}/{name}", torch.tensor(torch.nan if x in seen else 0.0)) for x in "BA")
+    covariance = product = increment = None
+    if "covariance" in summed:
+        covariance = recovered("covariance") - Delta(d, e)
+        if covariance.right is not None:  # the columns that D̄ adds say nothing new
+            covariance = covariance.split((clients - 1) * layer.rank)[0]
+    if "increment" in summed:
+        increment = recovered("increment").scaled(eta)
+    elif len(seen) == 1:
+        gained = Delta(d, first.A) if "B" in seen else Delta(first.B, e)
+        increment = gained.scaled(eta)
+    if "product" in summed:
+        product = recovered("product")
+    elif "product" in method.assignment.needs and increment is not None:
+        product = increment
+        if first.B.any():
+            shares = mean.get(f"ranks/{name}", torch.ones(()))
+            product = product + Delta(first.B * shares, first.A)
+    return Statistics(
+        layer,
+        eta,
+        seen == {"A", "B"},
+        _single(first),
+        _single(Factors(first.A + e, first.B + d, s)),
+        covariance=_scaled(covariance, s),
+        product=_scaled(product, s),
+        increment=_scaled(increment, s),
+    )
+
+
+def _recovered(
+    settings: Settings,
+    round: int,
+    width: Mapping[str, int],
+    mean: Tensors,
+    name: str,
+    kind: str,
+) -> Delta:
+    """P from its sketches: Q (Ψ Q)⁺ Z."""
+    if is_dense(settings.layers[name], width[name]):
+        return Delta(mean[f"{kind}/{name}"])
+    _, psi = _random(settings, round, name, width[name])
+    q = torch.linalg.qr(mean[f"{kind} Y/{name}"]).Q
+    return Delta(q, torch.linalg.lstsq(psi @ q, mean[f"{kind} Z/{name}"]).solution)
+
+
+def _random(settings: Settings, round: int, name: str, width: int) -> tuple[Tensor, Tensor]:
+    """Ω (in × p) and Ψ (q × out) of one layer in one round: known to everybody."""
+    layer, found = settings.layers[name], []
+    for what, size in (("Ω", (layer.inp, width)), ("Ψ", (width + MORE, layer.out))):
+        seed = derive(settings.seed, "sketch", what, round, name)
+        generator = torch.Generator().manual_seed(seed)
+        found.append(torch.randn(size, generator=generator, dtype=torch.float64))
+    return found[0], found[1]
+
+
+def _wide(f: Factors, layer: LayerShape) -> Factors:
+    full = padded(f, layer)
+    return Factors(full.A.double(), full.B.double(), layer.scale)
+
+
+def _scaled(w: Delta | None, scale: float) -> Delta | None:
+    return None if w is None else w.scaled(scale).to(torch.float32)
+
+
+def _single(f: Factors) -> Factors:
+    return Factors(f.A.float(), f.B.float(), f.scale)
