@@ -85,6 +85,19 @@ class Method:
         """Whether clients may have different LoRA ranks."""
         return self.trains == "both" and self.assignment.ranks_may_differ
 
+    def unfit_for_sums(self, ranks_differ: bool = False) -> str | None:
+        """Why sums over clients do not suffice for it; None if they do."""
+        assignment = self.assignment
+        if self.pooled or not self.exchanges:
+            return "exchanges nothing, so there is nothing to sum"
+        if assignment.private:
+            return "leaves factors with the clients, which no sum holds"
+        if assignment.own and not assignment.dealt:
+            return "has the coordinator keep each client's own factors, which no sum holds"
+        if ranks_differ and assignment.means:
+            return "reads means, whose last columns would be those of the largest rank alone"
+        return None
+
     def trained(self, round: int) -> frozenset[str]:
         """Which of the factors "A" and "B" clients train in a round (rounds count from 1).
 

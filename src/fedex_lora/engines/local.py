@@ -11,8 +11,11 @@ from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
+from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Broadcast, Lost, Scores, Update, receive, replaced
+from fedex_lora.federation.secure.member import Member, Trained
+from fedex_lora.federation.secure.messages import Answer, Ask
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import cut
 
@@ -50,6 +53,8 @@ class LocalEngine:
         self.stage, self.clients, self.settings = stage, clients, settings
         self.initial, self.train_with, self.rows = initial, train, rows or {}
         self.failure_rate, self.transform = failure_rate, transform
+        self._members: dict[str, Member] = {}
+        self._trained: dict[str, Trained] = {}  # of a round under secure aggregation
 
     @property
     def examples(self) -> dict[str, int]:
@@ -71,14 +76,43 @@ class LocalEngine:
         for client in sorted(vanished):
             yield Lost(client, "rehearsed failure (federation.failure_rate)")
         names = [client for client in exchange.clients if client not in vanished]
+        for _, update in self._updates(exchange, names):
+            yield update
+
+    def _updates(self, exchange: Exchange, names: Sequence[str]) -> Iterator[Trained]:
         for first in range(0, len(names), self.train_with.together):
             group = names[first : first + self.train_with.together]
             messages = {client: exchange.message(client, NOTHING) for client in group}
             turns = [self._turn(exchange, client, messages[client]) for client in group]
             ledger = messages[group[0]].ledger
-            yield from take_turns(
+            updates = take_turns(
                 self.stage, self.train_with, turns, ledger, self.settings, self.transform
             )
+            yield from zip((turn.start for turn in turns), updates, strict=True)
+
+    def ask(self, exchange: Exchange, asks: Mapping[str, Ask]) -> Iterator[Answer | Lost]:
+        """Every client's answer, in sorted order. Who trains keeps what it came to until it is
+        asked for it in the sizes that all have agreed on."""
+        names = sorted(asks)
+        if any(ask.step == "train" for ask in asks.values()):
+            vanished = self._vanished(exchange)
+            for client in sorted(vanished):
+                yield Lost(client, "rehearsed failure (federation.failure_rate)")
+            names = [client for client in names if client not in vanished]
+            self._trained = {}
+            for start, update in self._updates(exchange, names):
+                self._trained[update.client] = start, update
+                yield self._answer(update.client, asks)
+            return
+        for client in names:
+            yield self._answer(client, asks)
+
+    def _answer(self, client: str, asks: Mapping[str, Ask]) -> Answer | Lost:
+        member = self._members.setdefault(client, Member(client))
+        try:
+            return member.answer(asks[client], self.settings, lambda: self._trained[client])
+        except UserError as error:
+            return Lost(client, str(error), refused=True)
 
     def evaluate(self, exchange: Exchange) -> Iterator[Scores]:
         """Scores, on each silo's own rows, of the model that it starts the next round from."""

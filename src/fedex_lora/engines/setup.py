@@ -20,7 +20,7 @@ from fedex_lora.data.read import quiet
 from fedex_lora.engines.training import rehearse
 from fedex_lora.errors import RecipeError, UserError, Withheld
 from fedex_lora.federation.checks import check_shares
-from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.settings import Secure, Settings
 from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.model.architectures import Architecture
 from fedex_lora.model.load import unheard
@@ -324,4 +324,12 @@ def federation_settings(
         max_norm=fed.max_norm,
         norm_ratio=fed.max_norm_ratio,
         max_share=fed.max_share,
+        secure=_secure(recipe),
     )
+
+
+def _secure(recipe: Recipe) -> Secure | None:
+    asked = recipe.privacy.secure_aggregation
+    if asked is None:
+        return None
+    return Secure(asked.threshold, asked.bits, None if asked.rank == "exact" else asked.rank)

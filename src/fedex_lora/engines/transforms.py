@@ -16,6 +16,7 @@ from torch import Tensor
 from fedex_lora.engines.turn import Transform, Turn
 from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import Tensors
+from fedex_lora.recipe import Recipe
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -51,6 +52,13 @@ def clip(most: float) -> Transform:
         return {name: t * (most / norm) for name, t in drift.items()} if norm > most else drift
 
     return clipped
+
+
+def clipped(recipe: Recipe) -> Transform | None:
+    """What a client does to its update where the server cannot look at single ones: it keeps to
+    the bound of its norm by itself."""
+    most = recipe.federation.max_norm
+    return None if most is None or recipe.privacy.secure_aggregation is None else clip(most)
 
 
 def gaussian_noise(deviation: float, seed: int | None = None) -> Transform:

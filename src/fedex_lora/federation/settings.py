@@ -99,7 +99,14 @@ class Settings:
         return max(1, round(wanted * k)) if isinstance(wanted, float) else min(wanted, k)
 
 
-_MADE = ("method", "seed", "clients", "layers", "rounds")  # of what a caller gives by itself
+_MADE = (
+    "method",
+    "seed",
+    "clients",
+    "layers",
+    "rounds",
+    "secure",
+)  # of what a caller gives by itself
 
 
 def check_options(given: Iterable[str], whose: str) -> None:

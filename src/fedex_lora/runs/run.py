@@ -17,10 +17,12 @@ from fedex_lora.engines.setup import Federation, set_up, surroundings
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer, quick_collections
 from fedex_lora.engines.training_log import TrainingLog
+from fedex_lora.engines.transforms import clipped
 from fedex_lora.engines.turn import Train, Turn
 from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.federation.loop import KeepUpdate, Record, run_round
 from fedex_lora.federation.messages import Update
+from fedex_lora.federation.secure.round import secure_round
 from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences
@@ -30,6 +32,7 @@ from fedex_lora.runs.checkpoint import shelve
 from fedex_lora.runs.closing import finish
 from fedex_lora.runs.plan.plan import foreseen
 from fedex_lora.runs.preflight import check
+from fedex_lora.runs.privacy import lacking
 from fedex_lora.runs.progress import Progress
 from fedex_lora.runs.rundir import DATA, OUTPUTS, RunDir, edited, environment, plain
 from fedex_lora.runs.scoring import evaluate
@@ -62,6 +65,7 @@ def local_engine(
         train,
         federation.validation,
         recipe.federation.failure_rate,
+        clipped(recipe),
     )
 
 
@@ -192,6 +196,8 @@ def _go_on(
     directory.write_records(progress.records)
     directory.write_json(DATA, {"description": federation.description, **federation.counts})
     watcher.started(_start(federation, directory.path))
+    if recipe.privacy.secure_aggregation is not None:
+        watcher.note(lacking(recipe))
     if recipe.records.save_updates and state.version == 0:
         directory.save_global(federation.model, recipe.model.name, state, federation.settings, {})
     with quick_collections(), Background() as background:  # written while the next round trains
@@ -236,7 +242,10 @@ def _round(
     keep = _keeper(federation, directory) if recipe.records.save_updates else None
     shelf = partial(shelve, directory.checkpoints)
     waiting = directory.checkpoints / "waiting"
-    state, record = run_round(state, federation.settings, engine, keep, shelf, waiting)
+    if federation.settings.secure is not None:
+        state, record = secure_round(state, federation.settings, engine)
+    else:
+        state, record = run_round(state, federation.settings, engine, keep, shelf, waiting)
     if recipe.records.save_updates:
         weights = record["weights"]
         directory.save_global(

@@ -91,6 +91,8 @@ class Member:
             votes = fixed.votes(self._contribution(settings, trained))
             self.sessions["sizes"].mask(votes)
             return Answer(self.name, vector=votes)
+        if ask.step != "send":
+            raise ProtocolError(f"asked for {str(ask.step)[:40]!r}, which is no step of a round")
         return self._send(about, settings, trained)
 
     def _keys(self, context: str, identity: Identity | None) -> Answer:

@@ -38,20 +38,6 @@ MORE = 8  # rows that Ψ has beyond p
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def unfit(method: Method, ranks_differ: bool) -> str | None:
-    """Why sums do not suffice for a method; None if they do."""
-    if method.pooled or not method.exchanges:
-        return "exchanges nothing, so there is nothing to hide"
-    assignment = method.assignment
-    if assignment.own and not assignment.dealt and not assignment.private:
-        return "needs each client's own factors at the coordinator, which could not restore them"
-    if assignment.private:
-        return "leaves factors with the clients, which the coordinator cannot check against a sum"
-    if ranks_differ and assignment.means:
-        return "reads means, in which the columns of the largest rank would be one client's alone"
-    return None
-
-
 def products(method: Method, round: int) -> frozenset[str]:
     """Which sums over products are needed in a round."""
     if method.assignment.sent_up(method.trained(round)) != {"A", "B"}:
