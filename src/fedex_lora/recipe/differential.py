@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.recipe.part import Part, Problem
 
 if TYPE_CHECKING:
@@ -25,18 +24,6 @@ class ExampleLevel(Part):
     def problems(self) -> Iterator[Problem]:
         if self.epsilon is None and self.noise_multiplier is None:
             yield "epsilon", "missing; give it, or noise_multiplier, or both"
-
-
-class ClientLevel(Part):
-    """Noise on the mean of clipped updates: the result hides whether any one client took part."""
-
-    noise_multiplier: float = Field(gt=0)
-    clip: float = Field(gt=0)  # bound of an update's norm; with `adaptive` the first one
-    delta: float = Field(gt=0, lt=1)
-    epsilon: float | None = Field(default=None, gt=0)  # the run stops at the last round within it
-    adaptive: bool = False  # the bound follows `quantile` of the updates' norms
-    quantile: float = Field(default=0.5, gt=0, lt=1)
-    clip_learning_rate: float = Field(default=0.2, gt=0)  # of the bound's logarithm
 
 
 _PRIVATE = {
@@ -71,14 +58,7 @@ def differential_problems(recipe: Recipe) -> Iterator[Problem]:
     privacy = recipe.privacy
     if privacy.example_level is not None:
         yield from _example_level(recipe)
-    if privacy.client_level is not None:
-        yield from _client_level(recipe)
-    if privacy.example_level is not None and privacy.client_level is not None:
-        yield (
-            "privacy.client_level",
-            "and example_level hide different things, and have no account in common; leave one out",
-        )
-    if privacy.rehearsal and privacy.example_level is None and privacy.client_level is None:
+    if privacy.rehearsal and privacy.example_level is None:
         yield "privacy.rehearsal", "there is no noise to rehearse; leave it out"
 
 
@@ -94,33 +74,3 @@ def _example_level(recipe: Recipe) -> Iterator[Problem]:
             "engine.fuse",
             f"clients in one pass have no gradients by example ({key}); leave it out",
         )
-
-
-def _client_level(recipe: Recipe) -> Iterator[Problem]:
-    key, name = "privacy.client_level", recipe.method.name
-    method = METHODS[name]
-    if method.pooled or not method.exchanges:
-        yield "method.name", f"{name} has no updates of clients to hide ({key}); leave that out"
-    elif method.personal or method.assignment.own or method.assignment.needs:
-        able = ", ".join(
-            n for n, m in METHODS.items()
-            if m.exchanges and not (m.pooled or m.personal or m.assignment.own)
-            and not m.assignment.needs
-        )  # fmt: skip
-        yield (
-            "method.name",
-            f"{name} publishes more of the updates than their mean, on which the noise is ({key}). "
-            f"Take one of {able}; or privacy.example_level, which goes with every method",
-        )
-    if recipe.federation.weights != "uniform":
-        yield (
-            "federation.weights",
-            f"one client's number of rows would change the others' weights ({key}); set uniform",
-        )
-    if recipe.federation.wire_dtype != "float32":
-        yield (
-            "federation.wire_dtype",
-            f"what rounding leaves for later is not accounted for ({key}); set float32",
-        )
-    if recipe.records.save_updates:
-        yield "records.save_updates", f"saved updates are without the noise ({key}); set false"

@@ -166,7 +166,9 @@ def gradients(
     return found
 
 
-def check_gradients(model: AdaptedModel, rows: Sequence[Batch], whole: Batch, task: Any) -> None:
+def check_gradients(
+    model: AdaptedModel, rows: Sequence[Batch], whole: Batch, regression: bool
+) -> None:
     """Whether the gradient of every example in a batch is that of the example by itself.
 
     Where it is not, or Opacus passes over a parameter, clipping would bound nothing, and noise
@@ -180,8 +182,8 @@ def check_gradients(model: AdaptedModel, rows: Sequence[Batch], whole: Batch, ta
         UserError: A parameter's is not; it is named.
     """
     try:
-        together = gradients(model, whole, task.regression)
-        alone = [gradients(model, row, task.regression) for row in rows]
+        together = gradients(model, whole, regression)
+        alone = [gradients(model, row, regression) for row in rows]
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise RecipeError(
             f"privacy.example_level: Opacus cannot take this model's gradients by example: {error}"
