@@ -94,8 +94,8 @@ def _later(directory: RunDir, round: int) -> dict[str, Any]:
         return {}
     found = [r for r in records if r["round"] == round]
     scores = {k: r[k] for r in found for k in ("scores", "client_scores", "score") if k in r}
-    spent = {"privacy": r["privacy"] for r in records if "privacy" in r}
-    return scores | spent
+    spent = [r["privacy"] for r in records if "privacy" in r]
+    return scores | ({"privacy": spent[-1]} if spent else {})
 
 
 def open_run(path: Path, which: Which | int = "best", workdir: Path | None = None) -> Trained:

@@ -8,6 +8,7 @@ privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022), rounde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,7 +20,7 @@ from dp_accounting.pld import PLDAccountant
 from fedex_lora.errors import UserError
 
 _INTERVAL = 1e-3  # of the privacy loss; ε comes out at most 0.1 % above that of a finer one
-_MOST_NOISE = 1e4
+_MOST_NOISE, _LEAST_NOISE = 1e3, 0.2
 _CLOSE = 1e-3  # of a noise multiplier
 
 
@@ -68,7 +69,7 @@ def noise_for(budget: float, delta: float, rate: float, count: int) -> float:
     """The smallest noise multiplier (to 0.1 %, from above) with which `count` steps stay within ε.
 
     Raises:
-        UserError: No noise up to 10,000 times the clipping bound is enough.
+        UserError: No noise up to 1,000 times the clipping bound is enough.
 
     Example:
         >>> noise = noise_for(2.0, 1e-5, 0.01, 1000)
@@ -81,18 +82,25 @@ def noise_for(budget: float, delta: float, rate: float, count: int) -> float:
     def fits(noise: float) -> bool:
         return epsilon([Steps(noise, rate, count)], delta) <= budget
 
-    low, high = 0.0, 1.0
+    # a guess near the answer: with far too little noise ε is large, and takes long to compute
+    guess = rate * math.sqrt(2 * count * math.log(1 / delta)) / budget
+    low, high = 0.0, min(max(guess, _LEAST_NOISE), _MOST_NOISE)
     while not fits(high):
         low, high = high, 2 * high
-        if high > _MOST_NOISE:
+        if high > 2 * _MOST_NOISE:
             raise UserError(
                 f"a budget of ε = {budget:g} at δ = {delta:g} allows no training of {count} steps "
                 f"at sampling rate {rate:.3g}: it would take noise of more than {_MOST_NOISE:g} "
                 "times the clipping bound"
             )
-    while high - low > _CLOSE * high:
+    while low == 0 and high > _LEAST_NOISE:
+        if fits(high / 2):
+            high /= 2
+        else:
+            low = high / 2
+    while low and high - low > _CLOSE * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if middle > 0.05 and fits(middle) else (middle, high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
     return high
 
 

@@ -50,9 +50,7 @@ def check_model(
     model.freeze(frozenset("AB"))
     collate = task.collator(model.tokenizer)
     chosen = [rows[i] for i in _unlike(rows)]
-    check_gradients(
-        model, [collate([row]) for row in chosen], collate(chosen), task.regression
-    )
+    check_gradients(model, [collate([row]) for row in chosen], collate(chosen), task.regression)
     model.write(initial)
 
 

@@ -92,7 +92,7 @@ def per_example(model: AdaptedModel) -> Iterator[None]:
 
 def _forget(parameter: nn.Parameter) -> None:
     if hasattr(parameter, "grad_sample"):
-        del parameter.grad_sample
+        delattr(parameter, "grad_sample")
 
 
 @contextmanager
@@ -156,9 +156,7 @@ def gradients(
             logits = module(**inputs).logits
             labels = batch["labels"].to(model.device)
             example_losses(logits, labels, regression).sum().backward()
-            found = {
-                name: getattr(p, "grad_sample", None) for name, p in trained(module).items()
-            }
+            found = {name: getattr(p, "grad_sample", None) for name, p in trained(module).items()}
     finally:
         for m, mode in modes.items():
             m.training = mode

@@ -12,25 +12,21 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-import torch
 from datasets import Dataset
-from torch import Tensor, nn
 
 from fedex_lora.aggregation.seeding import derive
-from fedex_lora.engines.private.account import Accounts, Steps
+from fedex_lora.engines.private.account import Steps
 from fedex_lora.engines.private.gradients import (
-    check_gradients,
     example_losses,
     per_example,
-    trained,
 )
 from fedex_lora.engines.private.optimizer import PrivateOptimizer
 from fedex_lora.engines.private.plan import shape_of
 from fedex_lora.engines.training import Batches, make_trainer
 from fedex_lora.engines.turn import Trained, Turn
-from fedex_lora.federation.randomness import Bits, poisson_sample, rehearsed, secret
+from fedex_lora.federation.randomness import poisson_sample, rehearsed, secret
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.tasks.base import Batch, Collate
+from fedex_lora.tasks.base import Batch
 
 
 class Spending(Protocol):
@@ -83,9 +79,7 @@ class PrivateTrainer:
 
     def _train(self, model: AdaptedModel, turn: Turn) -> Trained:
         began, rows, shape = perf_counter(), turn.rows, shape_of(self.training)
-        spent = Steps(
-            self.noise[turn.client], shape.expected / len(rows), shape.steps(len(rows))
-        )
+        spent = Steps(self.noise[turn.client], shape.expected / len(rows), shape.steps(len(rows)))
         epsilon = self.account.spend(turn.client, spent)
         seed = derive(turn.seed, "private", turn.round, turn.client)
         bits = rehearsed(seed) if self.rehearsal else secret
@@ -99,8 +93,9 @@ class PrivateTrainer:
             trainer.create_optimizer_and_scheduler(spent.count)
             model.module.train()
             with per_example(model):
+                inner: Any = trainer.optimizer
                 optimizer = PrivateOptimizer(
-                    trainer.optimizer, spent.noise, self.max_grad_norm, shape.expected, bits
+                    inner, spent.noise, self.max_grad_norm, shape.expected, bits
                 )
                 for done in range(spent.count):
                     drawn = poisson_sample(bits, len(rows), spent.rate)
