@@ -47,6 +47,6 @@ def test_rows_left_out_are_counted_with_the_reason(show, tmp_path):
         text = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
         (tmp_path / "data" / f"{name}.jsonl").write_text(text)
     code, out, err = show(spec)
-    assert code == 0 and not err
+    assert code == 0 and "left out" not in err
     assert "ann: 3 rows, 1 left out\n  1 of 3 rows left out: their first answer lies bey" in out
     assert "<|im_start|>assistant\n⟦fox<|im_end|>\n⟧" in out
