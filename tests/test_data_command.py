@@ -40,7 +40,7 @@ def test_labels_are_shown_of_the_client_that_was_asked_for(show, tmp_path):
 def test_rows_left_out_are_counted_with_the_reason(show, tmp_path):
     said = [{"role": "user", "content": "dog?"}, {"role": "assistant", "content": "fox"}]
     long = [{"role": "user", "content": "fox " * 99}, said[1]]
-    task = {"kind": "chat", "template": "chatml", "max_length": 64}
+    task = {"kind": "chat", "template": "chatml", "max_length": 128}
     spec = recipe(tmp_path, "llama", task=task)
     for name in ("ann", "bob", "cleo", "validation", "test"):
         rows = [said, said] if name != "ann" else [said, long, said]
