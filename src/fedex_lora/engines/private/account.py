@@ -55,7 +55,7 @@ def epsilon(spent: Iterable[Steps], delta: float) -> float:
 
     Example:
         >>> round(epsilon([Steps(1.0, 0.01, 1000)], 1e-5), 1)
-        2.1
+        1.8
         >>> epsilon([], 1e-5)
         0.0
     """
