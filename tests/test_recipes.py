@@ -80,6 +80,8 @@ def small(recipe: Recipe, model: Path, data: Path) -> Recipe:
     }
     raw["task"]["max_length"] = min(recipe.task.evaluated_length, LONGEST[model.name])
     raw["task"].pop("evaluation_max_length", None)
+    if recipe.task.kind == "chat":  # tokenizers of tiny models have no template
+        raw["task"].setdefault("template", "chatml")
     if recipe.data.source is not None:
         raw["task"]["labels"] = ["yes", "no"]
     raw.pop("engine", None)
@@ -124,6 +126,9 @@ def rows(recipe: Recipe, split: str, count: int) -> Iterator[dict[str, Any]]:
                 }
             case "instruction":
                 yield {"question": f"What is {i}?", "answer": f"It is {i}."}
+            case "chat":
+                said = (("user", f"What is {i}?"), ("assistant", f"It is {i}."))
+                yield {"messages": [{"role": role, "content": text} for role, text in said]}
             case "e2e":
                 about = f"name[Place {i // 2}], food[Thai]"
                 yield {"meaning_representation": about, "human_reference": f"Eat Thai at {i // 2}."}
@@ -237,4 +242,4 @@ def test_the_small_gpt2_is_made_with_its_real_tokenizer(shared, tmp_path):
     recipe = load_recipe(FOLDER / "small" / "gpt2-e2e.yaml")
     federation = set_up(small(recipe, tmp_path / "gpt2", tmp_path / "data"))
     assert len(federation.model.tokenizer) == 50257
-    assert len(federation.model.sites) == 2 * 4  # c_attn and attn.c_proj of four layers
+    assert len(federation.model.layers) == 2 * 4  # c_attn and attn.c_proj of four layers

@@ -147,13 +147,14 @@ def tokenizer_text(tokenizer: Any) -> str:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(fast.to_str()) if fast is not None else {}
     rules |= {"truncation": None, "padding": None}  # set anew by every call
-    return json.dumps([sorted(tokenizer.get_vocab().items()), special, rules], sort_keys=True)
+    vocabulary, chat = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
+    return json.dumps([vocabulary, special, rules, chat], sort_keys=True)
 
 
 def most_down(settings: Settings, initial: AdapterState) -> Limit:
     """The limit of a broadcast: twice the dense layers (a ledger is compacted when it is larger
     than those) and the adapter. How many entries a ledger has is open, so a header may be long."""
-    dense = sum(s.out * s.inp for s in settings.sites.values())
+    dense = sum(s.out * s.inp for s in settings.layers.values())
     most = most_up(initial)
     whole = 8 * dense + 2 * most.whole
     return Limit(header=most.header + (1 << 20) + whole // 4, whole=whole + (1 << 20))
