@@ -211,16 +211,16 @@ def test_rounding_is_no_larger_than_the_trainers(tmp_path):
 
 
 class OwnLossForCausalLM(transformers.LlamaForCausalLM):
-    def forward(self, **inputs: Any) -> Any:
-        output = super().forward(**inputs)
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        output = super().forward(*args, **inputs)
         if output.loss is not None:
             output.loss = output.loss + 0.1 * output.logits.square().mean()
         return output
 
 
 class OwnHeadForCausalLM(transformers.LlamaForCausalLM):
-    def forward(self, **inputs: Any) -> Any:
-        output = super().forward(**inputs)
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        output = super().forward(*args, **inputs)
         output.logits = output.logits + inputs["input_ids"][..., None]
         return output
 

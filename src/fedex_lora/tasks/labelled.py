@@ -101,18 +101,16 @@ def token_losses(
     states = output.last_hidden_state
     targets = labels[:, 1:].to(states.device)
     rows, positions = (targets != IGNORED).nonzero(as_tuple=True)
-    weights = torch.ones_like(rows, dtype=torch.float32)
-    if row_weights is not None:
-        weights = row_weights.to(weights)[rows]
+    weights = None if row_weights is None else row_weights.to(states.device)[rows]
     work = _Work(head, output, targets[rows, positions], weights, smoothing)
     chosen, parameters = states[rows, positions], head.trained()
     if torch.is_grad_enabled() and (chosen.requires_grad or parameters):
         total, each = cast(Any, _Chunked.apply(work, chosen, *parameters))
     else:
-        each = torch.empty_like(weights)
+        each = chosen.new_empty(len(chosen), dtype=torch.float32)
         for chunk in work.chunks():
-            each[chunk] = work.losses(work.log_p(chosen[chunk]), chunk)
-        total = each @ weights
+            each[chunk], _ = work.losses(head.logits(chosen[chunk], output), chunk)
+        total = work.summed(each)
     return Losses(total, each, rows)
 
 
@@ -123,7 +121,7 @@ class _Work:
     head: Head
     output: Any
     targets: Tensor
-    weights: Tensor
+    weights: Tensor | None
     smoothing: float
 
     def chunks(self) -> Iterator[slice]:
@@ -131,23 +129,28 @@ class _Work:
         for start in range(0, len(self.targets), size):
             yield slice(start, start + size)
 
-    def log_p(self, states: Tensor) -> Tensor:
-        return functional.log_softmax(self.head.logits(states, self.output).float(), dim=-1)
-
-    def losses(self, log_p: Tensor, chunk: slice) -> Tensor:
-        found = -log_p.gather(1, self.targets[chunk, None])[:, 0]
+    def losses(self, logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Each token's loss, log Σ exp z − z of the token, and p = softmax(z)."""
+        z = logits.detach().float()
+        p = functional.softmax(z, dim=-1)
+        top, place = z.max(dim=-1, keepdim=True)
+        log_sum = top - p.gather(1, place).log()  # the largest p is no smaller than 1 / vocabulary
+        found = log_sum - z.gather(1, self.targets[chunk, None])
         if self.smoothing:
-            found = (1 - self.smoothing) * found - self.smoothing * log_p.mean(dim=-1)
-        return found
+            even = log_sum - z.mean(dim=-1, keepdim=True)
+            found = (1 - self.smoothing) * found + self.smoothing * even
+        return found[:, 0], p
 
-    def slopes(self, log_p: Tensor, chunk: slice) -> Tensor:
-        """∂ total / ∂ logits = weight · (p − (1 − ε) · onehot − ε / vocabulary), in `log_p`."""
-        slopes, targets = log_p.exp_(), self.targets[chunk, None]
+    def slopes(self, p: Tensor, chunk: slice) -> Tensor:
+        """∂ total / ∂ z = weight · (p − (1 − ε) · onehot − ε / vocabulary), in the place of `p`."""
         if self.smoothing:
-            slopes -= self.smoothing / self.head.vocabulary
-        onehot = torch.full_like(slopes[:, :1], 1 - self.smoothing)
-        slopes.scatter_add_(1, targets, -onehot)
-        return slopes.mul_(self.weights[chunk, None])
+            p -= self.smoothing / self.head.vocabulary
+        onehot = torch.full_like(p[:, :1], 1 - self.smoothing)
+        p.scatter_add_(1, self.targets[chunk, None], -onehot)
+        return p if self.weights is None else p.mul_(self.weights[chunk, None])
+
+    def summed(self, each: Tensor) -> Tensor:
+        return each.sum() if self.weights is None else each @ self.weights
 
 
 class _Chunked(torch.autograd.Function):
@@ -158,16 +161,15 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, work: _Work, states: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        each = torch.empty_like(work.weights)
+        each = states.new_empty(len(states), dtype=torch.float32)
         found = torch.zeros_like(states) if states.requires_grad else None
         sums: list[Tensor | None] = [None] * len(parameters)
         for chunk in work.chunks():
             part = states[chunk].detach().requires_grad_(states.requires_grad)
             with torch.enable_grad():
                 logits = work.head.logits(part, work.output)
-            log_p = functional.log_softmax(logits.detach().float(), dim=-1)
-            each[chunk] = work.losses(log_p, chunk)
-            slopes = work.slopes(log_p, chunk).to(logits.dtype)
+            each[chunk], p = work.losses(logits, chunk)
+            slopes = work.slopes(p, chunk).to(logits.dtype)
             asked = [*([part] if found is not None else []), *parameters]
             with torch.autocast(states.device.type, enabled=False):
                 grads = list(torch.autograd.grad(logits, asked, slopes, allow_unused=True))
@@ -179,7 +181,7 @@ class _Chunked(torch.autograd.Function):
                     sums[i] = grad.float() if before is None else before.add_(grad)
         ctx.grads = found, *(s if s is None else s.to(p) for s, p in zip(sums, parameters))
         ctx.mark_non_differentiable(each)
-        return each @ work.weights, each
+        return work.summed(each), each
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
