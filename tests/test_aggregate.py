@@ -109,7 +109,7 @@ def test_identical_clients_give_no_deviation_and_no_residual(name, round):
     out = run(method, SITES, starts * 4, ends * 4, [3, 1, 7, 2], round=round)
     for site in SITES:
         if method.assignment.private:  # what is shared alone is known
-            torch.testing.assert_close(out.factors[site].A, ends[0].sites[site].A)
+            torch.testing.assert_close(out.factors[site].A, ends[0].layers[site].A)
             continue
         assert out.deviation[site] == 0
         if method.assignment.shared and not method.assignment.needs:

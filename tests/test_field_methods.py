@@ -30,7 +30,7 @@ def sent(name, n, seed, eta=1.0, **options):
     starts, ends = federation(method, len(n), seed)
     out = run(method, SITES, starts, ends, n, eta)
     for site in SITES:
-        yield site, [x.sites[site] for x in starts], [x.sites[site] for x in ends], out
+        yield site, [x.layers[site] for x in starts], [x.layers[site] for x in ends], out
 
 
 def moved(starts, ends, n, eta):
@@ -119,11 +119,11 @@ def test_hetlora_weights_by_the_norm_of_the_product_and_pads_with_zeros():
     wide = {"q": LayerShape(out=7, inp=8, rank=4, scale=1.7)}
     g, narrow = torch.Generator().manual_seed(0), [{"q": wide["q"].at_rank(r)} for r in (1, 4, 2)]
     starts = [start_state(s, g) for s in narrow]
-    starts = [replace(s, sites=fresh_like(x, torch.float64)) for s, x in zip(starts, narrow)]
+    starts = [replace(s, layers=fresh_like(x, torch.float64)) for s, x in zip(starts, narrow)]
     ends = [trained_by(s, frozenset("AB"), g) for s in starts]
     for eta in (1.0, 0.5):
         out = run(METHODS["hetlora"], wide, starts, ends, [3, 1, 2], eta).factors["q"]
-        pairs = [(s.sites["q"], e.sites["q"]) for s, e in zip(starts, ends)]
+        pairs = [(s.layers["q"], e.layers["q"]) for s, e in zip(starts, ends)]
         norms = [product(e).norm() for _, e in pairs]
         more = [4 - e.rank for _, e in pairs]
         b = [f * (s.B + eta * (e.B - s.B)) for (s, e), f in zip(pairs, [e.scale for _, e in pairs])]
@@ -136,9 +136,9 @@ def test_hetlora_weights_by_the_norm_of_the_product_and_pads_with_zeros():
 
 def test_hetlora_of_clients_that_changed_nothing_is_their_mean():
     starts, _ = federation(METHODS["hetlora"], 1, 0)
-    still = replace(starts[0], sites=fresh_like(SITES, torch.float64))
+    still = replace(starts[0], layers=fresh_like(SITES, torch.float64))
     out = run(METHODS["hetlora"], SITES, [still] * 3, [still] * 3, [3, 1, 2])
-    for site, f in still.sites.items():
+    for site, f in still.layers.items():
         close(out.factors[site].A, f.A)
         assert not out.factors[site].B.any()
 
