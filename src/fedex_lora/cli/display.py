@@ -117,8 +117,9 @@ def round_line(record: Record) -> str:
         parts.append(f"{split}: {shown}")
     if not record.get("scores") and record.get("score") is not None:
         parts.append(f"clients' own rows: {record['score']:.3f}")
-    losses = [c["loss"] for c in record["clients"].values()]
-    parts.append(f"training loss {sum(losses) / len(losses):.3f}")
+    losses = [c["loss"] for c in record["clients"].values() if c.get("loss") is not None]
+    if losses:  # a training of somebody else's may tell none
+        parts.append(f"training loss {sum(losses) / len(losses):.3f}")
     if "deviation" in record:
         parts.append(f"deviation {record['deviation']:.3g}")
     up, down = (sum(record[k].values()) for k in ("bytes_up", "bytes_down"))
