@@ -172,7 +172,7 @@ def _bring_to_life(
     settings = federation_settings(recipe, model, names)
     initial = model.initial(recipe.seed)
     if settings.ranks:
-        initial = replace(initial, sites=fresh(settings.sites, recipe.seed))
+        initial = replace(initial, layers=fresh(settings.layers, recipe.seed))
 
     def encode(part: Mapping[str, Dataset], encoder: Encode, length: int) -> dict[str, Dataset]:
         with quiet():
@@ -304,12 +304,12 @@ def federation_settings(
     fed, method = recipe.federation, METHODS[recipe.method.name]
     ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
     widest = max(ranks.values(), default=0)
-    sites = {n: s.at_rank(widest) if widest else s for n, s in model.sites.items()}
+    layers = {n: s.at_rank(widest) if widest else s for n, s in model.layers.items()}
     return Settings(
         method=method,
         seed=recipe.seed,
         clients=tuple(sorted(clients)),
-        sites=sites,
+        layers=layers,
         rounds=fed.rounds,
         ranks=ranks,
         rank=recipe.method.rank,

@@ -51,7 +51,7 @@ def _ranks(recipe: Recipe) -> Iterator[Problem]:
     except UserError:  # not known here, or loading the model will tell what is wrong
         return
     clients = [str(i) for i, _ in enumerate(recipe.lora.ranks or [])]
-    layers = federation_settings(recipe, model, clients).sites
+    layers = federation_settings(recipe, model, clients).layers
     by_rank: dict[int, dict[str, int]] = {}
     for name, layer in layers.items():
         by_rank.setdefault(layer.rank, {})[name] = min(layer.out, layer.inp)

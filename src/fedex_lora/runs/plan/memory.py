@@ -47,10 +47,10 @@ def client_memory(
         ledger: Bytes of all increments, which lie beside the layers with `placement: side`.
     """
     exchanged = _exchanged(settings, model)
-    lora = bool(model.sites)
+    lora = bool(model.layers)
     k = recipe.fused
     held = k * exchanged if lora else model.size * _itemsize(recipe)  # LoRA trains in float32
-    largest = max((s.out * s.inp for s in model.sites.values()), default=0)
+    largest = max((s.out * s.inp for s in model.layers.values()), default=0)
     moments, sure = _moments(str(recipe.training.get("optim", "adamw_torch")))
     parts = [
         Part("model", _weights(recipe, model)),
@@ -80,7 +80,7 @@ def server_memory(
     both = assignment.sent_up(settings.method.trained(1)) == {"A", "B"}
     sums = both + ("product" in assignment.needs) + 2 * ("increment" in assignment.needs)
     spread = sum(
-        min(k * s.rank * (s.out + s.inp), 2 * s.out * s.inp) for s in settings.sites.values()
+        min(k * s.rank * (s.out + s.inp), 2 * s.out * s.inp) for s in settings.layers.values()
     )
     parts = [
         Part("state", checkpoint),
@@ -116,7 +116,7 @@ def activations(recipe: Recipe, config: Any) -> int:
 
 def _exchanged(settings: Settings, model: Architecture) -> int:
     """Bytes of all factors, at the largest rank of a client, and the head, as values: float32."""
-    factors = sum(s.rank * (s.out + s.inp) for s in settings.sites.values())
+    factors = sum(s.rank * (s.out + s.inp) for s in settings.layers.values())
     return (factors + count(model.head.values())) * _FLOAT32
 
 

@@ -201,14 +201,14 @@ def _plan(
     messages = [s.bytes for r in rounds for part in (r.up, r.down) for s in part.values()]
     checkpoint = max(r.checkpoint for r in rounds)
     head = count(model.head.values())
-    adapter = sum(s.rank * (s.out + s.inp) for s in settings.sites.values())
+    adapter = sum(s.rank * (s.out + s.inp) for s in settings.layers.values())
     return Plan(
         recipe,
         settings.clients,
         model.size,
         adapter,
         head,
-        len(settings.sites),
+        len(settings.layers),
         examples,
         about_examples,
         rounds,
@@ -225,13 +225,13 @@ def _plan(
 def _round(run: DryRun, late: bool) -> Round:
     up, down = run.round()
     ranks = run.ledger_ranks()
-    site = max(ranks, key=lambda name: ranks[name], default=None)
-    shape = run.settings.sites[site] if site is not None else None
+    layer = max(ranks, key=lambda name: ranks[name], default=None)
+    shape = run.settings.layers[layer] if layer is not None else None
     return Round(
         run.version,
         up,
         down,
-        ranks[site] if site is not None else 0,
+        ranks[layer] if layer is not None else 0,
         min(shape.out, shape.inp) if shape is not None else 0,
         run.ledger_bytes(),
         run.checkpoint(),
@@ -244,7 +244,7 @@ def _saved(recipe: Recipe, rounds: Iterable[Round], settings: Settings) -> int:
     """Bytes of `records.save_updates`: all updates, and what was made of them."""
     if not recipe.records.save_updates:
         return 0
-    made = 4 * sum(s.rank * (s.out + s.inp) for s in settings.sites.values())
+    made = 4 * sum(s.rank * (s.out + s.inp) for s in settings.layers.values())
     return sum(summed([*r.up.values(), *r.down.values()]).bytes + made for r in rounds)
 
 
