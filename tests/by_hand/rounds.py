@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from small_runs import SIZES
 
 from fedex_lora.recipe import Recipe
@@ -29,8 +30,6 @@ def by_hand(spec: Recipe, run: Path, data: Path, to: str | None = None) -> dict[
 
 def state(run: Path) -> dict[str, torch.Tensor]:
     """All that the newest checkpoint of a run holds, by name."""
-    from safetensors.torch import load_file
-
     newest = sorted((run / "checkpoints").glob("round-*.safetensors"))[-1]
     own = sorted((run / "checkpoints").glob("own/*.safetensors"))
     found = load_file(newest)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from by_hand.rounds import state
 from commands import Command
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save_file
 from small_runs import recipe
 
+from by_hand.rounds import state
 from fedex_lora.errors import UserError
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.by_hand.closing import begin_run, close_round
@@ -139,7 +139,10 @@ def test_a_bad_update_is_named_and_the_round_stays_open(name: str, copy: Path) -
     with pytest.raises(UserError, match=f"(?s)/bob: .*{why}.*Round 1 stays open"):
         close_round(copy / "run", turns(copy))
     assert RunDir(copy / "run").newest()[0] is None
-    assert close_round(copy / "run", [turns(copy)[0], turns(copy)[2]]) == {}  # without bob
+
+
+def test_who_sends_nothing_is_left_out(copy: Path) -> None:
+    assert close_round(copy / "run", [turns(copy)[0], turns(copy)[2]]) == {}
     (record,) = RunDir(copy / "run").records()
     assert record["lost"] == {"bob": "no update was given"}
 
@@ -163,7 +166,7 @@ def test_a_round_is_closed_once_and_stale_updates_are_refused(copy: Path) -> Non
 
 def test_a_turn_s_folder_is_as_it_was_signed(copy: Path) -> None:
     folder, data = copy / "out-run/round-0001/ann", copy / "data/ann.jsonl"
-    with pytest.raises(UserError, match="model here|not what the coordinator's run is.*lora_alpha"):
+    with pytest.raises(UserError, match=r"not what the coordinator's run is: .*lora_alpha"):
         take_turn(str(folder), data, sets=["lora.lora_alpha=9"])
     other = copy / "out-other/round-0001/ann/coordinator.pub"
     with pytest.raises(UserError, match="signature is not by the coordinator's key"):
@@ -173,7 +176,7 @@ def test_a_turn_s_folder_is_as_it_was_signed(copy: Path) -> None:
     with pytest.raises(UserError, match="signature is not by the coordinator's key"):
         take_turn(str(copy / "out-run/round-0001/bob"), copy / "data/bob.jsonl")
     recipe_changed(folder, copy)
-    with pytest.raises(UserError, match="recipe.yaml: was changed since the coordinator signed it"):
+    with pytest.raises(UserError, match=r"recipe\.yaml: was changed since the"):
         take_turn(str(folder), data)
     assert not (folder / "update").exists()
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand.rounds import weights_used
 from datasets import Dataset
 from peft import PeftModel
 from small_runs import oracle, recipe
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 import fedex_lora
+from by_hand.rounds import weights_used
 from fedex_lora.runs.by_hand.closing import begin_run, close_round
 from fedex_lora.runs.by_hand.opening import open_round
 from fedex_lora.runs.export import export_model
@@ -76,6 +76,7 @@ def by_trl(folder: Path, base: Path, texts: list[str], work: Path) -> None:
 def test_others_trainers(kind: str, train: Any, tmp_path: Path) -> None:
     run, base = tmp_path / "run", tmp_path / kind
     begin_run(recipe(tmp_path, kind, records={"save_updates": True}), run)
+    results = {}
     for _ in range(2):
         folders = open_round(run).folders
         for client, folder in folders.items():

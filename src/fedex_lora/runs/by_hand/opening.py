@@ -28,7 +28,7 @@ from fedex_lora.federation.state import (
 )
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.config import CONFIG
-from fedex_lora.recipe import Recipe
+from fedex_lora.recipe import Privacy, Recipe
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.by_hand import share
 from fedex_lora.runs.by_hand.folder import (
@@ -81,6 +81,10 @@ def names_of(recipe: Recipe) -> list[str]:
         raise RecipeError(
             f"method.name: {recipe.method.name} leaves a part of every model with its client from "
             "round to round; rounds by hand send all in a folder: take another method"
+        )
+    if recipe.privacy != Privacy():
+        raise RecipeError(
+            "privacy: whoever carries a round by hand sees every update; leave this block out"
         )
     if recipe.engine.precision == "auto":
         raise RecipeError(
@@ -153,7 +157,7 @@ def _write(
     (folder / BROADCAST).write_bytes(encode_broadcast(message))
     start = start_of(state, settings, client)
     model.save_adapter(start, folder / ADAPTER, base_name=recipe.model.name)
-    own = None if settings.method.shared_base else start.sites
+    own = None if settings.method.shared_base else start.layers
     _write_increment(model, recipe, state, own, folder / INCREMENT)
     found = facts(recipe, federation.task, model, federation.initial)
     return Turn(
@@ -173,15 +177,15 @@ def _write_increment(
     model: AdaptedModel, recipe: Recipe, state: ServerState, own: Any, folder: Path
 ) -> None:
     """T − own as a PEFT adapter at scale 1, to be merged into the base before training."""
-    sites = {}
-    for name, layer in model.sites.items():
+    factors = {}
+    for name, layer in model.layers.items():
         delta = base_increment(state.ledger, name, own[name] if own else None, fold=False)
         delta = delta or Delta(torch.zeros(layer.out, 1), torch.zeros(1, layer.inp))
         left, right = delta.smaller().factors()
-        sites[name] = Factors(right, left, 1.0)
-    if not any(f.A.any() and f.B.any() for f in sites.values()):
+        factors[name] = Factors(right, left, 1.0)
+    if not any(f.A.any() and f.B.any() for f in factors.values()):
         return  # the pretrained weights, as they are
-    model.save_adapter(AdapterState(sites, {}), folder, base_name=recipe.model.name)
+    model.save_adapter(AdapterState(factors, {}), folder, base_name=recipe.model.name)
     config = json.loads((folder / CONFIG).read_text())
     config |= {"modules_to_save": None, "lora_dropout": 0.0, "task_type": None}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))

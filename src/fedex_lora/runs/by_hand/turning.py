@@ -144,5 +144,5 @@ def _received(federation: Federation, turn: Turn, folder: Path) -> tuple[Broadca
     blob = (folder / BROADCAST).read_bytes()
     message = decode_broadcast(blob, most_down(settings, federation.initial))
     first = start_of(begin(settings, federation.initial), settings, turn.client)
-    layers = settings.sites_of(turn.client)
+    layers = settings.layers_of(turn.client)
     return message, receive(first, message, layers, settings.seed)

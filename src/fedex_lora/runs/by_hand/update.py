@@ -118,7 +118,7 @@ def _bases(exchange: Exchange, client: str, model: AdaptedModel) -> Base:
     settings, start = exchange.settings, exchange.start(client)
 
     def base(name: str) -> Tensor:
-        own = None if settings.method.shared_base else start.sites[name]
+        own = None if settings.method.shared_base else start.layers[name]
         increment = base_increment(exchange.state.ledger, name, own)
         whole = model.pretrained(name)
         return whole if increment is None else whole + increment.dense().to(whole)
@@ -145,7 +145,7 @@ def _tensors(where: Path, start: AdapterState, base: Base) -> dict[str, Tensor]:
     keys = adapter_keys(stored, UPDATE).stored
     found = {key.removeprefix(PREFIX): stored[name] for key, name in keys.items()}
     got = {}
-    for name, like in start.sites.items():
+    for name, like in start.layers.items():
         got |= _factors(found, name, like, config)
     for name in start.head:
         if name not in found:
@@ -186,7 +186,7 @@ def _check_rest(found: Mapping[str, Tensor], start: AdapterState, base: Base) ->
     """What is neither factor nor head was frozen; embeddings that PEFT saved along may be there."""
     for key, tensor in found.items():
         name = key.removesuffix(_EMBEDDING)
-        if key.endswith(_EMBEDDING) and name in start.sites:
+        if key.endswith(_EMBEDDING) and name in start.layers:
             weight = base(name)
             if tensor.shape not in (weight.shape, weight.T.shape):
                 raise ProtocolError(f"{key} has shape {tuple(tensor.shape)}; it was frozen")
