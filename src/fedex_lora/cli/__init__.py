@@ -7,6 +7,7 @@ import sys
 
 from fedex_lora.cli import (
     costs,
+    data,
     deploys,
     evaluate,
     grids,
@@ -25,6 +26,7 @@ __all__ = [
     "app",
     "console",
     "costs",
+    "data",
     "deploys",
     "evaluate",
     "grids",

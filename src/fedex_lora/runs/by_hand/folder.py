@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from fedex_lora.disk import parsed, reason
 from fedex_lora.errors import ProtocolError, StorageError
@@ -31,12 +30,11 @@ ADAPTER, INCREMENT, UPDATE, INFO = "adapter", "increment", "update", "update.jso
 FORMAT = 1
 
 
-class Told(TypedDict, total=False):
+class Told(BaseModel):
     """What update.json says: how many rows were trained on, and numbers for the records."""
 
-    examples: Annotated[int, Field(ge=1, strict=True)]
-    metrics: dict[str, FiniteFloat]
-    turn: str
+    examples: Annotated[int, Field(ge=1, strict=True)] | None = None
+    metrics: dict[str, FiniteFloat] = {}
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Turn:
         return (json.dumps({"format": FORMAT, **vars(self)}, indent=1) + "\n").encode()
 
 
-_TURN, _TOLD = TypeAdapter(Turn), TypeAdapter(Told)
+_TURN = TypeAdapter(Turn)
 
 
 def sha256(content: bytes) -> str:
@@ -152,7 +150,7 @@ def told(text: bytes, where: str) -> Told:
         UserError: It is none.
     """
     try:
-        return _TOLD.validate_json(text)
+        return Told.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = "".join(f"{part}: " for part in first["loc"])

@@ -61,7 +61,7 @@ def read_update(address: str, waiting: Waiting, exchange: Exchange, model: Adapt
         got = _tensors(where, start, _bases(exchange, client, model))
         info = where / INFO
         given = told(info.read_bytes(), INFO) if info.is_file() else Told()
-        examples = waiting.examples.get(client, given.get("examples"))
+        examples = waiting.examples.get(client, given.examples)
         if examples is None:
             raise ProtocolError(
                 "how many rows were trained on is not said; write "
@@ -76,7 +76,7 @@ def read_update(address: str, waiting: Waiting, exchange: Exchange, model: Adapt
                     f"{' and '.join(sorted(trained & set('AB')))} and the head alone"
                 )
         update = Update(
-            exchange.round, client, only(got, trained), examples, given.get("metrics", {})
+            exchange.round, client, only(got, trained), examples, given.metrics
         )
         check(update, start, exchange.round, exchange.settings)
         return update
