@@ -75,9 +75,7 @@ def read_update(address: str, waiting: Waiting, exchange: Exchange, model: Adapt
                     f"{worded(name)} is frozen in this round, and was changed; train "
                     f"{' and '.join(sorted(trained & set('AB')))} and the head alone"
                 )
-        update = Update(
-            exchange.round, client, only(got, trained), examples, given.metrics
-        )
+        update = Update(exchange.round, client, only(got, trained), examples, given.metrics)
         check(update, start, exchange.round, exchange.settings)
         return update
 
