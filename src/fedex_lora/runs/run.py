@@ -13,6 +13,7 @@ from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.private.begin import plan_of, private_trainer
 from fedex_lora.engines.setup import Federation, set_up, surroundings
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer, quick_collections
@@ -24,6 +25,7 @@ from fedex_lora.federation.messages import Update
 from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences
+from fedex_lora.runs import private
 from fedex_lora.runs.autotune import settle_fuse, settle_precision
 from fedex_lora.runs.background import Background
 from fedex_lora.runs.checkpoint import shelve
@@ -50,8 +52,11 @@ def local_engine(
         log = TrainingLog(out / "logs", recipe.training.get("run_name") or name)
     task, training = federation.task, recipe.trainer_arguments
     on_step = _told(watcher) if watcher else None
-    if recipe.fused > 1:
-        train: Train = Fused(task, training, recipe.fused, on_step, log)
+    plan = plan_of(recipe, federation.settings, federation.examples)
+    if plan is not None:
+        train: Train = private_trainer(recipe, task, plan, on_step=on_step)
+    elif recipe.fused > 1:
+        train = Fused(task, training, recipe.fused, on_step, log)
     else:
         train = HFTrainer(task, training, on_step, log)
     return LocalEngine(
@@ -93,6 +98,7 @@ def in_this_process(
     federation, more = settle_fuse(federation)
     for text in filter(None, (told, more)):
         watcher.note(text)
+    federation = private.settle(federation, watcher)
     return federation, local_engine(federation, watcher, out)
 
 
@@ -202,6 +208,7 @@ def _go_on(
     patience, rounds = recipe.evaluation.patience, federation.settings.rounds
     until = rounds if most is None else min(rounds, state.version + most)
     progress.higher = federation.task.higher_is_better
+    private.take_up(engine, progress.records)
     directory.write_records(progress.records)
     directory.write_json(DATA, {"description": federation.description, **federation.counts})
     watcher.started(_start(federation, directory.path))
@@ -211,6 +218,8 @@ def _go_on(
         while state.version < until and not progress.exhausted(patience):
             federation, state = _admit(federation, engine, state)
             after, record = _round(federation, directory, engine, state, watcher)
+            if (told := private.told(federation, engine, record, progress.records)) is not None:
+                record["privacy"] = told
             background.wait()
             state = after
             progress.records.append(record)
