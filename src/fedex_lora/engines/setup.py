@@ -303,7 +303,7 @@ def federation_settings(
     recipe: Recipe, model: AdaptedModel | Architecture, clients: list[str]
 ) -> Settings:
     """The settings of the federation; the one client of pooled data has no partners to wait for."""
-    fed, method = recipe.federation, METHODS[recipe.method.name]
+    fed, method = recipe.federation, recipe.method.chosen
     ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
     widest = max(ranks.values(), default=0)
     layers = {n: s.at_rank(widest) if widest else s for n, s in model.layers.items()}
