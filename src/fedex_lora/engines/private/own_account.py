@@ -1,9 +1,9 @@
 """A client's account of its data file, on its own disk, across runs.
 
 Whatever a coordinator asks, no turn begins before it stands here, and none does that would bring
-the file above the budget that the client's operator set. A file is known by its path and by its bytes:
-one that was moved, or has more rows by now, is still the same. Turns whose result never arrived
-count like others.
+the file above the budget that the client's operator set. A file is known by its path and by its
+bytes: one that was moved, or has more rows by now, is still the same. Turns whose result never
+arrived count like others.
 """
 
 from __future__ import annotations
