@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedex_lora.recipe import Privacy, SecureAggregation
+from fedex_lora.recipe import Privacy, Recipe, SecureAggregation
 
 
 def test_secure_aggregation_is_a_block_or_a_yes() -> None:
@@ -13,3 +13,34 @@ def test_secure_aggregation_is_a_block_or_a_yes() -> None:
     assert Privacy.model_validate({"secure_aggregation": False}) == Privacy()
     with pytest.raises(ValueError, match="expected exact, or a rank of at least 1, got 0"):
         Privacy.model_validate({"secure_aggregation": {"rank": 0}})
+
+
+def _problems(**blocks: dict) -> str:
+    raw = {
+        "name": "t",
+        "model": {"name": "m"},
+        "task": {"kind": "glue", "name": "sst2"},
+        "data": {"name": "nyu-mll/glue", "config": "sst2"},
+        "privacy": {"secure_aggregation": True},
+        **blocks,
+    }
+    try:
+        Recipe.model_validate(raw)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_secure_aggregation_cannot_do_is_refused_by_name() -> None:
+    assert _problems() == ""
+    assert "fedex-keep has the coordinator keep" in _problems(method={"name": "fedex-keep"})
+    assert "local exchanges nothing" in _problems(method={"name": "local"})
+    assert "nobody sees an update" in _problems(records={"save_updates": True})
+    assert "single clients' scores" in _problems(evaluation={"where": "both"})
+    assert "a sum over 1 client" in _problems(federation={"clients": 4, "clients_per_round": 1})
+    for threshold in (2, 5):
+        block = {"secure_aggregation": {"threshold": threshold}}
+        assert "more than half of the 4" in _problems(privacy=block, federation={"clients": 4})
+    block = {"secure_aggregation": {"rank": 12}}
+    assert "is for fedex-svd" in _problems(privacy=block)
+    assert _problems(privacy=block, method={"name": "fedex-svd", "rank": 4}) == ""

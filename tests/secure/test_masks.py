@@ -97,9 +97,9 @@ def test_below_the_threshold_nothing_opens() -> None:
     one = Sum(4)
     one.share()
     one.mask(["c03"])
-    with pytest.raises(Unopened, match="2 of c00's neighbours are left .*; 3 must stay"):
+    with pytest.raises(Unopened, match=r"2 of c00's neighbours are left .*; 3 must stay"):
         one.open(["c02"])
-    with pytest.raises(ProtocolError, match="2 of this client's neighbours .* 3 must stay"):
+    with pytest.raises(ProtocolError, match=r"2 of this client's neighbours .* 3 must stay"):
         one.sessions["c00"].reveal(["c00", "c01"])
 
 

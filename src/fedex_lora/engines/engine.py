@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from fedex_lora.engines.stage import Stage
-from fedex_lora.federation.secure.messages import SecureTransport
+from fedex_lora.federation.loop import Transport
 from fedex_lora.federation.settings import Settings
 
 
-class Engine(SecureTransport, Protocol):
+class Engine(Transport, Protocol):
     """A transport whose clients come and go.
 
     Attributes:

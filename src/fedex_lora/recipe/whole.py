@@ -9,12 +9,14 @@ from pydantic import Field, field_validator
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.recipe.data import DataSpec
+from fedex_lora.recipe.differential import differential_problems
 from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, check, listed
 from fedex_lora.recipe.privacy import Privacy
 from fedex_lora.recipe.refused import REFUSED_TRAINING
+from fedex_lora.recipe.secure import secure_problems
 from fedex_lora.recipe.task import TaskBlock
 
 
@@ -154,32 +156,8 @@ class Recipe(Part):
 
     def _privacy(self) -> Iterator[Problem]:
         """What a run that is to be private cannot do."""
-        secure, fed = self.privacy.secure_aggregation, self.federation
-        if secure is None:
-            return
-        key, method = "privacy.secure_aggregation", METHODS[self.method.name]
-        if (reason := method.unfit_for_sums(self.lora.ranks is not None)) is not None:
-            yield key, f"{self.method.name} {reason}; leave it out, or take another method"
-        if fed.sampled < 2:
-            yield key, f"a sum over {fed.sampled} client is that client's; take 2 or more"
-        elif secure.threshold is not None and not fed.sampled / 2 < secure.threshold <= fed.sampled:
-            yield (
-                f"{key}.threshold",
-                f"expected more than half of the {fed.sampled} clients of a round, and no more "
-                f"than they are, got {secure.threshold}; two halves could be told two stories",
-            )
-        if self.engine.kind != "local":
-            yield key, "is for engine: local so far; leave it out"
-        if secure.rank != "exact" and method.residual != "truncated":
-            having = listed(n for n, m in METHODS.items() if m.residual == "truncated")
-            yield f"{key}.rank", f"a sketch that loses something is for {having}; set it to exact"
-        if self.records.save_updates:
-            yield "records.save_updates", "under secure aggregation nobody sees an update"
-        if self.evaluation.where != "server":
-            why = "it would show single clients' scores, which secure aggregation is to hide"
-            yield "evaluation.where", f"{why}; set it to server"
-        if fed.oversample > 1:
-            yield "federation.oversample", "secure aggregation waits for all who took part"
+        yield from secure_problems(self)
+        yield from differential_problems(self)
 
     def _ranks(self) -> Iterator[Problem]:
         if self.lora.ranks is None:

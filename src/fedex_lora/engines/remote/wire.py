@@ -2,8 +2,8 @@
 
 Every message is one safetensors blob (`federation.codec`) with a JSON object `about` in its header.
 Requests are of kind hello, round, secure, evaluate, final or refused; replies of kind hello, unfit,
-undecided, update, secure, lacks, scores, failed. Nothing of it is ever used as a path, as a format or as
-code.
+undecided, update, secure, lacks, scores, failed. Nothing of it is ever used as a path, as a format
+or as code.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def agreed(recipe: Recipe, task: Task) -> dict[str, Any]:
         "federation": _only(raw["federation"], "rounds", "wire_dtype"),
         "evaluation": _only(raw["evaluation"], "where", "client_fraction", "batch_size"),
         "data": _only(raw["data"], "train_examples"),
+        "privacy": raw["privacy"],
         "labels": list(task.labels or ()),
     }
     if recipe.privacy.secure_aggregation is not None:
@@ -150,7 +151,8 @@ def tokenizer_text(tokenizer: Any) -> str:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(fast.to_str()) if fast is not None else {}
     rules |= {"truncation": None, "padding": None}  # set anew by every call
-    return json.dumps([sorted(tokenizer.get_vocab().items()), special, rules], sort_keys=True)
+    vocabulary, chat = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
+    return json.dumps([vocabulary, special, rules, chat], sort_keys=True)
 
 
 def most_down(settings: Settings, initial: AdapterState) -> Limit:

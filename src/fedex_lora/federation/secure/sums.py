@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.aggregator import Aggregate, concluded
-from fedex_lora.aggregation.delta import Delta
+from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.statistics import Statistics, padded
@@ -43,8 +43,10 @@ def products(method: Method, round: int) -> frozenset[str]:
     if method.assignment.sent_up(method.trained(round)) != {"A", "B"}:
         return frozenset()  # D or E is zero, and the product follows from the means
     needs = method.assignment.needs
-    if not needs:
-        return frozenset({"covariance"} if method.in_ledger else ())
+    if method.assignment.means:  # with the covariance all else follows from them
+        return (
+            frozenset() if method.averages and not method.in_ledger else frozenset({"covariance"})
+        )
     if "product" in needs and not method.assignment.own:
         return needs - {"product"} | {"increment"}  # all start from what the server knows
     return needs
@@ -53,8 +55,7 @@ def products(method: Method, round: int) -> frozenset[str]:
 def means(method: Method, round: int) -> frozenset[str]:
     """Of which factors the mean is needed in a round."""
     seen = method.assignment.sent_up(method.trained(round))
-    spared = products(method, round) and method.assignment.needs and not method.assignment.means
-    return frozenset() if spared else seen
+    return seen if len(seen) < 2 or method.assignment.means else frozenset()
 
 
 def widths(settings: Settings, round: int, clients: Iterable[str], begun: bool) -> dict[str, int]:
@@ -70,7 +71,7 @@ def widths(settings: Settings, round: int, clients: Iterable[str], begun: bool) 
     for client in clients:
         for name, layer in settings.layers_of(client).items():
             found[name] = found.get(name, 0) + layer.rank
-    drifts = not settings.method.assignment.needs
+    drifts = settings.method.assignment.means
     for name, layer in settings.layers.items():
         if asked is not None:
             found[name] = asked
@@ -195,7 +196,11 @@ def _statistics(
     d, e = (mean.get(f"{x}/{name}", torch.tensor(torch.nan if x in seen else 0.0)) for x in "BA")
     covariance = product = increment = None
     if "covariance" in summed:
-        covariance = recovered("covariance") - Delta(d, e)
+        products_of_drifts = recovered("covariance")
+        if method.assignment.needs:
+            increment = concat([products_of_drifts, Delta(d, first.A), Delta(first.B, e)])
+            increment = increment.scaled(eta)
+        covariance = products_of_drifts - Delta(d, e)
         if covariance.right is not None:  # the columns that D̄ adds say nothing new
             covariance = covariance.split((clients - 1) * layer.rank)[0]
     if "increment" in summed:
