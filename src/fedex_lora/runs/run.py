@@ -33,7 +33,7 @@ from fedex_lora.runs.closing import finish
 from fedex_lora.runs.plan.plan import foreseen
 from fedex_lora.runs.preflight import check
 from fedex_lora.runs.progress import Progress
-from fedex_lora.runs.rundir import DATA, OUTPUTS, RunDir, edited, environment, plain
+from fedex_lora.runs.rundir import BY_HAND, DATA, OUTPUTS, RunDir, edited, environment, plain
 from fedex_lora.runs.scoring import evaluate
 from fedex_lora.runs.watch import Silent, Start, Watcher
 
@@ -85,6 +85,10 @@ def in_this_process(
     recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
 ) -> tuple[Federation, Engine]:
     """Everything of a recipe here: all rows, one model, the local engine."""
+    if (out / BY_HAND).is_file():
+        raise RecipeError(
+            f"{out}: its rounds are carried by hand; go on with `fedex-lora round open {out}`"
+        )
     if recipe.engine.kind != "local":
         raise RecipeError(
             f"engine.kind: {recipe.engine.kind} is for `fedex-lora run`; for this command set "
@@ -103,8 +107,13 @@ def start_run(
     out: Path,
     watcher: Watcher | None = None,
     assemble: Assemble = in_this_process,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe in a new directory and returns what results.json says.
+
+    Args:
+        most: How many rounds are played; while some are left nothing is returned, and
+            `resume_run` goes on.
 
     Raises:
         UserError: Anything the user can mend; what was saved before stays.
@@ -119,7 +128,7 @@ def start_run(
             directory.create(federation.recipe)
             directory.write_json("environment.json", environment(federation.model.device))
             state = begin(federation.settings, federation.initial)
-            return _go_on(federation, directory, engine, state, Progress(), watcher)
+            return _go_on(federation, directory, engine, state, Progress(), watcher, most)
 
 
 def resume_run(
@@ -127,11 +136,13 @@ def resume_run(
     recipe: Recipe | None = None,
     watcher: Watcher | None = None,
     assemble: Assemble = in_this_process,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Continues a run after its last finished round; bit for bit what it would have been.
 
     Args:
         recipe: If given, it must be the one the run began with.
+        most: As of `start_run`.
 
     Raises:
         UserError: No run there, or another recipe than it began with; the differences are named.
@@ -167,7 +178,7 @@ def resume_run(
         if missing := {*range(1, state.version)} - {r["round"] for r in records}:
             rounds = ", ".join(map(str, sorted(missing)))
             watcher.note(f"{out}/metrics.jsonl: no record of round {rounds}; totals lack them")
-        return _go_on(federation, directory, engine, state, Progress(records), watcher)
+        return _go_on(federation, directory, engine, state, Progress(records), watcher, most)
 
 
 def _note_environment(
@@ -191,9 +202,11 @@ def _go_on(
     state: ServerState,
     progress: Progress,
     watcher: Watcher,
+    most: int | None,
 ) -> dict[str, Any]:
     recipe = federation.recipe
     patience, rounds = recipe.evaluation.patience, federation.settings.rounds
+    until = rounds if most is None else min(rounds, state.version + most)
     progress.higher = federation.task.higher_is_better
     private.take_up(engine, progress.records)
     directory.write_records(progress.records)
@@ -202,7 +215,7 @@ def _go_on(
     if recipe.records.save_updates and state.version == 0:
         directory.save_global(federation.model, recipe.model.name, state, federation.settings, {})
     with quick_collections(), Background() as background:  # written while the next round trains
-        while state.version < rounds and not progress.exhausted(patience):
+        while state.version < until and not progress.exhausted(patience):
             federation, state = _admit(federation, engine, state)
             after, record = _round(federation, directory, engine, state, watcher)
             if (told := private.told(federation, engine, record, progress.records)) is not None:
@@ -212,6 +225,8 @@ def _go_on(
             progress.records.append(record)
             background.do(partial(progress.save, federation, directory, state))
             watcher.round_done(record)
+    if state.version < rounds and not progress.exhausted(patience):
+        return {}
     return finish(federation, directory, engine, state, progress, watcher)
 
 
