@@ -329,4 +329,5 @@ def federation_settings(
         mean=fed.mean,
         liars=fed.liars,
         align=fed.align,
+        optimizer=fed.optimizer,
     )
