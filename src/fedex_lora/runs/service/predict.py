@@ -119,15 +119,20 @@ def _one(encode: Any, row: Dataset, tokenizer: Any, length: int) -> dict[str, An
 def _with_labels(task: Task, spec: TaskSpec, rows: Dataset) -> Dataset:
     """Rows that have something for a label, which encoding asks for and predicting does not."""
     label: Any = 0.0 if task.regression else (task.labels or ("",))[0]
-    answers = {task.stratify: label} if task.stratify else {}
-    templates = [getattr(spec, key, None) for key in ("response", "prompt")]
-    if all(isinstance(text, str) for text in templates):
-        answered, asked = ({name for _, name, _, _ in Formatter().parse(t)} for t in templates)
-        answers |= dict.fromkeys(answered - asked - {None}, "-")
+    answers: dict[str, Any] = {task.stratify: label} if task.stratify else {}
+    asked, answered = (_fields(getattr(spec, key, None)) for key in ("prompt", "response"))
+    answers |= dict.fromkeys(answered - asked, "-")
     for name, value in answers.items():
         if name not in rows.column_names:
             rows = rows.add_column(name, [value] * len(rows))
     return rows
+
+
+def _fields(template: object) -> set[str]:
+    """The columns that a task's template asks for."""
+    if not isinstance(template, str):
+        return set()
+    return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
 
 
 def _way(task: Task, recipe: Recipe, max_new_tokens: int | None) -> Answer:
