@@ -280,6 +280,7 @@ def _aggregated(
         method.trained(exchange.round),
         settings.server_learning_rate,
         len(clients),
+        settings.combining,
     )
     kept: dict[str, Tensors] = {}
     for client in clients:
