@@ -29,11 +29,11 @@ def measured(device: torch.device, repeats: int) -> Row:
     residual = ours(begin, ends)
     weights = {
         n: torch.randn(f.B.shape[0], f.A.shape[1], device=device).to(torch.bfloat16)
-        for n, f in begin.sites.items()
+        for n, f in begin.layers.items()
     }
     times = in_turn(
         {
-            "dense formula": lambda: [published(ends, n) for n in begin.sites],
+            "dense formula": lambda: [published(ends, n) for n in begin.layers],
             "residual as factors": lambda: ours(begin, ends),
             "the same, deviation measured too": lambda: ours(begin, ends, norms=True),
             "the same in wire form": lambda: [w.wire_form() for w in ours(begin, ends).values()],
@@ -50,7 +50,7 @@ def measured(device: torch.device, repeats: int) -> Row:
 
 def _to(state: AdapterState, device: torch.device) -> AdapterState:
     return AdapterState(
-        {n: Factors(f.A.to(device), f.B.to(device), f.scale) for n, f in state.sites.items()}
+        {n: Factors(f.A.to(device), f.B.to(device), f.scale) for n, f in state.layers.items()}
     )
 
 

@@ -69,7 +69,7 @@ def settings_of(method: str, dtype: str) -> Settings:
         METHODS[method],
         seed=7,
         clients=tuple(sorted(ROWS)),
-        sites=SITES,
+        layers=SITES,
         rounds=3,
         rank=2 if METHODS[method].residual == "truncated" else None,
         wire_dtype=getattr(torch, dtype),
@@ -82,7 +82,7 @@ def settings_of(method: str, dtype: str) -> Settings:
 def first_state(settings: Settings) -> ServerState:
     generator = torch.Generator().manual_seed(0)
     head = {"w": torch.randn(4, 3, generator=generator)}
-    return begin(settings, AdapterState(fresh(settings.sites, settings.seed), head))
+    return begin(settings, AdapterState(fresh(settings.layers, settings.seed), head))
 
 
 def honest(settings: Settings, state: ServerState, client: str) -> bytes:
@@ -173,8 +173,8 @@ def moved_too_far(
     if not (after.head["w"] - before.head["w"]).norm() <= 2 * share * n:
         return True
     start = start_of(state, settings, LIAR)
-    for name, site in settings.sites.items():
-        a, b = start.sites[name].A.norm().item(), start.sites[name].B.norm().item()
+    for name, site in settings.layers.items():
+        a, b = start.layers[name].A.norm().item(), start.layers[name].B.norm().item()
         most = 2 * share * site.scale * (n * a + n * b + n * n)
         if not (_global(after, name) - _global(before, name)).norm() <= most:
             return True

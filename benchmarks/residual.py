@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import Figure, Row, seconds
-from benchmarks.shapes import MISTRAL, MISTRAL_LAYERS, end, sites, start
+from benchmarks.shapes import MISTRAL, MISTRAL_LAYERS, end, layers, start
 from benchmarks.timing import Times, in_turn, ratio, timed
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.aggregator import Aggregator
@@ -21,9 +21,9 @@ WIRE, MINIMUM = "in wire form", "inputs read and outputs written once"
 
 def published(ends: list[AdapterState], site: str) -> Tensor:
     """Mean of the products minus product of the means, dense: as the paper's code computes it."""
-    scale = ends[0].sites[site].scale
-    a = torch.stack([e.sites[site].A for e in ends])
-    b = torch.stack([e.sites[site].B for e in ends])
+    scale = ends[0].layers[site].scale
+    a = torch.stack([e.layers[site].A for e in ends])
+    b = torch.stack([e.layers[site].B for e in ends])
     return scale * (torch.stack([y @ x for x, y in zip(a, b)]).mean(0) - b.mean(0) @ a.mean(0))
 
 
@@ -34,14 +34,14 @@ def published_truncated(ends: list[AdapterState], site: str, rank: int) -> Tenso
 
 
 def ours(begin: AdapterState, ends: list[AdapterState], norms: bool = False) -> Increment:
-    """The residual of all sites as factors and the mean factors, by this project's aggregation.
+    """The residual of all layers as factors and the mean factors, by this project's aggregation.
 
     Args:
         norms: Whether it also measures the deviation, as a round does for its record.
     """
     shapes = {
-        n: sites({"x": (f.B.shape[0], f.A.shape[1])}, 1, f.rank)["layers.0.x"]
-        for n, f in begin.sites.items()
+        n: layers({"x": (f.B.shape[0], f.A.shape[1])}, 1, f.rank)["layers.0.x"]
+        for n, f in begin.layers.items()
     }
     aggregator = Aggregator(METHODS["fedex"], shapes, frozenset("AB"), clients=len(ends))
     for one in ends:
@@ -52,8 +52,8 @@ def ours(begin: AdapterState, ends: list[AdapterState], norms: bool = False) -> 
 def read_and_write(begin: AdapterState, ends: list[AdapterState]) -> list[Tensor]:
     """Reads every input once and writes as much as the outputs hold: the least there is to do."""
     outputs = []
-    for name, f in begin.sites.items():
-        read = [t.sum() for e in ends for t in (e.sites[name].A, e.sites[name].B)]
+    for name, f in begin.layers.items():
+        read = [t.sum() for e in ends for t in (e.layers[name].A, e.layers[name].B)]
         rank = (len(ends) - 1) * f.rank
         for size in (f.B.shape[0] * rank, f.A.shape[1] * rank, f.A.numel() + f.B.numel()):
             outputs.append(torch.full((size,), read[0].item()))
@@ -62,16 +62,16 @@ def read_and_write(begin: AdapterState, ends: list[AdapterState]) -> list[Tensor
 
 def one_layer(seed: int = 0) -> tuple[AdapterState, list[AdapterState]]:
     """Where three clients start and end, for the seven linear layers of one decoder layer."""
-    begin = start(sites(MISTRAL, 1, RANK), seed)
+    begin = start(layers(MISTRAL, 1, RANK), seed)
     return begin, [end(begin, 1000 * seed + 1 + i) for i in range(CLIENTS)]
 
 
 def times(layers: int = MISTRAL_LAYERS) -> dict[str, Times]:
-    """Seconds for each layer's seven sites, every layer with factors of its own."""
+    """Seconds for each layer's seven layers, every layer with factors of its own."""
     found: dict[str, list[float]] = {}
     for layer in range(layers):
         begin, ends = one_layer(layer)
-        slow = {DENSE: lambda: [published(ends, n) for n in begin.sites]}  # noqa: B023
+        slow = {DENSE: lambda: [published(ends, n) for n in begin.layers]}  # noqa: B023
         quick = {
             FACTORS: lambda: ours(begin, ends),  # noqa: B023
             NORMS: lambda: ours(begin, ends, norms=True),  # noqa: B023
@@ -99,7 +99,7 @@ def row(layers: int = MISTRAL_LAYERS) -> Row:
             Figure(f"in wire form, all {layers} layers", sum(t[WIRE].seconds), "s"),
         ],
         [
-            f"{layers} decoder layers of 7 sites one after the other, each with factors of its "
+            f"{layers} decoder layers of 7 matrices one after the other, each with factors of its "
             "own, as the dense matrices of all do not fit in memory together: the dense formula "
             "once, then 5 times the others in turn; each layer's medians, and of these the median "
             "and spread.",
@@ -121,9 +121,9 @@ def _over(t: dict[str, Times], name: str) -> tuple[float, str, float | None, Non
 def truncation() -> Row:
     """Best rank-32 approximation at a 4096² site; the dense one is run once: it takes minutes."""
     begin, ends = one_layer()
-    name = next(iter(begin.sites))
-    one = [AdapterState({name: e.sites[name]}) for e in ends]
-    first = AdapterState({name: begin.sites[name]})
+    name = next(iter(begin.layers))
+    one = [AdapterState({name: e.layers[name]}) for e in ends]
+    first = AdapterState({name: begin.layers[name]})
 
     def truncated() -> Delta:
         return ours(first, one)[name].split(RANK)[0]
@@ -148,8 +148,8 @@ def truncation() -> Row:
 
 def errors(spreads: tuple[float, ...] = (1, 1e-1, 1e-2, 1e-3, 1e-4)) -> dict[float, tuple]:
     """Relative error of the residual against float64, (published, ours), by the clients' spread."""
-    begin = start(sites({"x": (300, 200)}, 1, 8))
-    name = next(iter(begin.sites))
+    begin = start(layers({"x": (300, 200)}, 1, 8))
+    name = next(iter(begin.layers))
     found = {}
     for spread in spreads:
         ends = [end(begin, 1 + i, spread) for i in range(5)]
@@ -175,7 +175,7 @@ def _relative(got: Tensor, exact: Tensor) -> float:
 
 
 def _exact(ends: list[AdapterState], site: str) -> Tensor:
-    a = torch.stack([e.sites[site].A for e in ends]).double()
-    b = torch.stack([e.sites[site].B for e in ends]).double()
+    a = torch.stack([e.layers[site].A for e in ends]).double()
+    b = torch.stack([e.layers[site].B for e in ends]).double()
     da, db = a - a.mean(0), b - b.mean(0)
-    return ends[0].sites[site].scale * (db @ da).mean(0)
+    return ends[0].layers[site].scale * (db @ da).mean(0)

@@ -10,7 +10,7 @@ from time import perf_counter, sleep
 import psutil
 
 from benchmarks.results import Figure, Row
-from benchmarks.shapes import ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, end, sites, start
+from benchmarks.shapes import ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, end, layers, start
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.aggregator import Aggregator
 from fedex_lora.aggregation.methods import METHODS
@@ -66,7 +66,7 @@ def row(counts: tuple[int, ...] = COUNTS) -> Row:
 
 def aggregate(clients: int) -> Scale:
     """RoBERTa-large's query and value at rank 8, `clients` clients, one after the other."""
-    shapes = sites(ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, RANK)
+    shapes = layers(ROBERTA_LARGE, ROBERTA_LARGE_LAYERS, RANK)
     begin = start(shapes)
     few = [end(begin, i) for i in range(min(clients, 8))]
     seconds = 0.0

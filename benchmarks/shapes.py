@@ -21,16 +21,16 @@ ROBERTA_LARGE = {"query": (1024, 1024), "value": (1024, 1024)}
 ROBERTA_LARGE_LAYERS = 24
 
 
-def sites(shapes: dict[str, tuple[int, int]], layers: int, rank: int) -> dict[str, LayerShape]:
-    """The adapted layers of `layers` decoder or encoder layers."""
+def layers(shapes: dict[str, tuple[int, int]], count: int, rank: int) -> dict[str, LayerShape]:
+    """The adapted layers of `count` decoder or encoder layers."""
     return {
         f"layers.{i}.{name}": LayerShape(out, inp, rank, 2.0)
-        for i in range(layers)
+        for i in range(count)
         for name, (out, inp) in shapes.items()
     }
 
 
-def start(sites: dict[str, LayerShape], seed: int = 0) -> AdapterState:
+def start(layers: dict[str, LayerShape], seed: int = 0) -> AdapterState:
     """Random factors; B is not zero, as after a round or two."""
     g = torch.Generator().manual_seed(seed)
     return AdapterState(
@@ -40,7 +40,7 @@ def start(sites: dict[str, LayerShape], seed: int = 0) -> AdapterState:
                 torch.randn(s.out, s.rank, generator=g),
                 2.0,
             )
-            for name, s in sites.items()
+            for name, s in layers.items()
         }
     )
 
@@ -53,5 +53,5 @@ def end(state: AdapterState, seed: int, spread: float = 0.1) -> AdapterState:
         return t + spread * torch.randn(t.shape, generator=g)
 
     return AdapterState(
-        {n: Factors(moved(f.A), moved(f.B), f.scale) for n, f in state.sites.items()}
+        {n: Factors(moved(f.A), moved(f.B), f.scale) for n, f in state.layers.items()}
     )

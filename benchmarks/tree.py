@@ -7,7 +7,7 @@ from time import perf_counter
 
 from benchmarks.results import Figure, Row
 from benchmarks.scaling import Peak
-from benchmarks.shapes import ROBERTA_LARGE, end, sites, start
+from benchmarks.shapes import ROBERTA_LARGE, end, layers, start
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
 from fedex_lora.aggregation.methods import METHODS
@@ -20,7 +20,7 @@ SPREAD = 1e-2
 
 def row(levels: tuple[int, ...] = LEVELS) -> Row:
     """The tree against one server for all; both hold a dense sum for each open level."""
-    shapes = sites(ROBERTA_LARGE, LAYERS, RANK)
+    shapes = layers(ROBERTA_LARGE, LAYERS, RANK)
     begin = start(shapes)
     few = [end(begin, i, SPREAD) for i in range(8)]
     count = 1
@@ -56,7 +56,7 @@ def server(
     widths: tuple[int, ...], begin: AdapterState, clients: Iterator[AdapterState]
 ) -> Aggregator:
     """The aggregate of a server's clients, or of the servers below it."""
-    shapes = sites(ROBERTA_LARGE, LAYERS, RANK)
+    shapes = layers(ROBERTA_LARGE, LAYERS, RANK)
     aggregator = Aggregator(METHODS["fedex"], shapes, frozenset("AB"), clients=widths[0])
     for _ in range(widths[0]):
         if len(widths) > 1:

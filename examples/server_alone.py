@@ -15,10 +15,12 @@ for round in range(1, 4):
     for name, count in rows.items():
         start = server.start(state, name)
         end = server.start(state, name)
-        for factor in (end.sites["q"].A, end.sites["q"].B):  # training, of sorts
+        for factor in (end.layers["q"].A, end.layers["q"].B):  # training, of sorts
             factor += 0.1 * torch.randn(factor.shape, generator=generator)
         updates[name] = server.update(state, name, end, examples=count)
-        moved = end.sites["q"].delta().dense().double() - start.sites["q"].delta().dense().double()
+        moved = (
+            end.layers["q"].delta().dense().double() - start.layers["q"].delta().dense().double()
+        )
         changed += count / sum(rows.values()) * moved
     state, record = server.step(state, updates)
     g += changed  # what the global model has to be: the weighted mean of where clients ended

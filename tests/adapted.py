@@ -84,21 +84,21 @@ def logits(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def random_state(model: AdaptedModel, seed: int = 1, rank: int | None = None) -> AdapterState:
     """Factors away from zero, and a head away from its start."""
     g = torch.Generator().manual_seed(seed)
-    sites = {}
-    for name, site in model.sites.items():
+    layers = {}
+    for name, site in model.layers.items():
         r = rank or site.rank
         a, b = torch.randn(r, site.inp, generator=g), torch.randn(site.out, r, generator=g)
-        sites[name] = Factors(0.2 * a, 0.2 * b, site.at_rank(r).scale)
+        layers[name] = Factors(0.2 * a, 0.2 * b, site.at_rank(r).scale)
     head = model.read().head
     noise = {n: 0.1 * torch.randn(t.shape, generator=g) for n, t in head.items()}
-    return AdapterState(sites, {n: t + noise[n] for n, t in head.items()})
+    return AdapterState(layers, {n: t + noise[n] for n, t in head.items()})
 
 
 def increments(model: AdaptedModel, seed: int = 2) -> dict[str, Delta | None]:
     """By turns a low-rank increment, a dense one and none."""
     g = torch.Generator().manual_seed(seed)
     made: dict[str, Delta | None] = {}
-    for i, (name, s) in enumerate(model.sites.items()):
+    for i, (name, s) in enumerate(model.layers.items()):
         left, right = torch.randn(s.out, 2, generator=g), torch.randn(2, s.inp, generator=g)
         factors = Delta(0.1 * left, right)
         made[name] = (factors, Delta(factors.dense()), None)[i % 3]
@@ -115,7 +115,7 @@ def oracle(
     """The plain model with float64 W0 + increment + scale·B·A set by hand."""
     auto = getattr(transformers, case.task["auto_model"])
     plain = auto.from_pretrained(path, **case.task["model_kwargs"])
-    for name, f in state.sites.items():
+    for name, f in state.layers.items():
         module = plain.get_submodule(name)
         delta = f.scale * f.B.double() @ f.A.double()
         more = added.get(name)
@@ -145,9 +145,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def assert_equal(left: AdapterState, right: AdapterState) -> None:
     """Bit for bit the same state."""
-    assert list(left.sites) == list(right.sites)
-    for name, f in left.sites.items():
-        g = right.sites[name]
+    assert list(left.layers) == list(right.layers)
+    for name, f in left.layers.items():
+        g = right.layers[name]
         assert torch.equal(f.A, g.A)
         assert torch.equal(f.B, g.B)
         assert f.scale == g.scale

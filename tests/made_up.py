@@ -59,8 +59,8 @@ def record(
         "score": score,
     }
     if method.trains == "both" and method.exchanges and not method.pooled:
-        sites = {site: by_site(site, round) for site in SITES}
-        found |= {"deviation": 1.0, "ideal": 10.0, "deviation_by_site": sites}
+        layers = {site: by_site(site, round) for site in SITES}
+        found |= {"deviation": 1.0, "ideal": 10.0, "deviation_by_site": layers}
         found["ideal_by_site"] = dict.fromkeys(SITES, 10.0)
     if method.residual == "truncated":  # a part of what is missed that falls with the rank
         whole = sum(v**2 for v in found["deviation_by_site"].values()) ** 0.5

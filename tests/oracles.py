@@ -52,7 +52,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def start_state(
-    sites: Mapping[str, LayerShape], generator: torch.Generator, dtype: torch.dtype = torch.float64
+    layers: Mapping[str, LayerShape], generator: torch.Generator, dtype: torch.dtype = torch.float64
 ) -> AdapterState:
     """Random factors (B ≠ 0) and a head of two tensors."""
     factors = {
@@ -61,7 +61,7 @@ def start_state(
             torch.randn(s.out, s.rank, generator=generator, dtype=dtype),
             s.scale,
         )
-        for name, s in sites.items()
+        for name, s in layers.items()
     }
     head = {
         "w": torch.randn(3, 4, generator=generator, dtype=dtype),
@@ -82,6 +82,6 @@ def trained_by(
         name: Factors(
             drift(f.A) if "A" in trained else f.A, drift(f.B) if "B" in trained else f.B, f.scale
         )
-        for name, f in start.sites.items()
+        for name, f in start.layers.items()
     }
     return AdapterState(factors, {n: drift(t) for n, t in start.head.items()})

@@ -33,27 +33,27 @@ federations = given(
 )
 
 
-def run(method, sites, starts, ends, n, eta=1.0, round=1):
-    aggregator = Aggregator(method, sites, method.trained(round), eta)
+def run(method, layers, starts, ends, n, eta=1.0, round=1):
+    aggregator = Aggregator(method, layers, method.trained(round), eta)
     for weight, start, end in zip(n, starts, ends):
         aggregator.add(weight, start, end)
     return aggregator.finish()
 
 
-def federation(method, k, seed, sites=SITES, dtype=torch.float64, spread=1.0, round=1):
+def federation(method, k, seed, layers=SITES, dtype=torch.float64, spread=1.0, round=1):
     g = torch.Generator().manual_seed(seed)
     if method.shared_base:
-        starts = [start_state(sites, g, dtype)] * k
+        starts = [start_state(layers, g, dtype)] * k
     else:
-        starts = [start_state(sites, g, dtype) for _ in range(k)]
+        starts = [start_state(layers, g, dtype) for _ in range(k)]
     if method.assignment.drawn:
-        starts = [replace(s, sites=fresh_like(sites, dtype)) for s in starts]
+        starts = [replace(s, layers=fresh_like(layers, dtype)) for s in starts]
     return starts, [trained_by(s, method.trained(round), g, spread) for s in starts]
 
 
-def fresh_like(sites, dtype):
+def fresh_like(layers, dtype):
     return {
-        n: Factors(f.A.to(dtype), f.B.to(dtype), f.scale) for n, f in fresh(sites, 0, 1).items()
+        n: Factors(f.A.to(dtype), f.B.to(dtype), f.scale) for n, f in fresh(layers, 0, 1).items()
     }
 
 
@@ -64,7 +64,7 @@ def test_assigned_plus_residual_is_ideal(name, n, seed, eta, round):
     starts, ends = federation(method, len(n), seed, round=round)
     out = run(method, SITES, starts, ends, n, eta, round)
     for site in SITES:
-        s, e = [x.sites[site] for x in starts], [x.sites[site] for x in ends]
+        s, e = [x.layers[site] for x in starts], [x.layers[site] for x in ends]
         change = ideal_change(s, e, n, eta)
         got = dense64(out.increment[site]) if site in out.increment else torch.zeros_like(change)
         if method.shared_base:
@@ -88,7 +88,7 @@ def test_deviation_is_what_plain_averaging_misses(name, n, seed, eta, round):
     starts, ends = federation(method, len(n), seed, round=round)
     out = run(method, SITES, starts, ends, n, eta, round)
     for site in SITES:
-        e = [x.sites[site] for x in ends]
+        e = [x.layers[site] for x in ends]
         if method.assignment.private:  # nobody has the products
             assert not out.deviation and not out.ideal
             continue
@@ -112,7 +112,7 @@ def test_identical_clients_give_no_deviation_and_no_residual(name, round):
         if method.assignment.shared and not method.assignment.needs:
             assert site not in out.increment or not dense64(out.increment[site]).any()
             torch.testing.assert_close(
-                product(out.factors[site]), product(ends[0].sites[site]), rtol=1e-5, atol=1e-6
+                product(out.factors[site]), product(ends[0].layers[site]), rtol=1e-5, atol=1e-6
             )
 
 
@@ -127,30 +127,30 @@ def test_a_frozen_factor_is_passed_on_bit_for_bit(name, round):
     for site in SITES:
         for factor in {"A", "B"} - method.trained(round):
             got = getattr(out.factors[site], factor)
-            assert torch.equal(got, getattr(starts[0].sites[site], factor))
+            assert torch.equal(got, getattr(starts[0].layers[site], factor))
 
 
 @pytest.mark.parametrize("spread", [1, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_the_residual_keeps_its_digits_however_close_the_clients_are(spread):
-    sites = {"q": LayerShape(out=96, inp=64, rank=4, scale=2.0)}
-    starts, ends = federation(METHODS["fedex"], 5, 11, sites, torch.float32, spread)
+    layers = {"q": LayerShape(out=96, inp=64, rank=4, scale=2.0)}
+    starts, ends = federation(METHODS["fedex"], 5, 11, layers, torch.float32, spread)
     n = [5, 1, 3, 8, 2]
-    out = run(METHODS["fedex"], sites, starts, ends, n)
-    expected = residual([e.sites["q"] for e in ends], n)
+    out = run(METHODS["fedex"], layers, starts, ends, n)
+    expected = residual([e.layers["q"] for e in ends], n)
     assert relative(dense64(out.increment["q"]), expected) < 1e-6
     assert relative(dense64(out.increment["q"].wire_form()), expected) < 1e-6
 
 
 @pytest.mark.parametrize("k", [2, 3, 6, 40])
 def test_the_residual_has_rank_at_most_k_minus_1_times_r_and_turns_dense_when_that_is_smaller(k):
-    sites = {"q": LayerShape(out=60, inp=40, rank=3, scale=2.0)}
-    starts, ends = federation(METHODS["fedex"], k, 11, sites, torch.float32)
-    increment = run(METHODS["fedex"], sites, starts, ends, [1] * k).increment["q"]
+    layers = {"q": LayerShape(out=60, inp=40, rank=3, scale=2.0)}
+    starts, ends = federation(METHODS["fedex"], k, 11, layers, torch.float32)
+    increment = run(METHODS["fedex"], layers, starts, ends, [1] * k).increment["q"]
     if (k - 1) * 3 * (60 + 40) < 60 * 40:
         assert increment.right is not None and increment.rank == (k - 1) * 3
     else:
         assert increment.right is None
-    expected = residual([e.sites["q"] for e in ends], [1] * k)
+    expected = residual([e.layers["q"] for e in ends], [1] * k)
     assert relative(dense64(increment), expected) < 1e-6
 
 
@@ -162,10 +162,10 @@ def test_ranks_may_differ(name):
     narrow = [{"q": wide["q"].at_rank(r)} for r in (1, 4, 2)]
     starts = [start_state(s, g) for s in narrow]
     if method.shared_base:  # they start from one product only where B = 0
-        starts = [replace(s, sites=fresh_like(x, torch.float64)) for s, x in zip(starts, narrow)]
+        starts = [replace(s, layers=fresh_like(x, torch.float64)) for s, x in zip(starts, narrow)]
     ends = [trained_by(s, frozenset("AB"), g) for s in starts]
     out = run(method, wide, starts, ends, n)
-    s, e = [x.sites["q"] for x in starts], [x.sites["q"] for x in ends]
+    s, e = [x.layers["q"] for x in starts], [x.layers["q"] for x in ends]
     if method.residual == "exact":
         torch.testing.assert_close(dense64(out.increment["q"]), ideal_change(s, e, n))
     if out.factors:
@@ -200,16 +200,16 @@ def test_more_rows_than_columns_are_zero_beyond_them(given):
 @pytest.mark.parametrize("out, inp", [(7, 3), (3, 7), (4, 4)])
 def test_an_svd_assignment_of_more_ranks_than_a_layer_has_is_the_product_itself(name, out, inp):
     """r = 6 > min(out, in): B'A' is the mean of the products, and nothing is NaN."""
-    method, sites = METHODS[name], {"q": LayerShape(out=out, inp=inp, rank=6, scale=1.5)}
-    starts, ends = federation(method, 3, 5, sites)
+    method, layers = METHODS[name], {"q": LayerShape(out=out, inp=inp, rank=6, scale=1.5)}
+    starts, ends = federation(method, 3, 5, layers)
     n = [3, 1, 2]
-    result = run(method, sites, starts, ends, n)
+    result = run(method, layers, starts, ends, n)
     f = result.factors["q"]
     assert torch.isfinite(f.A).all() and torch.isfinite(f.B).all()
     if name == "fedsvd":  # trains B alone: the mean of B, times A
-        ideal = 1.5 * mean([e.sites["q"].B for e in ends], n) @ starts[0].sites["q"].A
+        ideal = 1.5 * mean([e.layers["q"].B for e in ends], n) @ starts[0].layers["q"].A
     else:
-        ideal = mean([product(e.sites["q"]) for e in ends], n)
+        ideal = mean([product(e.layers["q"]) for e in ends], n)
     assert relative(product(f), ideal) < 1e-12
     kept = f.A[f.A.norm(dim=1) > 0]
     torch.testing.assert_close(kept @ kept.T, torch.eye(len(kept), dtype=torch.float64))
@@ -229,7 +229,7 @@ def test_the_transposed_residual_is_not_mistaken_for_the_residual():
 def test_a_client_by_itself_is_the_average_bit_for_bit():
     starts, ends = federation(METHODS["fedex"], 1, 1, dtype=torch.float32)
     out = run(METHODS["fedex"], SITES, starts, ends, [3])
-    for site, end in ends[0].sites.items():
+    for site, end in ends[0].layers.items():
         assert torch.equal(out.factors[site].A, end.A) and torch.equal(out.factors[site].B, end.B)
         assert out.deviation[site] == 0 and site not in out.increment
 

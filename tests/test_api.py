@@ -82,9 +82,9 @@ def test_the_global_model_is_the_weighted_mean_of_where_the_clients_ended(model,
     (round,) = federation.rounds(1)
     assert round.number == 1 and round.deviation > 0 and round.metrics.keys() == COUNTS.keys()
     start = federation.engine.initial
-    for name, shape in model.adapted.sites.items():
+    for name, shape in model.adapted.layers.items():
         ideal = ideal_change(
-            [start.sites[name]] * 3, [ends[c].sites[name] for c in COUNTS], list(COUNTS.values())
+            [start.layers[name]] * 3, [ends[c].layers[name] for c in COUNTS], list(COUNTS.values())
         )
         total = federation.state.ledger.total(name)
         got = federation.state.factors[name].delta().dense().double() + total.double()
@@ -229,7 +229,7 @@ def test_a_train_function_that_does_not_do_its_part_is_named(folder, clients, tr
         ({"ranks": {"ann": 1, "bob": 2, "cleo": 3}}, "ranks: fedex needs one rank"),
         ({"method": "flexlora", "ranks": {"ann": 1}}, "ranks: expected one for each of ann, bob"),
         ({"wieghts": "uniform"}, "no option 'wieghts'; did you mean 'weights'"),
-        ({"sites": {}}, "Federation: there is no option 'sites'"),
+        ({"layers": {}}, "Federation: there is no option 'layers'"),
         ({"max_share": 0.4}, "client ann declares 5 of 10 rows"),
     ],
 )

@@ -62,9 +62,9 @@ def test_adapters_have_the_published_sizes(name, targets, rank, parameters):
 
 
 def test_c_proj_of_gpt2_is_adapted_in_the_attention_and_in_the_mlp():
-    sites = shape("gpt2", LoraSpec(r=4, target_modules=["c_proj"])).sites
-    assert {(s.out, s.inp) for s in sites.values()} == {(768, 768), (768, 3072)}
-    assert len(sites) == 24
+    layers = shape("gpt2", LoraSpec(r=4, target_modules=["c_proj"])).layers
+    assert {(s.out, s.inp) for s in layers.values()} == {(768, 768), (768, 3072)}
+    assert len(layers) == 24
 
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt2", "gemma2", "no pooler"])
@@ -77,7 +77,7 @@ def test_shapes_are_those_of_the_model_that_is_loaded(kind, tmp_path):
     task = {"auto_model": auto_model, "peft_task_type": task_type, "model_kwargs": kwargs}
     loaded = load_model(ModelSpec(name=str(path)), lora, **task, seed=0)
     found = architecture(str(path), lora, **task)
-    assert found.sites == loaded.sites
+    assert found.layers == loaded.layers
     head = loaded.initial(0).head
     assert {n: t.shape for n, t in head.items()} == dict(found.head)
     assert any("pooler" in n for n in head) == (kind == "no pooler")

@@ -8,13 +8,13 @@ import torch
 from benchmarks import flower_page, merging, residual
 from benchmarks.page import page
 from benchmarks.results import Figure, Row, goal, read, row_of, shown, store
-from benchmarks.shapes import end, sites, start
+from benchmarks.shapes import end, layers, start
 from benchmarks.timing import Times, in_turn, ratio
 from fedex_lora.merge.factors import merge_factors
 
 
 def test_both_ways_to_the_residual_give_one():
-    begin = start(sites({"x": (30, 20)}, 2, 4))
+    begin = start(layers({"x": (30, 20)}, 2, 4))
     ends = [end(begin, 1 + i, 1.0) for i in range(3)]
     for name, found in residual.ours(begin, ends).items():
         torch.testing.assert_close(found.dense(), residual.published(ends, name), rtol=0, atol=1e-4)

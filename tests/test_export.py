@@ -268,7 +268,7 @@ def test_the_printed_lines_work_for_a_batch_of_two(kind, capsys, tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_not_exported(trained, tmp_path):
-    site = next(iter(trained.model.sites))
+    site = next(iter(trained.model.layers))
     factors = dict(trained.state.factors)
     for bad in (float("nan"), float("inf")):
         b = factors[site].B.clone()
@@ -363,7 +363,7 @@ def test_rounding_to_the_base_s_dtype_is_told(run, trained, tmp_path):
     exact = load_file(tmp_path / "exact" / "model.safetensors")
     bf16 = export_model(trained, tmp_path / "bf16", torch.bfloat16)
     got = load_file(tmp_path / "bf16" / "model.safetensors")
-    names = [f"{site}.weight" for site in trained.model.sites]
+    names = [f"{site}.weight" for site in trained.model.layers]
     missed = torch.cat([(got[n].float() - exact[n]).flatten() for n in names]).norm()
     size = torch.cat([exact[n].flatten() for n in names]).norm()
     assert abs(bf16.rounding - missed / size) < 1e-6 and 1e-4 < bf16.rounding < 4e-3

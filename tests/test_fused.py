@@ -80,8 +80,8 @@ def test_each_client_ends_where_it_would_have_ended_by_itself(tmp_path, kind):
     alone, fused = both_ways(federation)
     assert_same(alone, fused)
     assert [u.metrics["steps"] for u in fused] == [10, 4, 6]
-    start = federation.initial.sites
-    ends = [(start[name].A, f.A) for u in fused for name, f in u.end.sites.items()]
+    start = federation.initial.layers
+    ends = [(start[name].A, f.A) for u in fused for name, f in u.end.layers.items()]
     moved = [(end - begun).norm() / end.norm() for begun, end in ends]
     assert min(moved) > 1e-3  # far more than the tolerance
 
@@ -103,14 +103,15 @@ def test_so_it_is_from_different_starts_with_one_factor_frozen(tmp_path):
     starts = {}
     for i, client in enumerate(federation.clients, 1):
         moved = {
-            n: Factors(i * f.A, f.B + 0.1 * i, f.scale) for n, f in federation.initial.sites.items()
+            n: Factors(i * f.A, f.B + 0.1 * i, f.scale)
+            for n, f in federation.initial.layers.items()
         }
         starts[client] = AdapterState(moved, federation.initial.head)
     alone, fused = both_ways(federation, "B", starts)
     assert_same(alone, fused)
     for client, one in zip(federation.clients, fused, strict=True):
-        for name, f in one.end.sites.items():
-            assert torch.equal(f.A, starts[client].sites[name].A)
+        for name, f in one.end.layers.items():
+            assert torch.equal(f.A, starts[client].layers[name].A)
 
 
 def test_so_it_is_in_regression(tmp_path, monkeypatch):
@@ -144,7 +145,7 @@ def test_the_model_is_afterwards_what_it_was(tmp_path):
 
 def test_a_client_without_numbers_spoils_nobody_elses(tmp_path):
     federation = set_up(made(tmp_path))
-    bad = {n: Factors(f.A * torch.nan, f.B, f.scale) for n, f in federation.initial.sites.items()}
+    bad = {n: Factors(f.A * torch.nan, f.B, f.scale) for n, f in federation.initial.layers.items()}
     starts = dict.fromkeys(federation.clients, federation.initial)
     starts["bob"] = AdapterState(bad, federation.initial.head)
     alone, fused = both_ways(federation, starts=starts)

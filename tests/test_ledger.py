@@ -6,13 +6,13 @@ from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Ledger
 
 
-def ledger_of(versions, sites=("q", "v"), rank=2, m=12, n=9):
+def ledger_of(versions, layers=("q", "v"), rank=2, m=12, n=9):
     g = torch.Generator().manual_seed(0)
     ledger = Ledger()
     for version in range(1, versions + 1):
         increment = {
             s: Delta(torch.randn(m, rank, generator=g), torch.randn(rank, n, generator=g))
-            for s in sites
+            for s in layers
         }
         ledger = ledger.append(version, increment)
     return ledger

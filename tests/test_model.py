@@ -33,7 +33,7 @@ def test_read_returns_what_was_written(case, path, dtype, rank):
     model.write(state)
     read = model.read()
     assert_equal(read, state)
-    assert {f.A.dtype for f in read.sites.values()} == {torch.float32}
+    assert {f.A.dtype for f in read.layers.values()} == {torch.float32}
     model.write(random_state(model, seed=5))  # what was read is a copy
     assert_equal(read, state)
 
@@ -69,9 +69,9 @@ def test_bf16_logits_are_near_those_of_the_dense_model(name, path, placement):
 def test_no_increment_is_the_pretrained_weight_bit_for_bit(case, path, dtype):
     model = case.load(path(case.kind), dtype=dtype)
     before = {n: p.clone() for n, p in model.module.named_parameters()}
-    model.place(lambda name: Delta(torch.ones(model.sites[name].out, model.sites[name].inp)))
+    model.place(lambda name: Delta(torch.ones(model.layers[name].out, model.layers[name].inp)))
     changed = {n for n, p in model.module.named_parameters() if not torch.equal(p, before[n])}
-    assert len(changed) == len(model.sites)
+    assert len(changed) == len(model.layers)
     model.place(lambda name: None)
     assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
 
@@ -80,12 +80,12 @@ def test_no_increment_is_the_pretrained_weight_bit_for_bit(case, path, dtype):
 def test_after_50_placements_bf16_is_one_rounding_of_the_exact_sum(name, path):
     case = CASES[name]
     model = case.load(path(case.kind), dtype="bfloat16")
-    total = {n: torch.zeros(s.out, s.inp) for n, s in model.sites.items()}
+    total = {n: torch.zeros(s.out, s.inp) for n, s in model.layers.items()}
     g = torch.Generator().manual_seed(0)
     for _ in range(50):
         total = {n: t + 1e-4 * torch.randn(t.shape, generator=g) for n, t in total.items()}
         model.place(lambda name: Delta(total[name]))  # noqa: B023
-    for name in model.sites:
+    for name in model.layers:
         exact = (model.pretrained(name) + total[name]).bfloat16()
         plain = model.module.get_base_model().get_submodule(name).base_layer.weight
         assert torch.equal(plain if plain.shape == exact.shape else plain.T, exact)
@@ -141,9 +141,9 @@ def test_a_step_changes_only_what_is_trained(name, path, trained):
         loss.backward()
         torch.optim.SGD(parameters, lr=1.0).step()
     after = model.read()
-    for site in model.sites:
-        assert torch.equal(before.sites[site].A, after.sites[site].A) == ("A" not in trained)
-        assert torch.equal(before.sites[site].B, after.sites[site].B) == ("B" not in trained)
+    for site in model.layers:
+        assert torch.equal(before.layers[site].A, after.layers[site].A) == ("A" not in trained)
+        assert torch.equal(before.layers[site].B, after.layers[site].B) == ("B" not in trained)
     assert all(not torch.equal(t, after.head[n]) for n, t in before.head.items())
     frozen = {n for n in weights if "lora_" not in n and "modules_to_save" not in n}
     assert all(torch.equal(model.module.get_parameter(n), weights[n]) for n in frozen)
@@ -167,17 +167,17 @@ def test_gradient_checkpointing_works_with_a_frozen_base(path, reentrant):
 
 
 def test_sites_have_the_shapes_of_out_by_in_and_pefts_scale(path):
-    gpt2 = CASES["gpt2-lm"].load(path("gpt2")).sites
+    gpt2 = CASES["gpt2-lm"].load(path("gpt2")).layers
     assert list(gpt2) == sorted(gpt2)
     attention = gpt2["transformer.h.0.attn.c_attn"]
     assert (attention.out, attention.inp, attention.rslora) == (48, 16, True)
     assert attention.scale == pytest.approx(5 / 3**0.5)
-    llama = CASES["llama"].load(path("llama")).sites
+    llama = CASES["llama"].load(path("llama")).layers
     key, down = llama["model.layers.1.self_attn.k_proj"], llama["model.layers.1.mlp.down_proj"]
     assert (key.rank, key.scale, key.fixed_rank) == (2, 5 / 2, True)
     assert (down.rank, down.scale, down.fixed_rank) == (3, 7 / 3, False)
     assert (key.out, key.inp) == (8, 16)
-    embedding = CASES["bert-embedding"].load(path("bert")).sites["bert.embeddings.word_embeddings"]
+    embedding = CASES["bert-embedding"].load(path("bert")).layers["bert.embeddings.word_embeddings"]
     assert (embedding.out, embedding.std) == (16, 1.0)
     assert embedding.inp > 256
 
@@ -198,7 +198,7 @@ def test_the_start_depends_on_the_seed_alone(path):
     assert not torch.equal(
         first.head["classifier.dense.weight"], other.head["classifier.dense.weight"]
     )
-    assert_equal(first, AdapterState(fresh(model.sites, 0, 0), first.head))
+    assert_equal(first, AdapterState(fresh(model.layers, 0, 0), first.head))
     assert set(first.head) == {
         f"classifier.{layer}.{kind}"
         for layer in ("dense", "out_proj")
@@ -230,7 +230,7 @@ def test_one_copy_of_the_base_is_resident(path, dtype):
     known = [*model.module.state_dict().values(), *(t for t in inner if t is not None)]
     pointers = {t.data_ptr() for t in known}
     shapes = {
-        s for site in model.sites.values() for s in [(site.out, site.inp), (site.inp, site.out)]
+        s for site in model.layers.values() for s in [(site.out, site.inp), (site.inp, site.out)]
     }
     known_before = {t.data_ptr() for t in before}
     strays = [t for t in tensors_alive() if t.data_ptr() not in pointers | known_before]
@@ -242,7 +242,7 @@ def test_one_copy_of_the_base_is_resident(path, dtype):
 def test_what_is_pretrained_is_read_in_float32_whatever_the_dtype(path):
     exact = CASES["gpt2"].load(path("gpt2"))
     rounded = CASES["gpt2"].load(path("gpt2"), dtype="bfloat16")
-    for name in exact.sites:
+    for name in exact.layers:
         w = rounded.pretrained(name)
         assert w.dtype == torch.float32
         assert torch.equal(w, exact.pretrained(name))
@@ -256,8 +256,8 @@ def test_full_fine_tuning_has_no_sites_and_trains_everything(path):
         ModelSpec(name=str(path("gpt2")), device="cpu"), None, seed=0, **CASES["gpt2-lm"].task
     )
     state = random_state(model)
-    assert not model.sites
-    assert not state.sites
+    assert not model.layers
+    assert not state.layers
     assert "lm_head.weight" not in state.head  # tied: once only
     model.write(state)
     assert_equal(model.read(), state)
@@ -286,17 +286,17 @@ def test_the_head_of_a_bf16_model_is_trained_in_float32(path):
 def test_a_state_of_another_model_is_refused(path):
     model = CASES["roberta"].load(path("roberta"))
     state = random_state(model)
-    name = next(iter(model.sites))
+    name = next(iter(model.layers))
     with pytest.raises(UserError, match="of another model"):
         model.write(AdapterState({}, state.head))
     with pytest.raises(UserError, match="of another model"):
-        model.write(AdapterState(state.sites, {}))
+        model.write(AdapterState(state.layers, {}))
     wrong = Factors(torch.zeros(2, 3), torch.zeros(4, 2), 1.0)
     with pytest.raises(UserError, match=r"do not fit; expected A \(r, 16\)"):
-        model.write(AdapterState({**state.sites, name: wrong}, state.head))
+        model.write(AdapterState({**state.layers, name: wrong}, state.head))
     head = {n: t.flatten() for n, t in state.head.items()}
     with pytest.raises(UserError, match="does not fit; expected"):
-        model.write(AdapterState(state.sites, head))
+        model.write(AdapterState(state.layers, head))
 
 
 def test_training_needs_no_cache_and_padding_is_known(path):
@@ -309,4 +309,4 @@ def test_training_needs_no_cache_and_padding_is_known(path):
 
 def test_gaussian_initialisation_is_passed_on(path):
     model = CASES["gpt2"].load(path("gpt2"), lora={"init_lora_weights": "gaussian"})
-    assert {s.std for s in model.sites.values()} == {1 / 3}
+    assert {s.std for s in model.layers.values()} == {1 / 3}

@@ -31,13 +31,13 @@ def plain(case, folder):
 def uneven(model):
     """A state with another rank and scale at every site, rank 0 among them."""
     state = random_state(model)
-    sites = {}
-    for i, (name, f) in enumerate(state.sites.items()):
+    layers = {}
+    for i, (name, f) in enumerate(state.layers.items()):
         rank = i % 4
         g = torch.Generator().manual_seed(i)
         a = torch.randn(rank, f.A.shape[1], generator=g)
-        sites[name] = Factors(a, 0.1 * torch.randn(f.B.shape[0], rank, generator=g), 1.0 + i / 7)
-    return AdapterState(sites, state.head)
+        layers[name] = Factors(a, 0.1 * torch.randn(f.B.shape[0], rank, generator=g), 1.0 + i / 7)
+    return AdapterState(layers, state.head)
 
 
 @NAMES
@@ -96,7 +96,7 @@ def test_a_merged_weight_is_rounded_once(name, path):
     half = model.merged(state, added.get)
     full = model.merged(state, added.get, torch.float32)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    for site in model.sites:
+    for site in model.layers:
         w = full.get_submodule(site).weight
         assert w.dtype == torch.float32
         assert torch.equal(half.get_submodule(site).weight, w.bfloat16())
@@ -121,7 +121,7 @@ def test_a_run_can_start_from_padded_factors(path, tmp_path):
     lora = {"lora_alpha": 3, "alpha_pattern": {"k_proj": 2}}  # scale 1 everywhere
     model = case.load(path("llama"), lora=lora)
     state = random_state(model)
-    padded = AdapterState(uniform(state.sites), state.head)
+    padded = AdapterState(uniform(state.layers), state.head)
     model.save_adapter(padded, tmp_path / "a", base_name="org/model")
     again = case.load(path("llama"), lora={**lora, "init": tmp_path / "a"})
     assert_equal(again.initial(0), state)
@@ -231,7 +231,7 @@ def test_an_adapter_of_another_model_is_refused(path, adapter, tmp_path):
 def test_a_changed_base_embedding_is_refused(path, tmp_path):
     case = CASES["llama-embedding"]
     model = case.load(path("llama"))
-    model.place(lambda name: Delta(torch.ones(model.sites[name].out, model.sites[name].inp)))
+    model.place(lambda name: Delta(torch.ones(model.layers[name].out, model.layers[name].inp)))
     model.module.save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match=r"changes the base weight of model\.embed_tokens"):
         case.load(path("llama"), lora={"init": tmp_path / "a"}).initial(0)
@@ -269,9 +269,9 @@ def test_weights_that_are_in_no_safetensors_file_are_spilled(path, tmp_path, kin
 def assert_pretrained(case, folder, workdir):
     spec = ModelSpec(name=str(folder), device="cpu")
     model = load_model(spec, LoraSpec(**case.lora), seed=0, workdir=workdir, **case.task)
-    model.place(lambda name: Delta(torch.ones(model.sites[name].out, model.sites[name].inp)))
+    model.place(lambda name: Delta(torch.ones(model.layers[name].out, model.layers[name].inp)))
     expected = plain(case, folder)
-    for name in model.sites:
+    for name in model.layers:
         w = expected.get_submodule(name).weight
         found = model.pretrained(name)
         assert torch.equal(found if found.shape == w.shape else found.T, w)

@@ -30,7 +30,7 @@ def test_a_model_in_an_installed_package_is_found_without_importing_it(tmp_path,
     tiny("bert", package / "model")
     (package / "__init__.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load("package:some_model_package/model").sites
+    assert load("package:some_model_package/model").layers
     with pytest.raises(UserError, match=r"there is no .*some_model_package/other/config\.json"):
         load("package:some_model_package/other")
     with pytest.raises(UserError, match="no Python package 'no_such_package'"):
@@ -98,7 +98,7 @@ def test_tied_weights_are_refused(path):
     head = Case("gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["lm_head"]}, GENERATE)
     with pytest.raises(UserError, match="lm_head shares its weight"):
         head.load(path("gpt2"))
-    assert Case("gpt2", {"target_modules": ["wte"]}, CLASSIFY).load(path("gpt2")).sites
+    assert Case("gpt2", {"target_modules": ["wte"]}, CLASSIFY).load(path("gpt2")).layers
 
 
 class Odd(transformers.PreTrainedModel):
@@ -162,7 +162,7 @@ def test_a_model_in_the_hubs_cache_is_found_and_its_files_are_read(tmp_path, mon
         workdir=tmp_path / "work",
         **CLASSIFY,
     )
-    assert model.sites
+    assert model.layers
     assert not (tmp_path / "work").exists()
 
 
@@ -175,9 +175,11 @@ def test_quantised_bases_take_increments_beside_them(quantisation, tmp_path):
     model.write(state)
     inputs = batch(model)
     start = logits(model.module, inputs)
-    w0 = {name: model.pretrained(name) for name in model.sites}
+    w0 = {name: model.pretrained(name) for name in model.layers}
     g = torch.Generator().manual_seed(0)
-    added = {n: Delta(0.3 * torch.randn(s.out, s.inp, generator=g)) for n, s in model.sites.items()}
+    added = {
+        n: Delta(0.3 * torch.randn(s.out, s.inp, generator=g)) for n, s in model.layers.items()
+    }
     model.place(added.get)
     changed = logits(model.module, inputs)
     # int8 rounds what goes in as well

@@ -65,7 +65,7 @@ def test_every_turn_trains_in_the_precision_that_was_asked_for(tmp_path):
     def turn(training):
         rows, trained = federation.clients["ann"], settings.method.trained(1)
         ann = Turn("ann", 1, rows, federation.initial, trained, seed=0)
-        return HFTrainer(federation.task, training)(federation.model, [ann])[0].end.sites
+        return HFTrainer(federation.task, training)(federation.model, [ann])[0].end.layers
 
     first, second, full = turn(given), turn(given), turn({**given, "bf16": False})
     for site, f in first.items():

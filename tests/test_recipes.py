@@ -237,4 +237,4 @@ def test_the_small_gpt2_is_made_with_its_real_tokenizer(shared, tmp_path):
     recipe = load_recipe(FOLDER / "small" / "gpt2-e2e.yaml")
     federation = set_up(small(recipe, tmp_path / "gpt2", tmp_path / "data"))
     assert len(federation.model.tokenizer) == 50257
-    assert len(federation.model.sites) == 2 * 4  # c_attn and attn.c_proj of four layers
+    assert len(federation.model.layers) == 2 * 4  # c_attn and attn.c_proj of four layers

@@ -49,7 +49,7 @@ def check_exported(run: Path, out: Path, bound: float) -> None:
     trained = open_run(run, "last")
     export_model(trained, out, torch.float32)
     got, change = weights(out), oracle(run)
-    assert set(change) == set(trained.model.sites)
+    assert set(change) == set(trained.model.layers)
     for site, delta in change.items():
         w0 = trained.model.pretrained(site).double()
         key = next(k for k in got if k.endswith(f"{site}.weight"))

@@ -62,7 +62,7 @@ def test_a_tree_of_servers_comes_to_the_aggregate_of_all_clients(name, tree, see
     assert out.factors.keys() == flat.factors.keys()
     assert out.increment.keys() == flat.increment.keys()
     for site in SITES:
-        s, e = [x.sites[site] for x in starts], [x.sites[site] for x in ends]
+        s, e = [x.layers[site] for x in starts], [x.layers[site] for x in ends]
         if site in out.factors:
             close(product(out.factors[site]), product(flat.factors[site]))
         if site in out.increment:
@@ -98,12 +98,12 @@ def test_ranks_may_differ_between_the_servers_of_a_tree(name):
     starts, ends = [], []
     for i, rank in enumerate(ranks):
         begun, ended = federation(method, 1, i, {"q": wide["q"].at_rank(rank)})
-        zero = {s: replace(f, B=torch.zeros_like(f.B)) for s, f in begun[0].sites.items()}
-        starts.append(replace(begun[0], sites=zero))  # of one product, whatever the rank
+        zero = {s: replace(f, B=torch.zeros_like(f.B)) for s, f in begun[0].layers.items()}
+        starts.append(replace(begun[0], layers=zero))  # of one product, whatever the rank
         ends.append(ended[0])
     new = lambda: Aggregator(method, wide, frozenset("AB"))  # noqa: E731
     out = aggregated([[0, 1], [[2], 3]], new, n, starts, ends).finish()
-    s, e = [x.sites["q"] for x in starts], [x.sites["q"] for x in ends]
+    s, e = [x.layers["q"] for x in starts], [x.layers["q"] for x in ends]
     if method.residual == "exact":
         close(dense64(out.increment["q"]), ideal_change(s, e, n))
     if out.factors:
@@ -113,13 +113,13 @@ def test_ranks_may_differ_between_the_servers_of_a_tree(name):
 
 @pytest.mark.parametrize("spread", [1, 1e-2, 1e-4])
 def test_regions_that_nearly_agree_lose_no_digits_in_float32(spread):
-    sites = {"q": LayerShape(out=96, inp=64, rank=4, scale=2.0)}
-    starts, ends = federation(METHODS["fedex"], 9, 11, sites, torch.float32, spread)
+    layers = {"q": LayerShape(out=96, inp=64, rank=4, scale=2.0)}
+    starts, ends = federation(METHODS["fedex"], 9, 11, layers, torch.float32, spread)
     n = [5, 1, 3, 8, 2, 7, 1, 1, 4]
-    new = lambda: Aggregator(METHODS["fedex"], sites, frozenset("AB"))  # noqa: E731
+    new = lambda: Aggregator(METHODS["fedex"], layers, frozenset("AB"))  # noqa: E731
     tree = [[[0, 1, 2], [3, 4]], [[5], [6, 7, 8]]]
     out = aggregated(tree, new, n, starts, ends).finish()
-    expected = residual([x.sites["q"] for x in ends], n)
+    expected = residual([x.layers["q"] for x in ends], n)
     assert relative(dense64(out.increment["q"]), expected) < 1e-6
 
 

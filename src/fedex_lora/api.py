@@ -218,7 +218,7 @@ class Federation:
             raise UserError(f"rank: {method} needs the rank its residual is cut to")
         adapted = model.adapted
         widest = max((ranks or {}).values(), default=0)
-        layers = {n: s.at_rank(widest) if widest else s for n, s in adapted.sites.items()}
+        layers = {n: s.at_rank(widest) if widest else s for n, s in adapted.layers.items()}
         self.model = model
         self.settings = Settings(
             chosen,
@@ -305,8 +305,8 @@ class Federation:
         """
         adapter = self._adapter(client)
         check_finite(adapter.head)
-        cut = as_adapter(self.state.ledger, adapter, self.model.adapted.sites, rank, 0.0)
-        whole = AdapterState(uniform(cut.sites), adapter.head)
+        cut = as_adapter(self.state.ledger, adapter, self.model.adapted.layers, rank, 0.0)
+        whole = AdapterState(uniform(cut.factors), adapter.head)
         with new_directory(Path(path), "the adapter", "save it again") as new:
             self.model.adapted.save_adapter(whole, new, base_name=self.model.name)
 
@@ -351,7 +351,7 @@ class Federation:
             "method": f"{method.trains}, {type(method.assignment).__name__}, {method.residual}",
             "seed": s.seed,
             "clients": dict(s.examples),
-            "layers": {n: [x.out, x.inp, x.rank, x.scale] for n, x in s.sites.items()},
+            "layers": {n: [x.out, x.inp, x.rank, x.scale] for n, x in s.layers.items()},
         }
 
     def _adapter(self, client: str | None) -> AdapterState:

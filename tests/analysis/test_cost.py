@@ -116,7 +116,7 @@ def test_pooled_data_have_one_client_and_nobody_alone_sends_anything():
 
 def test_exact_averaging_costs_its_residual_more_than_plain_until_that_is_dense():
     model = shapes("gpt2", LoraSpec(r=4))
-    (site,) = set(model.adapted.sites.values())
+    (site,) = set(model.adapted.layers.values())
     for k in (1, 2, 10, 200):
         plain, exact = costs(model, ["fedit", reference()], clients=k, rounds=1)
         residual = min((k - 1) * 4 * (site.out + site.inp), site.out * site.inp)

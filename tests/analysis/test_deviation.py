@@ -56,9 +56,9 @@ def test_layer_and_matrix_follow_from_the_name(site, layer, kind):
 @pytest.mark.parametrize("name", LORA)
 def test_every_linear_layer_of_real_architectures_has_a_place(name, tmp_path):
     spec = recipe(tmp_path, name, lora={"target_modules": "all-linear"})
-    sites = recipe_model(spec, recipe_task(spec)).sites
+    layers = recipe_model(spec, recipe_task(spec)).layers
     known = {"Q", "K", "V", "QKV", "O", "MLP up", "MLP down"}
-    blocks = [site for site in sites if layer_of(site) is not None]
+    blocks = [site for site in layers if layer_of(site) is not None]
     assert {kind_of(site) for site in blocks} <= known and len(blocks) >= 8
 
 

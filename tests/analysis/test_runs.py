@@ -102,7 +102,7 @@ def test_arms_are_named_after_what_varies(tmp_path):
 def test_shapes_come_from_headers(small_run, tmp_path):
     """Of the checkpoint, or else of the exported adapter; the head from the checkpoint alone."""
     path, model = small_run
-    expected = {name: (site.out, site.inp) for name, site in model.sites.items()}
+    expected = {name: (site.out, site.inp) for name, site in model.layers.items()}
     assert site_shapes(path) == expected
     _, state, _ = next(iter(_states(path)))
     assert head_numbers(path) == sum(t.numel() for t in state.head.values()) > 0

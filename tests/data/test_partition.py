@@ -98,11 +98,11 @@ def test_numbers_to_be_predicted_go_by_five_bins():
 
 
 def test_numbers_that_are_texts_are_dealt_like_numbers():
-    scores, sites = [i / 20 for i in range(100)], list(range(11)) * 10
+    scores, layers = [i / 20 for i in range(100)], list(range(11)) * 10
     for spec, task, column in [
         (SHARDS, STSB, scores),
-        (SHARDS, SST2, sites),
-        (PartitionSpec(kind="by", column="label"), SST2, sites),
+        (SHARDS, SST2, layers),
+        (PartitionSpec(kind="by", column="label"), SST2, layers),
     ]:
         rows = Dataset.from_dict({"row": range(len(column)), "label": column})
         texts = Dataset.from_dict({"row": range(len(column)), "label": list(map(str, column))})

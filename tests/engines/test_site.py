@@ -117,7 +117,7 @@ def test_what_is_held_survives_on_disk_and_damage_is_noticed(ann, tmp_path):
     found = cache.load()
     assert found is not None and (found.version, found.mark) == (1, "mark")
     assert torch.equal(found.ledger.total(SITE), torch.ones(16, 16))
-    assert torch.equal(found.ends[1][f"A/{SITE}"], start.sites[SITE].A)
+    assert torch.equal(found.ends[1][f"A/{SITE}"], start.layers[SITE].A)
     file = next((tmp_path / "cache").glob("ledger-1-*"))
     whole = file.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-5], b""):
@@ -200,7 +200,7 @@ def test_absent_clients_and_one_that_joins_late_catch_up(tmp_path):
     assert [sorted(r["clients"]) for r in records] == expected
     assert records[1]["lost"] == {"bob": "not connected"}
     held = {n: Cache(next((tmp_path / "cache").rglob(n))).load() for n in nodes}
-    for site in held["ann"].ledger.sites():  # type: ignore[union-attr]
+    for site in held["ann"].ledger.layers():  # type: ignore[union-attr]
         mine, *others = (h.ledger.total(site) for h in held.values())  # type: ignore[union-attr]
         assert mine.norm() > 0
         assert all((mine - other).norm() <= 1e-6 * mine.norm() for other in others)  # type: ignore[operator]

@@ -115,7 +115,7 @@ def test_every_client_exports_its_own_model_and_nobody_a_global_one(tmp_path):
         export_adapter(trained, tmp_path / client, client=client)
         start = start_of(trained.state, trained.settings, client)
         for layer, product in products(tmp_path / client).items():
-            f = start.sites[layer]
+            f = start.layers[layer]
             expected = f.scale * f.B.double() @ f.A.double()
             assert expected.norm() > 0 and (product - expected).norm() < 1e-6 * expected.norm()
     alone = trained.extra["record"]["scores_alone"]

@@ -33,12 +33,12 @@ EXAMPLES = {"a": 5, "b": 1, "c": 3, "d": 9}
 
 def settings(name: str, **kwargs) -> Settings:
     kwargs = {"rank": 2 if METHODS[name].residual == "truncated" else None, **kwargs}
-    return Settings(METHODS[name], 7, tuple("abcd"), kwargs.pop("sites", SITES), 5, **kwargs)
+    return Settings(METHODS[name], 7, tuple("abcd"), kwargs.pop("layers", SITES), 5, **kwargs)
 
 
 def initial(s: Settings) -> AdapterState:
     g = torch.Generator().manual_seed(1)
-    return AdapterState(fresh(s.sites, s.seed), {"w": torch.randn(4, 3, generator=g)})
+    return AdapterState(fresh(s.layers, s.seed), {"w": torch.randn(4, 3, generator=g)})
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Clients:
             blob = encode_broadcast(exchange.message(client), self.settings.wire_dtype)
             self.down[-1][client] = len(blob)
             message = decode_broadcast(blob, Limit(1 << 30, 1 << 30))
-            layers = self.settings.sites_of(client)
+            layers = self.settings.layers_of(client)
             start = receive(self.held[client], message, layers, self.settings.seed)
             assert_same(start, start_of(exchange.state, self.settings, client))
             yield self.breaks(self._train(client, message.round, start))
@@ -93,7 +93,7 @@ def simulate(s: Settings, rounds: int = 5, **kwargs) -> tuple[list[ServerState],
     start = initial(s)
     state = begin(s, start)
     clients = Clients(
-        s, {c: AdapterState(start_of(state, s, c).sites, start.head) for c in s.clients}, **kwargs
+        s, {c: AdapterState(start_of(state, s, c).layers, start.head) for c in s.clients}, **kwargs
     )
     states, records = [state], []
     for _ in range(rounds):
@@ -110,8 +110,8 @@ def same_tensors(a: Tensors, b: Tensors) -> None:
 
 def assert_same(a: AdapterState, b: AdapterState) -> None:
     """Equal bit for bit."""
-    assert a.sites.keys() == b.sites.keys() and a.head.keys() == b.head.keys()
-    for n, f in a.sites.items():
-        assert torch.equal(f.A, b.sites[n].A) and torch.equal(f.B, b.sites[n].B)
-        assert f.scale == b.sites[n].scale
+    assert a.layers.keys() == b.layers.keys() and a.head.keys() == b.head.keys()
+    for n, f in a.layers.items():
+        assert torch.equal(f.A, b.layers[n].A) and torch.equal(f.B, b.layers[n].B)
+        assert f.scale == b.layers[n].scale
     assert all(torch.equal(t, b.head[n]) for n, t in a.head.items())

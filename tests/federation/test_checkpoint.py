@@ -16,10 +16,10 @@ def same_state(a, b):
     assert (a.version, a.held, a.changed) == (b.version, b.held, b.changed)
     assert a.taken == b.taken
     assert_same(AdapterState(a.factors, a.head), AdapterState(b.factors, b.head))
-    assert a.own.keys() == b.own.keys() and a.ledger.sites() == b.ledger.sites()
+    assert a.own.keys() == b.own.keys() and a.ledger.layers() == b.ledger.layers()
     for client in a.own:
         same_tensors(a.own[client], b.own[client])
-    for site in a.ledger.sites():
+    for site in a.ledger.layers():
         assert torch.equal(a.ledger.total(site), b.ledger.total(site))
     assert a.carry.keys() == b.carry.keys() and a.late.keys() == b.late.keys()
     assert all(torch.equal(w.dense(), b.carry[n].dense()) for n, w in a.carry.items())
@@ -29,8 +29,8 @@ def same_state(a, b):
 @pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.parametrize("extra", [{}, {"wire_dtype": torch.bfloat16}, {"clients_per_round": 2}])
 def test_four_rounds_are_two_and_two_more_bit_for_bit(name, extra, tmp_path):
-    sites = {"sites": {}} if METHODS[name].trains == "all" else {}
-    s = settings(name, **extra, **sites)
+    layers = {"layers": {}} if METHODS[name].trains == "all" else {}
+    s = settings(name, **extra, **layers)
     states, _, _ = simulate(s, 4)
     save_checkpoint(tmp_path, states[2], {"record": {"round": 2}})
     state, extra = load_checkpoint(tmp_path / "round-0002.safetensors")

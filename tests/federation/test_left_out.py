@@ -11,8 +11,8 @@ SCALES = {"q": 1.7, "v": 0.6}
 def residual(ends, site):
     """Σ wᵢsBᵢAᵢ − s·B̄Ā in float64."""
     weights = {c: EXAMPLES[c] / sum(EXAMPLES[c] for c in ends) for c in ends}
-    a = {c: end.sites[site].A.double() for c, (_, end) in ends.items()}
-    b = {c: end.sites[site].B.double() for c, (_, end) in ends.items()}
+    a = {c: end.layers[site].A.double() for c, (_, end) in ends.items()}
+    b = {c: end.layers[site].B.double() for c, (_, end) in ends.items()}
     ideal = sum(w * b[c] @ a[c] for c, w in weights.items())
     mean_a, mean_b = (sum(w * x[c] for c, w in weights.items()) for x in (a, b))
     return SCALES[site] * (ideal - mean_b @ mean_a)

@@ -39,7 +39,7 @@ def rounds_of(name):
 @pytest.mark.parametrize("name", EXCHANGING)
 @pytest.mark.parametrize("factor", [1e3, -1e4, 1e11, 1e19, 3e38])
 def test_who_changes_far_more_than_the_others_is_left_out(name, factor):
-    s = settings(name, norm_ratio=10.0, sites={} if name == "full" else SITES)
+    s = settings(name, norm_ratio=10.0, layers={} if name == "full" else SITES)
     rounds = rounds_of(name)
     states, _, records = simulate(s, rounds, breaks=times(factor, "b"))
     alone, _, _ = simulate(replace(s, clients=tuple("acd")), rounds)
@@ -56,7 +56,7 @@ def test_the_record_holds_norms_their_median_and_shares():
     moves = clients.history[0]
     squares = {
         c: sum(
-            (getattr(e.sites[n], x) - getattr(b.sites[n], x)).double().square().sum()
+            (getattr(e.layers[n], x) - getattr(b.layers[n], x)).double().square().sum()
             for n in SITES
             for x in "AB"
         )

@@ -96,18 +96,18 @@ def test_fedsa_averages_A_and_leaves_B_with_its_client(wire):
     own = {c: torch.zeros(26, 3) for c in s.clients}  # B = 0 in the beginning
     late = torch.zeros(3, 33).double()  # what rounding took off what was sent
     for state, moves in zip(states[1:], clients.history):
-        starts = {c: start.sites["q"] for c, (start, _) in moves.items()}
+        starts = {c: start.layers["q"] for c, (start, _) in moves.items()}
         for client, start in starts.items():
             assert torch.equal(start.B, own[client])
-        drifts = [(end.sites["q"].A - starts[c].A).to(wire) for c, (_, end) in moves.items()]
+        drifts = [(end.layers["q"].A - starts[c].A).to(wire) for c, (_, end) in moves.items()]
         ends = [starts[c].A + drift.float() for c, drift in zip(moves, drifts)]
         ideal = mean(ends, [EXAMPLES[c] for c in moves]) + late
         after = state.factors["q"].A.double()
         assert_close(after, ideal, rtol=2**-8 if wire == torch.bfloat16 else 1e-6, atol=1e-6)
         late = ideal - after if wire == torch.bfloat16 else late
-        own |= {c: end.sites["q"].B for c, (_, end) in moves.items()}
+        own |= {c: end.layers["q"].B for c, (_, end) in moves.items()}
         for client in s.clients:
-            f = start_of(state, s, client).sites["q"]
+            f = start_of(state, s, client).layers["q"]
             assert torch.equal(f.B, own[client]) and torch.equal(f.A, state.factors["q"].A)
     assert late.abs().max() < 0.01
     assert not any(state.ledger.entries for state in states)
@@ -134,8 +134,8 @@ def test_a_server_for_other_frameworks_leaves_B_with_the_client():
         assert {n[0] for update in updates.values() for n in update.tensors} == {"A"}
         state, _ = server.step(state, updates)
         for c, end in ends.items():
-            assert torch.equal(server.start(state, c).sites["q"].B, end.sites["q"].B)
-        a = mean([end.sites["q"].A for end in ends.values()], [EXAMPLES[c] for c in "ab"])
+            assert torch.equal(server.start(state, c).layers["q"].B, end.layers["q"].B)
+        a = mean([end.layers["q"].A for end in ends.values()], [EXAMPLES[c] for c in "ab"])
         assert_close(state.factors["q"].A.double(), a, rtol=1e-6, atol=1e-6)
     elsewhere = {c: replace(update, kept={}) for c, update in updates.items()}
     there, _ = server.step(server.init(), {c: replace(u, round=1) for c, u in elsewhere.items()})
@@ -162,5 +162,5 @@ def test_what_stays_with_a_client_is_neither_clipped_nor_noised():
         s,
         silent,
     )
-    assert torch.equal(update.tensors["A/q"], start.sites["q"].A) and "B/q" not in update.tensors
-    assert torch.equal(update.kept["B/q"], end.sites["q"].B)
+    assert torch.equal(update.tensors["A/q"], start.layers["q"].A) and "B/q" not in update.tensors
+    assert torch.equal(update.kept["B/q"], end.layers["q"].B)

@@ -42,8 +42,8 @@ def test_the_global_model_is_the_weighted_mean_of_what_the_clients_learned(name,
         ideal = torch.zeros(SITES[site].out, SITES[site].inp).double()
         for before, after, moves in zip(states, states[1:], clients.history):
             n = [EXAMPLES[c] for c in moves]
-            starts = [start.sites[site] for start, _ in moves.values()]
-            ends = [end.sites[site] for _, end in moves.values()]
+            starts = [start.layers[site] for start, _ in moves.values()]
+            ends = [end.layers[site] for _, end in moves.values()]
             ideal = ideal + ideal_change(starts, ends, n, s.server_learning_rate)
             assert relative(global_change(after, s, site), ideal) < 1e-6
             assert before.version + 1 == after.version
@@ -58,17 +58,17 @@ def test_every_client_starts_from_the_global_model(name):
             start = start_of(state, s, client)
             for site in SITES:
                 base = global_change(state, s, site) - (
-                    0 if s.method.shared_base else product(start.sites[site])
+                    0 if s.method.shared_base else product(start.layers[site])
                 )
                 if s.method.shared_base:
                     factors = global_factors(state, s)
                     base = base - (product(factors[site]) if site in factors else 0)
-                own = None if s.method.shared_base else start.sites[site]
+                own = None if s.method.shared_base else start.layers[site]
                 for fold in (True, False):
                     beyond = base_increment(state.ledger, site, own, fold)
                     placed = torch.zeros(1).double() if beyond is None else dense64(beyond)
                     g = global_change(state, s, site)
-                    got = placed + product(start.sites[site])
+                    got = placed + product(start.layers[site])
                     if g.norm() > 0:
                         assert relative(got, g) < 1e-6
 
@@ -103,10 +103,10 @@ def test_counted_bytes_are_those_of_the_messages(name, wire):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_half_as_wide_messages_take_about_half_the_bytes_and_do_not_grow(name):
-    sites = {"q": LayerShape(out=256, inp=192, rank=4, scale=2.0)}
+    layers = {"q": LayerShape(out=256, inp=192, rank=4, scale=2.0)}
     down = {}
     for wire in (torch.float32, torch.bfloat16):
-        _, clients, _ = simulate(settings(name, sites=sites, wire_dtype=wire, flush=False))
+        _, clients, _ = simulate(settings(name, layers=layers, wire_dtype=wire, flush=False))
         down[wire] = [d["a"] for d in clients.down[2:]]
     for wide, narrow in zip(down[torch.float32], down[torch.bfloat16]):
         assert narrow < 0.9 * wide  # the residual takes along what rounding took off the factors
@@ -133,9 +133,9 @@ def test_what_was_sent_plus_what_is_carried_is_exact(name, wire):
     ideal = torch.zeros(SITES["q"].out, SITES["q"].inp).double()
     for before, after, moves in zip(states, states[1:], clients.history):
         ends = [_as_received(start, end, wire) for start, end in moves.values()]
-        starts = [start.sites["q"] for start, _ in moves.values()]
+        starts = [start.layers["q"] for start, _ in moves.values()]
         ideal = ideal + ideal_change(
-            starts, [e.sites["q"] for e in ends], [EXAMPLES[c] for c in moves]
+            starts, [e.layers["q"] for e in ends], [EXAMPLES[c] for c in moves]
         )
         assert relative(global_change(after, s, "q") + carried(after, "q"), ideal) < 2e-6
         if name == "fedex-svd":
@@ -161,8 +161,8 @@ def _as_received(start, end, wire):
 
     return AdapterState(
         {
-            n: Factors(rounded(f.A, end.sites[n].A), rounded(f.B, end.sites[n].B), f.scale)
-            for n, f in start.sites.items()
+            n: Factors(rounded(f.A, end.layers[n].A), rounded(f.B, end.layers[n].B), f.scale)
+            for n, f in start.layers.items()
         },
         {},
     )
@@ -219,7 +219,7 @@ def test_local_exchanges_nothing_and_every_client_goes_its_own_way():
 
 
 def test_full_fine_tuning_averages_all_parameters():
-    s = settings("full", sites={})
+    s = settings("full", layers={})
     states, clients, _ = simulate(s, 2)
     moves = clients.history[-1]
     expected = mean([end.head["w"] for _, end in moves.values()], [EXAMPLES[c] for c in moves])
@@ -240,7 +240,7 @@ def test_starting_from_an_adapter_keeps_it_in_the_global_model():
         g = torch.Generator().manual_seed(3)
         start = {
             n: replace(f, B=torch.randn(f.B.shape, generator=g))
-            for n, f in initial(s).sites.items()
+            for n, f in initial(s).layers.items()
         }
         state = begin(s, AdapterState(start, initial(s).head))
         assert relative(global_change(state, s, "q"), product(start["q"])) < 1e-6
@@ -249,8 +249,8 @@ def test_starting_from_an_adapter_keeps_it_in_the_global_model():
         after, _ = run_round(state, s, clients)
         moves = clients.history[-1]
         change = ideal_change(
-            [a.sites["q"] for a, _ in moves.values()],
-            [b.sites["q"] for _, b in moves.values()],
+            [a.layers["q"] for a, _ in moves.values()],
+            [b.layers["q"] for _, b in moves.values()],
             [EXAMPLES[c] for c in moves],
         )
         assert relative(global_change(after, s, "q"), product(start["q"]) + change) < 1e-6

@@ -125,11 +125,11 @@ def test_a_rule_that_transformers_does_not_reverse_is_followed_all_the_same(tmp_
     assert shapes[0] == shapes[1]
 
 
-def by_hand(folder, sites, disk, **config):
+def by_hand(folder, layers, disk, **config):
     """Adapters under the names that modules had when they were called as the tensors on disk are.
 
     Args:
-        sites: Layers, by which tensor on disk they are.
+        layers: Layers, by which tensor on disk they are.
 
     Returns:
         The folders, and the tensors with the weighted mean of the updates.
@@ -137,7 +137,7 @@ def by_hand(folder, sites, disk, **config):
     folders, changed = [], {key: t.clone() for key, t in disk.items()}
     for i, weight in enumerate(WEIGHTS):
         g, rank, tensors = torch.Generator().manual_seed(i), 2 + i, {}
-        for site, key in sites.items():
+        for site, key in layers.items():
             *many, out, inp = disk[key].shape
             n = many[0] if many else 1
             a = 0.3 * torch.randn(n * rank, inp, generator=g)
@@ -170,12 +170,12 @@ def test_adapters_whose_layers_are_named_as_on_disk(kind, tmp_path):
     model.save_pretrained(tmp_path / "base")
     disk = load_file(tmp_path / "base" / MODEL)
     keys = [key for key in disk if re.search(ON_DISK[kind], key)]
-    sites = {key.removesuffix(".weight"): key for key in keys}
+    layers = {key.removesuffix(".weight"): key for key in keys}
     stacked = ["input_linear.weight", "output_linear.weight"] if kind == "granitemoe" else None
-    folders, changed = by_hand(tmp_path, sites, disk, target_parameters=stacked)
+    folders, changed = by_hand(tmp_path, layers, disk, target_parameters=stacked)
     merge_into_base(planned(folders), str(tmp_path / "base"), tmp_path / "out")
     got = load_file(tmp_path / "out" / MODEL)
-    assert got.keys() == changed.keys() and len(sites) >= 2
+    assert got.keys() == changed.keys() and len(layers) >= 2
     for key, tensor in changed.items():
         assert off(got[key], tensor) < 1e-6 if key in keys else torch.equal(got[key], tensor)
     reload(model, tmp_path / "out")
@@ -187,8 +187,8 @@ def test_an_adapter_of_the_text_model_alone_goes_into_the_whole_one(kind, tmp_pa
     model.save_pretrained(tmp_path / "base")
     disk = load_file(tmp_path / "base" / MODEL)
     layers = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
-    sites = {layer: f"language_model.{layer}.weight" for layer in layers}
-    folders, changed = by_hand(tmp_path, sites, disk, task_type="CAUSAL_LM")
+    layers = {layer: f"language_model.{layer}.weight" for layer in layers}
+    folders, changed = by_hand(tmp_path, layers, disk, task_type="CAUSAL_LM")
     merge_into_base(planned(folders), str(tmp_path / "base"), tmp_path / "out")
     got = load_file(tmp_path / "out" / MODEL)
     assert all(off(got[key], changed[key]) < 1e-6 for key in changed)

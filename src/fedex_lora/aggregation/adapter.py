@@ -1,4 +1,4 @@
-"""LoRA adapters as values: the factors of every adapted layer ("site") and the trained head.
+"""LoRA adapters as values: the factors of every adapted layer and the trained head.
 
 Orientation and scale are settled before anything gets here: ΔW is out × in and equals
 scale · B · A with B (out × r) and A (r × in), whatever the layer's own layout.
@@ -51,7 +51,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA factors of one site: ΔW = scale · B · A, A (r × in), B (out × r)."""
+    """LoRA factors of one layer: ΔW = scale · B · A, A (r × in), B (out × r)."""
 
     A: Tensor
     B: Tensor
@@ -68,19 +68,19 @@ class Factors:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Everything a client trains: factors by site, and the head by parameter name."""
+    """Everything a client trains: factors by layer, and the head by parameter name."""
 
-    sites: Mapping[str, Factors] = field(default_factory=dict)
+    layers: Mapping[str, Factors] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes of all tensors in it."""
-        tensors = [t for f in self.sites.values() for t in (f.A, f.B)] + list(self.head.values())
+        tensors = [t for f in self.layers.values() for t in (f.A, f.B)] + list(self.head.values())
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def uniform(sites: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The same changes at one rank for all sites, the largest, and at scale 1: padded with zeros.
+def uniform(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same changes at one rank for all layers, the largest, and at scale 1: padded with zeros.
 
     Example:
         >>> one = Factors(torch.ones(1, 3), torch.ones(2, 1), 2.0)
@@ -89,9 +89,9 @@ def uniform(sites: Mapping[str, Factors]) -> dict[str, Factors]:
         >>> padded.rank, padded.scale, padded.delta().dense()[0].tolist()
         (2, 1.0, [2.0, 2.0, 2.0])
     """
-    rank = max((f.rank for f in sites.values()), default=0)
+    rank = max((f.rank for f in layers.values()), default=0)
     padded = {}
-    for name, f in sites.items():
+    for name, f in layers.items():
         more = rank - f.rank
         a = torch.nn.functional.pad(f.A, (0, 0, 0, more))
         b = torch.nn.functional.pad(f.B if f.scale == 1 else f.B * f.scale, (0, more))
@@ -99,33 +99,33 @@ def uniform(sites: Mapping[str, Factors]) -> dict[str, Factors]:
     return padded
 
 
-def fresh(sites: Mapping[str, LayerShape], seed: int, version: int = 0) -> dict[str, Factors]:
-    """New factors: A random, a function of (seed, version, site) alone, and B = 0 (eq. 10).
+def fresh(layers: Mapping[str, LayerShape], seed: int, version: int = 0) -> dict[str, Factors]:
+    """New factors: A random, a function of (seed, version, layer) alone, and B = 0 (eq. 10).
 
     A smaller rank gets the first rows of what a larger one gets.
 
     Args:
-        sites: Shapes and scales.
+        layers: Shapes and scales.
         seed: The run's seed.
         version: The round after which the factors are drawn; 0 for the start.
 
     Example:
-        >>> site = LayerShape(out=4, inp=3, rank=2, scale=2.0)
-        >>> f = fresh({"q": site}, seed=0)["q"]
+        >>> layer = LayerShape(out=4, inp=3, rank=2, scale=2.0)
+        >>> f = fresh({"q": layer}, seed=0)["q"]
         >>> f.A.shape, f.B.abs().sum().item()
         (torch.Size([2, 3]), 0.0)
     """
-    return {name: _fresh_site(s, derive(seed, "A", version, name)) for name, s in sites.items()}
+    return {name: _fresh_layer(s, derive(seed, "A", version, name)) for name, s in layers.items()}
 
 
-def _fresh_site(site: LayerShape, seed: int) -> Factors:
+def _fresh_layer(layer: LayerShape, seed: int) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     # row by row: what a row holds must not depend on how many there are
-    rows = [_fresh_row(site, generator) for _ in range(site.rank)]
-    return Factors(torch.stack(rows), torch.zeros(site.out, site.rank), site.scale)
+    rows = [_fresh_row(layer, generator) for _ in range(layer.rank)]
+    return Factors(torch.stack(rows), torch.zeros(layer.out, layer.rank), layer.scale)
 
 
-def _fresh_row(site: LayerShape, generator: torch.Generator) -> Tensor:
-    if site.std is None:
-        return (torch.rand(site.inp, generator=generator) * 2 - 1) * site.inp**-0.5
-    return torch.randn(site.inp, generator=generator) * site.std
+def _fresh_row(layer: LayerShape, generator: torch.Generator) -> Tensor:
+    if layer.std is None:
+        return (torch.rand(layer.inp, generator=generator) * 2 - 1) * layer.inp**-0.5
+    return torch.randn(layer.inp, generator=generator) * layer.std

@@ -136,7 +136,7 @@ class Aggregator:
     def _take_waiting(self) -> None:
         for name, sums in self._layers.items():
             for n, start, end in self._waiting:
-                sums.add(n, start.sites[name], end.sites[name])
+                sums.add(n, start.layers[name], end.layers[name])
         self._waiting = []
 
     def combine(self, other: Aggregator) -> None:

@@ -22,8 +22,8 @@ class Ledger:
     """Increments by version (the round that made them), oldest first; values are never changed.
 
     Attributes:
-        entries: (version, increment by site), ascending versions.
-        snapshot: T at `snapshot_version` by site, in place of the entries up to it.
+        entries: (version, increment by layer), ascending versions.
+        snapshot: T at `snapshot_version` by layer, in place of the entries up to it.
         snapshot_version: 0 where there is no snapshot or it is part of the start.
 
     Example:
@@ -55,8 +55,8 @@ class Ledger:
         """The newest increment; the snapshot where there is nothing else."""
         return self.entries[-1][1] if self.entries else self.snapshot
 
-    def sites(self) -> list[str]:
-        """Names of all sites that have an increment, sorted."""
+    def layers(self) -> list[str]:
+        """Names of all layers that have an increment, sorted."""
         return sorted(set(self.snapshot).union(*(inc for _, inc in self.entries)))
 
     def since(self, version: int) -> Ledger:
@@ -82,37 +82,37 @@ class Ledger:
             ledger = ledger.append(v, new.get(v, {})).compact_if_smaller(v - 1)
         return ledger
 
-    def total(self, site: str, version: int | None = None) -> Tensor | None:
-        """T_v of one site, dense float32 (out × in); None where nothing was added.
+    def total(self, layer: str, version: int | None = None) -> Tensor | None:
+        """T_v of one layer, dense float32 (out × in); None where nothing was added.
 
         The left fold ((0 + Δ₁) + Δ₂) + …, in version order: the same bits for everybody.
         """
         total = None
-        if site in self.snapshot:
-            total = self.snapshot[site].dense().clone()
+        if layer in self.snapshot:
+            total = self.snapshot[layer].dense().clone()
         for v, increment in self.entries:
-            if site in increment and (version is None or v <= version):
-                total = _add(total, increment[site])
+            if layer in increment and (version is None or v <= version):
+                total = _add(total, increment[layer])
         return total
 
-    def factored(self, site: str) -> Delta | None:
+    def factored(self, layer: str) -> Delta | None:
         """T of one layer as concatenated factors while those are smaller, else dense."""
-        parts = [self.snapshot[site]] if site in self.snapshot else []
-        parts += [inc[site] for _, inc in self.entries if site in inc]
+        parts = [self.snapshot[layer]] if layer in self.snapshot else []
+        parts += [inc[layer] for _, inc in self.entries if layer in inc]
         if not parts:
             return None
         if all(part.right is not None for part in parts):
             out, inp = parts[0].shape
             if sum(part.numbers for part in parts) < out * inp:
                 return concat(parts)
-        total = self.total(site)
+        total = self.total(layer)
         return None if total is None else Delta(total)
 
     def compacted(self, version: int) -> Ledger:
         """The entries up to `version` replaced by T there; later versions keep their bits."""
         if version <= self.snapshot_version:
             return self
-        totals = {s: self.total(s, version) for s in self.sites()}
+        totals = {s: self.total(s, version) for s in self.layers()}
         return Ledger(
             tuple(e for e in self.entries if e[0] > version),
             {s: Delta(t) for s, t in totals.items() if t is not None},

@@ -33,11 +33,11 @@ _HEADING = "# Table 8 of the paper, recomputed"
 
 
 def show(name: str, model: Shapes, compared: Sequence[Cost]) -> None:
-    sites, head = model.adapted.sites, count(model.adapted.head.values())
-    kinds = sorted({site.rpartition(".")[2] for site in sites})
+    layers, head = model.adapted.layers, count(model.adapted.head.values())
+    kinds = sorted({layer.rpartition(".")[2] for layer in layers})
     adapter = model.adapted.trained - head
     say(
-        f"{name}: {model.adapted.size:,} parameters; adapted: {len(sites)} layers "
+        f"{name}: {model.adapted.size:,} parameters; adapted: {len(layers)} layers "
         f"({', '.join(kinds)}), {adapter:,} parameters; trained in full: {head:,}"
     )
     say(f"\nParameters of one client over {compared[0].rounds} rounds")

@@ -247,7 +247,7 @@ def _show_export(exported: Exported, recipe: Recipe) -> None:
     if exported.rank is not None:
         say(f"Largest rank of a layer: {exported.rank}")
     if exported.error and exported.errors:
-        worst = max(exported.errors, key=lambda site: exported.errors[site])  # type: ignore[index]
+        worst = max(exported.errors, key=lambda name: exported.errors[name])  # type: ignore[index]
         say(
             f"Relative error of the change: {exported.error:.3g} in total, at most "
             f"{exported.errors[worst]:.3g} ({worst})"

@@ -97,8 +97,8 @@ class LocalEngine:
     def _start(self, exchange: Exchange, client: str, message: Broadcast) -> AdapterState:
         """What the message makes of the initial adapter, and what the client kept: of clients in
         this process that lies in the run's state, so that the run can be resumed."""
-        layers = self.settings.sites_of(client)
-        first = AdapterState(cut(self.initial.sites, self.settings, client), self.initial.head)
+        layers = self.settings.layers_of(client)
+        first = AdapterState(cut(self.initial.layers, self.settings, client), self.initial.head)
         own = exchange.state.own.get(client, {})
         return replaced(receive(first, message, layers, self.settings.seed), dict(own.items()))
 

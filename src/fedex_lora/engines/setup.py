@@ -23,9 +23,9 @@ from fedex_lora.errors import RecipeError, UserError, Withheld
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.adapted import AdaptedModel, load_model
-from fedex_lora.model.architectures import Architecture
+from fedex_lora.model.architectures import Architecture, architecture
 from fedex_lora.model.load import unheard
-from fedex_lora.recipe import Recipe
+from fedex_lora.recipe import LoraSpec, Recipe
 from fedex_lora.tasks import Task, build_task
 from fedex_lora.tasks.base import Encode
 
@@ -171,10 +171,10 @@ def _bring_to_life(
         model.trained_layers()
     pooled = METHODS[recipe.method.name].pooled
     settings = federation_settings(recipe, model, names)
-    check_ranks(recipe.lora, settings.sites)
+    check_ranks(recipe.lora, settings.layers)
     initial = model.initial(recipe.seed)
     if settings.ranks:
-        initial = replace(initial, sites=fresh(settings.sites, recipe.seed))
+        initial = replace(initial, layers=fresh(settings.layers, recipe.seed))
 
     def encode(part: Mapping[str, Dataset], encoder: Encode, length: int) -> dict[str, Dataset]:
         with quiet():
@@ -226,7 +226,7 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
     """The pretrained model, adapted as the recipe's method needs it."""
     return load_model(
         recipe.model,
-        None if METHODS[recipe.method.name].trains == "all" else recipe.lora,
+        _lora(recipe),
         auto_model=task.auto_model,
         peft_task_type=task.peft_task_type,
         model_kwargs=task.model_kwargs(),
@@ -234,6 +234,26 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
         workdir=workdir,
         images=task.image is not None,
     )
+
+
+def architecture_of(recipe: Recipe, task: Task) -> Architecture:
+    """The shapes of that model, without its weights.
+
+    Raises:
+        UserError: They are not known here, or there are none.
+    """
+    return architecture(
+        recipe.model.name,
+        _lora(recipe),
+        auto_model=task.auto_model,
+        peft_task_type=task.peft_task_type,
+        model_kwargs=task.model_kwargs(),
+        revision=recipe.model.revision,
+    )
+
+
+def _lora(recipe: Recipe) -> LoraSpec | None:
+    return None if METHODS[recipe.method.name].trains == "all" else recipe.lora
 
 
 def load_rows(recipe: Recipe, task: Task) -> Rows:
@@ -273,12 +293,12 @@ def federation_settings(
     fed, method = recipe.federation, METHODS[recipe.method.name]
     ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
     widest = max(ranks.values(), default=0)
-    sites = {n: s.at_rank(widest) if widest else s for n, s in model.sites.items()}
+    layers = {n: s.at_rank(widest) if widest else s for n, s in model.layers.items()}
     return Settings(
         method=method,
         seed=recipe.seed,
         clients=tuple(sorted(clients)),
-        sites=sites,
+        layers=layers,
         rounds=fed.rounds,
         ranks=ranks,
         rank=recipe.method.rank,

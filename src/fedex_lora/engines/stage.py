@@ -43,7 +43,7 @@ class Stage:
         Args:
             start: Of the client whose turn it is; only its own base depends on it.
         """
-        own = None if self.method.shared_base or start is None else start.sites
+        own = None if self.method.shared_base or start is None else start.layers
         placed, whose = self._placed or (None, None)
         if placed is ledger and whose is own:
             return

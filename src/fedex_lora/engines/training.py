@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.training_log import TrainingLog, named, reported
@@ -228,7 +228,7 @@ def try_settings(
             given = [options.pop(n) for n in ("params", "model", "optimizer_dict") if n in options]
             number = nn.Parameter(torch.zeros(1, device=model.device))
             optimizer = kind(given[0] if given else [number], **options)
-            warmup, more = args.get_warmup_steps(1), args.lr_scheduler_kwargs
+            warmup, more = args.get_warmup_steps(1), cast(Any, args.lr_scheduler_kwargs)
             get_scheduler(args.lr_scheduler_type, optimizer, warmup, 1, more)
         if args.torch_compile:  # compiles nothing yet, but knows its modes
             backend = args.torch_compile_backend or "inductor"

@@ -269,7 +269,7 @@ def _aggregated(
     settings, method = exchange.settings, exchange.settings.method
     aggregator = Aggregator(
         method,
-        settings.sites,
+        settings.layers,
         method.trained(exchange.round),
         settings.server_learning_rate,
         len(clients),

@@ -95,18 +95,18 @@ def flat(adapter: AdapterState) -> dict[str, Tensor]:
         >>> sorted(flat(AdapterState({"q": f}, {"w": torch.zeros(1)})))
         ['A/q', 'B/q', 'head/w']
     """
-    found = {f"{x}/{name}": getattr(f, x) for x in "AB" for name, f in adapter.sites.items()}
+    found = {f"{x}/{name}": getattr(f, x) for x in "AB" for name, f in adapter.layers.items()}
     return found | {f"head/{name}": value for name, value in adapter.head.items()}
 
 
 def replaced(adapter: AdapterState, tensors: Tensors) -> AdapterState:
     """The adapter with some of its tensors in place of its own."""
-    sites = {
+    factors = {
         name: Factors(tensors.get(f"A/{name}", f.A), tensors.get(f"B/{name}", f.B), f.scale)
-        for name, f in adapter.sites.items()
+        for name, f in adapter.layers.items()
     }
     head = {name: tensors.get(f"head/{name}", value) for name, value in adapter.head.items()}
-    return AdapterState(sites, head)
+    return AdapterState(factors, head)
 
 
 def only(tensors: Tensors, kinds: frozenset[str] | set[str]) -> dict[str, Tensor]:

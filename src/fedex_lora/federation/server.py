@@ -32,7 +32,7 @@ class Server:
         >>> state = server.init()
         >>> ends = {c: server.start(state, c) for c in "ab"}
         >>> for c, end in ends.items():  # training, of sorts
-        ...     _ = end.sites["q"].B.add_(1 if c == "a" else 2)
+        ...     _ = end.layers["q"].B.add_(1 if c == "a" else 2)
         >>> updates = {c: server.update(state, c, end, examples=5) for c, end in ends.items()}
         >>> state, record = server.step(state, updates)
         >>> state.version, record["weights"]
@@ -58,7 +58,7 @@ class Server:
     def init(self, adapter: AdapterState | None = None) -> ServerState:
         """The state before round 1; without an adapter A is drawn from the seed and B = 0."""
         settings = self.settings
-        return begin(settings, adapter or AdapterState(fresh(settings.sites, settings.seed)))
+        return begin(settings, adapter or AdapterState(fresh(settings.layers, settings.seed)))
 
     def broadcast(self, state: ServerState, clients: Iterable[str]) -> dict[str, Broadcast]:
         """What each client lacks of the state; `codec.encode_broadcast` makes bytes of it."""
@@ -68,7 +68,7 @@ class Server:
     def start(self, state: ServerState, client: str) -> AdapterState:
         """Copies of the factors and the head from which a client trains."""
         start = start_of(state, self.settings, client)
-        factors = {n: replace(f, A=f.A.clone(), B=f.B.clone()) for n, f in start.sites.items()}
+        factors = {n: replace(f, A=f.A.clone(), B=f.B.clone()) for n, f in start.layers.items()}
         return AdapterState(factors, {n: t.clone() for n, t in start.head.items()})
 
     def update(self, state: ServerState, client: str, end: AdapterState, examples: int) -> Update:

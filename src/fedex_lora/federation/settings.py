@@ -23,8 +23,8 @@ class Settings:
         method: Row of the methods table.
         seed: The run's seed.
         clients: Names of all clients, sorted.
-        sites: Shapes at the largest rank of any client.
-        ranks: Rank by client; empty where all have the sites' rank.
+        layers: Shapes at the largest rank of any client.
+        ranks: Rank by client; empty where all have the layers' rank.
         rank: r' of a truncated residual.
         carry: Whether what truncation cuts off waits for the next round.
         flush: Whether the last round sends the residual whole.
@@ -39,7 +39,7 @@ class Settings:
     method: Method
     seed: int
     clients: tuple[str, ...]
-    sites: Mapping[str, LayerShape]
+    layers: Mapping[str, LayerShape]
     rounds: int
     ranks: Mapping[str, int] = field(default_factory=dict)
     rank: int | None = None
@@ -56,10 +56,10 @@ class Settings:
     max_share: float | None = None
     examples: Mapping[str, int] = field(default_factory=dict)
 
-    def sites_of(self, client: str) -> dict[str, LayerShape]:
-        """The sites at this client's rank."""
+    def layers_of(self, client: str) -> dict[str, LayerShape]:
+        """The layers at this client's rank."""
         rank = self.ranks.get(client)
-        return {n: s if rank is None else s.at_rank(rank) for n, s in self.sites.items()}
+        return {n: s if rank is None else s.at_rank(rank) for n, s in self.layers.items()}
 
     def shares(self) -> dict[str, float]:
         """wᵢ = nᵢ / Σn if every client that declared its rows takes part."""
@@ -82,7 +82,7 @@ class Settings:
         return max(1, round(wanted * k)) if isinstance(wanted, float) else min(wanted, k)
 
 
-_MADE = ("method", "seed", "clients", "sites", "rounds")  # of what a caller gives by itself
+_MADE = ("method", "seed", "clients", "layers", "rounds")  # of what a caller gives by itself
 
 
 def check_options(given: Iterable[str], whose: str) -> None:

@@ -54,13 +54,13 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
     own, assignment = {}, settings.method.assignment
     if assignment.own and not assignment.private:  # else the server has nothing of them
         for client in settings.clients:
-            whole = AdapterState(cut(initial.sites, settings, client), initial.head)
+            whole = AdapterState(cut(initial.layers, settings, client), initial.head)
             own[client] = own_part(settings, flat(whole))
     ledger = Ledger()
     if not settings.method.shared_base:  # own increments are subtracted, so G must hold them
-        started = {n: f.delta() for n, f in initial.sites.items() if f.B.any()}
+        started = {n: f.delta() for n, f in initial.layers.items() if f.B.any()}
         ledger = Ledger((), started, 0)
-    return ServerState(0, dict(initial.sites), dict(initial.head), ledger, own)
+    return ServerState(0, dict(initial.layers), dict(initial.head), ledger, own)
 
 
 def admit(
@@ -187,7 +187,7 @@ def step(
 def cut(factors: Mapping[str, Factors], settings: Settings, client: str) -> dict[str, Factors]:
     """The first rows and columns, as many as the client's rank; B in units of its scale."""
     found = {}
-    for name, layer in settings.sites_of(client).items():
+    for name, layer in settings.layers_of(client).items():
         f = factors[name]
         same = layer.rank == f.rank
         b = f.B if same else f.B[:, : layer.rank] * (f.scale / layer.scale)
@@ -221,7 +221,7 @@ def _send_factors(
     base where the method has a ledger, else as tensors to add next time (means only)."""
     method, assignment = settings.method, settings.method.assignment
     if assignment.drawn:
-        return fresh(settings.sites, settings.seed, state.version + 1), {}, {}
+        return fresh(settings.layers, settings.seed, state.version + 1), {}, {}
     means = not assignment.needs
     late = state.late if means and not method.in_ledger else {}
     parts, new_late = {}, {}

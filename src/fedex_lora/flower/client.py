@@ -80,9 +80,9 @@ def save_global(model: Any, content: RecordDict | ArrayRecord, directory: str | 
     tensors, base = wire.received(content)
     layers = _layers(model)
     _check_fits(layers, tensors, base)
-    scales = {name: layer.site.scale for name, layer in layers.items()}
+    scales = {name: layer.shape.scale for name, layer in layers.items()}
     state = wire.state_of(tensors, scales)
-    factors = {name: _grown(f, base.get(name)) for name, f in state.sites.items()}
+    factors = {name: _grown(f, base.get(name)) for name, f in state.layers.items()}
     head = {name.removeprefix(PREFIX): tensor for name, tensor in state.head.items()}
     config = model.peft_config[ADAPTER]
     of = config.base_model_name_or_path or ""
@@ -128,17 +128,17 @@ def _check_fits(
                     f"{tuple(parameter.shape)}: the same model and LoRA rank everywhere"
                 )
     for name, delta in base.items():
-        site = layers[name].site if name in layers else None
-        if site is None or delta.shape != (site.out, site.inp):
-            wanted = f"({site.out}, {site.inp})" if site else "none, it is no LoRA layer here"
+        shape = layers[name].shape if name in layers else None
+        if shape is None or delta.shape != (shape.out, shape.inp):
+            wanted = f"({shape.out}, {shape.inp})" if shape else "none, it is no LoRA layer here"
             raise UserError(f"{name}: a residual of shape {delta.shape}; expected {wanted}")
 
 
 def _check_scales(layers: Mapping[str, Layer], scales: Any) -> None:
     for (name, layer), scale in zip(sorted(layers.items()), scales or ()):
-        if abs(layer.site.scale - scale) > 1e-6 * abs(scale):
+        if abs(layer.shape.scale - scale) > 1e-6 * abs(scale):
             raise UserError(
-                f"{name}: LoRA's scale is {layer.site.scale:g} here and {scale:g} at the server; "
+                f"{name}: LoRA's scale is {layer.shape.scale:g} here and {scale:g} at the server; "
                 "expected one lora_alpha and use_rslora everywhere"
             )
 

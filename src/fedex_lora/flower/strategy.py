@@ -291,7 +291,7 @@ class FedExLora(FedAvg):
         return weight, self._state(tensors)
 
     def _state(self, tensors: Mapping[str, Tensor]) -> AdapterState:
-        return wire.state_of(tensors, {name: site.scale for name, site in self._layers.items()})
+        return wire.state_of(tensors, {name: layer.scale for name, layer in self._layers.items()})
 
     def _named(self, result: Aggregate) -> dict[str, Tensor]:
         """The averages by PEFT's names, in the order of the initial arrays."""

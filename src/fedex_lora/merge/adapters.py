@@ -41,13 +41,13 @@ class Place:
     """One adapted layer in the file.
 
     Attributes:
-        site: ΔW's shape, rank and scale; of one expert.
+        shape: ΔW's shape, rank and scale; of one expert.
         keys: PEFT's names of A and B.
         experts: How many matrices of that shape there are. A holds the experts' rows one after
             the other, B's columns belong to the experts in turn.
     """
 
-    site: LayerShape
+    shape: LayerShape
     keys: tuple[str, str]
     experts: int = 1
 
@@ -81,23 +81,23 @@ class Adapter:
     stored: Mapping[str, str]
     left_out: int = 0
 
-    def terms(self, site: str) -> list[Term]:
+    def terms(self, layer: str) -> list[Term]:
         """(A, B, scale) of a layer, one for each of its experts.
 
         Raises:
             UserError: A tensor holds NaN or infinity, is none of floating point, is too large for
                 float32, or cannot be read.
         """
-        place = self.places[site]
+        place = self.places[layer]
         a, b = self.tensors(place.keys)
-        for key, factor, scale in zip(place.keys, (a, b), (1.0, place.site.scale)):
+        for key, factor, scale in zip(place.keys, (a, b), (1.0, place.shape.scale)):
             self._check_dtype(key, factor)
             if not finite(factor.to(torch.float32) * scale):
                 raise DataError(
                     f"{self.name}: {key} in {self.file}, times its scale {scale:g}, is too large "
                     "for float32; its training went wrong, leave this adapter out"
                 )
-        n, scale = place.experts, place.site.scale
+        n, scale = place.experts, place.shape.scale
         return [(a[i * len(a) // n :][: len(a) // n], b[:, i::n], scale) for i in range(n)]
 
     def tensors(self, keys: Sequence[str]) -> list[Tensor]:
@@ -244,13 +244,13 @@ def _places(
     for key in shapes:
         suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
         if suffix:
-            site = key.removeprefix(PREFIX).removesuffix(suffix)
-            halves.setdefault(site, {})[_SUFFIXES[suffix]] = key
+            layer = key.removeprefix(PREFIX).removesuffix(suffix)
+            halves.setdefault(layer, {})[_SUFFIXES[suffix]] = key
     if not halves:
         raise DataError(f"{name}: {file} holds no LoRA factors ({_content(shapes)})")
-    rows = {site: _rows(name, site, halves[site], shapes) for site in sorted(halves)}
+    rows = {layer: _rows(name, layer, halves[layer], shapes) for layer in sorted(halves)}
     found = forms(name, config, rows)
-    return {site: _place(name, site, halves[site], shapes, found[site]) for site in rows}
+    return {layer: _place(name, layer, halves[layer], shapes, found[layer]) for layer in rows}
 
 
 def _content(shapes: Mapping[str, Shape]) -> str:
@@ -259,23 +259,25 @@ def _content(shapes: Mapping[str, Shape]) -> str:
     return f"but {min(shapes)}, ...; expected names such as {PREFIX}LAYER.lora_A.weight"
 
 
-def _rows(name: str, site: str, keys: Mapping[int, str], shapes: Mapping[str, Shape]) -> int:
+def _rows(name: str, layer: str, keys: Mapping[int, str], shapes: Mapping[str, Shape]) -> int:
     if len(keys) != 2:
-        raise StorageError(f"{name}: {site} has only one of its two factors: {keys}; it is damaged")
+        raise StorageError(
+            f"{name}: {layer} has only one of its two factors: {keys}; it is damaged"
+        )
     a, b = shapes[keys[0]], shapes[keys[1]]
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise DataError(
-            f"{name}: {site} has factors A {a} and B {b}; expected A (r, in) and B (out, r) of a "
+            f"{name}: {layer} has factors A {a} and B {b}; expected A (r, in) and B (out, r) of a "
             "Linear, Conv1D or Embedding layer"
         )
     return a[0]
 
 
 def _place(
-    name: str, site: str, keys: Mapping[int, str], shapes: Mapping[str, Shape], form: Form
+    name: str, layer: str, keys: Mapping[int, str], shapes: Mapping[str, Shape], form: Form
 ) -> Place:
     if not math.isfinite(form.scale):
-        raise StorageError(f"{name}: {site} has the scale {form.scale} by {CONFIG}; it is damaged")
+        raise StorageError(f"{name}: {layer} has the scale {form.scale} by {CONFIG}; it is damaged")
     out, inp = shapes[keys[1]][0], shapes[keys[0]][1]
     return Place(LayerShape(out, inp, form.rank, form.scale), (keys[0], keys[1]), form.experts)
 

@@ -73,7 +73,7 @@ def merge_into_base(
     """
     trained = {key: plan.saved_shape(key) for key in plan.heads if not of_tokens(key)}
     copies = {key: plan.saved_shape(key) for key in plan.copies}
-    target = open_target(model, plan.adapters[0], plan.sites, trained, copies)
+    target = open_target(model, plan.adapters[0], plan.layers, trained, copies)
     values = Values(plan, target, rank, error, dtype, quantised)
     inputs = [target.folder, *(adapter.folder for adapter in plan.adapters)]
     check_place(out, inputs, values.size())
@@ -90,7 +90,7 @@ def merge_into_base(
         notes.append("the model was quantised; its weights are written as it multiplied with them")
     if False in packed:
         notes.append("its 8-bit layers rounded their inputs too, which the written model does not")
-    return Written(target.auto_model, len(plan.sites), *values.losses(), notes)
+    return Written(target.auto_model, len(plan.layers), *values.losses(), notes)
 
 
 def _write_shards(values: Values, new: Path) -> None:

@@ -25,14 +25,14 @@ class Form(NamedTuple):
     experts: int
 
 
-def module_of(site: str) -> str:
+def module_of(layer: str) -> str:
     """The module whose parameter is adapted.
 
     Example:
         >>> module_of("model.layers.0.mlp.experts.base_layer")
         'model.layers.0.mlp.experts'
     """
-    return site.replace(".base_layer", "")
+    return layer.replace(".base_layer", "")
 
 
 def targeted(config: Mapping[str, Any], module: str) -> list[str]:
@@ -50,9 +50,9 @@ def targeted(config: Mapping[str, Any], module: str) -> list[str]:
     return sorted(found)
 
 
-def of_parameter(config: Mapping[str, Any], site: str) -> bool:
+def of_parameter(config: Mapping[str, Any], layer: str) -> bool:
     """Whether a layer's factors may be those of a parameter that is targeted by its name."""
-    return bool(targeted(config, module_of(site)))
+    return bool(targeted(config, module_of(layer)))
 
 
 def forms(name: str, config: Mapping[str, Any], rows: Mapping[str, int]) -> dict[str, Form]:
@@ -66,17 +66,17 @@ def forms(name: str, config: Mapping[str, Any], rows: Mapping[str, int]) -> dict
         UserError: They do not fit.
     """
     families: dict[str, list[str]] = {}
-    for site in rows:
-        families.setdefault(module_of(site), []).append(site)
+    for layer in rows:
+        families.setdefault(module_of(layer), []).append(layer)
     found: dict[str, Form] = {}
-    for module, sites in families.items():
-        sites.sort(key=len)  # the last parameter that was wrapped comes first
-        options = {tuple(o) for o in _options(config, module, sites, [rows[s] for s in sites])}
+    for module, layers in families.items():
+        layers.sort(key=len)  # the last parameter that was wrapped comes first
+        options = {tuple(o) for o in _options(config, module, layers, [rows[s] for s in layers])}
         if not options:
-            site = sites[0]
-            rank = configured(config, site, 1)[0]
+            layer = layers[0]
+            rank = configured(config, layer, 1)[0]
             raise DataError(
-                f"{name}: {site} has rank {rows[site]} in the file and {rank} in {CONFIG}: these "
+                f"{name}: {layer} has rank {rows[layer]} in the file and {rank} in {CONFIG}: these "
                 "are not of one adapter, or r or rank_pattern was changed by hand; expected what "
                 "it was trained with, from which its scale follows"
             )
@@ -85,19 +85,19 @@ def forms(name: str, config: Mapping[str, Any], rows: Mapping[str, int]) -> dict
                 f"{name}: which parameter of {module} has which rank and alpha cannot be told; "
                 f"expected one rank_pattern and alpha_pattern for all of them in {CONFIG}"
             )
-        found |= dict(zip(sites, options.pop()))
+        found |= dict(zip(layers, options.pop()))
     return found
 
 
 def _options(
-    config: Mapping[str, Any], module: str, sites: Sequence[str], rows: Sequence[int]
+    config: Mapping[str, Any], module: str, layers: Sequence[str], rows: Sequence[int]
 ) -> Iterator[list[Form]]:
     """What the layers of one module may be: a plain one, or its parameters in some order."""
-    rank, scale = configured(config, sites[0], rows[0])
-    if len(sites) == 1 and rank == rows[0] and module == sites[0]:
+    rank, scale = configured(config, layers[0], rows[0])
+    if len(layers) == 1 and rank == rows[0] and module == layers[0]:
         yield [Form(rank, float(scale), 1)]
         return
-    for order in permutations(targeted(config, module), len(sites)):
+    for order in permutations(targeted(config, module), len(layers)):
         own = []
         for parameter, height in zip(order, rows):
             rank = configured(config, f"{module}.{parameter}", 1)[0]

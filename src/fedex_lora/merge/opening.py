@@ -33,7 +33,7 @@ _CANNOT_BUILD += (RuntimeError, ArithmeticError, AssertionError, StrictDataclass
 def open_target(
     name: str,
     adapter: Adapter,
-    sites: Sequence[str],
+    layers: Sequence[str],
     trained: Mapping[str, Shape],
     copies: Mapping[str, Shape],
 ) -> Target:
@@ -42,7 +42,7 @@ def open_target(
     Args:
         name: A folder or hub id.
         adapter: One that says what the adapters were trained on.
-        sites: Layers that will be changed.
+        layers: Layers that will be changed.
         trained: Shapes of tensors that will replace or join the model's own, by PEFT's names.
         copies: Likewise, of those that were not trained.
 
@@ -69,8 +69,8 @@ def open_target(
             continue
         try:
             target = _target(Target(folder, config, auto_model, net, stored), trained, copies)
-            for site in sites:
-                target.spot(adapter, site)
+            for layer in layers:
+                target.spot(adapter, layer)
             return target
         except UserError as error:
             unfit.append(error)

@@ -24,7 +24,7 @@ class Plan:
     Attributes:
         adapters: At least one.
         weights: One each; they sum to 1 unless `is_sum`.
-        sites: Layers that are merged, sorted.
+        layers: Layers that are merged, sorted.
         heads: Keys of tensors that were trained in full: they are averaged.
         copies: Keys of tensors that PEFT saved with the adapter though they were not trained
             (embeddings), and the adapter that they are taken from; the same in all if None.
@@ -34,34 +34,34 @@ class Plan:
 
     adapters: Sequence[Adapter]
     weights: Sequence[float]
-    sites: Sequence[str]
+    layers: Sequence[str]
     heads: Sequence[str]
     copies: Mapping[str, Adapter | None]
     left_out: Sequence[str]
     is_sum: bool = False
 
-    def sums(self, site: str) -> Iterator[Sum]:
+    def sums(self, layer: str) -> Iterator[Sum]:
         """Σ wᵢ·sᵢ·BᵢAᵢ of a layer, of one expert after the other."""
-        experts, rank = self.experts(site), self.rank(site)
+        experts, rank = self.experts(layer), self.rank(layer)
         if experts == 1:
-            terms: Iterator[Term] = (adapter.terms(site)[0] for adapter in self.adapters)
-            yield weighted_sum(terms, self.weights, self.shape(site), rank)
+            terms: Iterator[Term] = (adapter.terms(layer)[0] for adapter in self.adapters)
+            yield weighted_sum(terms, self.weights, self.shape(layer), rank)
             return
-        for own in zip(*(adapter.terms(site) for adapter in self.adapters)):
-            yield weighted_sum(own, self.weights, self.shape(site), rank)
+        for own in zip(*(adapter.terms(layer) for adapter in self.adapters)):
+            yield weighted_sum(own, self.weights, self.shape(layer), rank)
 
-    def shape(self, site: str) -> tuple[int, int]:
+    def shape(self, layer: str) -> tuple[int, int]:
         """ΔW's (out, in)."""
-        form = self.adapters[0].places[site].site
+        form = self.adapters[0].places[layer].shape
         return form.out, form.inp
 
-    def experts(self, site: str) -> int:
+    def experts(self, layer: str) -> int:
         """How many matrices of that shape the layer has."""
-        return self.adapters[0].places[site].experts
+        return self.adapters[0].places[layer].experts
 
-    def rank(self, site: str) -> int:
+    def rank(self, layer: str) -> int:
         """Σ rᵢ, the most that the sum can have."""
-        return sum(adapter.places[site].site.rank for adapter in self.adapters)
+        return sum(adapter.places[layer].shape.rank for adapter in self.adapters)
 
     def saved_shape(self, key: str) -> Shape:
         """Of one of `heads` and `copies`."""
@@ -158,8 +158,8 @@ def make_plan(
             + "\n".join(ways)
         )
     _check_shapes(adapters)
-    sites = sorted(set.intersection(*(set(a.places) for a in adapters)))
-    if not sites:
+    layers = sorted(set.intersection(*(set(a.places) for a in adapters)))
+    if not layers:
         raise DataError("no layer is adapted by all of the adapters; there is nothing to merge")
     shared = [key for key in sorted(adapters[0].others) if _shared(adapters, key)]
     heads = [k for k in shared if embeddings == "mean" or all(_trained(a, k) for a in adapters)]
@@ -171,7 +171,7 @@ def make_plan(
         for a in adapters
         if a.left_out
     ]
-    return Plan(adapters, shares, sites, heads, copies, [*names, *problems, *dumped], is_sum)
+    return Plan(adapters, shares, layers, heads, copies, [*names, *problems, *dumped], is_sum)
 
 
 def _source(adapters: Sequence[Adapter], embeddings: str) -> Adapter | None:
@@ -288,17 +288,17 @@ def _check_shapes(adapters: Sequence[Adapter]) -> None:
     """One layer of two shapes or kinds: the base models differ, whatever their names say."""
     first = adapters[0]
     for other in adapters[1:]:
-        for site in sorted(set(first.places) & set(other.places)):
-            places = [a.places[site] for a in (first, other)]
-            forms = [(p.experts, p.site.out, p.site.inp, p.embedding) for p in places]
+        for layer in sorted(set(first.places) & set(other.places)):
+            places = [a.places[layer] for a in (first, other)]
+            forms = [(p.experts, p.shape.out, p.shape.inp, p.embedding) for p in places]
             if forms[0] != forms[1]:
                 texts = [
                     (f"{n} × " if n > 1 else "") + f"{o} × {i}" + (" (embedding)" if e else "")
                     for n, o, i, e in forms
                 ]
-                tokens = places[0].embedding or site.endswith(("lm_head", "embed_out"))
+                tokens = places[0].embedding or layer.endswith(("lm_head", "embed_out"))
                 raise DataError(
-                    f"{site}: ΔW is {texts[0]} in {first.name} and {texts[1]} in {other.name}; "
+                    f"{layer}: ΔW is {texts[0]} in {first.name} and {texts[1]} in {other.name}; "
                     "they belong to different base models"
                     + (", or to vocabularies of different sizes" if tokens else "")
                 )

@@ -87,33 +87,33 @@ class Target:
         known = self.names.shape(plain) is not None
         return plain if known else self.names.parameter(plain)
 
-    def spot(self, adapter: Adapter, site: str) -> Spot:
+    def spot(self, adapter: Adapter, name: str) -> Spot:
         """Where a layer is.
 
         Raises:
             UserError: The model has no such layer, or one of another shape or kind.
         """
-        place, spot = adapter.places[site], next(self._spots(adapter, site), None)
+        place, spot = adapter.places[name], next(self._spots(adapter, name), None)
         if spot is not None:
-            self._check_shape(site, place, spot)
+            self._check_shape(name, place, spot)
             return self._turned(place, spot)
-        ending = site.rpartition(".")[2]
+        ending = name.rpartition(".")[2]
         like = [n for n, _ in self.net.named_modules() if n.rpartition(".")[2] == ending][:1]
         like = [f"; there is {like[0]}"] if like else []
         raise DataError(
-            f"`into_base`: {self.folder} as {type(self.net).__name__} has no layer {site}, and no "
+            f"`into_base`: {self.folder} as {type(self.net).__name__} has no layer {name}, and no "
             f"tensor of that name in its files{''.join(like)}. Name the model that the adapters "
             "were trained on"
         )
 
-    def _spots(self, adapter: Adapter, site: str) -> Iterator[Spot]:
+    def _spots(self, adapter: Adapter, layer: str) -> Iterator[Spot]:
         """Where it may be: in the model, in its files, under a new name, deeper within it."""
-        leaves = self._leaves(adapter, site)
-        module = module_of(site)
+        leaves = self._leaves(adapter, layer)
+        module = module_of(layer)
         for name in (f"{module}.{leaf}" for leaf in leaves):
             if self.names.shape(name) is not None:
                 yield self._of_parameter(name)
-        key = f"{site}.weight"
+        key = f"{layer}.weight"
         if key in self._parts:
             yield Spot(key, None, None, False)
         for name in (self.names.parameter(f"{module}.{leaf}") for leaf in leaves):
@@ -127,11 +127,11 @@ class Target:
         if len(on_disk) == 1:
             yield Spot(on_disk[0], None, None, False)
 
-    def _leaves(self, adapter: Adapter, site: str) -> list[str]:
+    def _leaves(self, adapter: Adapter, layer: str) -> list[str]:
         """Names of the parameter that the layer's factors are for, within its module."""
-        module, depth = module_of(site), site.count(".base_layer")
+        module, depth = module_of(layer), layer.count(".base_layer")
         named = targeted(adapter.config, module)
-        if not named or (adapter.places[site].experts == 1 and not depth and site == module):
+        if not named or (adapter.places[layer].experts == 1 and not depth and layer == module):
             return ["weight", *named]
         try:
             own = [n for n, _ in self.net.get_submodule(module).named_parameters(recurse=False)]
@@ -172,9 +172,9 @@ class Target:
             return self.stored[spot.key].shape
         return shape
 
-    def _check_shape(self, site: str, place: Place, spot: Spot) -> None:
+    def _check_shape(self, layer: str, place: Place, spot: Spot) -> None:
         held = self._held(spot)
-        own = [place.site.out, place.site.inp]
+        own = [place.shape.out, place.shape.inp]
         for key in [spot.key] if spot.key else spot.group.keys if spot.group else []:
             if not self.stored[key].dtype.is_floating_point:
                 raise DataError(
@@ -183,7 +183,7 @@ class Target:
                 )
         if len(held) not in (2, 3):
             kind = "x".join(map(str, held))
-            raise DataError(f"`into_base`: {site} has a weight of {kind}; cannot be changed")
+            raise DataError(f"`into_base`: {layer} has a weight of {kind}; cannot be changed")
         experts, sides = (1, held) if len(held) == 2 else (held[0], held[1:])
         fits = [list(sides), list(sides)[::-1]] if len(held) == 3 else [list(sides)]
         fits = [list(sides)[::-1]] if spot.turned else fits
@@ -191,14 +191,14 @@ class Target:
             times = f"{place.experts} × " if place.experts > 1 else ""
             has = " × ".join(map(str, ([experts] if len(held) == 3 else []) + fits[0]))
             raise DataError(
-                f"`into_base`: {site} is {has} in {self.folder} and {times}{own[0]} × {own[1]} in "
-                f"the adapters; name the model that they were trained on{self._vocabulary(site)}"
+                f"`into_base`: {layer} is {has} in {self.folder} and {times}{own[0]} × {own[1]} in "
+                f"the adapters; name the model that they were trained on{self._vocabulary(layer)}"
             )
 
-    def _vocabulary(self, site: str) -> str:
+    def _vocabulary(self, layer: str) -> str:
         ends = (self.net.get_input_embeddings(), self.net.get_output_embeddings())
         embeddings = [n for n, m in self.net.named_modules(remove_duplicate=False) if m in ends]
-        if site not in embeddings:
+        if layer not in embeddings:
             return ""
         return (
             "; if the vocabulary was enlarged, save the adapters with save_embedding_layers=True: "
@@ -210,7 +210,7 @@ class Target:
         held = self._held(spot)
         if len(held) != 3:
             return spot
-        turned = held[1:] != (place.site.out, place.site.inp)
+        turned = held[1:] != (place.shape.out, place.shape.inp)
         if held[1] == held[2] and spot.parameter is not None:
             owner = self.net.get_submodule(spot.parameter.rpartition(".")[0])
             turned = bool(getattr(owner, "is_transposed", False))

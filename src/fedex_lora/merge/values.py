@@ -47,7 +47,7 @@ class Values:
         self.others = {target.parameter(key): key for key in saved if not of_tokens(key)}
         self._tokens = {target.parameter(embedding_of(k)): k for k in saved if of_tokens(k)}
         first = plan.adapters[0]
-        self._spots = {site: target.spot(first, site) for site in plan.sites}
+        self._spots = {layer: target.spot(first, layer) for layer in plan.layers}
         self.parameter = {key: name for name, key in target.names.direct.items()}
         changed = {spot.parameter for spot in self._spots.values() if spot.parameter}
         self.untied = _untied(plan, target, self.others, changed)
@@ -57,11 +57,11 @@ class Values:
         self.added = {target.names.on_disk(name): name for name in sorted(new)}
         self._of_key: dict[str, list[str]] = defaultdict(list)
         self._of_group: dict[int, list[str]] = defaultdict(list)
-        for site, spot in self._spots.items():
+        for layer, spot in self._spots.items():
             if spot.group is not None:
-                self._of_group[id(spot.group)].append(site)
+                self._of_group[id(spot.group)].append(layer)
             else:
-                self._of_key[self._written_as(spot)].append(site)
+                self._of_key[self._written_as(spot)].append(layer)
                 self._check_whole(self._written_as(spot), spot)
         self._group_of = {
             key: spot.group
@@ -110,8 +110,8 @@ class Values:
         if key not in self._of_key and key not in self._group_of:
             return tensor.to(to)
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-        for site in self._of_key.get(key, []):
-            self._add(wide, site)
+        for layer in self._of_key.get(key, []):
+            self._add(wide, layer)
         if key in self._group_of:
             if key not in self._waiting:
                 self._waiting |= self._update_of(self._group_of[key])
@@ -173,11 +173,11 @@ class Values:
             return own
         return self._dtype or (usual if not source and isinstance(usual, torch.dtype) else own)
 
-    def _add(self, wide: Tensor, site: str) -> None:
+    def _add(self, wide: Tensor, layer: str) -> None:
         """Adds a layer's update to the tensor that holds it, or to the matrices of its experts."""
         parts = wide if wide.dim() == 3 else [wide]
-        for matrix, update in zip(parts, self._updates(site)):
-            turned = matrix.T if self._spots[site].turned else matrix
+        for matrix, update in zip(parts, self._updates(layer)):
+            turned = matrix.T if self._spots[layer].turned else matrix
             if update.right is None:
                 turned.add_(update.left)
             else:
@@ -188,12 +188,12 @@ class Values:
         shapes = {key: self.target.stored[key].shape for key in group.keys}
         meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         update = {name: torch.zeros(t.shape) for name, t in group.forward(meta).items()}
-        for site in self._of_group[id(group)]:
-            self._add(update[self._spots[site].parameter or ""], site)
+        for layer in self._of_group[id(group)]:
+            self._add(update[self._spots[layer].parameter or ""], layer)
         return group.back(update, shapes)
 
-    def _updates(self, site: str) -> Iterator[Delta]:
-        for whole in self.plan.sums(site):
+    def _updates(self, layer: str) -> Iterator[Delta]:
+        for whole in self.plan.sums(layer):
             if self.rank is None and not self.error:
                 yield whole.update
                 continue
@@ -229,7 +229,7 @@ class Values:
         for group in groups.values():  # two of a layer may be in memory together
             held = sum(_numel(self.target.stored[key].shape) for key in group.keys)
             weights.append(2 * 4 * 4 * held)
-        return max(weights) + max(working_bytes(self.plan, site) for site in self.plan.sites)
+        return max(weights) + max(working_bytes(self.plan, layer) for layer in self.plan.layers)
 
     def _final(self, key: str) -> Sequence[int]:
         own, source = self.others.get(self._name(key) or ""), self._source(key)

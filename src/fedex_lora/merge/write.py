@@ -125,18 +125,18 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
     """
     options = options or Options()
     check_place(out, [adapter.folder for adapter in plan.adapters], _bytes(plan, options))
-    check_memory(max(working_bytes(plan, site) for site in plan.sites))
+    check_memory(max(working_bytes(plan, name) for name in plan.layers))
     _check_task(plan)
     with new_directory(out, "the merged adapter", "merge again") as new:
-        names = [key for site in plan.sites for key in plan.adapters[0].places[site].keys]
+        names = [key for name in plan.layers for key in plan.adapters[0].places[name].keys]
         with tensor_file(new / WEIGHTS, [*names, *plan.heads, *plan.copies]) as file:
-            layers = {site: _write_site(plan, site, options, file) for site in plan.sites}
+            layers = {name: _write_layer(plan, name, options, file) for name in plan.layers}
             for key in plan.heads:
                 file.add(key, plan.head(key))
             for key in plan.copies:
                 file.add(key, plan.copy(key))
-        ranks = {site: max(1, layer.rank) for site, layer in layers.items()}
-        if not options.tight or any(plan.experts(site) > 1 for site in plan.sites):
+        ranks = {name: max(1, layer.rank) for name, layer in layers.items()}
+        if not options.tight or any(plan.experts(name) > 1 for name in plan.layers):
             ranks = _pad(plan, new / WEIGHTS, ranks, options.tight)
         write_config(_config(plan, ranks), new)
         _write(new / REPORT, json.dumps(_report(plan, options, layers), indent=1) + "\n")
@@ -152,18 +152,18 @@ def _missed_at(rank: int, layer: Layer) -> float:
     return layer.at_limit.get(rank, layer.missed)
 
 
-def _write_site(plan: Plan, site: str, options: Options, file: TensorFile) -> Layer:
+def _write_layer(plan: Plan, layer: str, options: Options, file: TensorFile) -> Layer:
     kept, parts = [], []
-    averaging = _averaging(plan, site) if options.compare and not plan.is_sum else None
-    for whole in plan.sums(site):
+    averaging = _averaging(plan, layer) if options.compare and not plan.is_sum else None
+    for whole in plan.sums(layer):
         found = reduce(whole, options.rank, options.error)
         stored, rounding = rounded(found.factors, options.dtype)
         if not all(map(finite, stored.parts.values())):
-            raise DataError(f"{site}: is too large for {options.dtype}; choose another `dtype`")
+            raise DataError(f"{layer}: is too large for {options.dtype}; choose another `dtype`")
         kept.append(stored)
         parts.append(Layer(stored.rank, found.norm, found.missed, rounding, None, _at(found)))
     rank = max(stored.rank for stored in kept)
-    _write_factors(plan.adapters[0].places[site], kept, file)
+    _write_factors(plan.adapters[0].places[layer], kept, file)
 
     def total(get: Callable[[Layer], float]) -> float:
         return math.hypot(*(get(part) for part in parts))
@@ -207,11 +207,11 @@ def _at(found: Reduced) -> dict[int, float]:
 def _pad(plan: Plan, file: Path, ranks: Mapping[str, int], tight: bool) -> dict[str, int]:
     """Gives all layers in the file the largest rank (if tight: those that have experts, whose
     ranks no pattern can name). Returns their ranks."""
-    wide = [site for site in plan.sites if not tight or plan.experts(site) > 1]
-    rank = max(ranks[site] for site in wide)
-    if {ranks[site] for site in wide} == {rank}:
+    wide = [layer for layer in plan.layers if not tight or plan.experts(layer) > 1]
+    rank = max(ranks[layer] for layer in wide)
+    if {ranks[layer] for layer in wide} == {rank}:
         return dict(ranks)
-    owner = {key: site for site in wide for key in plan.adapters[0].places[site].keys}
+    owner = {key: layer for layer in wide for key in plan.adapters[0].places[layer].keys}
     old = file.rename(file.with_suffix(".unpadded"))
     with safe_open(old, framework="pt") as stored, tensor_file(file, stored.keys()) as new:
         for key in stored.keys():  # noqa: SIM118
@@ -225,25 +225,25 @@ def _pad(plan: Plan, file: Path, ranks: Mapping[str, int], tight: bool) -> dict[
                     tensor = _longer(tensor, rank * place.experts)
             new.add(key, tensor)
     old.unlink()
-    return {site: rank if site in wide else own for site, own in ranks.items()}
+    return {layer: rank if layer in wide else own for layer, own in ranks.items()}
 
 
-def _averaging(plan: Plan, site: str) -> float:
+def _averaging(plan: Plan, layer: str) -> float:
     """‖Σ wᵢsᵢBᵢAᵢ − B̄Ā‖_F, as a federated round of factor averaging would leave it."""
-    ranks = [adapter.places[site].site.rank for adapter in plan.adapters]
-    whole = LayerShape(*plan.shape(site), max(ranks), scale=1.0)
+    ranks = [adapter.places[layer].shape.rank for adapter in plan.adapters]
+    whole = LayerShape(*plan.shape(layer), max(ranks), scale=1.0)
     zero = Factors(torch.zeros(whole.rank, whole.inp), torch.zeros(whole.out, whole.rank), 1.0)
-    start = AdapterState({site: zero})
+    start = AdapterState({layer: zero})
     aggregators = [
-        Aggregator(METHODS["fedit"], {site: whole}, frozenset("AB"))
-        for _ in range(plan.experts(site))
+        Aggregator(METHODS["fedit"], {layer: whole}, frozenset("AB"))
+        for _ in range(plan.experts(layer))
     ]
     for weight, adapter in zip(plan.weights, plan.adapters):
-        for aggregator, (a, b, scale) in zip(aggregators, adapter.terms(site)):
+        for aggregator, (a, b, scale) in zip(aggregators, adapter.terms(layer)):
             if weight:
                 end = Factors(a.float(), b.float(), scale)
-                aggregator.add(weight, start, AdapterState({site: end}))
-    return math.hypot(*(a.finish().deviation[site] for a in aggregators))
+                aggregator.add(weight, start, AdapterState({layer: end}))
+    return math.hypot(*(a.finish().deviation[layer] for a in aggregators))
 
 
 def _check_task(plan: Plan) -> None:
@@ -268,15 +268,15 @@ def _config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
     tied = config.get("ensure_weight_tying") and any(p.embedding for p in first.places.values())
     if tied:
         config["ensure_weight_tying"] = False  # two layers' factors are no longer each other's
-    if tied or set(plan.sites) != set(first.places):
-        whole = [site for site in plan.sites if not of_parameter(first.config, site)]
+    if tied or set(plan.layers) != set(first.places):
+        whole = [layer for layer in plan.layers if not of_parameter(first.config, layer)]
         config |= {"target_modules": whole, "exclude_modules": None}
         config |= {"layers_to_transform": None, "layers_pattern": None}
     if set(plan.heads) != {key for key in first.others if key not in plan.copies}:
         config["modules_to_save"] = _still_saved(config.get("modules_to_save"), plan.heads)
         config["task_type"] = None  # PEFT adds a head to some task types
-    like = next((site for site in ranks if plan.experts(site) > 1), None)
-    return with_ranks(config, {site: (rank, 1.0) for site, rank in ranks.items()}, like)
+    like = next((layer for layer in ranks if plan.experts(layer) > 1), None)
+    return with_ranks(config, {layer: (rank, 1.0) for layer, rank in ranks.items()}, like)
 
 
 def _still_saved(modules: Any, heads: Sequence[str]) -> list[str] | None:
@@ -293,7 +293,7 @@ def _report(plan: Plan, options: Options, layers: Mapping[str, Layer]) -> dict[s
         "error": options.error,
         "dtype": str(options.dtype).removeprefix("torch."),
         "left_out": list(plan.left_out),
-        "layers": {site: asdict(layer) for site, layer in layers.items()},
+        "layers": {name: asdict(layer) for name, layer in layers.items()},
     }
 
 
@@ -334,11 +334,11 @@ def _bytes(plan: Plan, options: Options) -> int:
     """The most that the output can take, and while it is padded what it takes besides."""
     size = torch.finfo(options.dtype).bits // 8
     ranks, sides = {}, {}
-    for site in plan.sites:
-        shape = plan.shape(site)
-        ranks[site] = min(plan.rank(site), *shape, options.rank or min(shape))
-        sides[site] = sum(shape) * plan.experts(site) * size
-    total = sum(ranks[site] * sides[site] for site in plan.sites)
+    for layer in plan.layers:
+        shape = plan.shape(layer)
+        ranks[layer] = min(plan.rank(layer), *shape, options.rank or min(shape))
+        sides[layer] = sum(shape) * plan.experts(layer) * size
+    total = sum(ranks[layer] * sides[layer] for layer in plan.layers)
     if not options.tight and len(set(ranks.values())) > 1:
         total += max(ranks.values()) * sum(sides.values())
     return total + sum(
@@ -346,11 +346,11 @@ def _bytes(plan: Plan, options: Options) -> int:
     )
 
 
-def working_bytes(plan: Plan, site: str) -> int:
+def working_bytes(plan: Plan, layer: str) -> int:
     """What one layer takes while it is merged: its factors, or a few dense float64 matrices: the
     sum, the Gram matrix of its shorter side, and what that one's eigenvectors take. Of experts the
     factors of all."""
-    shape, rank, experts = plan.shape(site), plan.rank(site), plan.experts(site)
+    shape, rank, experts = plan.shape(layer), plan.rank(layer), plan.experts(layer)
     factors = 4 * rank * sum(shape) * 3
     kept = 0 if experts == 1 else experts * factors
     if rank >= min(shape):

@@ -36,7 +36,7 @@ class AdaptedModel:
         module: The nn.Module to train and evaluate. Gradient checkpointing needs nothing but the
             Trainer's switch: transformers makes the inputs require gradients.
         tokenizer: Its tokenizer, which has a padding token; or its image processor.
-        sites: The adapted layers sorted by name, as shapes.
+        layers: The adapted layers sorted by name, as shapes.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class AdaptedModel:
     ) -> None:
         self.module = module
         self.tokenizer = base.tokenizer
-        self.sites: dict[str, LayerShape] = {layer.name: layer.site for layer in layers}
+        self.layers: dict[str, LayerShape] = {layer.name: layer.shape for layer in layers}
         self._base = base
         self._layers = {layer.name: layer for layer in layers}
         self._head = _head_parameters(base.model, layers)
@@ -79,15 +79,15 @@ class AdaptedModel:
         head = self._read_head()
         if self._init is not None:
             return read_adapter(self._init, self._layers, head, self._w0)
-        return AdapterState(fresh(self.sites, seed, 0), head)
+        return AdapterState(fresh(self.layers, seed, 0), head)
 
     def read(self) -> AdapterState:
         """Copies of the factors and the head: float32, on the CPU.
 
         Head parameters go by their names in the plain model, e.g. `classifier.dense.weight`.
         """
-        sites = {name: layer.read() for name, layer in self._layers.items()}
-        return AdapterState(sites, self._read_head())
+        factors = {name: layer.read() for name, layer in self._layers.items()}
+        return AdapterState(factors, self._read_head())
 
     def frozen(self) -> dict[str, Tensor]:
         """What is neither factor nor head, by plain names: as loaded, before anything is placed."""
@@ -99,10 +99,10 @@ class AdaptedModel:
         Raises:
             UserError: If `state` is not one of this model.
         """
-        _check_keys("factors", set(state.sites), set(self._layers))
+        _check_keys("factors", set(state.layers), set(self._layers))
         _check_keys("head", set(state.head), set(self._head))
         for name, layer in self._layers.items():
-            layer.write(state.sites[name])
+            layer.write(state.layers[name])
         with torch.no_grad():
             for name, parameter in self._head.items():
                 if parameter.shape != state.head[name].shape:
@@ -149,18 +149,18 @@ class AdaptedModel:
         if getattr(self._base.model, "_require_grads_hook", None) is not None:
             self._base.model.disable_input_require_grads()
 
-    def pretrained(self, site: str) -> Tensor:
+    def pretrained(self, layer: str) -> Tensor:
         """W0: out × in, float32, a fresh tensor read from the model's files."""
-        return self._w0(site)
+        return self._w0(layer)
 
     def place(self, increment: Increment) -> None:
-        """Makes every base W0 + increment(site), in place of any earlier increment.
+        """Makes every base W0 + increment(name), in place of any earlier increment.
 
         With placement `fold` the float32 sum is rounded once, into the base's dtype. With `side`
         the base stays W0, and the increment is computed in float32 beside it.
 
         Args:
-            increment: out × in, dense or in factors, for a site; None for none: W0, bit for bit.
+            increment: out × in, dense or in factors, for a layer; None for none: W0, bit for bit.
         """
         for name, layer in self._layers.items():
             if self._side is None:
@@ -198,7 +198,7 @@ class AdaptedModel:
         weights = {k: _cast(t, to) for k, t in _plain_state(base, self._head).items()}
         for name, layer in self._layers.items():
             total = self._w0(name)
-            for part in (increment(name), state.sites[name].delta()):
+            for part in (increment(name), state.layers[name].delta()):
                 total += 0 if part is None else part.dense().to(total)
             weights[f"{name}.weight"] = layer.oriented(total).to(to).contiguous()
         weights |= {name: _cast(t, to) for name, t in state.head.items()}
@@ -254,7 +254,7 @@ def load_model(
 
     Args:
         model: The recipe's block.
-        lora: The recipe's block; None for full fine-tuning: no sites, every parameter is "head".
+        lora: The recipe's block; None for full fine-tuning: no layers, every parameter is "head".
         auto_model: Name of a transformers Auto class, e.g. "AutoModelForSequenceClassification".
         peft_task_type: PEFT's name for the task, e.g. "SEQ_CLS".
         model_kwargs: For its `from_pretrained`, e.g. `{"num_labels": 3}`.

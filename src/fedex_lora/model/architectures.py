@@ -41,14 +41,14 @@ class Architecture:
 
     Attributes:
         config: transformers' config.
-        sites: The adapted layers, sorted by name; none for full fine-tuning.
+        layers: The adapted layers, sorted by name; none for full fine-tuning.
         head: What is trained in full, by name in the plain model.
         parameters: Everything in the plain model; weights that go by several names once.
         linear: Numbers in the linear layers that quantisation would store in fewer bits.
     """
 
     config: Any
-    sites: Mapping[str, LayerShape]
+    layers: Mapping[str, LayerShape]
     head: Mapping[str, torch.Size]
     parameters: Mapping[str, torch.Size]
     linear: int
@@ -60,8 +60,8 @@ class Architecture:
 
     @property
     def trained(self) -> int:
-        """Number of parameters that both factors of every site and the head have."""
-        factors = sum(s.rank * (s.inp + s.out) for s in self.sites.values())
+        """Number of parameters that both factors of every layer and the head have."""
+        factors = sum(s.rank * (s.inp + s.out) for s in self.layers.values())
         return factors + count(self.head.values())
 
 
@@ -191,10 +191,10 @@ def architecture(
         if lora is None:
             return Architecture(config, {}, parameters, parameters, 0)
         linear = _linear(model, ["lm_head", *head_names(lora, peft_task_type)])
-        _, layers = inject(Base(model, None, name, missing, False), lora, peft_task_type, seed=0)
-    sites = {layer.name: layer.site for layer in layers}
+        _, found = inject(Base(model, None, name, missing, False), lora, peft_task_type, seed=0)
+    layers = {layer.name: layer.shape for layer in found}
     head = {f"{n}.{p}": v.shape for n, m in heads(model) for p, v in m.named_parameters()}
-    return Architecture(config, sites, head, parameters, linear)
+    return Architecture(config, layers, head, parameters, linear)
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:

@@ -50,20 +50,20 @@ def published(name: str) -> str:
 
 
 def with_ranks(
-    config: Mapping[str, Any], sites: Mapping[str, tuple[int, float]], like: str | None = None
+    config: Mapping[str, Any], layers: Mapping[str, tuple[int, float]], like: str | None = None
 ) -> dict[str, Any]:
     """A copy of an adapter's config by which every layer has this (rank, scale).
 
     `r` and `lora_alpha` are those of most layers (or of the layer `like`), others get patterns.
     rsLoRA's √r goes into the alphas: not every program that reads adapters knows it.
     """
-    alphas = {name: _alpha(scale * rank) for name, (rank, scale) in sites.items()}
-    ranks = {name: rank for name, (rank, _) in sites.items()}
+    alphas = {name: _alpha(scale * rank) for name, (rank, scale) in layers.items()}
+    ranks = {name: rank for name, (rank, _) in layers.items()}
     r, alpha = (
         values[like] if like else Counter(values.values()).most_common(1)[0][0]
         for values in (ranks, alphas)
     )
-    named = {name: f"^{re.escape(name)}" for name in sites}  # anchored: PEFT matches the ends
+    named = {name: f"^{re.escape(name)}" for name in layers}  # anchored: PEFT matches the ends
     new = {
         **config,
         "inference_mode": True,
@@ -119,7 +119,7 @@ def misread(directory: Path) -> list[str]:
         if key.endswith(end)
     }
     # of the rest the tensors hold the ranks of many experts
-    layers = {site: r for site, r in ranks.items() if configured(config, site, r)[0] == r}
+    layers = {layer: r for layer, r in ranks.items() if configured(config, layer, r)[0] == r}
     return misreaders(config, layers)
 
 

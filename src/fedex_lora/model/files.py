@@ -45,12 +45,12 @@ def save_adapter(
     scales. PEFT knows no rank 0: such a layer gets factors of zeros.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    sites = {name: _at_least_rank_1(f) for name, f in sorted(state.sites.items())}
-    ranks = {name: (f.rank, f.scale) for name, f in sites.items()}
+    factors = {name: _at_least_rank_1(f) for name, f in sorted(state.layers.items())}
+    ranks = {name: (f.rank, f.scale) for name, f in factors.items()}
     written = with_ranks(config.to_dict(), ranks)
     write_config({**written, "base_model_name_or_path": published(base_name)}, directory)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in state.head.items()}
-    for name, f in sites.items():
+    for name, f in factors.items():
         a, b = NAMES[layers[name].embedding]
         tensors |= {f"{PREFIX}{name}.{a}": f.A, f"{PREFIX}{name}.{b}": f.B}
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
@@ -106,12 +106,12 @@ def read_adapter(
             f"{_some(present ^ set(layers))}; "
             f"set lora.target_modules: {config.get('target_modules')}"
         )
-    sites = {}
+    factors = {}
     for name, (a, b) in wanted.items():
-        sites[name] = _fitting(
-            directory, config, name, tensors.pop(a), tensors.pop(b), layers[name].site
+        factors[name] = _fitting(
+            directory, config, name, tensors.pop(a), tensors.pop(b), layers[name].shape
         )
-    return AdapterState(sites, _read_head(directory, tensors, head, w0))
+    return AdapterState(factors, _read_head(directory, tensors, head, w0))
 
 
 def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -138,28 +138,28 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _fitting(
-    directory: Path, config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, site: LayerShape
+    directory: Path, config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, layer: LayerShape
 ) -> Factors:
     """A layer's factors at the recipe's rank and scale; rows and columns of zeros are padding."""
     rank = a.shape[0]
-    if a.shape[1] != site.inp or b.shape != (site.out, rank):
+    if a.shape[1] != layer.inp or b.shape != (layer.out, rank):
         raise RecipeError(
             f"lora.init: {directory} was made for another model: {name} has ΔW "
-            f"{b.shape[0]} × {a.shape[1]} there and {site.out} × {site.inp} "
+            f"{b.shape[0]} × {a.shape[1]} there and {layer.out} × {layer.inp} "
             f"here; set model.name to "
             f"{config.get('base_model_name_or_path')!r}"
         )
     _, scale = configured(config, name, rank)
-    padded = rank > site.rank and not a[site.rank :].any() and not b[:, site.rank :].any()
-    if (rank != site.rank and not padded) or abs(scale - site.scale) > 1e-6 * abs(scale):
+    padded = rank > layer.rank and not a[layer.rank :].any() and not b[:, layer.rank :].any()
+    if (rank != layer.rank and not padded) or abs(scale - layer.scale) > 1e-6 * abs(scale):
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         settings = ", ".join(f"{key}: {json.dumps(config[key])}" for key in keys if config.get(key))
         raise RecipeError(
             f"lora.init: {directory} has rank {rank} and scale {scale:g} at {name}, the recipe "
-            f"rank {site.rank} and scale {site.scale:g}; set in the recipe's lora: {settings}"
+            f"rank {layer.rank} and scale {layer.scale:g}; set in the recipe's lora: {settings}"
         )
     # copies, so that the padding goes
-    return Factors(a[: site.rank].clone(), b[:, : site.rank].clone(), site.scale)
+    return Factors(a[: layer.rank].clone(), b[:, : layer.rank].clone(), layer.scale)
 
 
 def _read_head(

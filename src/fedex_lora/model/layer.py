@@ -26,12 +26,12 @@ class Layer:
     Attributes:
         name: Module path within the plain model.
         module: PEFT's layer.
-        site: Shape, rank and scale as configured; ΔW is out × in.
+        shape: Shape, rank and scale as configured; ΔW is out × in.
     """
 
     name: str
     module: Any
-    site: LayerShape
+    shape: LayerShape
 
     @property
     def base(self) -> Any:
@@ -77,10 +77,10 @@ class Layer:
         Raises:
             UserError: If they do not fit the layer.
         """
-        if new.A.shape != (new.rank, self.site.inp) or new.B.shape != (self.site.out, new.rank):
+        if new.A.shape != (new.rank, self.shape.inp) or new.B.shape != (self.shape.out, new.rank):
             raise RecipeError(
                 f"{self.name}: factors A {tuple(new.A.shape)}, B {tuple(new.B.shape)} do not fit; "
-                f"expected A (r, {self.site.inp}) and B ({self.site.out}, r)"
+                f"expected A (r, {self.shape.inp}) and B ({self.shape.out}, r)"
             )
         if new.rank != self.factors()[0].shape[0]:
             self._resize(new.rank)
@@ -92,8 +92,8 @@ class Layer:
 
     def _resize(self, rank: int) -> None:
         a, b = self.factors()
-        new_a = nn.Parameter(a.new_empty(rank, self.site.inp), requires_grad=a.requires_grad)
-        new_b = nn.Parameter(b.new_empty(self.site.out, rank), requires_grad=b.requires_grad)
+        new_a = nn.Parameter(a.new_empty(rank, self.shape.inp), requires_grad=a.requires_grad)
+        new_b = nn.Parameter(b.new_empty(self.shape.out, rank), requires_grad=b.requires_grad)
         if self.embedding:
             self.module.lora_embedding_A[ADAPTER] = new_a
             self.module.lora_embedding_B[ADAPTER] = new_b

@@ -83,14 +83,14 @@ def _refused(config: Mapping[str, Any]) -> Iterator[str]:
             yield key
 
 
-def configured(config: Mapping[str, Any], site: str, rank: int) -> tuple[int, float]:
+def configured(config: Mapping[str, Any], layer: str, rank: int) -> tuple[int, float]:
     """The rank that an adapter_config.json gives to a layer, and the scale it has at `rank`."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    alpha = alphas.get(_pattern(alphas, site), config.get("lora_alpha", 8))
+    alpha = alphas.get(_pattern(alphas, layer), config.get("lora_alpha", 8))
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return ranks.get(_pattern(ranks, site), config.get("r", 8)), scale
+    return ranks.get(_pattern(ranks, layer), config.get("r", 8)), scale
 
 
-def _pattern(patterns: Iterable[str], site: str) -> str | None:
+def _pattern(patterns: Iterable[str], layer: str) -> str | None:
     """The first pattern that fits the end of a layer's name, as PEFT takes it."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", site)), None)
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", layer)), None)

@@ -33,10 +33,10 @@ class Exported:
     """What an export wrote, and how far it is from the run's model.
 
     Attributes:
-        rank: Largest rank of a site (adapters).
-        error: ‖G − exported‖_F / ‖G − W0‖_F over all sites (adapters cut to a rank).
-        errors: The same by site.
-        rounding: ‖cast(W) − W‖_F / ‖W‖_F over all sites for W = W0 + T + s·B·A and the dtype of the
+        rank: Largest rank of a layer (adapters).
+        error: ‖G − exported‖_F / ‖G − W0‖_F over all layers (adapters cut to a rank).
+        errors: The same by layer.
+        rounding: ‖cast(W) − W‖_F / ‖W‖_F over layers for W = W0 + T + s·B·A and the dtype of the
             exported model, or for an adapter that to which the run folded its base.
         notes: What the user should know.
     """
@@ -77,10 +77,10 @@ def final_state(trained: Trained, client: str | None) -> AdapterState:
     return start_of(trained.state, trained.settings, client)
 
 
-def change(ledger: Ledger, state: AdapterState, site: str) -> Delta:
-    """G − W0 of one site as float64 factors: the ledger's total and the adapter."""
-    parts = [base_increment(ledger, site, fold=False)]
-    parts.append(state.sites[site].delta() if site in state.sites else None)
+def change(ledger: Ledger, state: AdapterState, layer: str) -> Delta:
+    """G − W0 of one layer as float64 factors: the ledger's total and the adapter."""
+    parts = [base_increment(ledger, layer, fold=False)]
+    parts.append(state.layers[layer].delta() if layer in state.layers else None)
     return concat([part.to(torch.float64) for part in parts if part is not None])
 
 
@@ -104,7 +104,7 @@ def export_model(
         notes.append(f"rounding the weights to {to} changed them by {rounding:.2g} (relative)")
     with _fresh(out) as new:
         merged = _merged(trained, state, dtype)
-        names = [f"{site}.weight" for site in trained.model.sites] + list(state.head)
+        names = [f"{layer}.weight" for layer in trained.model.layers] + list(state.head)
         check_finite({name: merged.get_parameter(name) for name in names})
         merged.save_pretrained(new)
         _save_tokenizer(trained.model.tokenizer, new)
@@ -117,11 +117,11 @@ def export_model(
 def _merged(trained: Trained, state: AdapterState, dtype: torch.dtype | None) -> Any:
     zero = {
         n: Factors(torch.zeros(1, s.inp), torch.zeros(s.out, 1), 1.0)
-        for n, s in trained.model.sites.items()
+        for n, s in trained.model.layers.items()
     }
-    whole = AdapterState({**zero, **state.sites}, state.head)
+    whole = AdapterState({**zero, **state.layers}, state.head)
     return trained.model.merged(
-        whole, lambda site: base_increment(trained.state.ledger, site), dtype
+        whole, lambda layer: base_increment(trained.state.ledger, layer), dtype
     )
 
 
@@ -141,10 +141,10 @@ def export_adapter(
     programs that know no rank and alpha patterns read it as PEFT does.
 
     Args:
-        rank: None for the numerical rank of each site, else the best of that rank.
-        error: Without a rank: how much of a site's change may be missed, relative in Frobenius
+        rank: None for the numerical rank of each layer, else the best of that rank.
+        error: Without a rank: how much of a layer's change may be missed, relative in Frobenius
             norm; the smallest rank that keeps to it is taken.
-        tight: Every site keeps its own rank, with patterns.
+        tight: Every layer keeps its own rank, with patterns.
         base_name: What the adapter calls its base; see `published`.
 
     Raises:
@@ -153,17 +153,17 @@ def export_adapter(
     """
     state, spec = final_state(trained, client), trained.recipe.model
     check_finite(state.head)
-    cut = as_adapter(trained.state.ledger, state, trained.model.sites, rank, error)
-    sites = cut.sites if tight else uniform(cut.sites)
+    cut = as_adapter(trained.state.ledger, state, trained.model.layers, rank, error)
+    factors = cut.factors if tight else uniform(cut.factors)
     folds = spec.placement == "fold"
     rounding = _rounding(trained, state, getattr(torch, spec.dtype)) if folds else 0.0
-    widest = max((f.rank for f in sites.values()), default=0)
-    notes = [*_notes(trained), *_adapter_notes(trained, cut.sites, rounding)]
+    widest = max((f.rank for f in factors.values()), default=0)
+    notes = [*_notes(trained), *_adapter_notes(trained, cut.factors, rounding)]
     notes += above_limits(widest, cut.would_miss)
     told = [f"cut to rank {widest}: it misses {cut.error:.3g} of the change"] if cut.error else []
     base_name = base_name or published(spec.name)
     with _fresh(out) as new:
-        trained.model.save_adapter(AdapterState(sites, state.head), new, base_name=base_name)
+        trained.model.save_adapter(AdapterState(factors, state.head), new, base_name=base_name)
         _save_tokenizer(trained.model.tokenizer, new)
         notes += [f"`tight`: {who}" for who in misread(new)]
         _write_card(trained, new, out, "PEFT adapter", [*notes, *told], base_name)
@@ -173,13 +173,13 @@ def export_adapter(
 
 @dataclass(frozen=True)
 class Cut:
-    """The change as factors, and what they miss of it, relative: by site and in total.
+    """The change as factors, and what they miss of it, relative: by layer and in total.
 
     Attributes:
         would_miss: The same in total at other ranks.
     """
 
-    sites: Mapping[str, Factors]
+    factors: Mapping[str, Factors]
     errors: Mapping[str, float]
     error: float
     would_miss: Mapping[int, float]
@@ -194,25 +194,25 @@ def as_adapter(
         rank: None for the numerical rank, else the best approximation of that rank.
         error: Without a rank: how much of a layer's change may be missed, relative.
     """
-    sites, missed, sizes, at = {}, {}, {}, dict.fromkeys(SERVER_LIMITS, 0.0)
-    for site in names:
-        whole = change(ledger, state, site)
+    factors, missed, sizes, at = {}, {}, {}, dict.fromkeys(SERVER_LIMITS, 0.0)
+    for layer in names:
+        whole = change(ledger, state, layer)
         for part in whole.parts.values():
-            check_finite({site: part})
+            check_finite({layer: part})
         kept = whole.compress(EPS)
         # what is missed at rank 0, 1, ..., the kept one
         tails = [*kept.singular_values().square().flip(0).cumsum(0).sqrt().flip(0).tolist(), 0.0]
         least = next(r for r, tail in enumerate(tails) if tail <= error * tails[0])
         keep = min(least if rank is None else rank, kept.rank)
         kept = kept.split(keep)[0] if keep < kept.rank else kept
-        missed[site], sizes[site] = tails[keep], tails[0]
+        missed[layer], sizes[layer] = tails[keep], tails[0]
         at = {r: math.hypot(lost, tails[min(r, len(tails) - 1)]) for r, lost in at.items()}
         left, right = kept.factors()
-        sites[site] = Factors(right.float(), left.float(), 1.0)
+        factors[layer] = Factors(right.float(), left.float(), 1.0)
     total = math.hypot(*sizes.values())
     return Cut(
-        sites,
-        {site: missed[site] / size if size else 0.0 for site, size in sizes.items()},
+        factors,
+        {layer: missed[layer] / size if size else 0.0 for layer, size in sizes.items()},
         math.hypot(*missed.values()) / total if total else 0.0,
         {r: lost / total if total else 0.0 for r, lost in at.items()},
     )
@@ -229,12 +229,12 @@ def check_finite(*tensors: Mapping[str, Tensor]) -> None:
 
 
 def _adapter_notes(
-    trained: Trained, sites: Mapping[str, Factors], rounding: float
+    trained: Trained, factors: Mapping[str, Factors], rounding: float
 ) -> Iterator[str]:
-    model, shapes = trained.recipe.model, trained.model.sites
+    model, shapes = trained.recipe.model, trained.model.layers
     wide = [
         name
-        for name, f in sites.items()
+        for name, f in factors.items()
         if f.A.numel() + f.B.numel() >= shapes[name].out * shapes[name].inp
     ]
     if wide:
@@ -275,13 +275,13 @@ def _rounding(trained: Trained, state: AdapterState, dtype: torch.dtype) -> floa
 
 
 def _weights(trained: Trained, state: AdapterState) -> Iterator[Tensor]:
-    """W0 + T + s·B·A in float32, one site at a time."""
-    if not trained.model.sites:
+    """W0 + T + s·B·A in float32, one layer at a time."""
+    if not trained.model.layers:
         yield from state.head.values()
-    for site in trained.model.sites:
-        total = trained.model.pretrained(site)
-        own = state.sites[site].delta() if site in state.sites else None
-        for part in (base_increment(trained.state.ledger, site), own):
+    for layer in trained.model.layers:
+        total = trained.model.pretrained(layer)
+        own = state.layers[layer].delta() if layer in state.layers else None
+        for part in (base_increment(trained.state.ledger, layer), own):
             total += 0 if part is None else part.dense().to(total)
         yield total
 

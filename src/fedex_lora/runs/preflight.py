@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.engines.fits import rank_problems
-from fedex_lora.engines.setup import federation_settings, load_rows, recipe_task
+from fedex_lora.engines.setup import (
+    architecture_of,
+    federation_settings,
+    load_rows,
+    recipe_task,
+)
 from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.model.architectures import narrowest, read_config
 from fedex_lora.recipe import Problem, Recipe, limits
 from fedex_lora.recipe.reader import whole
-from fedex_lora.runs.plan.plan import architecture_of, elsewhere
 
 _KEY = re.compile(r"[a-z_]+(\.[A-Za-z_]+)+")
 
@@ -59,7 +64,7 @@ def _ranks(recipe: Recipe) -> Iterator[Problem]:
     except UserError:  # not known here, or loading the model will tell what is wrong
         return
     clients = [str(i) for i, _ in enumerate(lora.ranks or [])]
-    yield from rank_problems(lora, federation_settings(recipe, model, clients).sites)
+    yield from rank_problems(lora, federation_settings(recipe, model, clients).layers)
 
 
 def _rows(recipe: Recipe) -> Iterator[Problem]:
@@ -71,3 +76,12 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
     except UserError as error:
         key, _, text = str(error).partition(": ")
         yield (key, text) if _KEY.fullmatch(key) else ("", str(error))
+
+
+def elsewhere(recipe: Recipe) -> str:
+    """Why rows cannot be read without a network; "" if they can."""
+    further = [name for name in recipe.data.evaluation.values() if not Path(name).exists()]
+    for name in (recipe.data.name, *further):
+        if name is not None:
+            return f"unknown without the rows: {name} is on the hub; local copies: data.path"
+    return "" if recipe.engine.kind != "flower" else "unknown: the rows are the clients' own"

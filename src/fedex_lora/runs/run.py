@@ -28,9 +28,9 @@ from fedex_lora.runs.autotune import settle_fuse, settle_precision
 from fedex_lora.runs.background import Background
 from fedex_lora.runs.checkpoint import shelve
 from fedex_lora.runs.closing import finish
-from fedex_lora.runs.plan.plan import foreseen
 from fedex_lora.runs.preflight import check
 from fedex_lora.runs.progress import Progress
+from fedex_lora.runs.room import check_room, check_weights
 from fedex_lora.runs.rundir import DATA, OUTPUTS, RunDir, edited, environment, plain
 from fedex_lora.runs.scoring import evaluate
 from fedex_lora.runs.watch import Silent, Start, Watcher
@@ -107,8 +107,9 @@ def start_run(
     directory.check_free()
     with surroundings(recipe):
         check(recipe)
-        foreseen(recipe, out)
+        check_weights(recipe)
         federation, engine = assemble(recipe, out, None, watcher)
+        check_room(federation, out)
         with directory.held():
             directory.create(federation.recipe)
             directory.write_json("environment.json", environment(federation.model.device))

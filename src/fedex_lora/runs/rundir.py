@@ -323,7 +323,7 @@ def save_state(model: AdaptedModel, folder: Path, base: str, state: AdapterState
     """
     with _saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if state.sites:
+        if state.layers:
             model.save_adapter(state, folder, base_name=base)
         else:
             write_atomic(folder / "parameters.safetensors", save(dict(state.head)))

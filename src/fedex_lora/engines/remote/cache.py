@@ -151,7 +151,7 @@ def _meta(held: Held) -> dict[str, Any]:
     return {
         "version": held.version,
         "mark": held.mark,
-        "scales": {name: f.scale for name, f in held.adapter.sites.items()},
+        "scales": {name: f.scale for name, f in held.adapter.layers.items()},
         "ledger": ledger_meta(held.ledger),
         "ends": sorted(held.ends),
     }
@@ -165,11 +165,11 @@ def _held(meta: Mapping[str, Any], parts: Mapping[str, dict[str, Tensor]]) -> He
             ledger |= tensors
     adapter = parts["adapter"]
     head = {k.removeprefix("head/"): t for k, t in adapter.items() if k.startswith("head/")}
-    sites = {n: Factors(adapter[f"A/{n}"], adapter[f"B/{n}"], s) for n, s in scales.items()}
+    layers = {n: Factors(adapter[f"A/{n}"], adapter[f"B/{n}"], s) for n, s in scales.items()}
     return Held(
         int(meta["version"]),
         str(meta["mark"]),
-        AdapterState(sites, head),
+        AdapterState(layers, head),
         ledger_from(ledger, meta["ledger"]),
         {int(round): parts[f"end-{round}"] for round in meta["ends"]},
     )

@@ -320,7 +320,7 @@ def _caught_up(
         held = Held(0, identity.lineage[0][1], start_of(first, settings, name), first.ledger)
     if held.version < base:
         raise Lacks(_least(settings) if settings.method.assignment.own else held.version)
-    layers = settings.sites_of(name)
+    layers = settings.layers_of(name)
     _check_broadcast(message, version, layers, held.adapter)
     adapter = receive(held.adapter, message, layers, settings.seed)
     ends = {round: end for round, end in ends.items() if round >= message.own}

@@ -153,7 +153,7 @@ def tokenizer_text(tokenizer: Any) -> str:
 def most_down(settings: Settings, initial: AdapterState) -> Limit:
     """The limit of a broadcast: twice the dense layers (a ledger is compacted when it is larger
     than those) and the adapter. How many entries a ledger has is open, so a header may be long."""
-    dense = sum(s.out * s.inp for s in settings.sites.values())
+    dense = sum(s.out * s.inp for s in settings.layers.values())
     most = most_up(initial)
     whole = 8 * dense + 2 * most.whole
     return Limit(header=most.header + (1 << 20) + whole // 4, whole=whole + (1 << 20))

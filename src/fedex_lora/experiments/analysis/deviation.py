@@ -146,7 +146,7 @@ def across_rounds(
     kinds: Sequence[str],
     layer: int | None = None,
 ) -> Curve:
-    """Deviation by round, the mean over sites of these kinds (figures 3, 6-9), over the runs of
+    """Deviation by round, the mean over layers of these kinds (figures 3, 6-9), over the runs of
     one arm.
 
     Args:

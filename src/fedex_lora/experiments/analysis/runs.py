@@ -194,9 +194,9 @@ def site_shapes(path: Path) -> dict[str, Shape]:
             if (match := _FACTOR.fullmatch(name)) and len(shape) == 2:
                 site, half = match["site"] or match["site_"], match["half"] or match["half_"]
                 halves.setdefault(site, {})[half] = shape
-        sites = {s: (h["B"][0], h["A"][1]) for s, h in halves.items() if len(h) == 2}
-        if sites:
-            return sites
+        layers = {s: (h["B"][0], h["A"][1]) for s, h in halves.items() if len(h) == 2}
+        if layers:
+            return layers
     return {}
 
 

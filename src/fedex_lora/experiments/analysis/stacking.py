@@ -1,7 +1,7 @@
 """What the rejected alternative would cost: clients go on training the stacked factors.
 
 Section 2 of arXiv 2410.09432: Σ wᵢBᵢAᵢ has factors of rank k·r; kept trainable, their rank grows by
-the factor k every round. Computed from the sites' shapes; nothing of it is measured.
+the factor k every round. Computed from the layers' shapes; nothing of it is measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Stacked:
 
     Attributes:
         rank: What every client trains in this round.
-        full: Whether that is the rank of a whole matrix or more, for the smallest site.
+        full: Whether that is the rank of a whole matrix or more, for the smallest layer.
         bytes: Down and up of all clients: factors and head.
     """
 

@@ -94,14 +94,14 @@ def settings(
     Args:
         residual_rank: r' of a truncated residual; by default the largest rank of the adapter.
     """
-    sites = trained(method, model).sites
-    widest = max((site.rank for site in sites.values()), default=0)
+    layers = trained(method, model).layers
+    widest = max((layer.rank for layer in layers.values()), default=0)
     names = [POOLED] if method.pooled else client_names(clients)
     return Settings(
         method,
         seed=0,
         clients=tuple(names),
-        sites=sites,
+        layers=layers,
         rounds=rounds,
         rank=widest if residual_rank is None else residual_rank,
         wire_dtype=wire_dtype,

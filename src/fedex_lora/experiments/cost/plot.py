@@ -64,7 +64,7 @@ def _measured(model: Shapes, name: str, clients: int) -> dict[str, Any]:
     seconds = None
     if method.trains != "all" and method.exchanges:
         zeros = {n: torch.zeros(shape) for n, shape in head.items()}
-        initial = AdapterState(fresh(federation.sites, 0), zeros)
+        initial = AdapterState(fresh(federation.layers, 0), zeros)
         seconds = server_seconds(federation, initial)
     k = len(federation.clients)
     return {

@@ -101,9 +101,9 @@ def convention(method: Method, model: Shapes) -> int:
     size, k, rounds = model.adapted.size, CLIENTS, ROUNDS
     if method.trains == "all":
         return (2 * rounds + 1) * size
-    sites = trained(method, model).sites.values()
-    both = sum(s.rank * (s.out + s.inp) for s in sites)
-    sent = sum(s.rank * s.out for s in sites) if method.trains == "B" else both
+    layers = trained(method, model).layers.values()
+    both = sum(s.rank * (s.out + s.inp) for s in layers)
+    sent = sum(s.rank * s.out for s in layers) if method.trains == "B" else both
     head = count(model.adapted.head.values())
     residual = k * both if method.residual == "exact" else 0
     return size + rounds * (2 * sent + 2 * head + residual)

@@ -62,7 +62,7 @@ def turn_memory(recipe: Recipe, settings: Settings, head: int, ledger: int) -> l
         head: Numbers that are trained in full.
         ledger: As of `client_memory`.
     """
-    exchanged, k, layers = _exchanged(settings, head), recipe.fused, settings.sites.values()
+    exchanged, k, layers = _exchanged(settings, head), recipe.fused, settings.layers.values()
     held = k * exchanged if layers else head * _itemsize(recipe)  # LoRA trains in float32
     largest = max((s.out * s.inp for s in layers), default=0)
     moments, sure = _moments(str(recipe.training.get("optim", "adamw_torch")))
@@ -91,7 +91,7 @@ def server_memory(settings: Settings, head: int, checkpoint: int, message: int) 
     both = assignment.sent_up(settings.method.trained(1)) == {"A", "B"}
     sums = both + ("product" in assignment.needs) + 2 * ("increment" in assignment.needs)
     spread = sum(
-        min(k * s.rank * (s.out + s.inp), 2 * s.out * s.inp) for s in settings.sites.values()
+        min(k * s.rank * (s.out + s.inp), 2 * s.out * s.inp) for s in settings.layers.values()
     )
     parts = [
         Part("state", checkpoint),
@@ -135,7 +135,7 @@ def weights(recipe: Recipe, model: Architecture) -> int:
 
 def _exchanged(settings: Settings, head: int) -> int:
     """Bytes of all factors, at the largest rank of a client, and the head, as values: float32."""
-    return (sum(s.rank * (s.out + s.inp) for s in settings.sites.values()) + head) * _FLOAT32
+    return (sum(s.rank * (s.out + s.inp) for s in settings.layers.values()) + head) * _FLOAT32
 
 
 def _itemsize(recipe: Recipe) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import psutil
 
@@ -12,20 +11,23 @@ from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.partition import client_names
 from fedex_lora.engines.setup import (
     POOLED,
+    architecture_of,
     federation_settings,
     load_rows,
     recipe_task,
     roster,
     set_up,
 )
-from fedex_lora.errors import UserError
 from fedex_lora.federation.settings import Settings
-from fedex_lora.model.architectures import Architecture, architecture, count, local_folder
+from fedex_lora.model.architectures import Architecture, count, local_folder
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.plan.memory import Part, client_memory, server_memory
 from fedex_lora.runs.plan.timing import Timing, measure
 from fedex_lora.runs.plan.traffic import DryRun, Size, summed
+from fedex_lora.runs.preflight import elsewhere
+from fedex_lora.runs.room import KEPT
 from fedex_lora.tasks import Task
+
 
 @dataclass(frozen=True)
 class Round:
@@ -128,14 +130,14 @@ def _plan(
     messages = [s.bytes for r in rounds for part in (r.up, r.down) for s in part.values()]
     checkpoint = max(r.checkpoint for r in rounds)
     head = count(model.head.values())
-    adapter = sum(s.rank * (s.out + s.inp) for s in settings.sites.values())
+    adapter = sum(s.rank * (s.out + s.inp) for s in settings.layers.values())
     return Plan(
         recipe,
         settings.clients,
         model.size,
         adapter,
         head,
-        len(settings.sites),
+        len(settings.layers),
         examples,
         about_examples,
         rounds,
@@ -152,13 +154,13 @@ def _plan(
 def _round(run: DryRun) -> Round:
     up, down = run.round()
     ranks = run.ledger_ranks()
-    site = max(ranks, key=lambda name: ranks[name], default=None)
-    shape = run.settings.sites[site] if site is not None else None
+    layer = max(ranks, key=lambda name: ranks[name], default=None)
+    shape = run.settings.layers[layer] if layer is not None else None
     return Round(
         run.version,
         up,
         down,
-        ranks[site] if site is not None else 0,
+        ranks[layer] if layer is not None else 0,
         min(shape.out, shape.inp) if shape is not None else 0,
         run.ledger_bytes(),
         run.checkpoint(),
@@ -171,24 +173,8 @@ def _saved(recipe: Recipe, rounds: Iterable[Round], settings: Settings) -> int:
     """Bytes of `records.save_updates`: all updates, and what was made of them."""
     if not recipe.records.save_updates:
         return 0
-    made = 4 * sum(s.rank * (s.out + s.inp) for s in settings.sites.values())
+    made = 4 * sum(s.rank * (s.out + s.inp) for s in settings.layers.values())
     return sum(summed([*r.up.values(), *r.down.values()]).bytes + made for r in rounds)
-
-
-def architecture_of(recipe: Recipe, task: Task) -> Architecture:
-    """The shapes of a recipe's adapted model.
-
-    Raises:
-        UserError: They are not known here, or there are none.
-    """
-    return architecture(
-        recipe.model.name,
-        None if METHODS[recipe.method.name].trains == "all" else recipe.lora,
-        auto_model=task.auto_model,
-        peft_task_type=task.peft_task_type,
-        model_kwargs=task.model_kwargs(),
-        revision=recipe.model.revision,
-    )
 
 
 def _clients(recipe: Recipe, examples: Mapping[str, int] | None) -> list[str]:
@@ -204,9 +190,9 @@ def _examples(recipe: Recipe, task: Task) -> tuple[dict[str, int] | None, str]:
         return None, why if wanted is None else f"{wanted} of them, as train_examples says; {why}"
     rows = load_rows(recipe, task)
     found = {name: len(part) for name, part in rows.train.items()}
-    return {POOLED: sum(found.values())} if METHODS[
-        recipe.method.name
-    ].pooled else found, rows.description
+    if METHODS[recipe.method.name].pooled:
+        found = {POOLED: sum(found.values())}
+    return found, rows.description
 
 
 def _not_measurable(recipe: Recipe) -> str:
@@ -214,15 +200,6 @@ def _not_measurable(recipe: Recipe) -> str:
     if local_folder(recipe.model.name, recipe.model.revision) is None:
         return f"unknown without the model: the weights of {recipe.model.name} are not here"
     return elsewhere(recipe)
-
-
-def elsewhere(recipe: Recipe) -> str:
-    """Why rows cannot be read without a network; "" if they can."""
-    further = [name for name in recipe.data.evaluation.values() if not Path(name).exists()]
-    for name in (recipe.data.name, *further):
-        if name is not None:
-            return f"unknown without the rows: {name} is on the hub; local copies: data.path"
-    return "" if recipe.engine.kind != "flower" else "unknown: the rows are the clients' own"
 
 
 def _offline(recipe: Recipe) -> Recipe:

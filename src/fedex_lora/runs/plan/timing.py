@@ -165,7 +165,7 @@ def server_seconds(federation: Settings, initial: AdapterState) -> float:
     factors = federation.method.trained(1)
     rate = federation.server_learning_rate
     aggregator = Aggregator(
-        federation.method, federation.sites, factors, rate, len(federation.clients)
+        federation.method, federation.layers, factors, rate, len(federation.clients)
     )
     seconds, kept, assignment = 0.0, {}, federation.method.assignment
     generator = torch.Generator().manual_seed(0)
@@ -189,13 +189,13 @@ def _drifted(
     def moved(value: torch.Tensor) -> torch.Tensor:
         return value + 0.01 * torch.randn(value.shape, generator=generator)
 
-    sites = {
+    layers = {
         name: Factors(
             moved(f.A) if "A" in factors else f.A, moved(f.B) if "B" in factors else f.B, f.scale
         )
-        for name, f in start.sites.items()
+        for name, f in start.layers.items()
     }
-    return AdapterState(sites, {name: moved(value) for name, value in start.head.items()})
+    return AdapterState(layers, {name: moved(value) for name, value in start.head.items()})
 
 
 def machine() -> str:

@@ -67,13 +67,13 @@ class DryRun:
 
     Args:
         settings: The federation's.
-        head: Shapes of what is trained in full; all parameters where there are no sites.
+        head: Shapes of what is trained in full; all parameters where there are no layers.
         started: Whether B is not zero in the beginning: an adapter to start from.
 
     Example:
         >>> from fedex_lora.aggregation.methods import METHODS
-        >>> sites = {"q": LayerShape(out=64, inp=48, rank=2, scale=1.0)}
-        >>> run = DryRun(Settings(METHODS["fedex"], 0, ("a", "b", "c"), sites, rounds=2), {})
+        >>> layers = {"q": LayerShape(out=64, inp=48, rank=2, scale=1.0)}
+        >>> run = DryRun(Settings(METHODS["fedex"], 0, ("a", "b", "c"), layers, rounds=2), {})
         >>> up, down = run.round()
         >>> up["a"].numbers, down["a"].numbers      # A and B; all have the start already
         (224, 0)
@@ -88,7 +88,7 @@ class DryRun:
         initial = AdapterState(
             {
                 n: Factors(_empty(s.rank, s.inp), b.expand(s.out, s.rank), s.scale)
-                for n, s in settings.sites.items()
+                for n, s in settings.layers.items()
             },
             {name: _empty(*shape) for name, shape in head.items()},
         )
@@ -140,7 +140,7 @@ class DryRun:
 
     def ledger_ranks(self) -> dict[str, int]:
         """By layer, the rank of T as the ledger holds it; min(out, in) where it is dense."""
-        ranks = dict.fromkeys(self.settings.sites, 0)
+        ranks = dict.fromkeys(self.settings.layers, 0)
         ledger = self._state.ledger
         for increment in (ledger.snapshot, *(inc for _, inc in ledger.entries)):
             for name, w in increment.items():
@@ -186,7 +186,7 @@ class DryRun:
         method = self.settings.method
         factors, increment = {}, {}
         began = sum(map(self._has_begun, taken))
-        for name, layer in self.settings.sites.items():
+        for name, layer in self.settings.layers.items():
             shapes = statistics(self.settings, layer, self.version + 1, len(taken), began)
             assigned = assign(method, shapes)
             if assigned.factors is not None:
