@@ -222,7 +222,8 @@ def try_settings(
     with tempfile.TemporaryDirectory() as directory:
         args = training_arguments(_ordered(training, task), 0, model.device, directory)
     try:
-        get_reporting_integration_callbacks(args.report_to)
+        for reports in get_reporting_integration_callbacks(args.report_to):
+            reports()  # says whether its library is there
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model.module)
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
             given = [options.pop(n) for n in ("params", "model", "optimizer_dict") if n in options]
