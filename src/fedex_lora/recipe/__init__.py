@@ -13,6 +13,7 @@ from fedex_lora.recipe.federation import (
 from fedex_lora.recipe.limits import limits
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, did_you_mean
+from fedex_lora.recipe.privacy import Privacy, SecureAggregation
 from fedex_lora.recipe.task import TaskSpec, register_task, spec_of, task_kinds, task_spec
 from fedex_lora.recipe.whole import EngineSpec, EvaluationSpec, Recipe, RecordsSpec
 
@@ -28,9 +29,11 @@ __all__ = [
     "ModelSpec",
     "Part",
     "PartitionSpec",
+    "Privacy",
     "Problem",
     "Recipe",
     "RecordsSpec",
+    "SecureAggregation",
     "TaskSpec",
     "did_you_mean",
     "limits",

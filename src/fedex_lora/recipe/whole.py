@@ -13,6 +13,7 @@ from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, check, listed
+from fedex_lora.recipe.privacy import Privacy
 from fedex_lora.recipe.refused import REFUSED_TRAINING
 from fedex_lora.recipe.task import TaskBlock
 
@@ -57,6 +58,7 @@ class Recipe(Part):
     data: DataSpec
     training: dict[str, Any] = Field(default={})
     evaluation: EvaluationSpec = EvaluationSpec()
+    privacy: Privacy = Privacy()
     records: RecordsSpec = RecordsSpec()
     engine: EngineSpec = EngineSpec()
 
@@ -85,6 +87,7 @@ class Recipe(Part):
         yield from self._ranks()
         yield from self._engine()
         yield from self._fused()
+        yield from self._privacy()
         if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
         if self.model.quantisation and METHODS[self.method.name].trains == "all":
@@ -148,6 +151,11 @@ class Recipe(Part):
         for name, value in self.training.items():
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
+
+    def _privacy(self) -> Iterator[Problem]:
+        """What a run that is to be private cannot do."""
+        if self.privacy.secure_aggregation is not None:
+            yield "privacy.secure_aggregation", "is not carried by any engine yet; leave it out"
 
     def _ranks(self) -> Iterator[Problem]:
         if self.lora.ranks is None:
