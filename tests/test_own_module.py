@@ -34,6 +34,7 @@ CLIENTS = {name: rows(size) for name, size in SIZES.items()}
 
 
 def train(module, rows, *, round, client, rng):
+    loss = torch.zeros(())
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
     for _ in range(4):
         x = rows[int(torch.randint(len(rows), (1,), generator=rng))]

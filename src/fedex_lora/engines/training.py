@@ -74,7 +74,9 @@ def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
             yield key, f"expected a number, got {shown(value)}"
         elif is_number and not _of_64_bits(value):
             yield key, f"expected a number that is finite, got {value}"
-        elif value is not None and kinds[name] not in (int, float) and not _is(kinds[name], value):
+        elif value is None and name in _defaults_to_none():
+            continue
+        elif kinds[name] not in (int, float) and not _is(kinds[name], value):
             yield key, f"expected {in_words(kinds[name])}, got {shown(value)}"
 
 
@@ -83,6 +85,12 @@ def _kinds() -> dict[str, Any]:
     """The types of what TrainingArguments takes, by name."""
     hints = get_type_hints(TrainingArguments)
     return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
+
+
+@cache
+def _defaults_to_none() -> frozenset[str]:
+    """What may be null, whatever its type says."""
+    return frozenset(f.name for f in dataclasses.fields(TrainingArguments) if f.default is None)
 
 
 def _of_64_bits(value: float) -> bool:
@@ -271,7 +279,7 @@ def make_trainer(
             data_collator=collator,
             callbacks=[_Steps(on_step)] if on_step else None,
         )
-    except _REFUSED as error:
+    except Exception as error:  # every library that takes part has kinds of its own
         raise UserError(f"training: {type(error).__name__}: {error}") from None
     trainer.remove_callback(PrinterCallback)
     return trainer
