@@ -8,6 +8,7 @@ from pathlib import Path
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.private.begin import plan_of, private_trainer
 from fedex_lora.engines.setup import Federation, set_up
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer
@@ -15,8 +16,9 @@ from fedex_lora.engines.training_log import TrainingLog
 from fedex_lora.engines.turn import Train, Turn
 from fedex_lora.errors import RecipeError
 from fedex_lora.recipe import Recipe
+from fedex_lora.runs import private
 from fedex_lora.runs.autotune import settle_fuse, settle_precision
-from fedex_lora.runs.rundir import OUTPUTS
+from fedex_lora.runs.rundir import BY_HAND, OUTPUTS
 from fedex_lora.runs.watch import Watcher
 
 Assemble = Callable[[Recipe, Path, list[str] | None, Watcher], tuple[Federation, Engine]]
@@ -27,6 +29,10 @@ def in_this_process(
     recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
 ) -> tuple[Federation, Engine]:
     """Everything of a recipe here: all rows, one model, the local engine."""
+    if (out / BY_HAND).is_file():
+        raise RecipeError(
+            f"{out}: its rounds are carried by hand; go on with `fedex-lora round open {out}`"
+        )
     if recipe.engine.kind != "local":
         raise RecipeError(
             f"engine.kind: {recipe.engine.kind} is for `fedex-lora run`; for this command set "
@@ -36,6 +42,7 @@ def in_this_process(
     federation, more = settle_fuse(federation)
     for text in filter(None, (told, more)):
         watcher.note(text)
+    federation = private.settle(federation, watcher)
     return federation, local_engine(federation, watcher, out)
 
 
@@ -53,9 +60,13 @@ def local_engine(
             watcher.turn(turn.round, turn.client, done, total)
 
     task, training, on_step = federation.task, recipe.trainer_arguments, tell if watcher else None
-    train: Train = HFTrainer(task, training, on_step, log)
-    if recipe.fused > 1:
+    plan = plan_of(recipe, federation.settings, federation.examples)
+    if plan is not None:
+        train: Train = private_trainer(recipe, task, plan, on_step=on_step)
+    elif recipe.fused > 1:
         train = Fused(task, training, recipe.fused, on_step, log)
+    else:
+        train = HFTrainer(task, training, on_step, log)
     return LocalEngine(
         stage_of(federation, out),
         federation.clients,

@@ -20,6 +20,7 @@ from fedex_lora.federation.messages import Update
 from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, dump_recipe
+from fedex_lora.runs import private
 from fedex_lora.runs.background import Background
 from fedex_lora.runs.checkpoint import NAME, load_checkpoint, prune, save_checkpoint, shelve
 from fedex_lora.runs.export import export_adapter, export_model
@@ -38,8 +39,13 @@ def start_run(
     out: Path,
     watcher: Watcher | None = None,
     assemble: Assemble = in_this_process,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe in a new directory and returns what results.json says.
+
+    Args:
+        most: How many rounds are played; while some are left nothing is returned, and
+            `resume_run` goes on.
 
     Raises:
         UserError: Anything the user can mend; what was saved before stays.
@@ -55,7 +61,7 @@ def start_run(
             directory.create(federation.recipe)
             directory.write_json("environment.json", environment(federation.model.device))
             state = begin(federation.settings, federation.initial)
-            return Run(federation, engine, directory, state, watcher).play()
+            return Run(federation, engine, directory, state, watcher).play(most)
 
 
 def resume_run(
@@ -63,11 +69,13 @@ def resume_run(
     recipe: Recipe | None = None,
     watcher: Watcher | None = None,
     assemble: Assemble = in_this_process,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Continues a run after its last finished round; bit for bit what it would have been.
 
     Args:
         recipe: If given, it must be the one the run began with.
+        most: As of `start_run`.
 
     Raises:
         UserError: No run there, or another recipe than it began with; the differences are named.
@@ -110,7 +118,7 @@ def resume_run(
         if missing := {*range(1, state.version)} - {r["round"] for r in records}:
             rounds = ", ".join(map(str, sorted(missing)))
             watcher.note(f"{out}/metrics.jsonl: no record of round {rounds}; totals lack them")
-        return Run(federation, engine, directory, state, watcher, records).play()
+        return Run(federation, engine, directory, state, watcher, records).play(most)
 
 
 @dataclass
@@ -130,10 +138,16 @@ class Run:
     watcher: Watcher = field(default_factory=Silent)
     records: list[Record] = field(default_factory=list)
 
-    def play(self) -> dict[str, Any]:
-        """Plays the rounds that are left and closes the run; returns what results.json says."""
+    def play(self, most: int | None = None) -> dict[str, Any]:
+        """Plays the rounds that are left and closes the run; returns what results.json says.
+
+        Args:
+            most: How many rounds are played; while some are left nothing is returned.
+        """
         federation, directory = self.federation, self.directory
         recipe, rounds = federation.recipe, federation.settings.rounds
+        until = rounds if most is None else min(rounds, self.state.version + most)
+        private.take_up(self.engine, self.records)
         directory.write_records(self.records)
         directory.write_json(DATA, {"description": federation.description, **federation.counts})
         names = recipe.name, recipe.method.name, recipe.seed
@@ -141,14 +155,19 @@ class Run:
         if recipe.records.save_updates and self.state.version == 0:
             self._save_global({})
         with quick_collections(), Background() as background:  # written while the next one trains
-            while self.state.version < rounds and not self._exhausted():
+            while self.state.version < until and not self._exhausted():
                 self._admit()
                 state, record = self._round()
+                told = private.told(self.federation, self.engine, record, self.records)
+                if told is not None:
+                    record["privacy"] = told
                 background.wait()
                 self.state = state
                 self.records.append(record)
                 background.do(partial(self._save, state, self._saved_beside(record)))
                 self.watcher.round_done(record)
+        if self.state.version < rounds and not self._exhausted():
+            return {}
         return self._close()
 
     def best(self) -> Record | None:
@@ -268,6 +287,8 @@ class Run:
         federation, records, note = self.federation, self.records, self.watcher.note
         settings, rounds = federation.settings, self.state.version
         checkpoints = self.directory.checkpoints
+        # of all rounds, of which the best was chosen
+        spent = {k: records[-1][k] for k in ("privacy",) if k in records[-1]}
         self.state, _, sent, missed = deliver(
             self.state, settings, self.engine, settings.clients, scored=False, final=True
         )
@@ -289,7 +310,7 @@ class Run:
             else:
                 at_best = self._final_scores(state, best)
         if not settings.method.personal:
-            self._export(state, best)
+            self._export(state, {**best, **spent})
         deviations = [r["deviation"] for r in records if "deviation" in r]
         delivery = sum(sent.values())
         results = {
@@ -306,6 +327,7 @@ class Run:
             "bytes_down": sum(sum(r["bytes_down"].values()) for r in records) + delivery,
             "bytes_delivery": delivery,
             "seconds": sum(r["seconds"]["round"] for r in records),
+            **spent,
         }
         self.directory.write_json("results.json", results)
         return plain(results)
