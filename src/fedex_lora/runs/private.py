@@ -10,16 +10,27 @@ from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.private.begin import notes, plan_of
 from fedex_lora.engines.setup import Federation
 from fedex_lora.federation.loop import Record
+from fedex_lora.runs import by_client
 from fedex_lora.runs.spent import NOT_PRIVATE
 from fedex_lora.runs.watch import Watcher
 
 
-def settle(federation: Federation, watcher: Watcher) -> Federation:
-    """The federation with as many rounds as the privacy budget allows; what is settled is said."""
-    plan = plan_of(federation.recipe, federation.settings, federation.examples)
+def settle(federation: Federation, watcher: Watcher, elsewhere: bool = False) -> Federation:
+    """The federation with as many rounds as the privacy budget allows; what is settled is said.
+
+    Args:
+        elsewhere: Whether clients are on other machines.
+
+    Raises:
+        UserError: Not one round fits, or no account can be given of some client's rows.
+    """
+    if federation.recipe.privacy.client_level is not None:
+        return by_client.settle(federation, watcher)
+    examples = federation.examples
+    plan = plan_of(federation.recipe, federation.settings, examples, elsewhere)
     if plan is None:
         return federation
-    for note in notes(federation.recipe, plan, list(federation.examples)):
+    for note in notes(federation.recipe, plan, list(examples)):
         watcher.note(note)
     return replace(federation, settings=replace(federation.settings, rounds=plan.rounds))
 
@@ -45,6 +56,8 @@ def told(federation: Federation, engine: Engine, record: Record, records: Sequen
         records: Of the rounds before.
     """
     recipe = federation.recipe
+    if recipe.privacy.client_level is not None:
+        return by_client.told(federation, record, records)
     spec = recipe.privacy.example_level
     if spec is None:
         return None

@@ -108,7 +108,8 @@ def _left_out(settings: Settings, layer: LayerShape) -> int:
     method = settings.method
     if not (method.in_ledger and method.exchanges):
         return 0
-    found = assign(method, statistics(settings, layer, 1, settings.sample_size)).left_out
+    clients = 1 if settings.combining.mean == "krum" else settings.sample_size
+    found = assign(method, statistics(settings, layer, 1, clients)).left_out
     if found is None:
         return 0
     if method.residual == "truncated":

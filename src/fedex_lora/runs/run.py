@@ -22,6 +22,7 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, dump_recipe
 from fedex_lora.runs import private
 from fedex_lora.runs.background import Background
+from fedex_lora.runs.by_client import begin_round
 from fedex_lora.runs.checkpoint import NAME, load_checkpoint, prune, save_checkpoint, shelve
 from fedex_lora.runs.export import export_adapter, export_model
 from fedex_lora.runs.here import Assemble, in_this_process
@@ -192,7 +193,10 @@ class Run:
 
     def _round(self) -> tuple[ServerState, Record]:
         """The next round: train, aggregate, score."""
-        recipe, settings, began = self.federation.recipe, self.federation.settings, perf_counter()
+        recipe, began = self.federation.recipe, perf_counter()
+        round, federation = self.state.version + 1, self.federation
+        bounded, noise = begin_round(federation, self.engine, round, self.records)
+        settings = bounded.settings
         saves, checkpoints = recipe.records.save_updates, self.directory.checkpoints
         state, record = run_round(
             self.state,
@@ -201,6 +205,7 @@ class Run:
             self._keep if saves else None,
             partial(shelve, checkpoints),
             checkpoints / "waiting",
+            noise,
         )
         if saves:
             self._save_global(record["weights"], state)

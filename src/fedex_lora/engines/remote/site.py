@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from fedex_lora.aggregation.adapter import AdapterState, LayerShape
 from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.engines.private.begin import Spending, plan_of, private_trainer
 from fedex_lora.engines.remote.cache import Cache, Held
 from fedex_lora.engines.remote.wire import (
     NOTHING,
@@ -32,6 +33,7 @@ from fedex_lora.engines.remote.wire import (
 from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer
+from fedex_lora.engines.transforms import clip
 from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
 from fedex_lora.errors import UserError, for_others
 from fedex_lora.federation.codec import (
@@ -81,11 +83,23 @@ class Institution:
 
 
 def bring_to_life(
-    federation: Federation, name: str, cache: Path, versions: Mapping[str, str | None]
+    federation: Federation,
+    name: str,
+    cache: Path,
+    versions: Mapping[str, str | None],
+    account: Spending | None = None,
 ) -> Institution:
-    """The client of that name, of what `set_up_client` made of its recipe and its rows."""
+    """The client of that name, of what `set_up_client` made of its recipe and its rows.
+
+    Args:
+        account: Where it takes down what it spends of its privacy; by default in memory.
+    """
     recipe, task = federation.recipe, federation.task
     settings = replace(federation.settings, clients=(name,))
+    plan = plan_of(recipe, settings, {name: len(federation.clients[name])})
+    train: Train = HFTrainer(task, recipe.trainer_arguments)
+    if plan is not None:
+        train = private_trainer(recipe, task, plan, account)
     size = recipe.evaluation.batch_size
     return Institution(
         name,
@@ -96,8 +110,9 @@ def bring_to_life(
         federation.clients[name],
         federation.validation.get(name),
         federation.initial,
-        HFTrainer(task, recipe.trainer_arguments),
+        train,
         versions,
+        None if recipe.privacy.client_level is None else clip(recipe.privacy.client_level.clip),
     )
 
 

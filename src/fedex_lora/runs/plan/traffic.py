@@ -185,6 +185,7 @@ class DryRun:
         """What the aggregator would come to, in shapes."""
         method = self.settings.method
         factors, increment = {}, {}
+        taken = taken[:1] if self.settings.combining.mean == "krum" else taken
         began = sum(map(self._has_begun, taken))
         for name, layer in self.settings.layers.items():
             shapes = statistics(self.settings, layer, self.version + 1, len(taken), began)
@@ -234,8 +235,14 @@ def statistics(
     """
     assignment, k = settings.method.assignment, clients
     both = assignment.sent_up(settings.method.trained(round)) == {"A", "B"}
+    combining = settings.combining
+    exact = settings.method.residual != "zero" and k > 1
+    dense = Delta(_empty(layer.out, layer.inp)) if combining.by_coordinate and exact else None
+    k = 1 if combining.by_coordinate else k
 
     def terms(count: int) -> Delta:
+        if dense is not None:
+            return dense
         rank = count * layer.rank
         return Delta(_empty(layer.out, rank), _empty(rank, layer.inp)).smaller()
 
@@ -247,7 +254,7 @@ def statistics(
         both,
         mean,
         mean,
-        terms(k - 1) if both and k > 1 else None,
+        dense or (terms(k - 1) if both and k > 1 else None),
         terms(k if eta == 1 else k + began) if "product" in assignment.needs else None,
         terms(k + began) if "increment" in assignment.needs else None,
         (End(1 / k, mean, mean),) * k if "ends" in assignment.needs else (),
