@@ -25,12 +25,13 @@ from fedex_lora.runs.background import Background
 from fedex_lora.runs.by_client import begin_round
 from fedex_lora.runs.checkpoint import NAME, load_checkpoint, prune, save_checkpoint, shelve
 from fedex_lora.runs.export import export_adapter, export_model
+from fedex_lora.runs.extend import extended
 from fedex_lora.runs.here import Assemble, in_this_process
 from fedex_lora.runs.preflight import check
 from fedex_lora.runs.records import best_record, comparable
 from fedex_lora.runs.reopened import Trained
 from fedex_lora.runs.room import check_room, check_weights
-from fedex_lora.runs.rundir import DATA, RunDir, edited, environment, plain
+from fedex_lora.runs.rundir import DATA, RunDir, environment, plain
 from fedex_lora.runs.scoring import selected, server_scores
 from fedex_lora.runs.watch import Silent, Start, Watcher
 
@@ -94,7 +95,7 @@ def resume_run(
     with surroundings(stored), directory.held():
         records, then = directory.records(whole=True), directory.environment()
         state, extra, notes = directory.newest()
-        if different := edited(stored, extra):
+        if different := directory.edited(stored, extra):
             raise StorageError(
                 f"{out}/recipe.yaml: was changed after the run began: {'; '.join(different)}. "
                 "Put it back, or begin a new run"
@@ -162,6 +163,7 @@ class Run:
                 told = private.told(self.federation, self.engine, record, self.records)
                 if told is not None:
                     record["privacy"] = told
+                record |= extended(record, directory.extensions())
                 background.wait()
                 self.state = state
                 self.records.append(record)
@@ -327,6 +329,7 @@ class Run:
             "last": last,
             "best": at_best,
             "description": federation.description,
+            **({"extended": parts} if (parts := self.directory.extensions()) else {}),
             "deviation": deviations[-1] if deviations else None,
             "bytes_up": sum(sum(r["bytes_up"].values()) for r in records),
             "bytes_down": sum(sum(r["bytes_down"].values()) for r in records) + delivery,
