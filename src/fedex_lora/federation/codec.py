@@ -20,15 +20,10 @@ from torch import Tensor
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Ledger
-from fedex_lora.federation.header import WHOLE, Limit, read_header, reading
+from fedex_lora.federation.header import Limit, read_header, reading
 from fedex_lora.federation.messages import Broadcast, Tensors, Update, flat
 
-_DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER = 1024  # metadata is filled up to a multiple: bytes do not depend on how a time is written
 _NAME = re.compile(r"[A-Za-z0-9_.@/ -]{1,60}")
 _MOST_NUMBERS = 50
@@ -131,29 +126,6 @@ def most_up(start: AdapterState) -> Limit:
 def encode_about(about: Mapping[str, Any]) -> bytes:
     """A message without tensors: JSON in the header of an empty blob."""
     return b"".join(pieces({}, {"about": about}))
-
-
-def encode_masked(about: Mapping[str, Any], vector: Tensor | None) -> bytes:
-    """JSON in the header, and at most one vector of integers modulo 2⁶⁴, as int64."""
-    return b"".join(pieces({} if vector is None else {"vector": vector}, {"about": about}))
-
-
-def decode_masked(blob: bytes, limit: Limit) -> tuple[dict[str, Any], Tensor | None]:
-    """The inverse of `encode_masked`.
-
-    Raises:
-        UserError: It is larger than `limit`, or no such message.
-
-    Example:
-        >>> about, vector = decode_masked(
-        ...     encode_masked({"kind": "secure"}, torch.tensor([1, -1])), Limit.of(4, 1)
-        ... )
-        >>> about["kind"], vector.tolist()
-        ('secure', [1, -1])
-    """
-    header = read_header(blob, limit, WHOLE)
-    with reading(blob):
-        return dict(header.meta["about"].items()), load(blob).get("vector")
 
 
 def read_about(blob: bytes, limit: Limit) -> dict[str, Any]:

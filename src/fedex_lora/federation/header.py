@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 
 from fedex_lora.errors import UserError
 
-FLOATS = {"F32": 4, "BF16": 2}  # bytes of the dtypes that may cross
-WHOLE = {"I64": 8}  # of numbers under masks
+_WIDTHS = {"F32": 4, "BF16": 2}  # bytes of the dtypes that may cross
 _SLACK = 1 << 16  # bytes of a header besides what it says of tensors
 _ENTRY = 512  # bytes of a header for each tensor
 _METADATA, _FIRST = b'{"__metadata__":', 1 << 20
@@ -68,11 +67,8 @@ class Header:
     meta: Mapping[str, Any]
 
 
-def read_header(blob: bytes, limit: Limit, widths: Mapping[str, int] = FLOATS) -> Header:
+def read_header(blob: bytes, limit: Limit) -> Header:
     """The header of a message that is within its limit.
-
-    Args:
-        widths: Bytes of the dtypes that it may hold.
 
     Raises:
         UserError: It is too large, or no such message: a key twice, another dtype, sizes that do
@@ -88,8 +84,7 @@ def read_header(blob: bytes, limit: Limit, widths: Mapping[str, int] = FLOATS) -
     with reading(blob):
         found = _parsed(blob[8 : 8 + length])
         meta = _parsed(found.pop("__metadata__")["fedex"])
-        shapes = {name: _shape(name, entry, widths) for name, entry in found.items()}
-        return Header(shapes, meta)
+        return Header({name: _shape(name, entry) for name, entry in found.items()}, meta)
 
 
 def first_of(blob: bytes) -> Mapping[str, Any]:
@@ -140,12 +135,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
-def _shape(name: str, entry: Mapping[str, Any], widths: Mapping[str, int]) -> tuple[int, ...]:
+def _shape(name: str, entry: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of one tensor, if dtype, shape and place fit together."""
-    width, shape = widths.get(entry["dtype"]), tuple(entry["shape"])
+    width, shape = _WIDTHS.get(entry["dtype"]), tuple(entry["shape"])
     if width is None:
-        expected = "float32 or bfloat16" if widths is FLOATS else "int64"
-        raise ValueError(f"{name!r} has dtype {entry['dtype']}; expected {expected}")
+        raise ValueError(f"{name!r} has dtype {entry['dtype']}; expected float32 or bfloat16")
     begin, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"the shape or place of {name!r} is none")

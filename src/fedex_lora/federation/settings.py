@@ -10,8 +10,10 @@ from typing import Literal
 import torch
 
 from fedex_lora.aggregation.adapter import LayerShape
+from fedex_lora.aggregation.combining import Combining, Mean
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.aggregation.server_optimizer import ServerOptimizer
 from fedex_lora.errors import UserError, did_you_mean
 
 
@@ -50,6 +52,13 @@ class Settings:
         examples: Rows by client, as declared before round 1; they hold for the run. Empty where
             what an update says is believed.
         secure: Set where the server is to see sums alone.
+        mean: What is in the place of the weighted mean, and
+        liars: how many clients it is to withstand; see `Combining`.
+        align: Whether clients' pairs are rotated before they are averaged.
+        optimizer: What the server makes of the increments of G; None: it adds them.
+
+    Raises:
+        UserError: Options that do not compose.
     """
 
     method: Method
@@ -72,6 +81,22 @@ class Settings:
     max_share: float | None = None
     examples: Mapping[str, int] = field(default_factory=dict)
     secure: Secure | None = None
+    mean: Mean = "weighted"
+    liars: int = 0
+    align: bool = False
+    optimizer: ServerOptimizer | None = None
+
+    def __post_init__(self) -> None:
+        found = list(self.combining.problems(self.method, self.min_clients))
+        if self.optimizer is not None:
+            found += self.optimizer.problems(self.method, self.server_learning_rate)
+        for option, why in found:
+            raise UserError(f"{option}: {why}")
+
+    @property
+    def combining(self) -> Combining:
+        """How the clients' updates are combined."""
+        return Combining(self.mean, self.liars, self.align)
 
     def layers_of(self, client: str) -> dict[str, LayerShape]:
         """The layers at this client's rank."""

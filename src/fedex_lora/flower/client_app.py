@@ -7,13 +7,12 @@ import math
 import os
 import shlex
 import signal
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedex_lora.data.partition import client_names
@@ -34,15 +33,12 @@ from fedex_lora.engines.remote.site import (
 from fedex_lora.engines.setup import roster, set_up_client, surroundings
 from fedex_lora.errors import ProtocolError, show_rows
 from fedex_lora.federation.header import first_of
-from fedex_lora.flower.deploy.signatures import signing
 from fedex_lora.flower.grid import pack, unpack
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import load_recipe
 from fedex_lora.runs.rundir import versions
 
 app = ClientApp()
-MEMORY = "memory"  # of the run's state at its node
-SUMMED = 6  # messages of a round under secure aggregation
 log = logging.getLogger("fedex_lora")
 
 
@@ -54,17 +50,8 @@ def answer(message: Message, context: Context) -> Message:
             blob = unpack(message.content)
         except ProtocolError:
             blob = b""  # of a program that is not run here; it is logged as any other message
-        memory = _remembered(context)
-        reply = reply_to(blob, context.node_config, context.run_config, memory)
-        context.state[MEMORY] = ConfigRecord({**memory})
+        reply = reply_to(blob, context.node_config, context.run_config)
         return Message(pack(reply), reply_to=message)
-
-
-def _remembered(context: Context) -> dict[str, str]:
-    """What this client wrote down between two messages of a run. Flower keeps it in the memory of
-    the SuperNode; secrets of secure aggregation are in it."""
-    found = context.state.config_records.get(MEMORY, {})
-    return {str(key): str(value) for key, value in found.items()}
 
 
 @contextmanager
@@ -83,19 +70,13 @@ def in_time(message: Message, context: Context) -> Iterator[None]:
         signal.alarm(0)
 
 
-def reply_to(
-    blob: bytes,
-    node: Mapping[str, Any],
-    run: Mapping[str, Any],
-    memory: MutableMapping[str, str] | None = None,
-) -> bytes:
+def reply_to(blob: bytes, node: Mapping[str, Any], run: Mapping[str, Any]) -> bytes:
     """The reply of the client that this node's own configuration describes.
 
     Args:
         node: `client` (its name), `recipe`, `data`, `home`, `runs`, `ask`, `show-rows`,
             `epsilon`: all from this node's own disk and its own command line.
         run: What the coordinator configured; heard only in a simulation, where both are one.
-        memory: What is kept in memory from one message to the next.
     """
     place = dict(node) if "client" in node else _simulated(node, run)
     name, home = str(place["client"]), Path(str(place["home"]))
@@ -106,8 +87,7 @@ def reply_to(
             raise ProtocolError("a message of another program than fedex-lora")
         about = dict(first_of(blob)["about"])
         _note(audit, "in", about, about, blob)
-        consent = None if "partition-id" in node else _consent(place)
-        reply = _reply(blob, about, place, consent, {} if memory is None else memory)
+        reply = _reply(blob, about, place, None if "partition-id" in node else _consent(place))
     except Exception as error:
         if not about:
             _note(audit, "in", about, about, blob)
@@ -129,11 +109,7 @@ def _note(
 
 
 def _reply(
-    blob: bytes,
-    about: Mapping[str, Any],
-    place: Mapping[str, Any],
-    consent: Consent | None,
-    memory: MutableMapping[str, str],
+    blob: bytes, about: Mapping[str, Any], place: Mapping[str, Any], consent: Consent | None
 ) -> bytes:
     """The reply to one message, if this client's operator wants it to be answered.
 
@@ -162,10 +138,7 @@ def _reply(
         return undecided(about, name, str(error))
     with surroundings(recipe):
         run = str(about.get("federation"))  # looked at when the message is
-        found = replace(institution(place, recipe, run), memory=memory)
-        if recipe.privacy.secure_aggregation is not None and consent is not None:
-            found = replace(found, identity=signing(Path(str(place["home"]))))
-        reply = handle(blob, found)
+        reply = handle(blob, institution(place, recipe, run))
     if consent is not None and kind == "final" and not consent.ask and not consent.left():
         log.info(
             "took part in %d, which is as many runs as it was told; for another one: "
@@ -178,10 +151,8 @@ def _reply(
 
 def most_turns(recipe: Recipe) -> int:
     """How many messages of a run are answered: its rounds and the scores of their models, both
-    repeated where the coordinator or a connection failed, and the last model. Under secure
-    aggregation a round takes more of them."""
-    steps = 1 if recipe.privacy.secure_aggregation is None else SUMMED
-    return 4 * steps * recipe.federation.rounds + 10
+    repeated where the coordinator or a connection failed, and the last model."""
+    return 4 * recipe.federation.rounds + 10
 
 
 def _consent(place: Mapping[str, Any]) -> Consent:

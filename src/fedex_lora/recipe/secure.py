@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fedex_lora.recipe.whole import Recipe
 
 
+_SUMS = "the coordinator sees sums alone, with privacy.secure_aggregation"
+
+
 def secure_problems(recipe: Recipe) -> Iterator[Problem]:
     """What is wrong with a recipe in which the coordinator is to see sums alone."""
     secure, fed = recipe.privacy.secure_aggregation, recipe.federation
@@ -30,6 +33,14 @@ def secure_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.privacy.example_level is not None:
         yield key, "does not go with privacy.example_level yet; leave one of them out"
+    if recipe.privacy.client_level is not None:
+        yield key, "does not go with privacy.client_level yet; leave one of them out"
+    if fed.combining.robust:
+        yield "federation.mean", f"{fed.mean} needs every client's factors; {_SUMS}"
+    if fed.align:
+        yield "federation.align", f"needs every client's factors; {_SUMS}"
+    if recipe.engine.kind != "local":
+        yield key, "is for engine: local so far; leave it out"
     if secure.rank != "exact" and method.residual != "truncated":
         having = listed(n for n, m in METHODS.items() if m.residual == "truncated")
         yield f"{key}.rank", f"a sketch that loses something is for {having}; set it to exact"

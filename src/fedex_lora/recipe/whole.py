@@ -89,6 +89,7 @@ class Recipe(Part):
         yield from self._ranks()
         yield from self._engine()
         yield from self._fused()
+        yield from self._combining()
         yield from self._privacy()
         if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
@@ -153,6 +154,14 @@ class Recipe(Part):
         for name, value in self.training.items():
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
+
+    def _combining(self) -> Iterator[Problem]:
+        method, fed = METHODS[self.method.name], self.federation
+        for option, why in fed.combining.problems(method, fed.min_clients):
+            yield f"federation.{option}", why
+        if fed.optimizer is not None:
+            for option, why in fed.optimizer.problems(method, fed.server_learning_rate):
+                yield f"federation.{option}", f"{self.method.name}: {why}"
 
     def _privacy(self) -> Iterator[Problem]:
         """What a run that is to be private cannot do."""

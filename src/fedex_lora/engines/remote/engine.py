@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from fedex_lora.engines.remote.courier import Failed
 from fedex_lora.engines.remote.guests import Guests
 from fedex_lora.engines.remote.replies import (
@@ -27,15 +25,12 @@ from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError, some
 from fedex_lora.federation.codec import (
     broadcast_nbytes,
-    decode_masked,
     decode_update,
-    encode_about,
     encode_broadcast,
     most_up,
 )
 from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Broadcast, Lost, Scores, Update
-from fedex_lora.federation.secure.messages import Answer, Ask, most_masked
 from fedex_lora.federation.settings import Settings
 
 OFTEN = 0.5  # seconds between two looks for replies
@@ -58,11 +53,10 @@ class _Run:
     """One exchange under way, and what came of it.
 
     Attributes:
-        kind: Of its messages: round, evaluate, final or secure.
+        kind: Of its messages: round, evaluate or final.
         messages: What the server counts on sending, by client.
         counted: Bytes of those that were sent as they are.
         spent: Bytes of all that was sent.
-        asks: Under secure aggregation, what each client is asked.
     """
 
     exchange: Exchange
@@ -74,15 +68,10 @@ class _Run:
     spent: dict[str, int] = field(default_factory=dict)
     good: int = 0
     told: int = -1
-    asks: Mapping[str, Ask] = field(default_factory=dict)
 
     @property
     def trains(self) -> bool:
-        return self.kind in ("round", "secure")
-
-    def trained(self, client: str) -> bool:
-        """Whether a broadcast goes with what this client is sent."""
-        return not self.asks or self.asks[client].step == "train"
+        return self.kind == "round"
 
     @property
     def number(self) -> int:
@@ -90,7 +79,7 @@ class _Run:
         return self.exchange.round - (not self.trains)
 
 
-Reply = Update | Scores | Answer | Lost
+Reply = Update | Scores | Lost
 
 
 class _Patience:
@@ -153,15 +142,7 @@ class RemoteEngine:
         starts = (exchange.start(client) for client in exchange.clients)
         self.courier.bound(max(most_up(start).whole for start in starts))
         for reply in self._replies(exchange, "round"):
-            assert isinstance(reply, Update | Lost)
-            yield reply
-
-    def ask(self, exchange: Exchange, asks: Mapping[str, Ask]) -> Iterator[Answer | Lost]:
-        """One step of a round under secure aggregation."""
-        self._remember(self.guests.identity, self.examples)
-        self.courier.bound(max(most_masked(ask.numbers).whole for ask in asks.values()))
-        for reply in self._replies(exchange, "secure", asks):
-            assert isinstance(reply, Answer | Lost)
+            assert not isinstance(reply, Scores)
             yield reply
 
     def evaluate(self, exchange: Exchange) -> Iterator[Scores | Lost]:
@@ -169,19 +150,14 @@ class RemoteEngine:
         yields their scores. Nobody is waited for who is not here."""
         self.guests.greet()
         for reply in self._replies(exchange, "final" if exchange.final else "evaluate"):
-            assert isinstance(reply, Scores | Lost)
+            assert not isinstance(reply, Update)
             yield reply
 
-    def _replies(
-        self, exchange: Exchange, kind: str, asks: Mapping[str, Ask] | None = None
-    ) -> Iterator[Reply]:
+    def _replies(self, exchange: Exchange, kind: str) -> Iterator[Reply]:
         names = [c for c in exchange.clients if kind != "evaluate" or self.validation.get(c, 1)]
-        messages = {client: exchange.message(client) for client in names}
-        run = _Run(exchange, kind, messages, asks=asks or {})
+        run = _Run(exchange, kind, {client: exchange.message(client) for client in names})
         needed = self.settings.min_clients if run.trains else 0
-        if self.settings.secure is not None and run.trains:
-            needed = max(needed, self.settings.secure.threshold or len(names) // 2 + 1)
-        enough = self.settings.sample_size if kind == "round" else len(names)
+        enough = self.settings.sample_size if run.trains else len(names)
         patience = _Patience(self.waits.clients)
         for client in names:
             self._offer(run, client)
@@ -196,10 +172,10 @@ class RemoteEngine:
                 for client in list(run.waiting):
                     self._offer(run, client)
             for reply in self._collect(run):
-                run.good += isinstance(reply, Update | Answer)
+                run.good += isinstance(reply, Update)
                 yield reply
             self._tell(run)
-            if kind == "round" and run.good >= enough:
+            if run.trains and run.good >= enough:
                 for sent in run.under_way.values():
                     yield Lost(sent.client, f"slower than the first {enough} (oversample)")
                 self._late |= run.under_way
@@ -250,12 +226,7 @@ class RemoteEngine:
             "held": held,
             "evaluate": exchange.scored and not run.trains,
         }
-        if run.asks:
-            about |= {"step": run.asks[client].step, "ask": run.asks[client].about}
-        if run.trained(client):
-            blob = encode_broadcast(message, self.settings.wire_dtype, about)
-        else:
-            blob = encode_about(about)
+        blob = encode_broadcast(message, self.settings.wire_dtype, about)
         round = run.number + exchange.final  # so messages of a round are told from the last one
         ticket = self.courier.send(node, blob, round, self.waits.round)
         self.guests.sent(run.kind, run.number, blob, ticket, client)
@@ -263,7 +234,7 @@ class RemoteEngine:
             run.waiting[client] = ticket.reason
             return
         run.spent[client] = run.spent.get(client, 0) + len(blob)
-        if held == believed and not run.asks:
+        if held == believed:
             run.counted[client] = len(blob)
         expires = time.monotonic() + self.waits.round
         run.under_way[ticket] = _Sent(client, node, expires, len(blob), again)
@@ -271,9 +242,8 @@ class RemoteEngine:
     def _resent(self, run: _Run, client: str) -> int:
         """Bytes beyond the broadcast that the round loop counts; negative if nothing was sent."""
         if client not in run.counted:
-            message, asked = run.messages[client], run.asks.get(client)
-            sent = broadcast_nbytes(message, self.settings.wire_dtype) if run.trained(client) else 0
-            run.counted[client] = sent + (0 if asked is None else asked.nbytes)
+            message = run.messages[client]
+            run.counted[client] = broadcast_nbytes(message, self.settings.wire_dtype)
         return run.spent.get(client, 0) - run.counted[client]
 
     def _collect(self, run: _Run) -> Iterator[Reply]:
@@ -301,7 +271,7 @@ class RemoteEngine:
 
     def _audit(self, run: _Run, sent: _Sent, reply: bytes | Failed, found: Reply | None) -> None:
         """A line on a reply: what was made of it."""
-        kind, outcome = "secure" if run.asks else "update" if run.trains else "scores", "taken"
+        kind, outcome = "update" if run.trains else "scores", "taken"
         if isinstance(reply, Failed):
             kind, outcome, reply = None, reply.reason, b""
         elif found is None:
@@ -329,10 +299,8 @@ class RemoteEngine:
 
     def _read(self, run: _Run, sent: _Sent, reply: bytes) -> Reply | None:
         client = sent.client
-        asked = run.asks.get(client)
         start = run.exchange.start(client)
-        limit = most_up(start) if asked is None else most_masked(asked.numbers)
-        about = about_reply(reply, self.guests.identity, client, limit)
+        about = about_reply(reply, self.guests.identity, client, most_up(start))
         kind = about.get("kind")
         if kind in ("failed", "undecided"):
             return self._lost(run, client, text(said(Failure, about).reason))
@@ -351,14 +319,7 @@ class RemoteEngine:
             asked = run.exchange.scored and self.guests.known[client].validation
             counted = found if asked else {}
             return Scores(client, counted, self._resent(run, client))
-        if kind == "secure" and asked is not None:
-            if about.get("step") != asked.step:
-                raise UserError(f"an answer to {text(about.get('step'))[:40]!r}, not {asked.step}")
-            _, vector = decode_masked(reply, limit)
-            numbers = None if vector is None else vector.numpy().view(np.uint64)
-            resent = self._resent(run, client)
-            return Answer(client, about["answer"], numbers, len(reply), resent)
-        if kind == "update" and run.kind == "round":
+        if kind == "update" and run.trains:
             update = decode_update(reply, start, client)
             return replace(update, resent=self._resent(run, client))
         raise UserError(f"a reply of kind {text(kind)[:40]!r}, which was not asked for")

@@ -6,15 +6,13 @@ knows nothing of how messages travel.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from datasets import Dataset
 
@@ -35,22 +33,18 @@ from fedex_lora.engines.remote.wire import (
 from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer
-from fedex_lora.engines.transforms import clipped
+from fedex_lora.engines.transforms import clip
 from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
 from fedex_lora.errors import UserError, for_others
 from fedex_lora.federation.codec import (
     decode_broadcast,
     decode_update,
     encode_about,
-    encode_masked,
     encode_update,
     read_about,
     worded,
 )
-from fedex_lora.federation.messages import Broadcast, Tensors, Update, flat, only, receive, replaced
-from fedex_lora.federation.secure.identity import Identity as SigningIdentity
-from fedex_lora.federation.secure.member import Member, Trained
-from fedex_lora.federation.secure.messages import Ask, Step
+from fedex_lora.federation.messages import Broadcast, Tensors, Update, flat, receive, replaced
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import begin, own_part, start_of
 from fedex_lora.recipe import Recipe
@@ -73,8 +67,6 @@ class Institution:
         train: What trains it.
         versions: Of the packages that numbers depend on.
         transform: What becomes of an update before it is sent.
-        memory: What it remembers from one message of a round to the next, as text; never on disk.
-        identity: Signs for it under secure aggregation, and knows the others' signatures.
     """
 
     name: str
@@ -88,8 +80,6 @@ class Institution:
     train: Train
     versions: Mapping[str, str | None]
     transform: Transform | None = None
-    memory: MutableMapping[str, str] = field(default_factory=dict)
-    identity: SigningIdentity | None = None
 
 
 def bring_to_life(
@@ -122,7 +112,7 @@ def bring_to_life(
         federation.initial,
         train,
         versions,
-        clipped(recipe),
+        None if recipe.privacy.client_level is None else clip(recipe.privacy.client_level.clip),
     )
 
 
@@ -147,14 +137,7 @@ def handle(blob: bytes, institution: Institution) -> bytes:
             return _hello(about, institution)
         if kind == "refused":
             return refused(about, institution.name)
-        if kind == "secure":
-            return _secure(blob, about, institution)
         if kind in ("round", "evaluate", "final"):
-            if kind == "round" and institution.settings.secure is not None:
-                raise UserError(
-                    "asked for its update itself, but by its own recipe only sums are shown "
-                    "(privacy.secure_aggregation)"
-                )
             return _turn(blob, about, institution)
         raise UserError(f"a message of unknown kind {str(kind)[:40]!r}; install the same version")
     except Lacks as lacks:
@@ -234,61 +217,14 @@ def _hello(about: Mapping[str, Any], institution: Institution) -> bytes:
     )
 
 
-def _secure(blob: bytes, about: Mapping[str, Any], institution: Institution) -> bytes:
-    """One step of a round in which the coordinator sees sums alone.
-
-    What was trained waits on this client's own disk for the step that sends it under masks; keys
-    and masks are in memory alone.
-    """
-    identity, settings = _addressed(about, institution), institution.settings
-    if settings.secure is None:
-        raise UserError("asked for secure aggregation, which its own recipe does not have")
-    ask = Ask(cast(Step, _field(about, "step", str)), _field(about, "ask", dict))
-    cache, memory = Cache(_folder(institution, identity)), institution.memory
-    kept = memory.get(identity.federation)
-    member = Member(institution.name) if kept is None else Member.load(json.loads(kept))
-
-    def trained() -> Trained:
-        if ask.step == "train":
-            held = _caught_up(blob, about, cache, identity, institution)
-            (update,) = _updates(institution, held)
-            told = {x: torch.tensor(v) for x, v in update.metrics.items() if x == "loss"}
-            cache.save(replace(held, ends={update.round: {**update.tensors, **told}}))
-            return held.adapter, update
-        held = _load(cache, identity, settings)
-        end = None if held is None else held.ends.get(held.version + 1)
-        if held is None or end is None:
-            raise UserError("what it trained in this round is gone; it sits this one out")
-        loss = {x: end[x].item() for x in end if x == "loss"}
-        sent = only(end, settings.method.sent(held.version + 1))
-        rows = len(institution.rows)
-        return held.adapter, Update(held.version + 1, institution.name, sent, rows, loss)
-
-    try:
-        answer = member.answer(ask, settings, trained, institution.identity)
-    finally:  # what was revealed is remembered, whatever came of it
-        memory[identity.federation] = json.dumps(member.dump())
-    log.info("run %s, secure aggregation: %s answered", identity.federation[:8], ask.step)
-    told = _common(about, institution.name)
-    told |= {"kind": "secure", "step": ask.step, "answer": dict(answer.about)}
-    vector = answer.vector
-    return encode_masked(told, None if vector is None else torch.from_numpy(vector.view(np.int64)))
-
-
-def _addressed(about: Mapping[str, Any], institution: Institution) -> Identity:
-    """The run of a message that is for this client, by the recipe that was agreed on."""
+def _turn(blob: bytes, about: Mapping[str, Any], institution: Institution) -> bytes:
+    """Catches up; then trains, or scores what it was sent."""
     identity = _identity(about)
     if about.get("client") != institution.name:
         raise UserError(f"a message for {str(about.get('client'))[:80]!r}, not for this client")
     if about.get("recipe") != agreement(agreed(institution.recipe, institution.stage.task)):
         raise UserError("the recipe has changed since the run began; begin a new run")
     _check_round(about, institution.recipe.federation.rounds)
-    return identity
-
-
-def _turn(blob: bytes, about: Mapping[str, Any], institution: Institution) -> bytes:
-    """Catches up; then trains, or scores what it was sent."""
-    identity = _addressed(about, institution)
     cache = Cache(_folder(institution, identity))
     held = _caught_up(blob, about, cache, identity, institution)
     cache.save(held)
@@ -313,7 +249,7 @@ def _turn(blob: bytes, about: Mapping[str, Any], institution: Institution) -> by
 def _check_round(about: Mapping[str, Any], rounds: int) -> None:
     """No round is taken part in but those of this client's own recipe."""
     version = _field(about, "version", int)
-    if version > rounds - (about["kind"] in ("round", "secure")):
+    if version > rounds - (about["kind"] == "round"):
         raise UserError(
             f"asked for round {version + 1}; this client's recipe has {rounds} rounds "
             "(federation.rounds), which is what it agreed to"
@@ -329,8 +265,11 @@ def _train(
 ) -> tuple[bytes, Update]:
     """The update's message, and the update; own factors are put where they are kept."""
     settings, client, round = institution.settings, institution.name, held.version + 1
-    start = held.adapter
-    (update,) = _updates(institution, held)
+    start, rows = held.adapter, institution.rows
+    turn = Turn(client, round, rows, start, settings.method.trained(round), settings.seed)
+    (update,) = take_turns(
+        institution.stage, institution.train, [turn], held.ledger, settings, institution.transform
+    )
     said = _common(about, client) | {"kind": "update"}
     blob = encode_update(update, start, settings.wire_dtype, said)
     assignment = settings.method.assignment
@@ -340,16 +279,6 @@ def _train(
         end = own_part(settings, {**flat(start), **update.kept, **decoded})
         cache.save(replace(held, ends={**held.ends, round: end}))
     return blob, update
-
-
-def _updates(institution: Institution, held: Held) -> list[Update]:
-    """What the client trains in one turn."""
-    settings, client, round = institution.settings, institution.name, held.version + 1
-    trained = settings.method.trained(round)
-    turn = Turn(client, round, institution.rows, held.adapter, trained, settings.seed)
-    return take_turns(
-        institution.stage, institution.train, [turn], held.ledger, settings, institution.transform
-    )
 
 
 def _identity(about: Mapping[str, Any]) -> Identity:
@@ -410,8 +339,6 @@ def _caught_up(
     _check_broadcast(message, version, layers, held.adapter)
     adapter = receive(held.adapter, message, layers, settings.seed)
     ends = {round: end for round, end in ends.items() if round >= message.own}
-    if settings.secure is not None:  # what was trained for a sum is no state of the client
-        ends = {}
     if message.own:
         adapter, ends = _own(adapter, message, ends, settings)
     ledger = held.ledger.extended(message.ledger, version)

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from fedex_lora.federation.header import Limit
 from fedex_lora.federation.loop import Exchange, Transport
 from fedex_lora.federation.messages import Lost
 from fedex_lora.federation.secure.primitives import Vector, canonical
 
 Step = Literal["keys", "shares", "train", "open", "send"]
 Sum = Literal["sizes", "numbers"]
-_LETTERS = 1 << 20  # bytes of a header, at most
 SUMS: tuple[Sum, Sum] = ("sizes", "numbers")
 
 
@@ -24,12 +22,10 @@ class Ask:
     Attributes:
         step: What is asked for. Where it is to train, the round's broadcast goes with it.
         about: JSON.
-        numbers: How many numbers the answer holds under masks.
     """
 
     step: Step
     about: Mapping[str, Any]
-    numbers: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -54,11 +50,6 @@ class Answer:
     vector: Vector | None = None
     nbytes: int | None = None
     resent: int = 0
-
-
-def most_masked(numbers: int) -> Limit:
-    """The limit of an answer with so many numbers; letters and shares stand in its header."""
-    return Limit(header=_LETTERS, whole=8 + _LETTERS + 8 * numbers)
 
 
 class SecureTransport(Transport, Protocol):

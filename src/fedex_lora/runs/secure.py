@@ -1,4 +1,4 @@
-"""What is said of privacy when a run starts."""
+"""What is said of secure aggregation when a run starts."""
 
 from __future__ import annotations
 
