@@ -43,8 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/fedex-lora compare recipes/demo.yaml \
-	  --methods centralized,local,fedit,ffa,fedex --out runs/demo --export
+	$(BIN)/fedex-lora demo
 
 test: setup
 	$(BIN)/python -m pytest

@@ -5,7 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 
-from fedex_lora.cli import costs, deploys, evaluate, grids, lists, merges, plans, reports, runs
+from fedex_lora.cli import (
+    costs,
+    demo,
+    deploys,
+    evaluate,
+    grids,
+    lists,
+    merges,
+    new,
+    plans,
+    reports,
+    runs,
+)
 from fedex_lora.cli.common import app, complain, console, phase, phases
 from fedex_lora.cli.spoken import Spoken
 from fedex_lora.errors import EXTRAS, QuorumLost, UserError, missing
@@ -14,12 +26,14 @@ __all__ = [
     "app",
     "console",
     "costs",
+    "demo",
     "deploys",
     "evaluate",
     "grids",
     "lists",
     "main",
     "merges",
+    "new",
     "plans",
     "reports",
     "runs",
