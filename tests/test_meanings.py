@@ -41,6 +41,7 @@ def alone(key: Key) -> dict:
     """What a valid recipe has in place of other values where it has this key."""
     changes = {
         "method.rank": {"method": {"name": "fedex-svd"}},
+        "method.options": {"method": {"name": "florist"}},
         "lora.ranks": {"method": {"name": "fedex-reinit"}},
         "model.quantisation": {"model": {"placement": "side"}},
         "federation.partition.alpha": {"federation": {"partition": {"kind": "dirichlet"}}},

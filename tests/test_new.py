@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_every_line_has_a_comment(place, tmp_path, command):
     file = tmp_path / "my.yaml"
     command("new", file, *options(place, "--set", "task.text_column=review"))
     lines = [line for line in file.read_text().splitlines() if line and not line.endswith(":")]
-    for before, line in zip(lines, lines[1:]):
+    for before, line in pairwise(lines):
         assert "#" in line or before.lstrip().startswith("#"), line
 
 

@@ -80,6 +80,8 @@ def small(recipe: Recipe, model: Path, data: Path) -> Recipe:
     }
     raw["task"]["max_length"] = min(recipe.task.evaluated_length, LONGEST[model.name])
     raw["task"].pop("evaluation_max_length", None)
+    if recipe.task.kind == "chat":  # tokenizers of tiny models have no template
+        raw["task"].setdefault("template", "chatml")
     if recipe.data.source is not None:
         raw["task"]["labels"] = ["yes", "no"]
     raw.pop("engine", None)
@@ -124,6 +126,9 @@ def rows(recipe: Recipe, split: str, count: int) -> Iterator[dict[str, Any]]:
                 }
             case "instruction":
                 yield {"question": f"What is {i}?", "answer": f"It is {i}."}
+            case "chat":
+                said = (("user", f"What is {i}?"), ("assistant", f"It is {i}."))
+                yield {"messages": [{"role": role, "content": text} for role, text in said]}
             case "e2e":
                 about = f"name[Place {i // 2}], food[Thai]"
                 yield {"meaning_representation": about, "human_reference": f"Eat Thai at {i // 2}."}

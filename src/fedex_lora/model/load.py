@@ -94,6 +94,24 @@ def load_base(
     return Base(model, tokenizer, where, frozenset(info["missing_keys"]), use_cache)
 
 
+def load_processor(spec: ModelSpec, images: bool = False) -> Any:
+    """A model's tokenizer, with a padding token, or its image processor, without the model.
+
+    Raises:
+        UserError: It has none.
+    """
+    try:
+        with quiet():
+            hub = {"revision": spec.revision} if spec.revision else {}
+            found = _processor(locate(spec.name), images, hub)
+    except RecipeError:
+        raise
+    except _NO_MODEL as error:
+        what = "AutoImageProcessor" if images else "AutoTokenizer"
+        raise RecipeError(_cannot_load(spec.name, what, images, error)) from error
+    return found if images else with_padding(found)
+
+
 def _processor(where: str, images: bool, hub: dict[str, Any]) -> Any:
     if not images:
         return transformers.AutoTokenizer.from_pretrained(where, **hub)

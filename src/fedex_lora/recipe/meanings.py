@@ -168,6 +168,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "method.rank": ("8", "Rank that the residual is cut to (fedex-svd)."),
     "method.carry": ("false", "What was cut off is kept and added to the next residual."),
     "method.flush": ("false", "What is still kept back is sent whole in the last round."),
+    "method.options": ("{energy: 0.9}", "Options of the method's assignment, for methods that have "
+        "some (here florist's)."),
     "federation.clients": ("5", "How many clients; with `data.clients` as many as files."),
     "federation.rounds": ("10", "How often updates are aggregated."),
     "federation.clients_per_round": ("0.5", "How many take part in a round: all, a number, or a "
@@ -198,6 +200,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "task.columns": ("{question: prompt}", "The task's name of a column, and your rows' name of "
         "it."),
     "task.name": ("sst2", "Which data set of this family."),
+    "task.template": ("chatml", "How a conversation becomes text: the tokenizer's own template, a "
+        "name, or a file of Jinja."),
     "task.labels": ("[complaint, praise]", "All classes, in the order that all clients agree on."),
     "task.text_column": ("text", "The column with the text."),
     "task.text_pair_column": ("hypothesis", "A second text, for tasks on pairs."),
@@ -235,6 +239,13 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "privacy.secure_aggregation.bits": ("32", "Of fixed point, below a tensor's largest entry."),
     "privacy.secure_aggregation.rank": ("16", "Of the sketch of the products; `exact` for no "
         "approximation."),
+    "privacy.example_level.epsilon": ("8", "Differential privacy of single rows (DP-SGD): what a "
+        "run may spend of a client's rows."),
+    "privacy.example_level.delta": ("1.0e-5", "The probability with which epsilon may not hold."),
+    "privacy.example_level.max_grad_norm": ("1.0", "Every row's gradient is clipped to this norm."),
+    "privacy.example_level.noise_multiplier": ("0.8", "Noise in units of max_grad_norm; found "
+        "from epsilon if left out."),
+    "privacy.rehearsal": ("true", "Noise follows from the seed: for tests, and not private."),
     "records.save_updates": ("true", "Keep every update, so that anybody can recompute the mean."),
     "engine.kind": ("flower", "Clients in this process, on machines of their own, or simulated."),
     "engine.threads": ("4", "Of the CPU. Runs with equal numbers repeat bit for bit."),

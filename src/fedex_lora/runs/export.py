@@ -107,7 +107,7 @@ def export_model(
         names = [f"{layer}.weight" for layer in trained.model.layers] + list(state.head)
         check_finite({name: merged.get_parameter(name) for name in names})
         merged.save_pretrained(new)
-        _save_tokenizer(trained.model.tokenizer, new)
+        _save_tokenizer(trained, new)
         for file in new.glob("*.safetensors"):  # safetensors lets only the owner read
             shutil.copymode(new / "config.json", file)
         _write_card(trained, new, out, "merged model", notes, published(trained.recipe.model.name))
@@ -164,7 +164,7 @@ def export_adapter(
     base_name = base_name or published(spec.name)
     with _fresh(out) as new:
         trained.model.save_adapter(AdapterState(factors, state.head), new, base_name=base_name)
-        _save_tokenizer(trained.model.tokenizer, new)
+        _save_tokenizer(trained, new)
         notes += [f"`tight`: {who}" for who in misread(new)]
         _write_card(trained, new, out, "PEFT adapter", [*notes, *told], base_name)
         _write_loading(trained, new, base_name)
@@ -318,9 +318,13 @@ def is_export(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / CONFIG).is_file()
 
 
-def _save_tokenizer(tokenizer: Any, new: Path) -> None:
+def _save_tokenizer(trained: Trained, new: Path) -> None:
     """Or the image processor. Without the truncation and padding of the last batch, which others
     than transformers would keep to."""
+    tokenizer: Any = trained.model.tokenizer
+    template = recipe_task(trained.recipe).chat_template
+    if template is not None:
+        tokenizer.chat_template = template
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -328,6 +332,7 @@ def _save_tokenizer(tokenizer: Any, new: Path) -> None:
     tokenizer.save_pretrained(new)
 
 
+PRIVACY = "privacy.json"  # what a private run spent; or that it was a rehearsal
 LOADING = "base.json"  # transformers would take a config.json here for that of a whole model
 
 
@@ -347,3 +352,5 @@ def _write_card(
     usage = loading_lines(trained.recipe, new, base, out.name)
     card = model_card(trained, what, base, notes, usage)
     (new / "README.md").write_text(card, encoding="utf-8")
+    if (spent := trained.extra["record"].get("privacy")) is not None:
+        (new / PRIVACY).write_text(json.dumps(spent, indent=1) + "\n", encoding="utf-8")

@@ -60,6 +60,7 @@ class Task:
         metrics: How the numbers that `evaluate` gives are read, by name. It may give others, too:
             those are recorded, and may be any finite numbers.
         labels: The names of the classes in the order of their numbers, if there are classes.
+        multi_label: Whether a row may have any number of the classes.
         regression: Whether the label is a number to be predicted.
         stratify: The label column, by which rows can be dealt out unevenly.
         image: The column that holds images, if there is one. In place of a tokenizer such a task
@@ -76,6 +77,7 @@ class Task:
         check_room: `check_room(model, parts)` raises a `UserError` if there is no room in the
             model for what is generated after the prompts of encoded rows; None where nothing is.
         average_over: Splits whose mean score is told too, where there are several of them.
+        chat_template: The Jinja text that exported tokenizers get; None for the one they have.
         renamed: What the rows call a column, where they do not call it as the task does.
     """
 
@@ -91,12 +93,14 @@ class Task:
     collator: Callable[[PreTrainedTokenizerBase], Collate]
     evaluate: Evaluate
     labels: tuple[str, ...] | None = None
+    multi_label: bool = False
     regression: bool = False
     stratify: str | None = None
     image: str | None = None
     encode_evaluation: Encode | None = None
     check_room: Callable[[nn.Module, Sequence[Dataset]], None] | None = None
     average_over: tuple[str, ...] = ()
+    chat_template: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,7 +130,7 @@ class Task:
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": {name: i for i, name in enumerate(self.labels)},
-            "problem_type": "single_label_classification",
+            "problem_type": f"{'multi' if self.multi_label else 'single'}_label_classification",
         }
 
     def average(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -119,6 +119,7 @@ def agreed(recipe: Recipe, task: Task) -> dict[str, Any]:
         "federation": _only(raw["federation"], "rounds", "wire_dtype"),
         "evaluation": _only(raw["evaluation"], "where", "client_fraction", "batch_size"),
         "data": _only(raw["data"], "train_examples"),
+        "privacy": raw["privacy"],
         "labels": list(task.labels or ()),
     }
     return dict(_dotted(json.loads(json.dumps(parts))))
@@ -147,7 +148,8 @@ def tokenizer_text(tokenizer: Any) -> str:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(fast.to_str()) if fast is not None else {}
     rules |= {"truncation": None, "padding": None}  # set anew by every call
-    return json.dumps([sorted(tokenizer.get_vocab().items()), special, rules], sort_keys=True)
+    vocabulary, chat = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
+    return json.dumps([vocabulary, special, rules, chat], sort_keys=True)
 
 
 def most_down(settings: Settings, initial: AdapterState) -> Limit:
