@@ -8,7 +8,7 @@ import pytest
 from small_runs import recipe
 from test_compare import results
 
-from fedex_lora.cli.demo import _verdict
+from fedex_lora.cli.demo import verdict
 from fedex_lora.engines.training import HFTrainer
 from fedex_lora.experiments.compare import compare
 from fedex_lora.runs.reopened import read_round
@@ -69,13 +69,13 @@ def test_what_is_measured_is_measured_once(tmp_path, monkeypatch):
     assert "precision: bfloat16" in text
 
 
-def test_the_verdict_claims_a_difference_only_if_it_is_seen():
-    assert _verdict(results(fedit=[0.5, 0.6, 0.7], fedex=[0.6, 0.71, 0.79])).startswith("Seen")
-    assert "−" in _verdict(results(fedit=[0.6, 0.71, 0.79], fedex=[0.5, 0.6, 0.7]))
-    lower = _verdict(results(fedit=[0.6, 0.71, 0.79], fedex=[0.5, 0.6, 0.7]))
+def test_theverdict_claims_a_difference_only_if_it_is_seen():
+    assert verdict(results(fedit=[0.5, 0.6, 0.7], fedex=[0.6, 0.71, 0.79])).startswith("Seen")
+    assert "−" in verdict(results(fedit=[0.6, 0.71, 0.79], fedex=[0.5, 0.6, 0.7]))
+    lower = verdict(results(fedit=[0.6, 0.71, 0.79], fedex=[0.5, 0.6, 0.7]))
     assert lower.startswith("Here the exact mean scores lower")
-    assert _verdict(results(fedit=[0.5, 0.9], fedex=[0.6, 0.5])).startswith("Not seen")
-    assert _verdict(results(fedit=[0.5], fedex=[0.6])).startswith("One seed tells")
+    assert verdict(results(fedit=[0.5, 0.9], fedex=[0.6, 0.5])).startswith("Not seen")
+    assert verdict(results(fedit=[0.5], fedex=[0.6])).startswith("One seed tells")
 
 
 def test_the_demo_short(tmp_path, command):

@@ -50,7 +50,7 @@ def demo(
             spec, METHODS, numbers, out, lambda method, _: show(method), train_once=True
         )
     show_comparison(results, out, once=True)
-    say(_verdict(results))
+    say(verdict(results))
     say(
         f"The report, one page: fedex-lora report {shlex.quote(str(out))}\n"
         "On your own data, one file for each client:\n"
@@ -70,7 +70,7 @@ def _announce(recipe: Recipe, seeds: list[int]) -> None:
     )
 
 
-def _verdict(results: Results) -> str:
+def verdict(results: Results) -> str:
     """What the comparison shows of exactness, or that it shows nothing."""
     from fedex_lora.experiments.compare import against
 
