@@ -4,6 +4,7 @@ docs/report.png is the first screen of its report, taken by a headless Chromium;
 is what `fedex-lora demo` says at its end.
 """
 
+import io
 import json
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ def screen(runs: Path) -> None:
 def still(runs: Path) -> None:
     """The last lines of the demo on a terminal of 96 columns."""
     results = json.loads((runs / "comparison.json").read_text())
-    console = Console(record=True, width=96, file=tempfile.TemporaryFile("w"), force_terminal=True)
+    console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
     console.print("$ fedex-lora demo", highlight=False)
     for one in (table(results), difference_table(results)):
         if one is not None:

@@ -67,8 +67,15 @@ def _down(target: str) -> str:
 
 def recipe() -> str:
     """The page with every key of a recipe."""
-    lines = ["# Every key of a recipe", "", "Made from the code. `--set KEY=VALUE` overrides one.", ""]
-    lines += ["A recipe is one flat YAML file; whatever is wrong with it is told before a run, by line."]
+    lines = [
+        "# Every key of a recipe",
+        "",
+        "Made from the code. `--set KEY=VALUE` overrides one.",
+        "",
+    ]
+    lines += [
+        "A recipe is one flat YAML file; whatever is wrong with it is told before a run, by line."
+    ]
     block = ""
     for key in keys():
         title = f"task, of kind {key.kind}" if key.kind else key.name.partition(".")[0]
