@@ -49,6 +49,15 @@ def alone(key: Key) -> dict:
         "federation.partition.column": {"federation": {"partition": {"kind": "by"}}},
         "federation.partition.kind": {"federation": {"partition": {"alpha": 0.3}}},
         "federation.min_clients": {"federation": {"clients": 3}},
+        "federation.mean": {
+            "method": {"name": "fedit"},
+            "federation": {"liars": 1, "min_clients": 3},
+        },
+        "federation.align": {"method": {"name": "fedit"}},
+        "federation.liars": {
+            "method": {"name": "fedit"},
+            "federation": {"mean": "median", "min_clients": 3},
+        },
         "federation.oversample": {"engine": {"kind": "flower"}},
         "data.config": {"data": {"name": "x/y", "path": None}},
         "data.revision": {"data": {"name": "x/y", "path": None}},

@@ -175,6 +175,11 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.clients_per_round": ("0.5", "How many take part in a round: all, a number, or a "
         "share."),
     "federation.weights": ("uniform", "Clients count by their rows, or equally."),
+    "federation.mean": ("median", "How updates are averaged; a few liars do not decide others than "
+        "`weighted`."),
+    "federation.liars": ("1", "How many clients of a round the mean is to withstand."),
+    "federation.align": ("true", "Each client's pair is rotated towards the others' before it is "
+        "averaged."),
     "federation.server_learning_rate": ("0.5", "The mean change is multiplied by it."),
     "federation.min_clients": ("2", "Fewer valid updates stop the run; its checkpoints stand."),
     "federation.failure_rate": ("0.2", "Rehearsal: the probability that a client fails in a round. "
@@ -245,6 +250,14 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "privacy.example_level.max_grad_norm": ("1.0", "Every row's gradient is clipped to this norm."),
     "privacy.example_level.noise_multiplier": ("0.8", "Noise in units of max_grad_norm; found "
         "from epsilon if left out."),
+    "privacy.client_level.noise_multiplier": ("1.1", "Differential privacy of whole clients: noise "
+        "on the mean of clipped updates, in units of the bound."),
+    "privacy.client_level.clip": ("1.0", "Bound of an update's norm; with `adaptive` the first."),
+    "privacy.client_level.delta": ("1.0e-5", "The probability with which epsilon may not hold."),
+    "privacy.client_level.epsilon": ("8", "The run stops at the last round within it."),
+    "privacy.client_level.adaptive": ("true", "The bound follows a quantile of the norms."),
+    "privacy.client_level.quantile": ("0.5", "Which quantile."),
+    "privacy.client_level.clip_learning_rate": ("0.2", "How fast the bound's logarithm follows."),
     "privacy.rehearsal": ("true", "Noise follows from the seed: for tests, and not private."),
     "records.save_updates": ("true", "Keep every update, so that anybody can recompute the mean."),
     "engine.kind": ("flower", "Clients in this process, on machines of their own, or simulated."),
