@@ -158,6 +158,13 @@ class Recipe(Part):
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
+        if fed.proximal and self.fused > 1:
+            yield "federation.proximal", "fused clients train without it; set engine.fuse: 1"
+        if fed.proximal and self.privacy.example_level is not None:
+            told = "would be added to gradients that privacy.example_level clips row by row"
+            yield "federation.proximal", f"{told}; leave one of them out"
+        if fed.proximal and self.training.get("fp16"):
+            yield "federation.proximal", "training.fp16 scales gradients, and not this; use bf16"
         if fed.optimizer is not None:
             for option, why in fed.optimizer.problems(method, fed.server_learning_rate):
                 yield f"federation.{option}", f"{self.method.name}: {why}"
