@@ -92,7 +92,9 @@ class FederationSpec(Part):
     def optimizer(self) -> ServerOptimizer | None:
         """The server's optimizer, if there is one."""
         given = self.server_optimizer
-        return given and ServerOptimizer(**given.model_dump(exclude_none=True))
+        if given is None:
+            return None
+        return ServerOptimizer(**given.model_dump(exclude_none=True))
 
     @property
     def combining(self) -> Combining:
