@@ -200,6 +200,8 @@ def _bring_to_life(
         check_shares(settings)
         smallest = min(clients.values(), key=len)
         check_image(task, model, smallest)
+        if task.check_training is not None:
+            task.check_training(model.module, smallest)
         rehearse(model, task, smallest, recipe.trainer_arguments)
     return Federation(
         recipe,

@@ -148,6 +148,8 @@ class Recipe(Part):
             yield "engine.fuse", f"{self.method.name} has a base for each client; leave it out"
         if self.lora.ranks is not None:
             yield "engine.fuse", "needs equal ranks; leave it or lora.ranks out"
+        if getattr(self.task, "packing", False):
+            yield "engine.fuse", "clients' rows stand side by side; leave it or task.packing out"
         for name, value in self.training.items():
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"

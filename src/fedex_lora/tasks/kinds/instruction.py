@@ -27,6 +27,7 @@ class Instruction(TaskSpec):
     response: str  # template with at least one such field
     max_new_tokens: int = Field(default=64, ge=1, le=10**7)
     generate: bool = False  # generate answers when evaluating, greedily, and count exact matches
+    packing: bool = False  # training batches without padding: rows in one sequence
 
     def build(self, labels: Sequence[str] | None) -> Task:
         templates = templates_of(self.prompt, self.response)
@@ -39,6 +40,7 @@ class Instruction(TaskSpec):
             encode=partial(_encode, templates, self.generate),
             evaluate=answers if self.generate else evaluate_loss,
             check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
+            packing=self.packing,
         )
 
 
