@@ -87,6 +87,7 @@ EXTRAS = {  # of fedex-lora, by the module that they bring
     "pycocoevalcap": "scorers",
     "ray": "simulation",
     "sacrebleu": "scorers",
+    "seqeval": "scorers",
     "scipy": "report",
     "sklearn": "train",
     "transformers": "train",

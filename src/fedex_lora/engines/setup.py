@@ -167,6 +167,11 @@ def _bring_to_life(
     model = recipe_model(recipe, task, workdir)
     check_length(recipe, task, model)
     if recipe.fused > 1:
+        if not task.fusable:
+            raise RecipeError(
+                f"engine.fuse: losses of a task of kind {recipe.task.kind} are not told apart by "
+                "client; leave it out"
+            )
         model.trained_layers()
     pooled = METHODS[recipe.method.name].pooled
     settings = federation_settings(recipe, model, names)
@@ -224,8 +229,8 @@ def check_length(recipe: Recipe, task: Task, model: AdaptedModel) -> None:
         UserError: `task.max_length` is more than the model takes.
     """
     limit = None if task.image else learned_positions(model.module)
-    for key in ("max_length", "evaluation_max_length"):
-        asked = getattr(recipe.task, key)
+    for key in ("max_length", "evaluation_max_length", "max_target_length"):
+        asked = getattr(recipe.task, key, None)
         if limit is not None and asked is not None and asked > limit:
             raise RecipeError(
                 f"task.{key}: {asked}, but {recipe.model.name} takes at most {limit} tokens; set "

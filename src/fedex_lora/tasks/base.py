@@ -123,6 +123,12 @@ class Task:
         """Whether `primary` is to grow."""
         return self.metrics[self.primary].higher_is_better
 
+    @property
+    def fusable(self) -> bool:
+        """Whether clients' losses can be told apart in a batch of several clients' rows."""
+        known = ("CausalLM", "SequenceClassification", "ImageClassification")
+        return not self.multi_label and self.auto_model.removeprefix("AutoModelFor") in known
+
     def model_kwargs(self) -> dict[str, Any]:
         """What the task asks of the model's config (arguments of `from_pretrained`)."""
         if self.regression:
