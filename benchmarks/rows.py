@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import fusing, gpu, memory, merging, residual, rounds, scaling, tree
+from benchmarks import fusing, gpu, language, memory, merging, residual, rounds, scaling, tree
 from benchmarks.results import Row, store
 
 NEEDS_DATA = "--data: name the directory with local copies of GLUE's cola and mrpc"
@@ -29,6 +29,7 @@ def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
         "precision": _with(data, rounds.precision),
         "round": _with(data, rounds.parts),
         "memory": memory.row,
+        "language": language.row,
         "fused": _with(data, fusing.row),
         "gpu": gpu.row,
     }

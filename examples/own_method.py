@@ -1,6 +1,7 @@
 """A method of one's own: FedSA-LoRA (Guo et al., arXiv 2410.01463).
 
-A holds what clients have in common and is averaged; B is a client's own and never leaves it.
+A holds what clients have in common and is averaged; B is a client's own and never leaves it. (The
+package has it too, as `fedsa`; this is how a method comes in from outside.)
 """
 
 import sys
@@ -22,7 +23,7 @@ class SharedA(Assignment):
         return Assigned(s.moved)
 
 
-register_method("fedsa", Method("both", SharedA(), "dropped", "Guo et al., arXiv 2410.01463"))
+register_method("own-fedsa", Method("both", SharedA(), "dropped", "Guo et al., arXiv 2410.01463"))
 
 # clients that disagree: the same notes, which for one are good and for the other bad news
 set_seed(0)
@@ -43,6 +44,6 @@ blocks |= {"data": {"clients": [str(folder / f"{c}.csv") for c in ("buyer", "sel
 blocks |= {"federation": {"clients": 2, "rounds": 4}}
 blocks |= {"training": {"learning_rate": 0.02, "num_train_epochs": 5}}
 blocks |= {"lora": {"target_modules": ["query", "value", "dense"], "r": 4}}
-for method in ("fedit", "fedsa"):
+for method in ("fedit", "own-fedsa"):
     recipe = Recipe(name=method, method={"name": method}, **blocks)
     print(method, start_run(recipe, folder / method)["best"]["client_scores"])

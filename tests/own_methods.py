@@ -37,7 +37,7 @@ OWN = {
     "own-b": Method("both", AveragedAOwnB(), "exact", "test"),
     "only-a": Method("both", OnlyA(), "exact", "test"),
 }
-NAMES = ["fedsa", *OWN]
+NAMES = ["own-fedsa", *OWN]
 
 
 @contextmanager

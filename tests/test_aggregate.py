@@ -70,7 +70,7 @@ def test_assigned_plus_residual_is_ideal(name, n, seed, eta, round):
         if method.shared_base:
             got = got - product(s[0])
             got = got + product(out.factors[site]) if site in out.factors else got
-        if method.residual == "dropped":
+        if method.residual in ("dropped", "partial"):
             continue
         torch.testing.assert_close(got, change, rtol=1e-9, atol=1e-9)
     for key in starts[0].head:
@@ -108,6 +108,9 @@ def test_identical_clients_give_no_deviation_and_no_residual(name, round):
     starts, ends = federation(method, 1, 3, dtype=torch.float32, round=round)
     out = run(method, SITES, starts * 4, ends * 4, [3, 1, 7, 2], round=round)
     for site in SITES:
+        if method.assignment.private:  # what is shared alone is known
+            torch.testing.assert_close(out.factors[site].A, ends[0].layers[site].A)
+            continue
         assert out.deviation[site] == 0
         if method.assignment.shared and not method.assignment.needs:
             assert site not in out.increment or not dense64(out.increment[site]).any()
@@ -168,7 +171,7 @@ def test_ranks_may_differ(name):
     s, e = [x.layers["q"] for x in starts], [x.layers["q"] for x in ends]
     if method.residual == "exact":
         torch.testing.assert_close(dense64(out.increment["q"]), ideal_change(s, e, n))
-    if out.factors:
+    if out.factors and "product" in method.assignment.needs:
         u, sv, vh = torch.linalg.svd(mean([product(f) for f in e], n))
         best = (u[:, :4] * sv[:4]) @ vh[:4]
         torch.testing.assert_close(product(out.factors["q"]), best)

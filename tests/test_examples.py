@@ -58,15 +58,15 @@ def test_a_task_of_ones_own(example, capsys):
 def test_a_method_of_ones_own(example, capsys):
     folder = example("own_method.py")
     fedit, fedsa = capsys.readouterr().out.splitlines()[-2:]
-    assert fedit.startswith("fedit {'buyer'") and fedsa.startswith("fedsa {'buyer'")
+    assert fedit.startswith("fedit {'buyer'") and fedsa.startswith("own-fedsa {'buyer'")
     scores = {}
-    for name in ("fedit", "fedsa"):
+    for name in ("fedit", "own-fedsa"):
         results = json.loads((folder / name / "results.json").read_text())
         told = results["best"]["client_scores"]
         scores[name] = [told[client]["accuracy"] for client in ("buyer", "seller")]
     # the same notes with opposite answers: what is right for one is wrong for the other
-    assert sum(scores["fedit"]) == pytest.approx(1) and scores["fedsa"] == [1, 1]
-    state = read_round(folder / "fedsa", "last").state
+    assert sum(scores["fedit"]) == pytest.approx(1) and scores["own-fedsa"] == [1, 1]
+    state = read_round(folder / "own-fedsa", "last").state
     assert all(name.startswith("B/") for own in state.own.values() for name in own)
     assert sorted(state.own) == ["buyer", "seller"] and not state.ledger.entries
 

@@ -89,7 +89,7 @@ PRODUCT = frozenset({"product"})
         (parts(shared=A), "B is neither shared nor own"),
         (parts(shared=B, own=NotImplemented), "own is NotImplemented; expected a set of A and B"),
         (parts(shared="AB"), "shared is 'AB'; expected a set of A and B"),
-        (parts(needs={"median"}), r"needs is \{'median'\}; expected a set of increment and prod"),
+        (parts(needs={"median"}), r"needs is \{'median'\}; expected a set of ends and increment"),
         (parts(private=True), "private is about own factors, and there are none"),
         (parts(dealt=True), "dealt is about own factors"),
         (parts(shared=A, own=B, dealt=True, private=True), "deals out are not private"),

@@ -67,7 +67,7 @@ def test_a_tree_of_servers_comes_to_the_aggregate_of_all_clients(name, tree, see
             close(product(out.factors[site]), product(flat.factors[site]))
         if site in out.increment:
             close(dense64(out.increment[site]), dense64(flat.increment[site]))
-        if method.residual != "dropped":
+        if method.residual not in ("dropped", "partial"):
             got = dense64(out.increment[site]) if site in out.increment else 0.0
             if method.shared_base:
                 got = got - product(s[0])
@@ -106,7 +106,7 @@ def test_ranks_may_differ_between_the_servers_of_a_tree(name):
     s, e = [x.layers["q"] for x in starts], [x.layers["q"] for x in ends]
     if method.residual == "exact":
         close(dense64(out.increment["q"]), ideal_change(s, e, n))
-    if out.factors:
+    if out.factors and "product" in method.assignment.needs:
         u, values, vh = torch.linalg.svd(mean([product(f) for f in e], n))
         close(product(out.factors["q"]), (u[:, :4] * values[:4]) @ vh[:4])
 

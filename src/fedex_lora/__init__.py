@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedex_lora.merge.call import Merge
     from fedex_lora.merge.plan import make_plan
     from fedex_lora.merge.write import merge_adapters
+    from fedex_lora.runs.by_hand.turning import open_turn
     from fedex_lora.runs.records import Round
     from fedex_lora.tasks import Metric, Task, TaskSpec, register_task
 
@@ -70,6 +71,7 @@ _HOMES = {  # where a public name is defined
     "make_plan": "merge.plan",
     "merge_adapters": "merge.write",
     "open_adapter": "merge.adapters",
+    "open_turn": "runs.by_hand.turning",
     "register_method": "aggregation.methods",
     "register_task": "tasks",
 }
@@ -107,6 +109,7 @@ __all__ = [
     "make_plan",
     "merge_adapters",
     "open_adapter",
+    "open_turn",
     "register_method",
     "register_task",
 ]

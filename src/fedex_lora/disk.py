@@ -97,6 +97,13 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def write_secret(path: Path, content: bytes) -> None:
+    """A new file that its owner alone may read."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+
+
 def append_private(path: Path, text: str) -> None:
     """Appends to a file that its owner alone may read; one that is new is made so."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -76,7 +76,11 @@ def test_every_message_has_the_bytes_foretold(name, variant):
     for state, record in zip(states[1:], records):
         up, down = run.round()
         assert {c: size.bytes for c, size in up.items()} == record["bytes_up"]
-        assert {c: size.bytes for c, size in down.items()} == record["bytes_down"]
+        foretold = {c: size.bytes for c, size in down.items()}
+        if s.method.residual == "partial":  # how much of it is known only from the numbers
+            assert all(record["bytes_down"][c] <= most for c, most in foretold.items())
+            continue
+        assert foretold == record["bytes_down"]
         changed = {k: v for k, v in state.changed.items() if not k.startswith("own/")}
         joins = broadcast_to(replace(state, held={}, changed=changed), s, "a")
         assert run.catch_up().bytes == len(encode_broadcast(joins, s.wire_dtype))

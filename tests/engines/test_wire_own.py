@@ -40,7 +40,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "OFTEN", 0.0)
 
 
-def spec(folder, name="fedsa", **blocks):
+def spec(folder, name="own-fedsa", **blocks):
     federation = {"clients": 3, "rounds": 4, **blocks.pop("federation", {})}
     blocks = {"evaluation": CLIENTS, **blocks}
     return recipe(folder, method={"name": name}, federation=federation, **blocks)
@@ -108,7 +108,9 @@ def test_every_client_exports_its_own_model_and_nobody_a_global_one(tmp_path):
     start_run(spec(tmp_path, evaluation={"where": "both"}), tmp_path / "run")
     trained = open_run(tmp_path / "run", "last")
     for write in (export_adapter, export_model):
-        with pytest.raises(UserError, match="every client has its own model under fedsa; name one"):
+        with pytest.raises(
+            UserError, match="every client has its own model under own-fedsa; name one"
+        ):
             write(trained, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list((tmp_path / "run" / "final").glob("*"))
     for client in ("ann", "bob"):
@@ -121,7 +123,9 @@ def test_every_client_exports_its_own_model_and_nobody_a_global_one(tmp_path):
     alone = trained.extra["record"]["scores_alone"]
     assert sorted(alone) == ["ann", "bob", "cleo"]
     elsewhere = replace(trained, recipe=remote(spec(tmp_path)))
-    with pytest.raises(UserError, match="fedsa: every client has its own model, a part of which"):
+    with pytest.raises(
+        UserError, match="own-fedsa: every client has its own model, a part of which"
+    ):
         export_adapter(elsewhere, tmp_path / "out", client="ann")
 
 
@@ -139,11 +143,13 @@ def test_what_is_sent_is_foreseen_to_the_byte(tmp_path):
 
 def test_what_cannot_be_is_refused_before_the_run(tmp_path):
     recipe = spec(tmp_path, evaluation={"where": "server"})
-    with pytest.raises(ValueError, match=r"evaluation.where: fedsa leaves a part .* set it to cl"):
+    with pytest.raises(
+        ValueError, match=r"evaluation.where: own-fedsa leaves a part .* set it to cl"
+    ):
         remote(recipe)
-    with pytest.raises(ValueError, match=r"records.save_updates: fedsa leaves a part"):
+    with pytest.raises(ValueError, match=r"records.save_updates: own-fedsa leaves a part"):
         remote(spec(tmp_path, records={"save_updates": True}))
-    with pytest.raises(ValueError, match=r"lora.ranks: fedsa needs equal ranks"):
+    with pytest.raises(ValueError, match=r"lora.ranks: own-fedsa needs equal ranks"):
         spec(tmp_path, lora={"ranks": [1, 2, 3]})
 
 

@@ -91,7 +91,7 @@ def test_four_rounds_are_two_and_two_more(name, extra, tmp_path):
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_fedsa_averages_A_and_leaves_B_with_its_client(wire):
-    s = federation("fedsa", clients_per_round=2, wire_dtype=wire, flush=False)
+    s = federation("own-fedsa", clients_per_round=2, wire_dtype=wire, flush=False)
     states, clients, records = simulate(s)
     own = {c: torch.zeros(26, 3) for c in s.clients}  # B = 0 in the beginning
     late = torch.zeros(3, 33).double()  # what rounding took off what was sent
@@ -119,12 +119,12 @@ def test_a_factor_that_is_kept_is_looked_at_before_the_run_goes_on_from_it():
         kept = {name: t * float("nan") for name, t in update.kept.items()}
         return update if update.client != "b" else replace(update, kept=kept)
 
-    _, _, records = simulate(federation("fedsa"), 1, breaks=spoiled)
+    _, _, records = simulate(federation("own-fedsa"), 1, breaks=spoiled)
     assert "NaN" in records[0]["refused"]["b"] and sorted(records[0]["clients"]) == list("acd")
 
 
 def test_a_server_for_other_frameworks_leaves_B_with_the_client():
-    server = Server("fedsa", SITES, ["a", "b"])
+    server = Server("own-fedsa", SITES, ["a", "b"])
     state, g = server.init(), torch.Generator().manual_seed(0)
     updates = {}
     for _ in range(3):
@@ -145,7 +145,7 @@ def test_a_server_for_other_frameworks_leaves_B_with_the_client():
 
 
 def test_what_stays_with_a_client_is_neither_clipped_nor_noised():
-    s = federation("fedsa")
+    s = federation("own-fedsa")
     start = start_of(begin(s, initial(s)), s, "a")
     end = trained_by(start, frozenset("AB"), torch.Generator().manual_seed(0), 0.1)
     turn = Turn("a", 1, range(5), start, frozenset("AB"), 0)  # type: ignore[arg-type]

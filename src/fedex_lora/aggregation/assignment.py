@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BOTH = frozenset("AB")
 NONE: frozenset[str] = frozenset()
 SUMS = frozenset({"product", "increment"})
+KNOWN = SUMS | {"ends"}
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,16 @@ class Assigned:
 class Assignment(ABC):
     """Base of all assignments; a subclass states its facts as class attributes.
 
+    Fields of the dataclass, if it has some, are its options: `method.options` of a recipe.
+
     Attributes:
         name: In tables.
         shared: Factors that the server gives to all clients alike.
         own: Factors of which each client has its own, which are its state while it is away.
         drawn: Whether all factors follow from the seed: A at random, B = 0, and nothing is sent.
-        needs: Sums over the clients' products BᵢAᵢ that `assign` reads beside the means:
-            "product", Σ wᵢsᵢBᵢAᵢ, or "increment", Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰).
+        needs: What `assign` reads beside the means. Sums over the clients' products BᵢAᵢ:
+            "product", Σ wᵢsᵢBᵢAᵢ, or "increment", Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰). Or "ends", every
+            client's factors by themselves, for which memory grows with the clients.
         dealt: Whether own factors are given by the server; otherwise a client keeps what it
             trained.
         private: Whether own factors never leave their client, which needs no sum of them.
@@ -81,7 +85,7 @@ class Assignment(ABC):
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself, or is missing."""
-        for field, known in (("shared", BOTH), ("own", BOTH), ("needs", SUMS)):
+        for field, known in (("shared", BOTH), ("own", BOTH), ("needs", KNOWN)):
             value = getattr(self, field)
             if not isinstance(value, Set) or not value <= known:
                 yield f"{field} is {value!r}; expected a set of {' and '.join(sorted(known))}"
@@ -171,6 +175,26 @@ class Svd(Assignment):
 
     def sent_down(self, trained: frozenset[str]) -> frozenset[str]:
         return BOTH
+
+
+@dataclass(frozen=True)
+class SvdAndRest(Svd):
+    """As `Svd`, and what the pair leaves out of the mean product goes into the base: FedMomentum.
+
+        B'A' = the best pair of P = Σ wᵢsᵢBᵢAᵢ,    residual = P − s·B'A'
+
+    The paper draws U and V at random (a randomised SVD) and may drop the residual; here the SVD is
+    exact and G stays the weighted mean. It is `OwnSvd` at equal ranks with one base for all.
+
+    Source:
+        Yan et al., "FedMomentum", arXiv 2603.08014.
+    """
+
+    name = "svd, rest to the base"
+    ranks_may_differ = False
+
+    def assign(self, s: Statistics) -> Assigned:
+        return Assigned(*s.split_product())
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,22 @@ class Delta:
         head = Delta(u[:, :rank], s[:rank, None] * vh[:rank])
         return head, Delta(u[:, rank:] * s[rank:], vh[rank:])
 
+    def keeping(self, energy: float) -> Delta:
+        """The best approximation of the least rank p with Σ_{j≤p} σⱼ² ≥ energy·Σⱼ σⱼ².
+
+        Without numbers (on the meta device) it is the rank that there can be.
+
+        Example:
+            >>> of = Delta(torch.diag(torch.tensor([3.0, 4.0, 0.0])))
+            >>> of.keeping(0.6).dense().diag().tolist()
+            [0.0, 4.0, 0.0]
+        """
+        u, s, vh = self.svd()
+        squares = s.double().square().cumsum(0)
+        whole = s.is_meta or energy == 1 or not len(s)
+        rank = len(s) if whole else int((squares < energy * squares[-1]).sum()) + 1
+        return Delta(u[:, :rank], s[:rank, None] * vh[:rank])
+
     def norm(self) -> Tensor:
         """‖ΔW‖_F, without forming the matrix: ‖LR‖² = Σ (LᵀL)∘(RRᵀ).
 

@@ -12,8 +12,8 @@ in what becomes of the residual, the part of G' that those factors cannot expres
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from fedex_lora.aggregation.assignment import (
@@ -24,14 +24,22 @@ from fedex_lora.aggregation.assignment import (
     OwnSvd,
     Reinit,
     Svd,
+    SvdAndRest,
 )
+from fedex_lora.aggregation.assignments.by_norm import ByNorm
+from fedex_lora.aggregation.assignments.corrected import CorrectedB
+from fedex_lora.aggregation.assignments.fitted import Fitted
+from fedex_lora.aggregation.assignments.robust_pca import RobustPca
+from fedex_lora.aggregation.assignments.shared_a import SharedA
+from fedex_lora.aggregation.assignments.thresholded import Thresholded
 from fedex_lora.aggregation.registry import Registry
 from fedex_lora.errors import RecipeError, UserError, did_you_mean
 
 GROUP = "fedex_lora.methods"  # of entry points
 
 Trains = Literal["both", "B", "alternate", "all"]
-Residual = Literal["exact", "truncated", "dropped", "zero"]
+Residual = Literal["exact", "truncated", "partial", "dropped", "zero"]
+Option = float | int | bool | str
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,8 @@ class Method:
         trains: "both" factors; "B" only; "alternate": B in odd rounds, A in even ones; "all"
             parameters of the model, without LoRA.
         assignment: Which factors the clients get next.
-        residual: "exact": all of it goes into the base; "truncated" to a rank; "dropped"; "zero":
-            there is none by construction.
+        residual: "exact": all of it goes into the base; "truncated" to a rank; "partial": as much
+            as the assignment gives of it; "dropped"; "zero": there is none by construction.
         source: Paper, and equations where it gives them.
         pooled: One client holds all the data.
     """
@@ -57,7 +65,7 @@ class Method:
     @property
     def in_ledger(self) -> bool:
         """Whether residuals go into the base."""
-        return self.residual in ("exact", "truncated")
+        return self.residual in ("exact", "truncated", "partial")
 
     @property
     def shared_base(self) -> bool:
@@ -107,6 +115,40 @@ class Method:
         trained = self.trained(round)
         return (self.assignment.sent_up(trained) if self.exchanges else trained) | {"head"}
 
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options of the assignment and their values."""
+        return {
+            field.name: getattr(self.assignment, field.name) for field in fields(self.assignment)
+        }
+
+    def with_options(self, given: Mapping[str, Option]) -> Method:
+        """The method with some of its options set.
+
+        Raises:
+            UserError: There is no such option, or it cannot have that value.
+
+        Example:
+            >>> METHODS["florist"].with_options({"energy": 0.9}).options
+            {'energy': 0.9}
+        """
+        if not given:
+            return self
+        for name, value in given.items():
+            if name not in self.options:
+                near = did_you_mean(name, self.options)
+                known = f"; known: {', '.join(self.options)}" if self.options else "; it has none"
+                raise UserError(f"method.options.{name}: there is no such option{near or known}")
+            kind = type(self.options[name])
+            alike = kind is float and type(value) is int
+            if type(value) is not kind and not alike:
+                told = f"method.options.{name}: expected a {kind.__name__}, got {value!r}"
+                raise UserError(told)
+        changed = replace(self, assignment=replace(self.assignment, **dict(given)))
+        for what in changed.assignment.problems():
+            raise UserError(f"method.options.{what}")
+        return changed
+
     def problems(self) -> Iterator[str]:
         """What contradicts itself, or is missing."""
         for field, known in (("trains", get_args(Trains)), ("residual", get_args(Residual))):
@@ -139,6 +181,13 @@ _OWN: dict[str, Method] = {
     "flexlora": Method("both", Svd(), "dropped", "Bai et al., arXiv 2402.11505"),
     "fedsvd": Method("B", Svd(), "zero", "arXiv 2505.12805"),
     "rolora": Method("alternate", Average(), "zero", "arXiv 2409.02346"),
+    "fedsa": Method("both", SharedA(), "dropped", "Guo et al., arXiv 2410.01463"),
+    "fedmomentum": Method("both", SvdAndRest(), "exact", "Yan et al., arXiv 2603.08014"),
+    "florist": Method("both", Thresholded(), "partial", "Ramesh, Dass, arXiv 2506.09199"),
+    "lora-fair": Method("both", CorrectedB(), "dropped", "Bian et al., arXiv 2411.14961"),
+    "flora-na": Method("both", Fitted(), "dropped", "Nguyen et al., arXiv 2509.26399"),
+    "hetlora": Method("both", ByNorm(), "dropped", "Cho et al., arXiv 2401.06432"),
+    "fedrpca": Method("both", RobustPca(), "dropped", "Jhunjhunwala et al., arXiv 2506.01194"),
     "full": Method("all", Average(), "zero", "McMahan et al., federated full fine-tuning"),
     "centralized": Method("both", Average(), "exact", "one client with all the data", pooled=True),
     "centralized-full": Method(

@@ -15,6 +15,21 @@ from fedex_lora.aggregation.running_sum import RunningSum
 
 
 @dataclass(frozen=True)
+class End:
+    """One client of a round, at the layer's full rank and in units of its scale.
+
+    Attributes:
+        weight: wᵢ.
+        start: Bᵢ⁰ and Aᵢ⁰.
+        end: Bᵢ and Aᵢ.
+    """
+
+    weight: float
+    start: Factors
+    end: Factors
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Means, and what an assignment asked for beside them; weights wᵢ = nᵢ / Σn sum to 1.
 
@@ -28,6 +43,7 @@ class Statistics:
             factor alone.
         product: Σ wᵢsᵢ·(Bᵢ⁰Aᵢ⁰ + η(BᵢAᵢ − Bᵢ⁰Aᵢ⁰)), if asked for.
         increment: η·Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰), if asked for.
+        ends: Every client in the order in which they were added, if asked for.
     """
 
     layer: LayerShape
@@ -38,6 +54,12 @@ class Statistics:
     covariance: Delta | None = None
     product: Delta | None = None
     increment: Delta | None = None
+    ends: tuple[End, ...] = ()
+
+    @property
+    def hollow(self) -> bool:
+        """Whether there are shapes and no numbers, as `plan` asks."""
+        return self.mean.A.is_meta
 
     @property
     def moved(self) -> Factors:
@@ -59,13 +81,18 @@ class Statistics:
 
     def best_pair(self) -> Factors:
         """B'A' nearest to `product` at the layer's rank: A' orthonormal rows, B' = UΣ/s."""
+        return self.split_product()[0]
+
+    def split_product(self) -> tuple[Factors, Delta]:
+        """`best_pair`, and what it leaves out of `product`."""
         assert self.product is not None
         rank = self.layer.rank
         u, s, vh = self.product.svd()
         missing = max(0, rank - s.shape[0])
         b = pad(u[:, :rank] * s[:rank] / self.layer.scale, (0, missing))
         a = orthonormal_rows(pad(vh[:rank], (0, 0, 0, missing)))
-        return Factors(a.contiguous(), b.contiguous(), self.layer.scale)
+        rest = Delta(u[:, rank:] * s[rank:], vh[rank:])
+        return Factors(a.contiguous(), b.contiguous(), self.layer.scale), rest
 
     def norms(self) -> tuple[float, float]:
         """The deviation, ‖Σ wᵢsᵢBᵢAᵢ − s·B̄Ā‖_F, and ‖Σ wᵢsᵢBᵢAᵢ‖_F."""
@@ -97,6 +124,7 @@ class LayerSums:
         self._start: Factors | None = None
         self._moments = Covariance(clients, terms=self.both)
         self._product, self._increment = RunningSum(clients), RunningSum(2 * clients)
+        self._ends: list[End] = []
 
     def add(self, n: float, start: Factors, end: Factors) -> None:
         """Takes in one client: where it began and where it ended, its weight n > 0."""
@@ -104,6 +132,8 @@ class LayerSums:
         self._start = self._start or start
         self._moments.add(n, end.B, end.A)
         c, began = self.layer.scale * n, bool(self.needs) and bool(start.B.any())
+        if "ends" in self.needs:
+            self._ends.append(End(n, start, end))
         if "product" in self.needs:  # B⁰A⁰ + η(BA − B⁰A⁰)
             self._product.add(end.B, end.A, c * self.eta)
             if self.eta != 1 and began:
@@ -119,6 +149,7 @@ class LayerSums:
         self._moments.combine(other._moments)
         self._product.combine(other._product)
         self._increment.combine(other._increment)
+        self._ends += other._ends
 
     def finish(self) -> Statistics:
         """The statistics of all clients added; to be called once."""
@@ -134,6 +165,7 @@ class LayerSums:
             self._moments.spread(self.layer.scale),
             self._product.total(1 / total),
             self._increment.total(self.eta / total),
+            tuple(End(x.weight / total, x.start, x.end) for x in self._ends),
         )
 
     def _full(self, f: Factors) -> Factors:

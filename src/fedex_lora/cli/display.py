@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedex_lora.cli.spoken import spoken
 from fedex_lora.errors import number, size, some, tally
+from fedex_lora.runs.spent import line
 
 if TYPE_CHECKING:
     from fedex_lora.federation.loop import Record
@@ -117,8 +118,11 @@ def round_line(record: Record) -> str:
         parts.append(f"{split}: {shown}")
     if not record.get("scores") and record.get("score") is not None:
         parts.append(f"clients' own rows: {record['score']:.3f}")
-    losses = [c["loss"] for c in record["clients"].values()]
-    parts.append(f"training loss {sum(losses) / len(losses):.3f}")
+    losses = [c["loss"] for c in record["clients"].values() if c.get("loss") is not None]
+    if losses:
+        parts.append(f"training loss {sum(losses) / len(losses):.3f}")
+    if "privacy" in record:
+        parts.append(line(record["privacy"]))
     if "deviation" in record:
         parts.append(f"deviation {record['deviation']:.3g}")
     up, down = (sum(record[k].values()) for k in ("bytes_up", "bytes_down"))

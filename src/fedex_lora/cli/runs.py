@@ -104,7 +104,7 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
                 results = launch(spec, path, deployment, resume, shown)
             else:
                 results = simulate(spec, path, resume, shown)
-    _show_results(path, results)
+    show_results(path, results)
 
 
 @app.command(name="compare")
@@ -211,7 +211,7 @@ def export(
     _show_export(exported, trained.recipe)
 
 
-def _show_results(path: Path, results: dict) -> None:
+def show_results(path: Path, results: dict) -> None:
     rows = [
         [which, split, *(f"{k} {number(v)}" for k, v in scores.items())]
         for which in ("best", "last")

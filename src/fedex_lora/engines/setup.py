@@ -17,6 +17,7 @@ from fedex_lora.data.counts import Counts, scored_on, trained_on
 from fedex_lora.data.load import known_labels, load, load_client, load_evaluation
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
+from fedex_lora.engines.private.begin import check_model
 from fedex_lora.engines.training import rehearse
 from fedex_lora.errors import RecipeError, UserError, Withheld
 from fedex_lora.federation.checks import check_shares
@@ -208,6 +209,7 @@ def _bring_to_life(
         if task.check_training is not None:
             task.check_training(model.module, smallest)
         rehearse(model, task, smallest, recipe.trainer_arguments)
+        check_model(recipe, task, model, smallest, initial)
     return Federation(
         recipe,
         task,
@@ -308,7 +310,7 @@ def federation_settings(
     recipe: Recipe, model: AdaptedModel | Architecture, clients: list[str]
 ) -> Settings:
     """The settings of the federation; the one client of pooled data has no partners to wait for."""
-    fed, method = recipe.federation, METHODS[recipe.method.name]
+    fed, method = recipe.federation, recipe.method.chosen
     ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
     widest = max(ranks.values(), default=0)
     layers = {n: s.at_rank(widest) if widest else s for n, s in model.layers.items()}

@@ -29,6 +29,7 @@ from fedex_lora.recipe.reader import Places
 from fedex_lora.recipe.wording import in_words
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
+from fedex_lora.tasks.labelled import head_of, is_causal, token_losses
 
 # what transformers and torch raise for settings they cannot use
 _REFUSED = (
@@ -239,7 +240,7 @@ def make_trainer(
     on_step: OnStep | None = None,
     collate: Callable[[list[dict[str, Any]]], Any] | None = None,
 ) -> Trainer:
-    trainer = Trainer(
+    trainer = LabelledTrainer(
         model=model.module,
         args=training_arguments(_ordered(training, task), seed, model.device, directory),
         train_dataset=rows,
@@ -248,6 +249,33 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class LabelledTrainer(Trainer):
+    """transformers.Trainer, whose loss of causal language models is computed at labelled positions
+    alone (`tasks.labelled`); it has the gradients that the Trainer's has, up to rounding."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        labels = inputs.get("labels")
+        wrapped = model is not self.model  # compiled, or spread over devices
+        if return_outputs or wrapped or labels is None or not is_causal(model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        head = head_of(model, inputs["input_ids"])
+        if head is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        smoothing = self.args.label_smoothing_factor
+        with self.accelerator.autocast():
+            losses = token_losses(head, rest, labels, smoothing)
+        return losses.total / (
+            len(losses.each) if num_items_in_batch is None else num_items_in_batch
+        )
 
 
 def score(

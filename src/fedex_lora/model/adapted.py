@@ -139,6 +139,10 @@ class AdaptedModel:
             )
         return found
 
+    def embeddings(self) -> list[Layer]:
+        """The adapted embeddings, whose factors are bare parameters of PEFT's layer."""
+        return [layer for layer in self._layers.values() if layer.embedding]
+
     def _head_maps(self) -> Iterator[Any]:
         """The modules of the head that own parameters."""
         for _, module in heads(self._base.model):

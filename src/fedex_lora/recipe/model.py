@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedex_lora.aggregation.methods import METHODS, get_method
+from fedex_lora.aggregation.methods import METHODS, Method, Option, get_method
 from fedex_lora.errors import UserError
 from fedex_lora.recipe.part import LocalPath, Part, Problem, listed
 
@@ -68,6 +68,12 @@ class MethodSpec(Part):
     rank: int | None = Field(default=None, ge=0)  # r' of a truncated residual
     carry: bool = True  # keep what truncation cut off, and add it to the next residual
     flush: bool = True  # send what is still carried in the last round
+    options: dict[str, Option] = Field(default={})  # of its assignment, e.g. {energy: 0.9}
+
+    @property
+    def chosen(self) -> Method:
+        """The method with its options."""
+        return get_method(self.name).with_options(self.options)
 
     def problems(self) -> Iterator[Problem]:
         try:
@@ -81,3 +87,8 @@ class MethodSpec(Part):
         if self.rank is not None and not truncated:
             having = listed(name for name, m in METHODS.items() if m.residual == "truncated")
             yield "rank", f"{self.name} does not cut its residual; only {having} takes a rank"
+        for name, value in self.options.items():
+            try:
+                method.with_options({name: value})
+            except UserError as error:
+                yield f"options.{name}", str(error).removeprefix(f"method.options.{name}: ")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from fedex_lora.recipe.differential import ExampleLevel
 from fedex_lora.recipe.part import Part, Problem
 
 
@@ -26,6 +27,8 @@ class Privacy(Part):
     """Nothing of it is in force unless a recipe says so."""
 
     secure_aggregation: SecureAggregation | None = None  # true: with all defaults
+    example_level: ExampleLevel | None = None
+    rehearsal: bool = False  # noise that follows from the seed: for tests, and not private
 
     @field_validator("secure_aggregation", mode="before")
     @classmethod

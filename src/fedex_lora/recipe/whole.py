@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.recipe.data import DataSpec
+from fedex_lora.recipe.differential import differential_problems
 from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
@@ -158,6 +159,7 @@ class Recipe(Part):
         """What a run that is to be private cannot do."""
         if self.privacy.secure_aggregation is not None:
             yield "privacy.secure_aggregation", "is not carried by any engine yet; leave it out"
+        yield from differential_problems(self)
 
     def _ranks(self) -> Iterator[Problem]:
         if self.lora.ranks is None:

@@ -16,6 +16,7 @@ from fedex_lora.model.inject import head_names
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.reopened import Trained
 from fedex_lora.runs.rundir import versions
+from fedex_lora.runs.spent import sentences
 from fedex_lora.tasks import Task
 
 
@@ -113,6 +114,7 @@ def model_card(
             *scores,
             "",
             *([f"Classes: {', '.join(labels)}.", ""] if labels else []),
+            *(f"{told}.\n" for told in sentences(record.get("privacy"))),
             *(f"Note: {note}.\n" for note in notes),
             *(["```python", *usage, "```", ""] if usage else []),
             "Made with " + ", ".join(f"{n} {v}" for n, v in versions().items()) + ".",

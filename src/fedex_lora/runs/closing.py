@@ -49,7 +49,8 @@ def finish(
         if best is not records[-1]:
             at_best = final_scores(federation, engine, state, best)
     if not settings.method.personal:
-        for note in _export(federation, directory, state, best).notes:
+        spent = {k: records[-1][k] for k in ("privacy",) if k in records[-1]}
+        for note in _export(federation, directory, state, {**best, **spent}).notes:
             watcher.note(note)
     results = {
         "method": federation.recipe.method.name,
@@ -62,6 +63,8 @@ def finish(
         "description": federation.description,
         **_totals(records, sum(sent.values())),
     }
+    if "privacy" in records[-1]:  # of all rounds, of which the best was chosen
+        results["privacy"] = records[-1]["privacy"]
     directory.write_json("results.json", results)
     return plain(results)
 

@@ -332,6 +332,7 @@ def _save_tokenizer(trained: Trained, new: Path) -> None:
     tokenizer.save_pretrained(new)
 
 
+PRIVACY = "privacy.json"  # what a private run spent; or that it was a rehearsal
 LOADING = "base.json"  # transformers would take a config.json here for that of a whole model
 
 
@@ -351,3 +352,5 @@ def _write_card(
     usage = loading_lines(trained.recipe, new, base, out.name)
     card = model_card(trained, what, base, notes, usage)
     (new / "README.md").write_text(card, encoding="utf-8")
+    if (spent := trained.extra["record"].get("privacy")) is not None:
+        (new / PRIVACY).write_text(json.dumps(spent, indent=1) + "\n", encoding="utf-8")

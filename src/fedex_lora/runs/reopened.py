@@ -81,17 +81,21 @@ def read_round(path: Path, which: Which | int = "best") -> Round:
     if different := edited(recipe, extra):
         changed = "; ".join(different)
         notes.append(f"{path}/recipe.yaml was changed after the run began, and is used: {changed}")
-    record = {**extra["record"], **_later_scores(directory, round)}
+    record = {**extra["record"], **_later(directory, round)}
     return Round(recipe, state, {**extra, "record": record}, tuple(notes))
 
 
-def _later_scores(directory: RunDir, round: int) -> dict[str, Any]:
-    """Scores of a round that came after its checkpoint was written: the clients' own."""
+def _later(directory: RunDir, round: int) -> dict[str, Any]:
+    """What came after a round's checkpoint was written: scores of the clients' own, and what the
+    rounds after it spent of a privacy budget, as it was chosen among them all."""
     try:
-        found = [r for r in directory.records() if r["round"] == round]
+        records = directory.records()
     except StorageError:  # damaged; the checkpoint's record will do
         return {}
-    return {k: r[k] for r in found for k in ("scores", "client_scores", "score") if k in r}
+    found = [r for r in records if r["round"] == round]
+    scores = {k: r[k] for r in found for k in ("scores", "client_scores", "score") if k in r}
+    spent = [r["privacy"] for r in records if "privacy" in r]
+    return scores | ({"privacy": spent[-1]} if spent else {})
 
 
 def open_run(path: Path, which: Which | int = "best", workdir: Path | None = None) -> Trained:

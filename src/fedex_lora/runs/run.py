@@ -13,6 +13,7 @@ from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.private.begin import plan_of, private_trainer
 from fedex_lora.engines.setup import Federation, set_up, surroundings
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer, quick_collections
@@ -24,6 +25,7 @@ from fedex_lora.federation.messages import Update
 from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences
+from fedex_lora.runs import private
 from fedex_lora.runs.autotune import settle_fuse, settle_precision
 from fedex_lora.runs.background import Background
 from fedex_lora.runs.checkpoint import shelve
@@ -31,7 +33,7 @@ from fedex_lora.runs.closing import finish
 from fedex_lora.runs.plan.plan import foreseen
 from fedex_lora.runs.preflight import check
 from fedex_lora.runs.progress import Progress
-from fedex_lora.runs.rundir import DATA, OUTPUTS, RunDir, edited, environment, plain
+from fedex_lora.runs.rundir import BY_HAND, DATA, OUTPUTS, RunDir, edited, environment, plain
 from fedex_lora.runs.scoring import evaluate
 from fedex_lora.runs.watch import Silent, Start, Watcher
 
@@ -50,8 +52,11 @@ def local_engine(
         log = TrainingLog(out / "logs", recipe.training.get("run_name") or name)
     task, training = federation.task, recipe.trainer_arguments
     on_step = _told(watcher) if watcher else None
-    if recipe.fused > 1:
-        train: Train = Fused(task, training, recipe.fused, on_step, log)
+    plan = plan_of(recipe, federation.settings, federation.examples)
+    if plan is not None:
+        train: Train = private_trainer(recipe, task, plan, on_step=on_step)
+    elif recipe.fused > 1:
+        train = Fused(task, training, recipe.fused, on_step, log)
     else:
         train = HFTrainer(task, training, on_step, log)
     return LocalEngine(
@@ -80,6 +85,10 @@ def in_this_process(
     recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
 ) -> tuple[Federation, Engine]:
     """Everything of a recipe here: all rows, one model, the local engine."""
+    if (out / BY_HAND).is_file():
+        raise RecipeError(
+            f"{out}: its rounds are carried by hand; go on with `fedex-lora round open {out}`"
+        )
     if recipe.engine.kind != "local":
         raise RecipeError(
             f"engine.kind: {recipe.engine.kind} is for `fedex-lora run`; for this command set "
@@ -89,6 +98,7 @@ def in_this_process(
     federation, more = settle_fuse(federation)
     for text in filter(None, (told, more)):
         watcher.note(text)
+    federation = private.settle(federation, watcher)
     return federation, local_engine(federation, watcher, out)
 
 
@@ -97,8 +107,13 @@ def start_run(
     out: Path,
     watcher: Watcher | None = None,
     assemble: Assemble = in_this_process,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe in a new directory and returns what results.json says.
+
+    Args:
+        most: How many rounds are played; while some are left nothing is returned, and
+            `resume_run` goes on.
 
     Raises:
         UserError: Anything the user can mend; what was saved before stays.
@@ -113,7 +128,7 @@ def start_run(
             directory.create(federation.recipe)
             directory.write_json("environment.json", environment(federation.model.device))
             state = begin(federation.settings, federation.initial)
-            return _go_on(federation, directory, engine, state, Progress(), watcher)
+            return _go_on(federation, directory, engine, state, Progress(), watcher, most)
 
 
 def resume_run(
@@ -121,11 +136,13 @@ def resume_run(
     recipe: Recipe | None = None,
     watcher: Watcher | None = None,
     assemble: Assemble = in_this_process,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Continues a run after its last finished round; bit for bit what it would have been.
 
     Args:
         recipe: If given, it must be the one the run began with.
+        most: As of `start_run`.
 
     Raises:
         UserError: No run there, or another recipe than it began with; the differences are named.
@@ -161,7 +178,7 @@ def resume_run(
         if missing := {*range(1, state.version)} - {r["round"] for r in records}:
             rounds = ", ".join(map(str, sorted(missing)))
             watcher.note(f"{out}/metrics.jsonl: no record of round {rounds}; totals lack them")
-        return _go_on(federation, directory, engine, state, Progress(records), watcher)
+        return _go_on(federation, directory, engine, state, Progress(records), watcher, most)
 
 
 def _note_environment(
@@ -185,24 +202,31 @@ def _go_on(
     state: ServerState,
     progress: Progress,
     watcher: Watcher,
+    most: int | None,
 ) -> dict[str, Any]:
     recipe = federation.recipe
     patience, rounds = recipe.evaluation.patience, federation.settings.rounds
+    until = rounds if most is None else min(rounds, state.version + most)
     progress.higher = federation.task.higher_is_better
+    private.take_up(engine, progress.records)
     directory.write_records(progress.records)
     directory.write_json(DATA, {"description": federation.description, **federation.counts})
     watcher.started(_start(federation, directory.path))
     if recipe.records.save_updates and state.version == 0:
         directory.save_global(federation.model, recipe.model.name, state, federation.settings, {})
     with quick_collections(), Background() as background:  # written while the next round trains
-        while state.version < rounds and not progress.exhausted(patience):
+        while state.version < until and not progress.exhausted(patience):
             federation, state = _admit(federation, engine, state)
             after, record = _round(federation, directory, engine, state, watcher)
+            if (told := private.told(federation, engine, record, progress.records)) is not None:
+                record["privacy"] = told
             background.wait()
             state = after
             progress.records.append(record)
             background.do(partial(progress.save, federation, directory, state))
             watcher.round_done(record)
+    if state.version < rounds and not progress.exhausted(patience):
+        return {}
     return finish(federation, directory, engine, state, progress, watcher)
 
 

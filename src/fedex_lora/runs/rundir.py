@@ -42,6 +42,7 @@ from fedex_lora.runs.saved import (
 
 DATA = "data.json"  # what the rows were, and how many of them could not be used
 SCORES = "scores.json"  # of an evaluation
+BY_HAND = "by-hand.json"  # of a run whose messages people carry: what was sent out
 OUTPUTS = "outputs"  # the folder of generated texts: ROUND/SPLIT.jsonl
 PACKAGES = ("fedex-lora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "numpy")
 

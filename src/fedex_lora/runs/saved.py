@@ -31,6 +31,17 @@ class Trained(_Part):
     examples: int | None = None
 
 
+class Spent(_Part):
+    """What was spent of a privacy budget by the end of a round."""
+
+    level: str
+    delta: float
+    epsilon: dict[str, float]
+    private: bool | str
+    budget: float | None = None
+    steps: dict[str, list[list[float]]] = {}
+
+
 class Record(_Part):
     """A line of metrics.jsonl."""
 
@@ -45,6 +56,7 @@ class Record(_Part):
     scored_by: list[str] = []
     weights: dict[str, float] = {}
     deviation: float | None = None
+    privacy: Spent | None = None
 
 
 class Scored(_Part):

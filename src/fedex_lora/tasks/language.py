@@ -17,7 +17,14 @@ from fedex_lora.tasks.base import (
     pad,
     pad_inputs,
 )
-from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, Tensor, functional, nn
+from fedex_lora.tasks.lazy import (
+    Dataset,
+    PreTrainedTokenizerBase,
+    Tensor,
+    functional,
+    labelled,
+    nn,
+)
 from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, Metric, mean_loss, perplexity
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.packing import check_packing, packed
@@ -104,7 +111,12 @@ def row_losses(
         for indices, rows in by_length(encoded, batch_size):
             batch = {key: value.to(device) for key, value in collate(rows).items()}
             labels = batch.pop("labels")
-            sums |= zip(indices, zip(*_nll(model(**batch).logits, labels)))
+            head = labelled.head_of(model, batch["input_ids"])
+            if head is None:
+                found = _nll(model(**batch).logits, labels)
+            else:
+                found = labelled.token_losses(head, batch, labels).by_row(len(rows))
+            sums |= zip(indices, zip(*found))
     return sums
 
 

@@ -35,10 +35,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.nn import functional
     from transformers import PreTrainedTokenizerBase
+
+    from fedex_lora.tasks import labelled
 else:
     datasets, numpy = _Late("datasets"), _Late("numpy")
     torch, transformers = _Late("torch"), _Late("transformers")
     nn, functional = _Late("torch.nn"), _Late("torch.nn.functional")
+    labelled = _Late("fedex_lora.tasks.labelled")  # which needs torch
     stats, sklearn_metrics = _Late("scipy.stats"), _Late("sklearn.metrics")
     Dataset = _Late("datasets", "Dataset")
     Tensor = PreTrainedTokenizerBase = _Late("torch")  # names of types
@@ -49,6 +52,7 @@ __all__ = [
     "Tensor",
     "datasets",
     "functional",
+    "labelled",
     "nn",
     "numpy",
     "sklearn_metrics",

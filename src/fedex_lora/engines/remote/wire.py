@@ -119,6 +119,7 @@ def agreed(recipe: Recipe, task: Task) -> dict[str, Any]:
         "federation": _only(raw["federation"], "rounds", "wire_dtype"),
         "evaluation": _only(raw["evaluation"], "where", "client_fraction", "batch_size"),
         "data": _only(raw["data"], "train_examples"),
+        "privacy": raw["privacy"],
         "labels": list(task.labels or ()),
     }
     return dict(_dotted(json.loads(json.dumps(parts))))

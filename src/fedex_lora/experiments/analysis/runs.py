@@ -19,6 +19,7 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import leaves
 from fedex_lora.runs.checkpoint import checkpoints
 from fedex_lora.runs.rundir import DATA, RunDir
+from fedex_lora.runs.spent import sentences
 
 Shape = tuple[int, int]
 _DEPTH = 4  # of directories that are searched for runs
@@ -125,6 +126,7 @@ def read_run(path: Path) -> Run:
         notes.append("results.json is damaged; the run counts as unfinished")
         results = None
     notes += _progress(records, recipe, results is not None)
+    notes += sentences(records[-1].get("privacy") if records else None)
     environment, data = (_mapping(directory.read_json(name)) for name in ("environment.json", DATA))
     said = results["description"] if results else data.get("description")
     said = said or _described(path)

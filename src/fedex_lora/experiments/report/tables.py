@@ -76,6 +76,7 @@ def clients(study: Study, task: str) -> Table | None:
     columns = {
         "examples": _examples(placed),
         f"last training loss, {main}": _losses(p.run.records[-1] for p in placed if p.arm == main),
+        **_epsilons(p for p in placed if p.arm == main),
         **_scored(placed, "scores_alone", lambda s: [*s][-1], "alone ({arm}): {split} {metric}"),
         **_scored(by_arm, "client_scores", lambda s: "", "own rows, {arm}: {metric}"),
     }
@@ -111,6 +112,16 @@ def _losses(records: Iterator[Mapping[str, Any]]) -> dict[str, str]:
             if client.get("loss") is not None:
                 found.setdefault(name, []).append(client["loss"])
     return {name: f"{statistics.fmean(v):.3f}" for name, v in found.items()}
+
+
+def _epsilons(placed: Iterator[Placed]) -> dict[str, dict[str, str]]:
+    """A column of what each client's rows cost, the largest of the seeds; none in runs that are
+    not private."""
+    found: dict[str, float] = {}
+    for p in placed:
+        for name, value in (p.run.records[-1].get("privacy") or {}).get("epsilon", {}).items():
+            found[name] = max(value, found.get(name, 0.0))
+    return {"ε": {name: f"{value:.3g}" for name, value in found.items()}} if found else {}
 
 
 def _scored(

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedex_lora import __version__
-from fedex_lora.disk import reason, write_atomic
+from fedex_lora.disk import reason, write_atomic, write_secret
 from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.flower.deploy import templates
-from fedex_lora.flower.deploy.keys import write_certificates, write_key_pair, write_secret
+from fedex_lora.flower.deploy.keys import write_certificates, write_key_pair
 from fedex_lora.flower.deploy.names import check_client_names
 
 FILE = "deployment.json"

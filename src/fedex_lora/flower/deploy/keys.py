@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedex_lora.disk import reason
+from fedex_lora.disk import reason, write_secret
 from fedex_lora.errors import DeploymentError, StorageError
 
 _CA_DAYS, _SERVER_DAYS = 3650, 730
@@ -105,13 +104,6 @@ def write_key_pair(path: Path) -> None:
     )
     write_secret(path, private)
     path.with_name(path.name + ".pub").write_bytes(public + b"\n")
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """A new file that its owner alone may read."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
 
 
 def check_certificate(server: Path, hosts: Sequence[str]) -> str | None:

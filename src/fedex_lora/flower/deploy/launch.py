@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedex_lora.disk import write_atomic
+from fedex_lora.disk import write_atomic, write_secret
 from fedex_lora.errors import DeploymentError, UserError, check_installed, shows_rows
 from fedex_lora.flower.deploy import commands, templates
 from fedex_lora.flower.deploy.init import new_folders, read_deployment, write_app
-from fedex_lora.flower.deploy.keys import write_secret
 from fedex_lora.flower.deploy.processes import await_port, free_port, run_to_end, running
 from fedex_lora.flower.progress import follow
 from fedex_lora.recipe import Recipe

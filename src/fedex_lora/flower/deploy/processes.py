@@ -19,12 +19,11 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
-from fedex_lora.disk import reason
+from fedex_lora.disk import reason, write_secret
 from fedex_lora.errors import DeploymentError, StorageError
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.commands import Command
 from fedex_lora.flower.deploy.init import Deployment
-from fedex_lora.flower.deploy.keys import write_secret
 from fedex_lora.flower.deploy.words import Log
 
 Say = Callable[[str], object]

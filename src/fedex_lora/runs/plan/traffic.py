@@ -18,7 +18,7 @@ from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.aggregator import Aggregate, assign
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Ledger
-from fedex_lora.aggregation.statistics import Statistics
+from fedex_lora.aggregation.statistics import End, Statistics
 from fedex_lora.federation.codec import broadcast_nbytes, ledger_tensors, update_nbytes
 from fedex_lora.federation.messages import Tensors, Update, flat, only
 from fedex_lora.federation.settings import Settings
@@ -214,6 +214,7 @@ class DryRun:
             terms(k - 1) if both and k > 1 else None,
             terms(k if eta == 1 else k + began) if "product" in assignment.needs else None,
             terms(k + began) if "increment" in assignment.needs else None,
+            (End(1 / k, mean, mean),) * k if "ends" in assignment.needs else (),
         )
 
     def _has_begun(self, client: str) -> bool:
@@ -248,8 +249,9 @@ class DryRun:
 class _Statistics(Statistics):
     """Without numbers."""
 
-    def best_pair(self) -> Factors:
-        return self.mean
+    def split_product(self) -> tuple[Factors, Delta]:
+        assert self.product is not None
+        return self.mean, self.product.split(self.layer.rank)[1]
 
 
 def _empty(*shape: int) -> Tensor:

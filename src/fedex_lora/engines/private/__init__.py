@@ -1,0 +1,1 @@
+"""Training with example-level differential privacy: DP-SGD at each client, and its account."""

@@ -1,0 +1,216 @@
+"""Each example's own gradient, by Opacus; and whether it is that of the example alone.
+
+A loss averaged over all tokens of a batch, as transformers computes it, makes one example's
+gradient depend on how long the others are. So the loss of an example is averaged within it, and a
+batch's is their sum.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedex_lora.errors import RecipeError
+from fedex_lora.model.adapted import AdaptedModel
+from fedex_lora.model.layer import ADAPTER, Layer
+from fedex_lora.tasks.base import IGNORED, Batch
+
+_root, _there = logging.getLogger(), logging.NullHandler()
+_root.addHandler(_there)  # else Opacus gives the whole process a log on stderr
+from opacus.grad_sample import GradSampleModule  # noqa: E402
+
+_root.removeHandler(_there)
+
+TOLERANCE = 1e-3  # of a gradient's norm, in float32; what depends on others is far off
+COARSE = 0.1  # the same where the frozen weights are of 16 bits or fewer
+
+
+def example_losses(
+    logits: Tensor, labels: Tensor, regression: bool = False, smoothing: float = 0.0
+) -> Tensor:
+    """The loss of each example, averaged over what is predicted in it, in float32.
+
+    Args:
+        logits: Rows × classes; rows × tokens × vocabulary of a causal model; rows × 1.
+        labels: A number for each row; of a causal model one for each token.
+        regression: Whether the loss is the squared error, not −log p.
+        smoothing: ε of label smoothing, as torch's cross_entropy has it.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 4)  # −log ¼ at each token that counts
+        >>> example_losses(logits, torch.tensor([[0, 1, 2], [0, 1, IGNORED]])).tolist()
+        [1.3862943649291992, 1.3862943649291992]
+    """
+    logits = logits.float()
+    if regression:
+        return (logits.squeeze(-1) - labels).square()
+    if labels.dim() == 2:  # a token's logits are for the one after it
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    each = functional.cross_entropy(
+        logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=smoothing,
+    ).reshape(labels.shape)
+    if labels.dim() == 1:
+        return each
+    return each.sum(1) / labels.ne(IGNORED).sum(1).clamp(min=1)
+
+
+@contextmanager
+def per_example(model: AdaptedModel) -> Iterator[None]:
+    """While it lasts, a backward pass from a sum of losses leaves in `grad_sample` of each trained
+    parameter the gradient of every example: rows × the parameter's shape.
+
+    Modules have to be in training mode: in evaluation mode Opacus records nothing.
+    """
+    module = model.module
+    with ExitStack() as stack:
+        # PEFT keeps the factors of an embedding as bare parameters, of which Opacus sees nothing
+        bare = [p for layer in model.embeddings() for p in layer.factors() if p.requires_grad]
+        for parameter in bare:
+            parameter.requires_grad_(False)
+        wrapped = GradSampleModule(module, loss_reduction="sum", strict=True)
+        stack.callback(wrapped.to_standard_module)
+        for parameter in bare:
+            parameter.requires_grad_(True)
+            stack.callback(_forget, parameter)
+        for layer in model.embeddings():
+            stack.enter_context(_embedding(layer))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        yield
+
+
+def _forget(parameter: nn.Parameter) -> None:
+    if hasattr(parameter, "grad_sample"):
+        delattr(parameter, "grad_sample")
+
+
+@contextmanager
+def _embedding(layer: Layer) -> Iterator[None]:
+    """y = base(x) + s·B·A[:, x], so with g = ∂L/∂y an example's gradient of B is s·Σ g·A[:, x]ᵀ,
+    and that of A has s·Bᵀg added to the column of each of its tokens."""
+    a, b = layer.factors()
+
+    def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda g: _grad_samples(layer, a, b, args[0], g))
+
+    handle = layer.module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _grad_samples(
+    layer: Layer, a: nn.Parameter, b: nn.Parameter, tokens: Tensor, g: Tensor
+) -> None:
+    factors = layer.module
+    scale = factors.scaling[ADAPTER]
+    embed_scale = factors._get_embed_scale()  # Gemma 3 scales inside its embedding layer
+    g = g.detach().float() * scale * (1.0 if embed_scale is None else embed_scale.float())
+    if b.requires_grad:
+        rows = a.detach().T[tokens]  # examples × tokens × r
+        b.grad_sample = torch.einsum("nto,ntr->nor", g, rows)  # pyright: ignore
+    if a.requires_grad:
+        back = g @ b.detach()  # examples × tokens × r
+        padding = factors.get_base_layer().padding_idx
+        if padding is not None:  # of which torch takes no gradient
+            back = back * tokens.ne(padding).unsqueeze(-1)
+        found = back.new_zeros(len(tokens), a.shape[1], a.shape[0])
+        index = tokens.unsqueeze(-1).expand_as(back)
+        a.grad_sample = found.scatter_add_(1, index, back).transpose(1, 2)  # pyright: ignore
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def gradients(
+    model: AdaptedModel, batch: Mapping[str, Tensor], regression: bool
+) -> dict[str, Tensor | None]:
+    """Each example's gradients by parameter, without dropout; None where Opacus saw none.
+
+    Only what is trained is in training mode: attention that drops out would not repeat.
+    """
+    module = model.module
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    for m in module.modules():
+        own = any(p.requires_grad for p in m.parameters(recurse=False))
+        m.training = own and not isinstance(m, nn.Dropout)
+    try:
+        with per_example(model):
+            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+            logits = module(**inputs).logits
+            labels = batch["labels"].to(model.device)
+            example_losses(logits, labels, regression).sum().backward()
+            found = {name: getattr(p, "grad_sample", None) for name, p in trained(module).items()}
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        module.zero_grad(set_to_none=True)
+    return found
+
+
+def check_gradients(
+    model: AdaptedModel, rows: Sequence[Batch], whole: Batch, regression: bool
+) -> None:
+    """Whether the gradient of every example in a batch is that of the example by itself.
+
+    Where it is not, or Opacus passes over a parameter, clipping would bound nothing, and noise
+    hide nothing.
+
+    Args:
+        rows: Batches of one example.
+        whole: The batch of them all.
+
+    Raises:
+        UserError: A parameter's is not; it is named.
+    """
+    try:
+        together = gradients(model, whole, regression)
+        alone = [gradients(model, row, regression) for row in rows]
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"privacy.example_level: Opacus cannot take this model's gradients by example: {error}"
+        ) from error
+    for name, found in together.items():
+        owner = name.removeprefix("base_model.model.").rpartition(".")[0]
+        remedy = (
+            f"leave {owner.split('.lora_')[0]} out of lora.target_modules and "
+            "lora.modules_to_save, or take another model"
+        )
+        if found is None or any(one[name] is None for one in alone):
+            raise RecipeError(
+                f"privacy.example_level: Opacus has no gradient by example of {name}, so noise "
+                f"would protect nothing there; {remedy}"
+            )
+        if len(found) != len(rows):
+            raise RecipeError(
+                f"privacy.example_level: {name} is not computed row by row ({len(found)} gradients "
+                f"of {len(rows)} rows); {remedy}"
+            )
+        single = torch.cat([one[name] for one in alone])  # pyright: ignore
+        off = (found - single).norm().item()
+        most = COARSE if _coarse(model) else TOLERANCE
+        if not off <= most * single.norm().item():
+            raise RecipeError(
+                f"privacy.example_level: the gradient of a row's {name} depends on the other rows "
+                f"of its batch ({off / (single.norm().item() or 1):.2g} off); {remedy}"
+            )
+
+
+def _coarse(model: AdaptedModel) -> bool:
+    return any(p.dtype != torch.float32 for p in model.module.parameters())

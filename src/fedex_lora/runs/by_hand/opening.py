@@ -1,0 +1,191 @@
+"""Opening a round: a signed folder for each of its clients."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedex_lora.aggregation.adapter import AdapterState, Factors
+from fedex_lora.aggregation.delta import Delta
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.data.partition import client_names
+from fedex_lora.engines.remote.wire import NOTHING, facts
+from fedex_lora.engines.setup import Federation, roster, set_up_server, surroundings
+from fedex_lora.errors import ProtocolError, RecipeError, StorageError
+from fedex_lora.federation.codec import encode_broadcast
+from fedex_lora.federation.state import (
+    ServerState,
+    base_increment,
+    begin,
+    broadcast_to,
+    start_of,
+)
+from fedex_lora.model.adapted import AdaptedModel
+from fedex_lora.model.config import CONFIG
+from fedex_lora.recipe import Privacy, Recipe
+from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.by_hand import share
+from fedex_lora.runs.by_hand.folder import (
+    ADAPTER,
+    BROADCAST,
+    INCREMENT,
+    KEY,
+    RECIPE,
+    SIGNATURE,
+    TURN,
+    Turn,
+    digests_of,
+    sha256,
+    turn_of,
+)
+from fedex_lora.runs.by_hand.signing import fingerprint, public, signer
+from fedex_lora.runs.rundir import BY_HAND, RunDir
+
+PRIVATE = "coordinator.key"  # in the run's directory
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A round that waits for its updates.
+
+    Attributes:
+        folders: Addresses of the clients' folders.
+        key: Fingerprint of the coordinator's key, for clients to compare.
+    """
+
+    round: int
+    rounds: int
+    folders: dict[str, str]
+    key: str
+
+
+def names_of(recipe: Recipe) -> list[str]:
+    """The clients; those of rows that are dealt out have numbers.
+
+    Raises:
+        UserError: A method whose rounds cannot be carried by hand.
+    """
+    method = METHODS[recipe.method.name]
+    if not method.exchanges or method.pooled or method.trains == "all":
+        raise RecipeError(
+            f"method.name: {recipe.method.name} sends no adapters; rounds by hand need a method "
+            "that does, e.g. fedex"
+        )
+    if method.assignment.private:
+        raise RecipeError(
+            f"method.name: {recipe.method.name} leaves a part of every model with its client from "
+            "round to round; rounds by hand send all in a folder: take another method"
+        )
+    if recipe.privacy != Privacy():
+        raise RecipeError(
+            "privacy: whoever carries a round by hand sees every update; leave this block out"
+        )
+    if recipe.engine.precision == "auto":
+        raise RecipeError(
+            "engine.precision: auto is measured on one machine; name float32 or bfloat16"
+        )
+    return roster(recipe) or client_names(recipe.federation.clients)
+
+
+def open_round(run: Path, to: str | None = None) -> Opened:
+    """Writes the folders of a run's next round.
+
+    Opening a round once more writes the same files again, and leaves updates as they are.
+
+    Args:
+        to: The address below which they go, as fsspec knows it; `RUN/by-hand` by default, or
+            where the round before went.
+
+    Raises:
+        UserError: The run is finished, or was changed; the address cannot be written.
+    """
+    directory = RunDir(run)
+    recipe = directory.recipe()
+    if directory.results() is not None:
+        raise ProtocolError(
+            f"{run}: is finished; `fedex-lora resume {run} --rounds N` goes on with more rounds"
+        )
+    with surroundings(recipe), directory.held():
+        state, extra, _ = directory.newest()
+        federation = set_up_server(recipe, extra.get("clients") or names_of(recipe))
+        state = state or begin(federation.settings, federation.initial)
+        known = directory.read_json(BY_HAND) or {"run": secrets.token_hex(8), "opened": {}}
+        to = to or str(known.get("to", run / "by-hand"))
+        round, folders = state.version + 1, {}
+        key, opened = signer(run / PRIVATE), {}
+        for client in federation.settings.sample(round):
+            with tempfile.TemporaryDirectory() as work:
+                folder = Path(work)
+                token = sha256(key.sign(f"{known['run']}/{round}/{client}".encode()))[:32]
+                turn = _write(federation, state, client, folder, known["run"], token)
+                (folder / TURN).write_bytes(turn.text())
+                (folder / SIGNATURE).write_bytes(key.sign(turn.text()))
+                (folder / KEY).write_bytes(public(key))
+                folders[client] = share.below(to, f"round-{round:04d}", client)
+                _check_free(folders[client], turn)
+                share.put(folder, folders[client], last=TURN)
+                opened[client] = sha256(turn.text())
+        known |= {"to": to, "opened": {**known["opened"], str(round): opened}}
+        directory.write_json(BY_HAND, known)
+        return Opened(round, federation.settings.rounds, folders, fingerprint(public(key)))
+
+
+def _check_free(address: str, turn: Turn) -> None:
+    try:
+        there = share.read(address, TURN)
+    except StorageError:  # no folder yet; an address that cannot be written is told when it is
+        return
+    if there is not None and turn_of(there, address).run != turn.run:
+        raise StorageError(
+            f"{address}: holds the folder of another run; name another address with `to`"
+        )
+
+
+def _write(
+    federation: Federation, state: ServerState, client: str, folder: Path, run: str, token: str
+) -> Turn:
+    """All files but turn.json and what belongs to it."""
+    recipe, settings, model = federation.recipe, federation.settings, federation.model
+    (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    message = broadcast_to(state, settings, client, NOTHING)
+    (folder / BROADCAST).write_bytes(encode_broadcast(message))
+    start = start_of(state, settings, client)
+    model.save_adapter(start, folder / ADAPTER, base_name=recipe.model.name)
+    own = None if settings.method.shared_base else start.layers
+    _write_increment(model, recipe, state, own, folder / INCREMENT)
+    found = facts(recipe, federation.task, model, federation.initial)
+    return Turn(
+        run,
+        message.round,
+        settings.rounds,
+        client,
+        token,
+        sorted(settings.method.trained(message.round)),
+        dict(found.agreed),
+        dict(found.digests),
+        digests_of(folder),
+    )
+
+
+def _write_increment(
+    model: AdaptedModel, recipe: Recipe, state: ServerState, own: Any, folder: Path
+) -> None:
+    """T − own as a PEFT adapter at scale 1, to be merged into the base before training."""
+    factors = {}
+    for name, layer in model.layers.items():
+        delta = base_increment(state.ledger, name, own[name] if own else None, fold=False)
+        delta = delta or Delta(torch.zeros(layer.out, 1), torch.zeros(1, layer.inp))
+        left, right = delta.smaller().factors()
+        factors[name] = Factors(right, left, 1.0)
+    if not any(f.A.any() and f.B.any() for f in factors.values()):
+        return  # the pretrained weights, as they are
+    model.save_adapter(AdapterState(factors, {}), folder, base_name=recipe.model.name)
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"modules_to_save": None, "lora_dropout": 0.0, "task_type": None}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
