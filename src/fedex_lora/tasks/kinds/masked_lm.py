@@ -1,9 +1,9 @@
 """Masked language modelling of a text column: some tokens are hidden, and are to be found again.
 
 So an encoder is pretrained further on the texts of a field, at institutions that keep them
-(FedBERT). Of the tokens `mask_probability` are chosen anew for each batch; 80 % of these are hidden,
-10 % are others, 10 % stay (Devlin et al., arXiv 1810.04805). Rows that a model is scored on are
-hidden once.
+(FedBERT). Of the tokens `mask_probability` are chosen anew for each batch; 80 % of these are
+hidden, 10 % are others, 10 % stay (Devlin et al., arXiv 1810.04805). Rows that a model is scored on
+are hidden once.
 """
 
 from __future__ import annotations
