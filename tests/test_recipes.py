@@ -98,7 +98,7 @@ def write_rows(recipe: Recipe, folder: Path) -> dict[str, Any]:
     splits = {"train": ROWS, "validation": ROWS // 2}
     if recipe.task.title == "mnli":
         splits = {"train": ROWS, "validation_matched": 4, "validation_mismatched": 4}
-    clients = [folder / file.name for file in spec.clients or []]
+    clients = [folder / file.name for _, (file,) in spec.files()]
     further = {split: str(folder / f"{split}.jsonl") for split in spec.evaluation}
     if recipe.task.kind == "image-classification":
         pytest.importorskip("PIL.Image").new("RGB", (16, 16), "red").save(folder / "x.png")

@@ -72,9 +72,8 @@ def of_words(words: Any, tags: Any, known: Sequence[str]) -> Annotated:
     for i, (word, given) in enumerate(zip(words, tags), start=1):
         if not isinstance(word, str) or not word.strip():
             raise Unusable(f"token {i} is {shown(word)}; expected a text that is not empty.")
-        numbered = isinstance(given, int) and 0 <= given < len(known)
-        tag: str = known[given] if numbered else given
-        if tag not in known:
+        tag = known[given] if isinstance(given, int) and 0 <= given < len(known) else given
+        if not isinstance(tag, str) or tag not in known:
             raise Unusable(f"tag {i} is {shown(given)}; expected one of {', '.join(known)}.")
         places.append((at, at + len(word)))
         mark, _, kind = tag.partition("-")
