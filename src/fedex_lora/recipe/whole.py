@@ -99,9 +99,9 @@ class Recipe(Part):
             )
 
     def _clients(self) -> Iterator[Problem]:
-        known = [name for name, _ in self.data.files()] or self.federation.names
-        for name in self.data.validation if known else ():
-            if name not in known:
+        known = [name for name, _ in self.data.files()] or self.federation.names or []
+        for name in self.data.validation:
+            if known and name not in known:
                 near = did_you_mean(name, known)
                 yield f"data.validation.{name}", f"expected one of {listed(known)}{near}"
         if self.data.validation and self.evaluation.where == "server":
