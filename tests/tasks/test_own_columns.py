@@ -18,6 +18,7 @@ from fedex_lora.runs.export import export_model
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import start_run
 from fedex_lora.tasks import build_task
+from fedex_lora.tasks.chat_templates import TEMPLATES
 
 CASES: dict[str, tuple[str, dict[str, Any], Any]] = {  # kind of task: model, block, row by number
     "text-regression": ("bert", {}, lambda i: {"text": TEXT[i % 4], "label": i / 2}),
@@ -37,6 +38,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {  # kind of task: model, bl
         {},
         lambda i: {"question": TEXT[i % 4], "choices": ["fox", "dog", "file"], "label": i % 3},
     ),
+    "chat": (
+        "llama",
+        {"template": "chatml", "max_length": 120},
+        lambda i: {"instruction": "Who?", "output": TEXT[i % 4]},
+    ),
     "t5": (
         "t5",
         {"kind": "seq2seq", "prompt": "say: {a}", "response": "{b}", "generate": True},
@@ -48,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {  # kind of task: model, bl
         lambda i: {"a": TEXT[i % 4], "b": "fox"},
     ),
 }
-TARGETS = {"t5": ["q", "v"], "bart": ["q_proj", "v_proj"]}
+TARGETS = {"t5": ["q", "v"], "bart": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj"]}
 
 
 def spec_of(name: str, folder: Path) -> Recipe:
@@ -82,21 +88,24 @@ def test_a_run_learns_and_its_export_scores_the_same(name, tmp_path):
     out = export_model(trained, tmp_path / "out").path
     task = build_task(spec.task)
     model = getattr(transformers, task.auto_model).from_pretrained(out)
-    plain = tiny_scores(task, model, tmp_path)
+    length = spec.task.max_length
+    plain = tiny_scores(task, model, tmp_path, length)
+    if name == "chat":
+        assert tokenizer_of(out).chat_template == TEMPLATES["chatml"]
     assert plain == pytest.approx(scores, rel=1e-3, abs=1e-4)
     before = getattr(transformers, task.auto_model).from_pretrained(
         spec.model.name, **task.model_kwargs()
     )
     if name not in ("masked-lm", *TARGETS):  # whose head is not fresh
         return
-    assert tiny_scores(task, before, tmp_path)["loss"] > scores["loss"]
+    assert tiny_scores(task, before, tmp_path, length)["loss"] > scores["loss"]
 
 
-def tiny_scores(task, model, folder: Path) -> dict[str, float]:
+def tiny_scores(task, model, folder: Path, length: int) -> dict[str, float]:
     rows = read(folder / "data" / "validation.jsonl")
     tokenizer = tokenizer_of(folder / "out")
     encode = task.encode_evaluation or task.encode
-    return task.evaluate(model, encode(rows, tokenizer, 40), tokenizer, 4)
+    return task.evaluate(model, encode(rows, tokenizer, length), tokenizer, 4)
 
 
 def test_losses_that_cannot_be_told_apart_by_client_are_not_fused(tmp_path):
@@ -123,6 +132,6 @@ def test_padding_changes_no_score(tmp_path):
         torch.manual_seed(3)
         model = getattr(transformers, auto).from_pretrained(path, **task.model_kwargs())
         encode = task.encode_evaluation or task.encode
-        rows = encode(read(tmp_path / f"{name}.jsonl"), tokenizer, 60)
+        rows = encode(read(tmp_path / f"{name}.jsonl"), tokenizer, 120)
         alone, together = (task.evaluate(model, rows, tokenizer, size) for size in (1, 4))
         assert alone == pytest.approx(together, rel=1e-4, abs=1e-5), name
