@@ -275,10 +275,14 @@ def try_settings(
         raise UserError(
             "training: no batch is left of a client's rows; set dataloader_drop_last: false"
         )
-    if task.regression and training.get("label_smoothing_factor"):
-        raise UserError(
-            "training.label_smoothing_factor: labels of a regression cannot be smoothed"
-        )
+    unsmoothed = {
+        "a regression": task.regression,
+        "any number of classes": task.multi_label,
+        "a decoder": task.peft_task_type == "SEQ_2_SEQ_LM",
+    }
+    odd = next((what for what, found in unsmoothed.items() if found), None)
+    if odd and training.get("label_smoothing_factor"):
+        raise UserError(f"training.label_smoothing_factor: labels of {odd} cannot be smoothed")
 
 
 def make_trainer(

@@ -13,7 +13,7 @@ from fedex_lora.recipe.differential import differential_problems
 from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
-from fedex_lora.recipe.part import Part, Problem, check, listed
+from fedex_lora.recipe.part import Part, Problem, check, did_you_mean, listed
 from fedex_lora.recipe.privacy import Privacy
 from fedex_lora.recipe.refused import REFUSED_TRAINING
 from fedex_lora.recipe.task import TaskBlock
@@ -99,6 +99,13 @@ class Recipe(Part):
             )
 
     def _clients(self) -> Iterator[Problem]:
+        known = [name for name, _ in self.data.files()] or self.federation.names or []
+        for name in self.data.validation:
+            if known and name not in known:
+                near = did_you_mean(name, known)
+                yield f"data.validation.{name}", f"expected one of {listed(known)}{near}"
+        if self.data.validation and self.evaluation.where == "server":
+            yield "data.validation", "clients are not scored; set evaluation.where: clients or both"
         if self.data.clients is None:
             return
         if len(self.data.clients) != self.federation.clients:
@@ -150,6 +157,8 @@ class Recipe(Part):
             yield "engine.fuse", f"{self.method.name} has a base for each client; leave it out"
         if self.lora.ranks is not None:
             yield "engine.fuse", "needs equal ranks; leave it or lora.ranks out"
+        if getattr(self.task, "packing", False):
+            yield "engine.fuse", "clients' rows stand side by side; leave it or task.packing out"
         for name, value in self.training.items():
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
