@@ -108,7 +108,8 @@ def shapes(settings: Settings, round: int, width: Mapping[str, int], head: Tenso
                 found[f"{kind} Z/{name}"] = (width[name] + MORE, layer.inp)
         if settings.ranks and products(method, round):
             found[f"ranks/{name}"] = (layer.rank,)
-    return found | {f"head/{name}": tuple(t.shape) for name, t in head.items()}
+    # sorted: a head that was read from a file has another order than one that was trained
+    return found | {f"head/{name}": tuple(head[name].shape) for name in sorted(head)}
 
 
 def contribution(
@@ -147,7 +148,8 @@ def contribution(
         if settings.ranks and products(method, round):
             rank = start.layers[name].rank
             found[f"ranks/{name}"] = (torch.arange(layer.rank) < rank).double()
-    return found | {f"head/{n}": end.head[n].double() - t.double() for n, t in start.head.items()}
+    moved = {n: end.head[n].double() - t.double() for n, t in sorted(start.head.items())}
+    return found | {f"head/{n}": t for n, t in moved.items()}
 
 
 def aggregate(
