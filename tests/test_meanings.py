@@ -66,6 +66,8 @@ def alone(key: Key) -> dict:
         "data.clients": {"data": {"path": None}, "federation": {"clients": 2}},
         "task.columns": {"task": {"kind": "math", "name": "gsm8k"}},
     }
+    if key.name.startswith("federation.server_optimizer."):
+        return {"federation": {"server_optimizer": {"name": "fedadam"}}}
     return changes.get(key.name, {})
 
 

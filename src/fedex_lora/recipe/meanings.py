@@ -181,6 +181,13 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.align": ("true", "Each client's pair is rotated towards the others' before it is "
         "averaged."),
     "federation.server_learning_rate": ("0.5", "The mean change is multiplied by it."),
+    "federation.server_optimizer.name": ("fedadam", "What the server makes of the mean change, in "
+        "place of adding it."),
+    "federation.server_optimizer.learning_rate": ("0.1", "Of the server."),
+    "federation.server_optimizer.momentum": ("0.9", "Share of earlier changes that is kept."),
+    "federation.server_optimizer.beta2": ("0.99", "The same of their squares (fedadam, fedyogi)."),
+    "federation.server_optimizer.tau": ("1.0e-3", "Added to the root of the squares (fedadam, "
+        "fedyogi)."),
     "federation.min_clients": ("2", "Fewer valid updates stop the run; its checkpoints stand."),
     "federation.failure_rate": ("0.2", "Rehearsal: the probability that a client fails in a round. "
         "Engine local."),
