@@ -14,7 +14,7 @@ SMALL_LM ?=
 RESULTS ?= runs/results
 JOBS ?= 1
 
-.PHONY: help setup demo test deployment results bench chaos lint type docs dist clean
+.PHONY: help setup demo test deployment results bench chaos lint type docs dist installed clean
 
 help:
 	@echo "make demo    set up, then federate a small model over three clients, offline (minutes)"
@@ -28,6 +28,7 @@ help:
 	@echo "make type    static types"
 	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make dist    a wheel and an sdist in dist/, and whether they are complete"
+	@echo "make installed   what was built, installed elsewhere and used (minutes)"
 	@echo "make clean   remove $(VENV) and caches; runs/ stays"
 	@echo "PYTHON=python3.12 before any of them chooses another Python (3.11 or newer)"
 
@@ -94,6 +95,10 @@ dist: setup
 	$(BIN)/python -m build --outdir dist . > /dev/null
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/wheel.py dist/*.whl
+
+# What is in dist/, installed into an environment of its own and used outside the checkout.
+installed: dist
+	$(BIN)/python -m pytest -m installed tests/test_installed.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -64,8 +64,15 @@ def alone(key: Key) -> dict:
         "data.name": {"data": {"path": None}},
         "data.source": {"data": {"path": None}},
         "data.clients": {"data": {"path": None}, "federation": {"clients": 2}},
+        "data.validation": {
+            "data": {"path": None, "clients": ["berlin.csv", "lagos.csv"]},
+            "federation": {"clients": 2},
+            "evaluation": {"where": "clients"},
+        },
         "task.columns": {"task": {"kind": "math", "name": "gsm8k"}},
     }
+    if key.name.startswith("federation.server_optimizer."):
+        return {"federation": {"server_optimizer": {"name": "fedadam"}}}
     return changes.get(key.name, {})
 
 

@@ -188,6 +188,13 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.server_optimizer.beta2": ("0.95", "fedadam, fedyogi: the same of the squares."),
     "federation.server_optimizer.tau": ("0.01", "fedadam, fedyogi: added to their root."),
     "federation.server_learning_rate": ("0.5", "The mean change is multiplied by it."),
+    "federation.server_optimizer.name": ("fedadam", "What the server makes of the mean change, in "
+        "place of adding it."),
+    "federation.server_optimizer.learning_rate": ("0.1", "Of the server."),
+    "federation.server_optimizer.momentum": ("0.9", "Share of earlier changes that is kept."),
+    "federation.server_optimizer.beta2": ("0.99", "The same of their squares (fedadam, fedyogi)."),
+    "federation.server_optimizer.tau": ("1.0e-3", "Added to the root of the squares (fedadam, "
+        "fedyogi)."),
     "federation.min_clients": ("2", "Fewer valid updates stop the run; its checkpoints stand."),
     "federation.failure_rate": ("0.2", "Rehearsal: the probability that a client fails in a round. "
         "Engine local."),
@@ -197,6 +204,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.partition.shards_per_client": ("2", "shards: sorted pieces of each client."),
     "federation.partition.column": ("hospital", "by: a client for each value. dirichlet, shards: "
         "dealt out by this column in place of the labels."),
+    "federation.proximal": ("0.01", "Weight of a penalty on how far a client goes from its start "
+        "(FedProx)."),
     "federation.max_norm": ("50", "An update of a larger norm is refused."),
     "federation.max_norm_ratio": ("5", "The same in medians of the round's other updates, from "
         "three clients on."),
@@ -214,6 +223,19 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "task.name": ("sst2", "Which data set of this family."),
     "task.template": ("chatml", "How a conversation becomes text: the tokenizer's own template, a "
         "name, or a file of Jinja."),
+    "task.packing": ("true", "Several rows in one sequence, as many as fit; none sees another."),
+    "task.mask_probability": ("0.15", "Share of the tokens that are hidden and have to be found."),
+    "task.separator": ('";"', "Between the classes of a row, where they stand in one text."),
+    "task.question_column": ("question", "The column with the question."),
+    "task.choices_column": ("choices", "The column with the list of answers."),
+    "task.choice_columns": ("[a, b, c]", "Columns with an answer each, in place of a list."),
+    "task.max_target_length": ("64", "Tokens of what is to be written."),
+    "task.minimum": ("0", "The least value that a row may have."),
+    "task.maximum": ("5", "The largest."),
+    "task.tokens_column": ("tokens", "The column with the list of words."),
+    "task.tags_column": ("tags", "The column with each word's tag."),
+    "task.entities_column": ("entities", "The column with spans of the text, where no words are "
+        "given."),
     "task.labels": ("[complaint, praise]", "All classes, in the order that all clients agree on."),
     "task.text_column": ("text", "The column with the text."),
     "task.text_pair_column": ("hypothesis", "A second text, for tasks on pairs."),
@@ -234,6 +256,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
         "or Parquet. With `clients`, only what is scored comes from there."),
     "data.clients": ("[berlin.csv, lagos.csv]", "One file for each client, which gives its name."),
     "data.source": ("stdlib-docs", "Rows that come with this program."),
+    "data.validation": ("{berlin: berlin-dev.csv}", "Files of validation rows of clients, by "
+        "name, in place of a share of their rows."),
     "data.evaluation": ("{other: other.csv}", "Further rows to score on: a file, or "
         "NAME[:CONFIG][@SPLIT] of the hub."),
     "data.train_examples": ("1000", "Only so many training rows, chosen by the seed."),

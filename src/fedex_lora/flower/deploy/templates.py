@@ -92,7 +92,7 @@ WantedBy=multi-user.target
 """
 
 COMPOSE = """\
-# The same in containers. `image` is one in which you ran: pip install 'fedex-lora[flower]'
+# The same in containers. `image`, by the Dockerfile of the sources: docker build -t fedex-lora .
 services:
   server:                                  # at the coordinator
     image: fedex-lora
