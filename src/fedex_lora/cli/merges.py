@@ -167,3 +167,49 @@ def _show_model(out: Path, written: Any) -> None:
         f"In Python:\nfrom transformers import {written.auto_model}\n"
         f"{written.auto_model}.from_pretrained({str(out)!r}, dtype='auto')"
     )
+
+
+@app.command(name="extract")
+def extract_command(
+    base: Annotated[str, typer.Argument(help="The model before: a folder or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The same model after, tuned as a whole.")],
+    out: Annotated[Path, typer.Option("--out", help="New directory to write.")],
+    rank: Annotated[str, typer.Option(help="Of all layers, or auto with --error.")],
+    error: RankError = None,
+    embeddings: Annotated[
+        bool,
+        typer.Option("--embeddings/--no-embeddings", help="Save embeddings that changed, whole."),
+    ] = True,
+) -> None:
+    """Write a PEFT adapter that makes one model of the other, as well as its rank can."""
+    limit, tolerance = rank_option(rank, error)
+    if limit is None and not tolerance:
+        raise RecipeError("--rank: expected a number, or auto with --error")
+    from fedex_lora.merge.adapters import download, is_local
+    from fedex_lora.merge.extract import extract
+    from fedex_lora.model.load import quiet
+
+    files = ("config.json", "*.safetensors", "*.safetensors.index.json")
+    before, after = (Path(n) if is_local(n) else download(n, files) for n in (base, tuned))
+    name = None if is_local(base) else base
+    with quiet():
+        done = extract(before, after, out, limit, tolerance, embeddings=embeddings, base_name=name)
+    say(f"Written: {done.path}, rank {done.rank}")
+    worst = max(done.errors, key=lambda layer: done.errors[layer])
+    say(
+        f"Relative error of the change: {done.error:.3g} in total, at most "
+        f"{done.errors[worst]:.3g} in a layer ({worst})"
+    )
+    if done.whole:
+        say(f"Saved whole: {', '.join(done.whole)}")
+    if done.vocabulary is not None:
+        say(
+            f"Note: the vocabulary is another; model.resize_token_embeddings({done.vocabulary}) "
+            "before the adapter is loaded"
+        )
+    if done.left_out:
+        largest = max(done.left_out, key=lambda key: done.left_out[key])
+        say(
+            f"Note: {len(done.left_out)} tensors changed that no adapter holds, and are left out; "
+            f"most changed {largest}, by {done.left_out[largest]:.3g}"
+        )

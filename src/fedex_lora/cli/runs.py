@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -33,15 +34,20 @@ from fedex_lora.cli.common import (
     whole_number,
 )
 from fedex_lora.cli.display import show_table
-from fedex_lora.errors import RecipeError, number
+from fedex_lora.errors import RecipeError, check_installed, number
 
 if TYPE_CHECKING:
     from fedex_lora.experiments.compare import Results
     from fedex_lora.recipe import Recipe
     from fedex_lora.runs.export import Exported
+    from fedex_lora.runs.watch import Watcher
 
 Deployment = Annotated[
     Path, typer.Option(help="Engine flower: the folder that `deploy init` made.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--monitor", help="PORT or HOST:PORT for /metrics (Prometheus) and /health."),
 ]
 
 
@@ -55,13 +61,14 @@ def run(
         str | None, typer.Option(help="local, flower or flower-simulation: as engine.kind.")
     ] = None,
     deployment: Deployment = Path("deployment"),
+    monitor: Address = None,
     show_rows: ShowRows = False,
 ) -> None:
     """Run a recipe in a new directory (or continue it there with --resume)."""
     sets = [*set, *([f"engine.kind={engine}"] if engine else [])]
     spec = read_recipe(recipe, sets, announce)
     path = out or runs_folder(f"{spec.name}-{spec.method.name}-seed{spec.seed}")
-    _run(spec, path, resume, deployment)
+    _run(spec, path, resume, deployment, monitor)
 
 
 @app.command()
@@ -74,6 +81,7 @@ def resume(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Of a finished run: so many rounds more.")
     ] = None,
+    monitor: Address = None,
     show_rows: ShowRows = False,
 ) -> None:
     """Continue a run after its last finished round."""
@@ -92,10 +100,10 @@ def resume(
             return
     if round is not None:
         say(f"What came after round {round} lies in {RunDir(run).go_back(round)}")
-    _run(RunDir(run).recipe(), run, True, deployment)
+    _run(RunDir(run).recipe(), run, True, deployment, monitor)
 
 
-def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
+def _run(spec: Recipe, path: Path, resume: bool, deployment: Path, monitor: str | None) -> None:
     """With the engine that the recipe names."""
     from fedex_lora.runs.run import resume_run, start_run
     from fedex_lora.runs.rundir import RunDir
@@ -106,8 +114,13 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path) -> None:
         where = ["--deployment", str(deployment)] if spec.engine.kind == "flower" else []
         return shlex.join(["fedex-lora", "resume", str(path), *where])
 
-    with displays(go_on) as show:
-        shown = show("")
+    with displays(go_on) as show, ExitStack() as stack:
+        shown: Watcher = show("")
+        if monitor is not None:
+            check_installed("prometheus_client", "--monitor")
+            from fedex_lora.runs.monitor import monitored
+
+            shown = stack.enter_context(monitored(shown, monitor))
         if spec.engine.kind == "local":
             results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
         else:

@@ -1,0 +1,107 @@
+"""Adapters out of tuned models, against Eckart and Young, and loaded by plain PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Command
+from peft import PeftModel
+from tiny import TEXT, tiny, tokenizer_of
+from transformers import AutoModelForCausalLM
+
+from fedex_lora.errors import UserError
+from fedex_lora.merge.extract import best, extract
+
+
+@pytest.mark.parametrize("shape", [(90, 200), (200, 90), (12, 30)])
+def test_the_best_of_a_rank_is_eckart_and_young_s(shape: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(1)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=g), full_matrices=False)
+    values = 0.7 ** torch.arange(min(shape))
+    change = (u * values) @ vh
+    optimum = values[4:].norm().item()
+    left, right, missed = best(change, 4)
+    assert left.shape == (shape[0], 4) and right.shape == (4, shape[1])
+    assert missed == pytest.approx((change - left @ right).norm().item())
+    assert missed == pytest.approx(optimum, rel=1e-4)
+    left, _, missed = best(change, None, 1e-3)
+    tails = [values[r:].norm().item() for r in range(len(values))]
+    least = next((r for r, t in enumerate(tails) if t <= 1e-3 * tails[0]), len(values))
+    assert left.shape[1] == least and missed <= 1.01e-3 * tails[0]
+
+
+def tuned(base: Path, out: Path, rank: int, tokens: int = 0, embeddings: bool = False) -> Any:
+    """The base with a change of that rank in some layers, in several shards."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if tokens:
+        model.resize_token_embeddings(tokens)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "c_attn.weight", "down_proj.weight")):
+                out_, in_ = weight.shape
+                weight += 0.2 * torch.randn(out_, rank) @ torch.randn(rank, in_)
+        if embeddings:
+            table = model.get_input_embeddings().weight
+            table += 0.1 * torch.randn_like(table)
+    model.save_pretrained(out, max_shard_size="20KB")
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "kind, tokens, embeddings",
+    [("llama", 0, False), ("gpt2", 0, True), ("gemma2", 330, True), ("llama", 330, True)],
+    ids=["llama", "tied", "tied, vocabulary", "vocabulary"],
+)
+def test_peft_makes_the_tuned_model_of_the_base(
+    kind: str, tokens: int, embeddings: bool, tmp_path: Path
+) -> None:
+    base = tiny(kind, tmp_path / "base")
+    model = tuned(base, tmp_path / "tuned", 2, tokens, embeddings)
+    done = extract(base, tmp_path / "tuned", tmp_path / "out", 2)
+    assert done.rank == 2 and done.error < 1e-5 and not done.left_out
+    assert done.vocabulary == (tokens or None)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    if tokens:
+        plain.resize_token_embeddings(tokens)
+    again = PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
+    ids = tokenizer_of(base)(TEXT[0], return_tensors="pt")["input_ids"]
+    expected = model(ids).logits
+    assert torch.allclose(again(ids).logits, expected, atol=1e-4 * expected.abs().max().item())
+
+
+def test_the_error_is_measured_over_all_that_changed(command: Command, tmp_path: Path) -> None:
+    base, out = tiny("llama", tmp_path / "base"), tmp_path / "out"
+    before = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    model = tuned(base, tmp_path / "tuned", 3, embeddings=True)
+    with torch.no_grad():
+        model.model.norm.weight += 0.5
+    model.save_pretrained(tmp_path / "tuned")
+    given = [base, tmp_path / "tuned", "--out", out, "--rank", "1", "--no-embeddings"]
+    code, said, told = command("extract", *given)
+    assert code == 0 and "2 tensors changed that no adapter holds" in said, told
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out))
+    got = dict(adapter.merge_and_unload().named_parameters())
+    missed = sum((got[n] - w).norm().item() ** 2 for n, w in model.named_parameters()) ** 0.5
+    size = sum((before[n] - w).norm().item() ** 2 for n, w in model.named_parameters()) ** 0.5
+    assert f"change: {missed / size:.3g} in total" in said
+
+
+def test_what_cannot_be_extracted(command: Command, tmp_path: Path) -> None:
+    base = tiny("llama", tmp_path / "base")
+    with pytest.raises(UserError, match="no layer of it differs"):
+        extract(base, base, tmp_path / "out", 2)
+    other = tiny("llama", tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"only one of them has model\.layers\.1"):
+        extract(base, other, tmp_path / "out", 2)
+    tied = tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(UserError, match="tie_word_embeddings: False in"):
+        extract(base, tied, tmp_path / "out", 2)
+    wider = tiny("llama", tmp_path / "wider", intermediate_size=32)
+    with pytest.raises(UserError, match="expected models of one architecture"):
+        extract(base, wider, tmp_path / "out", 2)
+    code, _, told = command("extract", base, wider, "--out", tmp_path / "out", "--rank", "auto")
+    assert code == 2 and "--error" in told and not (tmp_path / "out").exists()
