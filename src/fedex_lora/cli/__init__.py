@@ -6,6 +6,7 @@ import logging
 import sys
 
 from fedex_lora.cli import (
+    attacks,
     costs,
     data,
     deploys,
@@ -24,6 +25,7 @@ from fedex_lora.errors import EXTRAS, QuorumLost, UserError, missing
 
 __all__ = [
     "app",
+    "attacks",
     "console",
     "costs",
     "data",
