@@ -18,6 +18,7 @@ from fedex_lora.cli import (
     plans,
     reports,
     runs,
+    serves,
 )
 from fedex_lora.cli.common import app, complain, console, phase, phases
 from fedex_lora.cli.spoken import Spoken
@@ -39,6 +40,7 @@ __all__ = [
     "plans",
     "reports",
     "runs",
+    "serves",
 ]
 
 

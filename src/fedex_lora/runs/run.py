@@ -32,10 +32,11 @@ from fedex_lora.runs.background import Background
 from fedex_lora.runs.by_client import begin_round
 from fedex_lora.runs.checkpoint import shelve
 from fedex_lora.runs.closing import finish
+from fedex_lora.runs.extend import extended
 from fedex_lora.runs.plan.plan import foreseen
 from fedex_lora.runs.preflight import check
 from fedex_lora.runs.progress import Progress
-from fedex_lora.runs.rundir import BY_HAND, DATA, OUTPUTS, RunDir, edited, environment, plain
+from fedex_lora.runs.rundir import BY_HAND, DATA, OUTPUTS, RunDir, environment, plain
 from fedex_lora.runs.scoring import evaluate
 from fedex_lora.runs.watch import Silent, Start, Watcher
 
@@ -162,7 +163,7 @@ def resume_run(
     with surroundings(stored), directory.held():
         records, then = directory.records(whole=True), directory.environment()
         state, extra, notes = directory.newest()
-        if different := edited(stored, extra):
+        if different := directory.edited(stored, extra):
             raise StorageError(
                 f"{out}/recipe.yaml: was changed after the run began: {'; '.join(different)}. "
                 "Put it back, or begin a new run"
@@ -223,6 +224,7 @@ def _go_on(
             after, record = _round(bounded, directory, engine, state, watcher, noise)
             if (told := private.told(federation, engine, record, progress.records)) is not None:
                 record["privacy"] = told
+            record |= extended(record, directory.extensions())
             background.wait()
             state = after
             progress.records.append(record)
