@@ -14,7 +14,7 @@ from fedex_lora.federation.header import Limit, first_of
 from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Lost, Update
 from fedex_lora.recipe import DataSpec, Recipe
-from fedex_lora.runs.run import in_this_process
+from fedex_lora.runs.here import in_this_process
 from fedex_lora.runs.rundir import versions
 
 ANY = Limit(1 << 24, 1 << 30)  # of messages that tests look at

@@ -17,17 +17,18 @@ from fedex_lora.data.counts import Counts, scored_on, trained_on
 from fedex_lora.data.load import known_labels, load, load_client, load_evaluation
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
+from fedex_lora.engines.fits import check_image, check_length, check_ranks
 from fedex_lora.engines.private.begin import check_model
-from fedex_lora.engines.training import rehearse
+from fedex_lora.engines.training import try_settings
 from fedex_lora.errors import RecipeError, UserError, Withheld
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.adapted import AdaptedModel, load_model
-from fedex_lora.model.architectures import Architecture
+from fedex_lora.model.architectures import Architecture, architecture
 from fedex_lora.model.load import unheard
-from fedex_lora.recipe import Recipe
+from fedex_lora.recipe import LoraSpec, Recipe
 from fedex_lora.tasks import Task, build_task
-from fedex_lora.tasks.base import Encode, learned_positions
+from fedex_lora.tasks.base import Encode
 
 POOLED = "all"  # the one client of a method that pools the data
 
@@ -171,6 +172,7 @@ def _bring_to_life(
         model.trained_layers()
     pooled = METHODS[recipe.method.name].pooled
     settings = federation_settings(recipe, model, names)
+    check_ranks(recipe.lora, settings.layers)
     initial = model.initial(recipe.seed)
     if settings.ranks:
         initial = replace(initial, layers=fresh(settings.layers, recipe.seed))
@@ -201,7 +203,7 @@ def _bring_to_life(
         check_shares(settings)
         smallest = min(clients.values(), key=len)
         check_image(task, model, smallest)
-        rehearse(model, task, smallest, recipe.trainer_arguments)
+        try_settings(recipe.trainer_arguments, task, model, smallest)
         check_model(recipe, task, model, smallest, initial)
     return Federation(
         recipe,
@@ -217,39 +219,6 @@ def _bring_to_life(
     )
 
 
-def check_length(recipe: Recipe, task: Task, model: AdaptedModel) -> None:
-    """Learned positions end; rotary ones do not, so only the former are a limit.
-
-    Raises:
-        UserError: `task.max_length` is more than the model takes.
-    """
-    limit = None if task.image else learned_positions(model.module)
-    for key in ("max_length", "evaluation_max_length"):
-        asked = getattr(recipe.task, key)
-        if limit is not None and asked is not None and asked > limit:
-            raise RecipeError(
-                f"task.{key}: {asked}, but {recipe.model.name} takes at most {limit} tokens; set "
-                f"it to {limit} or less"
-            )
-
-
-def check_image(task: Task, model: AdaptedModel, rows: Dataset) -> None:
-    """Puts one image through the model: whether pixels fit shows in no config.
-
-    Raises:
-        UserError: The model does not take what its image processor makes of the image.
-    """
-    if task.image is None:
-        return
-    try:
-        task.evaluate(model.module, rows.select([0]), model.tokenizer, 1)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise RecipeError(
-            f"model.name: the model cannot use what its image processor makes: {error}. "
-            "Expected a preprocessor_config.json that goes with config.json"
-        ) from error
-
-
 def recipe_task(recipe: Recipe) -> Task:
     """The task; some data bring their own labels."""
     return build_task(recipe.task, known_labels(recipe.data))
@@ -259,7 +228,7 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
     """The pretrained model, adapted as the recipe's method needs it."""
     return load_model(
         recipe.model,
-        None if METHODS[recipe.method.name].trains == "all" else recipe.lora,
+        _lora(recipe),
         auto_model=task.auto_model,
         peft_task_type=task.peft_task_type,
         model_kwargs=task.model_kwargs(),
@@ -267,6 +236,26 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
         workdir=workdir,
         images=task.image is not None,
     )
+
+
+def architecture_of(recipe: Recipe, task: Task) -> Architecture:
+    """The shapes of that model, without its weights.
+
+    Raises:
+        UserError: They are not known here, or there are none.
+    """
+    return architecture(
+        recipe.model.name,
+        _lora(recipe),
+        auto_model=task.auto_model,
+        peft_task_type=task.peft_task_type,
+        model_kwargs=task.model_kwargs(),
+        revision=recipe.model.revision,
+    )
+
+
+def _lora(recipe: Recipe) -> LoraSpec | None:
+    return None if METHODS[recipe.method.name].trains == "all" else recipe.lora
 
 
 def load_rows(recipe: Recipe, task: Task) -> Rows:
@@ -329,4 +318,5 @@ def federation_settings(
         mean=fed.mean,
         liars=fed.liars,
         align=fed.align,
+        optimizer=fed.optimizer,
     )
