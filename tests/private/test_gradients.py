@@ -10,7 +10,8 @@ from adapted import CASES, path, random_state
 from tiny import TEXT
 from torch import Tensor
 
-from fedex_lora.engines.private.gradients import check_gradients, example_losses, gradients
+from fedex_lora.engines.private.gradients import check_gradients, gradients
+from fedex_lora.engines.private.losses import example_losses
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks.base import IGNORED

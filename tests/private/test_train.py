@@ -22,6 +22,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis.runs import read_run
 from fedex_lora.federation.messages import flat
 from fedex_lora.federation.randomness import normal, poisson_sample, rehearsed
+from fedex_lora.recipe.reader import whole
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 
@@ -94,12 +95,12 @@ class Notes(StopAfter):
 def test_a_rehearsal_repeats_is_resumed_and_is_marked_in_every_file(tmp_path: Path) -> None:
     private = {**PRIVACY, "rehearsal": True}
     spec, watcher = made(tmp_path, privacy=private), Notes()
-    whole = start_run(spec, tmp_path / "whole", watcher)
+    uncut = start_run(spec, tmp_path / "whole", watcher)
     with pytest.raises(KeyboardInterrupt):
         start_run(spec, tmp_path / "cut", StopAfter(1))
     resumed = resume_run(tmp_path / "cut")
     assert any(note.startswith("not private") for note in watcher.notes)
-    assert resumed["best"] == whole["best"] and resumed["privacy"] == whole["privacy"]
+    assert resumed["best"] == uncut["best"] and resumed["privacy"] == uncut["privacy"]
     records = [RunDir(tmp_path / run).records() for run in ("whole", "cut")]
     assert records[0][1]["privacy"] == records[1][1]["privacy"]
     for record in records[1]:  # of ⌈9/2⌉ steps a round
@@ -168,3 +169,10 @@ def test_a_budget_that_allows_nothing_is_refused_before_round_1(
     with pytest.raises(UserError, match=told):
         start_run(made(tmp_path, privacy={"example_level": level}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_key_within_an_optional_block_is_named_with_the_nearest() -> None:
+    """`privacy.example_level` may be left out, and has keys of its own where it is not."""
+    raw = {"privacy": {"example_level": {"epsilonn": 1, "delta": 1e-3}}}
+    keys = ("privacy", "example_level", "epsilonn")
+    assert (keys, "unknown key; did you mean 'epsilon'?") in whole(raw)[1]

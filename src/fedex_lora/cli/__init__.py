@@ -6,6 +6,7 @@ import logging
 import sys
 
 from fedex_lora.cli import (
+    attacks,
     costs,
     data,
     demo,
@@ -27,6 +28,7 @@ from fedex_lora.errors import EXTRAS, QuorumLost, UserError, missing
 
 __all__ = [
     "app",
+    "attacks",
     "console",
     "costs",
     "data",

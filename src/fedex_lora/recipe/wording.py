@@ -103,8 +103,8 @@ def _field(keys: Keys, root: type[Part]) -> tuple[Keys, FieldInfo | None, type[P
     found, field, within = 0, None, root
     while block and found < len(keys) and (key := str(keys[found])) in block.model_fields:
         within, field = block, block.model_fields[key]
-        kind = field.annotation
-        block = kind if isinstance(kind, type) and issubclass(kind, Part) else None
+        kinds = get_args(field.annotation) or (field.annotation,)  # a block, or none
+        block = next((k for k in kinds if isinstance(k, type) and issubclass(k, Part)), None)
         found += 1
     return keys[:found], field, block or within
 

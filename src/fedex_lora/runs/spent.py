@@ -33,3 +33,16 @@ def sentences(privacy: Mapping[str, Any] | None) -> list[str]:
         f"Differential privacy at the {privacy['level']} level: whether {whose[privacy['level']]} "
         f"took part is hidden, at δ = {privacy['delta']:g} with these ε of all rounds: {each}"
     ]
+
+
+def attacked(told: Mapping[str, Any]) -> list[str]:
+    """What attack.json says, in words; nothing where nobody attacked, or it is damaged."""
+    try:
+        return [
+            f"membership inference ({name}) on the model of round {told['round']}: AUC "
+            f"{found['auc']:.3f} [{found['low']:.3f}, {found['high']:.3f}], advantage "
+            f"{found['advantage']:+.3f}, {told['members']} members and {told['others']} others"
+            for name, found in told.get("attacks", {}).items()
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []

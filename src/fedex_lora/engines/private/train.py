@@ -18,9 +18,9 @@ from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.private.account import Steps
 from fedex_lora.engines.private.begin import Spending
 from fedex_lora.engines.private.gradients import (
-    example_losses,
     per_example,
 )
+from fedex_lora.engines.private.losses import example_losses
 from fedex_lora.engines.private.optimizer import PrivateOptimizer
 from fedex_lora.engines.private.plan import shape_of
 from fedex_lora.engines.training import Batches, make_trainer

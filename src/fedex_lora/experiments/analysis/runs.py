@@ -19,7 +19,7 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import leaves
 from fedex_lora.runs.checkpoint import checkpoints
 from fedex_lora.runs.rundir import DATA, RunDir
-from fedex_lora.runs.spent import sentences
+from fedex_lora.runs.spent import attacked, sentences
 
 Shape = tuple[int, int]
 _DEPTH = 4  # of directories that are searched for runs
@@ -127,6 +127,7 @@ def read_run(path: Path) -> Run:
         results = None
     notes += _progress(records, recipe, results is not None)
     notes += sentences(records[-1].get("privacy") if records else None)
+    notes += attacked(_mapping(directory.read_json("attack.json")))
     environment, data = (_mapping(directory.read_json(name)) for name in ("environment.json", DATA))
     said = results["description"] if results else data.get("description")
     said = said or _described(path)

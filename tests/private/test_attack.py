@@ -1,0 +1,71 @@
+"""Membership inference: its scores against known distributions, and the command on a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from small_runs import recipe
+from typer.testing import CliRunner
+
+from fedex_lora.cli import app
+from fedex_lora.experiments.analysis.runs import read_run
+from fedex_lora.runs.attack import FILE, auc, halves, judged, lira
+from fedex_lora.runs.run import start_run
+
+
+def test_auc_is_that_of_two_gaussians() -> None:
+    """P(X > Y) of N(d, 1) and N(0, 1) is Φ(d/√2), and the best advantage Φ(d/2) − Φ(−d/2)."""
+    rng = np.random.default_rng(1)
+    member = np.arange(4000) < 2000
+    scores = rng.normal(size=4000) + np.where(member, 1.5, 0.0)
+    found = judged(scores, member, 0.75)
+    assert found.low < norm.cdf(1.5 / math.sqrt(2)) < found.high
+    assert found.high - found.low < 0.05
+    assert found.advantage == pytest.approx(norm.cdf(0.75) - norm.cdf(-0.75), abs=0.03)
+    assert auc(np.array([1.0]), np.array([1.0])) == 0.5
+
+
+def test_lira_sees_past_how_hard_a_row_is_and_the_loss_alone_does_not() -> None:
+    """Rows differ by N(0, 5²), to be a member adds 2 to N(0, 1): with the rows' means known the
+    likelihood ratio tells members from others as two Gaussians, Φ(2/√2) = 0.92."""
+    rng = np.random.default_rng(2)
+    rows, models = 2000, 64
+    hard, member = 5 * rng.normal(size=rows), rng.random(rows) < 0.5
+    within = halves(models, rows, 3)
+    assert (within.sum(0) == models // 2).all() and 0.4 < within[0].mean() < 0.6
+    shadows = hard + 2 * within + rng.normal(size=(models, rows))
+    target = hard + 2 * member + rng.normal(size=rows)
+    found = judged(lira(target, shadows, within), member, 0.0)
+    assert found.auc == pytest.approx(norm.cdf(2 / math.sqrt(2)), abs=0.03)
+    assert judged(target, member, 0.0).auc < 0.65
+    none = judged(lira(hard + rng.normal(size=rows), shadows, within), member, 0.0)
+    assert abs(none.auc - 0.5) < 0.05
+
+
+def test_the_command_attacks_runs_and_their_reports_say_so(tmp_path: Path) -> None:
+    private = {"example_level": {"epsilon": 2.0, "delta": 1e-2}}
+    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    start_run(recipe(tmp_path), tmp_path / "plain")
+    start_run(recipe(tmp_path, privacy=private, training=small), tmp_path / "private")
+    runs = [str(tmp_path / name) for name in ("plain", "private")]
+    result = CliRunner().invoke(app, ["attack", *runs, "--shadows", "2"], terminal_width=200)
+    assert result.exit_code == 0, result.output
+    assert "ε 2 of 2" in result.output and "lira" in result.output
+    told = json.loads((tmp_path / "private" / FILE).read_text())
+    assert (told["members"], told["others"]) == (17, 10)  # of all clients; validation and test
+    assert told["attacks"].keys() == {"loss", "lira"}
+    notes = read_run(tmp_path / "private").notes
+    assert any("membership inference (lira)" in note for note in notes)
+
+
+def test_what_cannot_be_attacked_is_refused_by_name(tmp_path: Path) -> None:
+    start_run(recipe(tmp_path, evaluation={"where": "clients"}), tmp_path / "run")
+    result = CliRunner().invoke(app, ["attack", str(tmp_path / "run")])
+    assert result.exit_code != 0 and "evaluation.where: server" in str(result.exception)
+    result = CliRunner().invoke(app, ["attack", str(tmp_path / "run"), "--shadows", "3"])
+    assert "even number" in str(result.exception)
