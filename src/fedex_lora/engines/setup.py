@@ -318,4 +318,5 @@ def federation_settings(
         mean=fed.mean,
         liars=fed.liars,
         align=fed.align,
+        optimizer=fed.optimizer,
     )

@@ -158,6 +158,9 @@ class Recipe(Part):
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
+        if fed.optimizer is not None:
+            for option, why in fed.optimizer.problems(method, fed.server_learning_rate):
+                yield f"federation.{option}", f"{self.method.name}: {why}"
 
     def _privacy(self) -> Iterator[Problem]:
         """What a run that is to be private cannot do."""

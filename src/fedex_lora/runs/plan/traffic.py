@@ -132,6 +132,7 @@ class DryRun:
         """Bytes of the state's tensors, all float32, clients' own factors apart."""
         state = self._state
         numbers = _numbers(flat(AdapterState(state.factors, state.head))) + _numbers(state.late)
+        numbers += _numbers(state.optimizer)
         return self.ledger_bytes() + 4 * (numbers + sum(w.numbers for w in state.carry.values()))
 
     def ledger_bytes(self) -> int:
