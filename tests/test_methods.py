@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -224,6 +225,20 @@ def test_an_assignment_that_gives_something_else_is_named_before_a_run(given, wh
     with pytest.raises(UserError, match=f"^assignment 'wrong': assign gave .*{why}"):
         start_run(recipe(tmp_path, method={"name": "wrong"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_method_only_a_script_knew_says_where_it_was_registered(command, tmp_path):
+    run, there = tmp_path / "run", tmp_path / "there"
+    register_method("mine", replace(AVERAGE, assignment=parts()))
+    start_run(recipe(tmp_path, method={"name": "mine"}, federation={"rounds": 1}), run)
+    start_run(recipe(tmp_path, federation={"rounds": 1}), there)
+    assert "registered" not in json.loads((there / "environment.json").read_text())
+    del METHODS.data["mine"]
+    for words in (("report",), ("export",), ("resume",)):
+        code, _, err = command(*words, run)
+        told = " ".join(err.split())
+        assert code == 2 and "method.name: 'mine' is a method that neither" in told
+        assert f"registered by {parts.__module__}" in told and "fedex_lora.methods" in told
 
 
 def test_reading_the_table_imports_no_torch():

@@ -56,6 +56,11 @@ class Registry(UserDict[str, Row]):
             raise twice(self._what, name, self._by[name], by)
         self.data[name], self._by[name] = row, by
 
+    def added_by(self, name: str) -> str | None:
+        """The package or module that added a row; None of this package's own."""
+        by = self._by.get(name, OURS)
+        return None if by == OURS else by
+
     def one(self, name: str) -> Row:
         """The row of that name, if nobody else has one of it.
 

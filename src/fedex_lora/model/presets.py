@@ -48,76 +48,45 @@ class Preset:
         return {name: value for name, value in known.items() if value is not None}
 
 
-_MISTRAL = {"hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "intermediate": 14336}
+# ids, kind, made for; vocabulary, hidden, layers, heads, positions, intermediate, heads of keys
+_MISTRAL = (4096, 32, 32, 32768, 14336, 8)
 
 PRESETS: dict[str, Preset] = {
     "roberta-base": Preset(
-        ("FacebookAI/roberta-base",),
-        *("roberta", "RobertaForMaskedLM"),
-        vocab=50265,
-        hidden=768,
-        layers=12,
-        heads=12,
-        positions=514,
-        intermediate=3072,
+        ("FacebookAI/roberta-base",), "roberta", "RobertaForMaskedLM", 50265, 768, 12, 12, 514, 3072
     ),
     "roberta-large": Preset(
         ("FacebookAI/roberta-large",),
         *("roberta", "RobertaForMaskedLM"),
-        vocab=50265,
-        hidden=1024,
-        layers=24,
-        heads=16,
-        positions=514,
-        intermediate=4096,
+        *(50265, 1024, 24, 16, 514, 4096),
     ),
-    "gpt2": Preset(
-        ("openai-community/gpt2",),
-        *("gpt2", "GPT2LMHeadModel"),
-        vocab=50257,
-        hidden=768,
-        layers=12,
-        heads=12,
-        positions=1024,
-    ),
+    "gpt2": Preset(("openai-community/gpt2",), "gpt2", "GPT2LMHeadModel", 50257, 768, 12, 12, 1024),
     "llama-3.2-3b": Preset(
         ("meta-llama/Llama-3.2-3B",),
         *("llama", "LlamaForCausalLM"),
-        vocab=128256,
-        hidden=3072,
-        layers=28,
-        heads=24,
-        positions=131072,
-        intermediate=8192,
-        kv_heads=8,
+        *(128256, 3072, 28, 24, 131072, 8192, 8),
         head_dim=128,
     ),
     "mistral-7b-v0.1": Preset(
         ("mistralai/Mistral-7B-v0.1",),
-        *("mistral", "MistralForCausalLM"),
-        vocab=32000,
-        positions=32768,
+        "mistral",
+        "MistralForCausalLM",
+        32000,
+        *_MISTRAL,
         tied=False,
-        **_MISTRAL,
     ),
     "mistral-7b-v0.3": Preset(
         ("mistralai/Mistral-7B-v0.3",),
-        *("mistral", "MistralForCausalLM"),
-        vocab=32768,
-        positions=32768,
+        "mistral",
+        "MistralForCausalLM",
+        32768,
+        *_MISTRAL,
         tied=False,
-        **_MISTRAL,
     ),
     "gemma-2-9b": Preset(
         ("google/gemma-2-9b",),
         *("gemma2", "Gemma2ForCausalLM"),
-        vocab=256000,
-        hidden=3584,
-        layers=42,
-        heads=16,
-        positions=8192,
-        intermediate=14336,
-        kv_heads=8,
+        *(256000, 3584, 42, 16, 8192, 14336, 8),
         head_dim=256,
     ),
 }

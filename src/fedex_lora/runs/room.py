@@ -106,11 +106,11 @@ def ledger_numbers(settings: Settings) -> int:
 def _left_out(settings: Settings, layer: LayerShape) -> int:
     """Numbers of a round's increment in one layer, of clients that start from B = 0 at least."""
     method = settings.method
-    if not (method.in_ledger and method.exchanges):
+    if not method.exchanges:
         return 0
     clients = 1 if settings.combining.mean == "krum" else settings.sample_size
     found = assign(method, statistics(settings, layer, 1, clients)).left_out
-    if found is None:
+    if found is None or not method.in_ledger:
         return 0
     if method.residual == "truncated":
         rank = min(settings.rank or 0, found.rank)

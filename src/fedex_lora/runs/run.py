@@ -31,6 +31,7 @@ from fedex_lora.runs.extend import extended
 from fedex_lora.runs.here import Assemble, in_this_process
 from fedex_lora.runs.preflight import check
 from fedex_lora.runs.records import best_record, comparable
+from fedex_lora.runs.registered import registered
 from fedex_lora.runs.reopened import Trained
 from fedex_lora.runs.room import check_room, check_weights
 from fedex_lora.runs.rundir import DATA, RunDir, environment, plain
@@ -63,7 +64,8 @@ def start_run(
         check_room(federation, out)
         with directory.held():
             directory.create(federation.recipe)
-            directory.write_json("environment.json", environment(federation.model.device))
+            here = environment(federation.model.device)
+            directory.write_json("environment.json", {**here, **registered(federation.recipe)})
             state = begin(federation.settings, federation.initial)
             return Run(federation, engine, directory, state, watcher).play(most)
 
@@ -113,7 +115,7 @@ def resume_run(
                 f"the run began elsewhere ({', '.join(different)}); its numbers may differ in the "
                 "last bits"
             )
-        directory.write_json("environment.json", now)
+        directory.write_json("environment.json", {**now, **registered(stored)})
         records = [r for r in records if state and r["round"] < state.version]
         if state is None:
             state = begin(federation.settings, federation.initial)

@@ -25,9 +25,10 @@ from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, start_of
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe.reader import differences, dump_recipe, load_stored_recipe, recipe_of_text
+from fedex_lora.recipe.reader import differences, dump_recipe, recipe_of_text
 from fedex_lora.runs.checkpoint import by_round, latest, load_checkpoint
 from fedex_lora.runs.lock import LOCK, OWNER, locked
+from fedex_lora.runs.registered import stored_recipe
 from fedex_lora.runs.saved import (
     COMPARISON,
     ENDS,
@@ -136,7 +137,7 @@ class RunDir:
         """
         if not self.is_run():
             raise StorageError(f"{self.path}: no run there (no recipe.yaml)")
-        return load_stored_recipe(self.path / "recipe.yaml")
+        return stored_recipe(self.path / "recipe.yaml", self.read_json("environment.json"))
 
     def write_json(self, name: str, value: object) -> None:
         write_atomic(self.path / name, (json.dumps(plain(value), indent=1) + "\n").encode())

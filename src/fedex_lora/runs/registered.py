@@ -1,0 +1,59 @@
+"""Methods and tasks from outside this package: a run says where they were registered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.errors import RecipeError
+from fedex_lora.recipe import Recipe, task_kinds
+from fedex_lora.recipe.reader import Places, load_stored_recipe, read_yaml
+
+
+def registered(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Where a recipe's method and task come from, if from outside; part of environment.json."""
+    task = type(recipe.task).__module__
+    found = {
+        "method": METHODS.added_by(recipe.method.name),
+        "task": None if task.startswith("fedex_lora.") else task,
+    }
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    script = f"the script {Path(main).absolute()}" if main else "an interactive session"
+    told = {
+        block: script if by == "__main__" or by.startswith("fedex_lora.") else by
+        for block, by in found.items()
+        if by is not None
+    }
+    return {"registered": told} if told else {}
+
+
+def stored_recipe(file: Path, environment: Any) -> Recipe:
+    """The recipe of a run that was begun.
+
+    Args:
+        file: Its recipe.yaml.
+        environment: What its environment.json says.
+
+    Raises:
+        UserError: It is none; or its method or task is one that nothing registers here.
+    """
+    try:
+        return load_stored_recipe(file)
+    except RecipeError:
+        raw = read_yaml(file, Places(str(file)))[0]
+        where = environment.get("registered", {}) if isinstance(environment, Mapping) else {}
+        for block, key, known in (("method", "name", METHODS), ("task", "kind", task_kinds())):
+            part = raw.get(block)
+            name = part.get(key) if isinstance(part, Mapping) else None
+            if isinstance(name, str) and name not in known:
+                by = f" It was registered by {where[block]}." if block in where else ""
+                raise RecipeError(
+                    f"{file}: {block}.{key}: {name!r} is a {block} that neither fedex-lora nor an "
+                    f"installed package has.{by} What a script registers is known while that "
+                    "script runs: install a package that names it as an entry point of "
+                    f"fedex_lora.{block}s, or call from a script that registers it first"
+                ) from None
+        raise
