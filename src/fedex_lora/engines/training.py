@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from time import perf_counter
 from typing import Any, Protocol, cast, get_type_hints
@@ -17,9 +19,10 @@ import torch
 from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.engines.trainer import LabelledTrainer, OnStep
 from fedex_lora.engines.training_log import TrainingLog, named, reported
 from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.errors import UserError, shown
@@ -29,7 +32,6 @@ from fedex_lora.recipe.reader import Places
 from fedex_lora.recipe.wording import in_words
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
-from fedex_lora.tasks.labelled import head_of, is_causal, token_losses
 
 # what transformers and torch raise for settings they cannot use
 _REFUSED = (
@@ -42,8 +44,6 @@ _REFUSED = (
     LookupError,
     OSError,
 )
-
-OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
@@ -163,6 +163,9 @@ class HFTrainer:
     on_step: Callable[[Turn, int, int], None] | None = None
     log: TrainingLog | None = None
     together: int = 1
+    _last: list[LabelledTrainer] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
         return [self._train(model, turn) for turn in turns]
@@ -173,16 +176,13 @@ class HFTrainer:
         model.freeze(turn.trained)
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
-        seed = derive(turn.seed, "train", turn.round, turn.client)
-        with tempfile.TemporaryDirectory() as directory:
-            training = named(self.training, log)
-            trainer = make_trainer(model, self.task, turn.rows, training, seed, directory, on_step)
-            with reported(trainer, log), attention(trainer.args):
-                try:
-                    output = trainer.train()
-                except ImportError as error:  # of what it looks for only here
-                    raise UserError(f"training: {error}") from None
-            _release(trainer, model)
+        trainer = self._trainer(model, turn, on_step, log)
+        with reported(trainer, log), attention(trainer.args):
+            try:
+                output = trainer.train()
+            except ImportError as error:  # of what it looks for only here
+                raise UserError(f"training: {error}") from None
+        _release(trainer, model)
         metrics = {
             "loss": output.training_loss,
             "steps": float(output.global_step),
@@ -190,11 +190,32 @@ class HFTrainer:
         }
         return Trained(metrics, model.read())
 
+    def _trainer(
+        self, model: AdaptedModel, turn: Turn, on_step: OnStep | None, log: TrainingLog | None
+    ) -> LabelledTrainer:
+        """A Trainer for this turn: the last turn's, begun anew, where that comes to the same."""
+        seed = derive(turn.seed, "train", turn.round, turn.client)
+        if self._last and self._last[0].renewable(model.module):
+            self._last[0].renew(turn.rows, seed, on_step)
+            return self._last[0]
+        directory = tempfile.mkdtemp()
+        try:
+            trainer = make_trainer(
+                model, self.task, turn.rows, named(self.training, log), seed, directory, on_step
+            )
+        except BaseException:
+            shutil.rmtree(directory)
+            raise
+        weakref.finalize(trainer, shutil.rmtree, directory, ignore_errors=True)
+        self._last[:] = [trainer]
+        return trainer
 
-def _release(trainer: Trainer, model: AdaptedModel) -> None:
+
+def _release(trainer: LabelledTrainer, model: AdaptedModel) -> None:
     """Takes off the model, which clients and evaluation share, what accelerate leaves there: the
     wrapper of mixed precision, and the mark that would keep the next turn from getting one."""
-    trainer.accelerator.unwrap_model(model.module, keep_fp32_wrapper=False)
+    if not trainer.plain:
+        trainer.accelerator.unwrap_model(model.module, keep_fp32_wrapper=False)
     vars(model.module).pop("_is_accelerate_prepared", None)
     model.release()
 
@@ -235,43 +256,16 @@ def make_trainer(
     directory: str,
     on_step: OnStep | None = None,
     collate: Callable[[list[dict[str, Any]]], Any] | None = None,
-) -> Trainer:
+) -> LabelledTrainer:
     trainer = LabelledTrainer(
         model=model.module,
         args=training_arguments(_ordered(training, task), seed, model.device, directory),
         train_dataset=rows,
         data_collator=collate or task.collator(model.tokenizer),
-        callbacks=[_Steps(on_step)] if on_step else None,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.tell(on_step)
     return trainer
-
-
-class LabelledTrainer(Trainer):
-    """transformers.Trainer, whose loss of causal language models is computed at labelled positions
-    alone (`tasks.labelled`); it has the gradients that the Trainer's has, up to rounding."""
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        labels = inputs.get("labels")
-        wrapped = model is not self.model  # compiled, or spread over devices
-        if return_outputs or wrapped or labels is None or not is_causal(model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        head = head_of(model, inputs["input_ids"])
-        if head is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        rest = {key: value for key, value in inputs.items() if key != "labels"}
-        smoothing = self.args.label_smoothing_factor
-        with self.accelerator.autocast():
-            losses = token_losses(head, rest, labels, smoothing)
-        return losses.total / (
-            len(losses.each) if num_items_in_batch is None else num_items_in_batch
-        )
 
 
 def score(
@@ -313,11 +307,3 @@ def steps_of(rows: int, args: TrainingArguments) -> int:
     batches = count(rows / args.train_batch_size)
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     return math.ceil(args.num_train_epochs * per_epoch)
-
-
-class _Steps(TrainerCallback):
-    def __init__(self, on_step: OnStep) -> None:
-        self._on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._on_step(state.global_step, state.max_steps)
