@@ -22,8 +22,10 @@ Assembled = tuple[Federation, Engine]
 Change = Callable[[str, bytes], bytes | Failed]
 
 
-def institution(recipe: Recipe, name: str, file: Path | None, cache: Path) -> Institution:
-    return bring_to_life(set_up_client(recipe, name, file), name, cache, versions())
+def institution(
+    recipe: Recipe, name: str, file: Path | None, cache: Path, account: Any = None
+) -> Institution:
+    return bring_to_life(set_up_client(recipe, name, file), name, cache, versions(), account)
 
 
 def institutions(recipe: Recipe, cache: Path) -> dict[str, Institution]:

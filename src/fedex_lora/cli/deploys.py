@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -144,11 +145,16 @@ def client_command(
     host: Annotated[
         str | None, typer.Option(help="Another of the server's names than the first.")
     ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="ε that its rows may cost over all runs; needs a private recipe."),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Read all rows before connecting.")] = True,
     port: Annotated[int, typer.Option(help="A free port of this machine; 0 finds one.")] = 0,
     show_rows: ShowRows = False,
 ) -> None:
     """Take part as one institution until Ctrl-C (prints the Flower commands it runs)."""
+    from fedex_lora.engines.private.begin import PRIVACY, own_account
     from fedex_lora.engines.remote.consent import FILE, Consent
     from fedex_lora.flower.deploy import commands, processes
     from fedex_lora.flower.deploy.asking import Asking, said_so_far
@@ -166,7 +172,10 @@ def client_command(
         raise RecipeError("--ask: nobody can answer here; start it at a terminal, or use --runs")
     if not deployment.insecure:
         check_private_key(own / "key")
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        raise RecipeError(f"--epsilon: expected a number above 0, got {epsilon:g}")
     spec = read_recipe(recipe, [])
+    account = own_account(spec, own / PRIVACY, data, "", epsilon)
     if check:
         from fedex_lora.engines.setup import client_rows, recipe_task
 
@@ -180,8 +189,12 @@ def client_command(
         new_folders(own, own / "cache", own / "flower")
         consent = Consent(own / FILE, runs, ask)
         say(said_so_far(consent, folder))
+        if account is not None:
+            of = "" if epsilon is None else f" of {epsilon:g}"
+            say(f"its rows have cost ε = {account.total():.4g}{of} so far ({own / PRIVACY})")
         rows, port = None if data is None else data.resolve(), port or processes.free_port()
-        settings = {"runs": runs, "ask": int(ask), "show-rows": int(show_rows)}
+        settings: dict[str, float] = {"runs": runs, "ask": int(ask), "show-rows": int(show_rows)}
+        settings |= {} if epsilon is None else {"epsilon": float(epsilon)}
         node = commands.supernode(own, deployment, name, recipe.resolve(), rows, port, **settings)
         programs = [node, commands.client_superexec(own, port)]
         processes.attend(programs, say, own / "flower.log", Asking(consent, say).look)

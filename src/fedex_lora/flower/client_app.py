@@ -16,6 +16,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedex_lora.data.partition import client_names
+from fedex_lora.engines.private.begin import PRIVACY, own_account
 from fedex_lora.engines.remote.audit import FILE as AUDIT
 from fedex_lora.engines.remote.audit import Audit
 from fedex_lora.engines.remote.consent import FILE as RUNS
@@ -73,8 +74,8 @@ def reply_to(blob: bytes, node: Mapping[str, Any], run: Mapping[str, Any]) -> by
     """The reply of the client that this node's own configuration describes.
 
     Args:
-        node: `client` (its name), `recipe`, `data`, `home`, `runs`, `ask`, `show-rows`: all from
-            this node's own disk and its own command line.
+        node: `client` (its name), `recipe`, `data`, `home`, `runs`, `ask`, `show-rows`,
+            `epsilon`: all from this node's own disk and its own command line.
         run: What the coordinator configured; heard only in a simulation, where both are one.
     """
     place = dict(node) if "client" in node else _simulated(node, run)
@@ -136,7 +137,8 @@ def _reply(
             )
         return undecided(about, name, str(error))
     with surroundings(recipe):
-        reply = handle(blob, institution(place, recipe))
+        run = str(about.get("federation"))  # looked at when the message is
+        reply = handle(blob, institution(place, recipe, run))
     if consent is not None and kind == "final" and not consent.ask and not consent.left():
         log.info(
             "took part in %d, which is as many runs as it was told; for another one: "
@@ -158,16 +160,22 @@ def _consent(place: Mapping[str, Any]) -> Consent:
     return Consent(path, int(place.get("runs", 1)), bool(place.get("ask")))
 
 
-def institution(place: Mapping[str, Any], recipe: Recipe) -> Institution:
+def institution(place: Mapping[str, Any], recipe: Recipe, run: str = "") -> Institution:
     """The client, brought to life.
+
+    Args:
+        run: The run that it takes a turn in.
 
     Raises:
         UserError: Its model or rows cannot be used.
     """
     name = str(place["client"])
     file = Path(str(place["data"])) if place.get("data") else None
+    home = Path(str(place["home"]))
+    most = float(place["epsilon"]) if "epsilon" in place else None
+    account = own_account(recipe, home / str(place.get("account", PRIVACY)), file, run, most)
     federation = set_up_client(recipe, name, file)
-    return bring_to_life(federation, name, Path(str(place["home"])) / "cache", versions())
+    return bring_to_life(federation, name, home / "cache", versions(), account)
 
 
 def _simulated(node: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +184,8 @@ def _simulated(node: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any
     path = Path(str(run["recipe"]))
     names = simulated_names(load_recipe(path))
     name = names[int(node["partition-id"])]
-    return {"client": name, "recipe": path, "home": path.parent / "simulated"}
+    home = path.parent / "simulated"  # of all of them
+    return {"client": name, "recipe": path, "home": home, "account": f"{name}-{PRIVACY}"}
 
 
 def simulated_names(recipe: Recipe) -> list[str]:

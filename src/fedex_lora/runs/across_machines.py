@@ -19,6 +19,7 @@ from fedex_lora.engines.setup import Federation, roster, set_up_server
 from fedex_lora.errors import some, tally
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.recipe import Recipe
+from fedex_lora.runs import private
 from fedex_lora.runs.run import Assemble, stage_of
 from fedex_lora.runs.rundir import RunDir, versions
 from fedex_lora.runs.watch import Watcher
@@ -48,7 +49,10 @@ def across_machines(courier: Courier, audit: Audit = Audit()) -> Assemble:  # no
             watcher.note(note)
         description = f"{federation.description} ({tally(engine.examples)} rows)"
         held = {name: _Rows(rows) for name, rows in engine.examples.items()}
-        return replace(federation, settings=settings, description=description, clients=held), engine
+        found = replace(federation, settings=settings, description=description, clients=held)
+        found = private.settle(found, watcher, elsewhere=True)
+        engine.settings = found.settings
+        return found, engine
 
     return assemble
 

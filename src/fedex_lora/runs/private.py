@@ -14,12 +14,20 @@ from fedex_lora.runs.spent import NOT_PRIVATE
 from fedex_lora.runs.watch import Watcher
 
 
-def settle(federation: Federation, watcher: Watcher) -> Federation:
-    """The federation with as many rounds as the privacy budget allows; what is settled is said."""
-    plan = plan_of(federation.recipe, federation.settings, federation.examples)
+def settle(federation: Federation, watcher: Watcher, elsewhere: bool = False) -> Federation:
+    """The federation with as many rounds as the privacy budget allows; what is settled is said.
+
+    Args:
+        elsewhere: Whether clients are on other machines.
+
+    Raises:
+        UserError: Not one round fits, or no account can be given of some client's rows.
+    """
+    examples = federation.examples
+    plan = plan_of(federation.recipe, federation.settings, examples, elsewhere)
     if plan is None:
         return federation
-    for note in notes(federation.recipe, plan, list(federation.examples)):
+    for note in notes(federation.recipe, plan, list(examples)):
         watcher.note(note)
     return replace(federation, settings=replace(federation.settings, rounds=plan.rounds))
 

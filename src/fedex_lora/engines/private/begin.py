@@ -7,23 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from datasets import Dataset
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.engines.turn import Train, Turn
-from fedex_lora.errors import check_installed
+from fedex_lora.errors import RecipeError, check_installed
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task
 
 if TYPE_CHECKING:
+    from fedex_lora.engines.private.account import Steps
+    from fedex_lora.engines.private.own_account import OwnAccount
     from fedex_lora.engines.private.plan import Plan
-    from fedex_lora.engines.private.train import Spending
 
+
+class Spending(Protocol):
+    """Where a client takes down what it spends."""
+
+    def spend(self, client: str, new: Steps) -> float:
+        """Takes it down before it is done, and returns ε of the run with it."""
+        ...
+
+
+PRIVACY = "privacy.json"  # a client's own account
 _TRIED = 3  # rows whose gradients are compared
 
 
@@ -63,8 +75,14 @@ def _unlike(rows: Dataset) -> list[int]:
     return sorted({order[0], order[len(order) // 2], order[-1]})[:_TRIED]
 
 
-def plan_of(recipe: Recipe, settings: Settings, rows: Mapping[str, int]) -> Plan | None:
+def plan_of(
+    recipe: Recipe, settings: Settings, rows: Mapping[str, int], elsewhere: bool = False
+) -> Plan | None:
     """The noise of each client and the last round that fits; None where nothing is private.
+
+    Args:
+        elsewhere: Whether clients are on other machines: they do not know when they will be asked,
+            and find noise for all rounds.
 
     Raises:
         UserError: Not one round fits, or no account can be given.
@@ -74,7 +92,10 @@ def plan_of(recipe: Recipe, settings: Settings, rows: Mapping[str, int]) -> Plan
         return None
     from fedex_lora.engines.private.plan import plan  # noqa: PLC0415
 
-    schedule = [settings.sample(round) for round in range(1, recipe.federation.rounds + 1)]
+    rounds = range(1, recipe.federation.rounds + 1)
+    schedule = [settings.sample(round) for round in rounds]
+    if elsewhere and spec.noise_multiplier is None:
+        schedule = [sorted(rows) for _ in rounds]
     return plan(spec, recipe.trainer_arguments, rows, schedule)
 
 
@@ -104,6 +125,39 @@ def private_trainer(
         recipe.privacy.rehearsal,
         on_step,
     )
+
+
+def own_account(
+    recipe: Recipe, path: Path, file: Path | None, run: str, most: float | None
+) -> OwnAccount | None:
+    """A client's own account, on its own disk; None where neither recipe nor operator asks for it.
+
+    Args:
+        path: Of the account.
+        file: The client's rows; None where they are of the recipe's own data.
+        run: The run's number.
+        most: ε that its operator allows over all runs.
+
+    Raises:
+        UserError: The operator allows only so much, and the recipe's training is not private.
+    """
+    spec = recipe.privacy.example_level
+    if spec is None:
+        if most is not None:
+            raise RecipeError(
+                f"--epsilon: {most:g}, but training by this recipe spends without limit; agree on "
+                "one with privacy.example_level, or leave --epsilon out"
+            )
+        return None
+    check_installed("dp_accounting", "privacy.example_level")
+    from fedex_lora.engines.private.own_account import OwnAccount, names_of  # noqa: PLC0415
+
+    if recipe.privacy.rehearsal and most is not None:
+        raise RecipeError(
+            "--epsilon: with privacy.rehearsal nothing is hidden; agree on a recipe without it"
+        )
+    names = names_of(file, recipe.data.model_dump_json())
+    return OwnAccount(path, names, run, spec.delta, spec.epsilon, most)
 
 
 def notes(recipe: Recipe, plan: Plan, clients: Sequence[str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.private.account import Steps
+from fedex_lora.engines.private.begin import Spending
 from fedex_lora.engines.private.gradients import (
     example_losses,
     per_example,
@@ -27,12 +28,6 @@ from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.federation.randomness import poisson_sample, rehearsed, secret
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks.base import Batch
-
-
-class Spending(Protocol):
-    """Where a client takes down what it spends."""
-
-    def spend(self, client: str, new: Steps) -> float: ...
 
 
 class Predicting(Batches, Protocol):

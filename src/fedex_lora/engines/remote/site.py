@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from fedex_lora.aggregation.adapter import AdapterState, LayerShape
 from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.engines.private.begin import Spending, plan_of, private_trainer
 from fedex_lora.engines.remote.cache import Cache, Held
 from fedex_lora.engines.remote.wire import (
     NOTHING,
@@ -81,11 +82,23 @@ class Institution:
 
 
 def bring_to_life(
-    federation: Federation, name: str, cache: Path, versions: Mapping[str, str | None]
+    federation: Federation,
+    name: str,
+    cache: Path,
+    versions: Mapping[str, str | None],
+    account: Spending | None = None,
 ) -> Institution:
-    """The client of that name, of what `set_up_client` made of its recipe and its rows."""
+    """The client of that name, of what `set_up_client` made of its recipe and its rows.
+
+    Args:
+        account: Where it takes down what it spends of its privacy; by default in memory.
+    """
     recipe, task = federation.recipe, federation.task
     settings = replace(federation.settings, clients=(name,))
+    plan = plan_of(recipe, settings, {name: len(federation.clients[name])})
+    train: Train = HFTrainer(task, recipe.trainer_arguments)
+    if plan is not None:
+        train = private_trainer(recipe, task, plan, account)
     size = recipe.evaluation.batch_size
     return Institution(
         name,
@@ -96,7 +109,7 @@ def bring_to_life(
         federation.clients[name],
         federation.validation.get(name),
         federation.initial,
-        HFTrainer(task, recipe.trainer_arguments),
+        train,
         versions,
     )
 

@@ -81,12 +81,12 @@ def supernode(
     recipe: Path,
     data: Path | None,
     port: int,
-    **own: int,
+    **own: float,
 ) -> Command:
     """One institution's SuperNode; what its client app needs comes from its own configuration.
 
     Args:
-        own: `runs`, `ask` and `show-rows` of `fedex_lora.flower.client_app.reply_to`.
+        own: `runs`, `ask`, `show-rows` and `epsilon` of `fedex_lora.flower.client_app.reply_to`.
     """
     place = {"client": name, "recipe": str(recipe), "home": str(path)}
     if data is not None:
