@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.assignment import Assigned
+from fedex_lora.aggregation.combining import Combining
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Increment
 from fedex_lora.aggregation.methods import Method
+from fedex_lora.aggregation.robust import aligned, krum, middle, trimmed
 from fedex_lora.aggregation.statistics import LayerSums, Statistics
 from fedex_lora.errors import UserError
 
@@ -78,6 +81,8 @@ class Aggregator:
         trained: Which factors the clients train this round, of "A" and "B".
         eta: η in G' = G + η·Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰), the server's learning rate.
         clients: How many are expected, if known; for them memory is taken once.
+        combining: What is in the place of the weighted mean, if another is. A robust one holds all
+            clients until `finish`.
 
     Example:
         >>> import torch
@@ -101,8 +106,9 @@ class Aggregator:
         trained: frozenset[str],
         eta: float = 1.0,
         clients: int = 2,
+        combining: Combining = Combining(),  # noqa: B008 (a value)
     ) -> None:
-        self.method, self.eta = method, eta
+        self.method, self.eta, self.combining = method, eta, combining
         needs = method.assignment.needs
         seen = method.assignment.sent_up(trained)
         self._sees_all = seen == trained
@@ -119,10 +125,13 @@ class Aggregator:
 
         The tensors must stay as they are until `finish`; some are read only then.
         """
+        end = aligned(start, end) if self.combining.align else end
         self._waiting.append((weight, start, end))
+        if self.combining.robust:
+            return
         if len(self._waiting) == _AT_ONCE:
             self._take_waiting()
-        self._add_head(weight, start.head, {n: t - start.head[n] for n, t in end.head.items()})
+        self._add_head(weight, start.head, _drift(start, end))
 
     def _add_head(self, n: float, start: Mapping[str, Tensor], drift: Mapping[str, Tensor]) -> None:
         """The running mean of the head's drifts."""
@@ -139,8 +148,33 @@ class Aggregator:
                 sums.add(n, start.layers[name], end.layers[name])
         self._waiting = []
 
+    def _take_robustly(self) -> dict[str, Delta]:
+        """Takes in one client in the place of all that wait: the one that Krum chose, or one that
+        moved by the trimmed means. Returns, by layer, what the latter's product misses."""
+        clients, self._waiting = self._waiting, []
+        if self.combining.mean == "krum":
+            chosen = krum([end for _, _, end in clients], self.combining.liars)
+            _, start, end = clients[chosen]
+            self._waiting = [(1.0, start, end)]
+            self._take_waiting()
+            self._add_head(1.0, start.head, _drift(start, end))
+            return {}
+        cut, missed = self.combining.cut(len(clients)), {}
+        for name, sums in self._layers.items():
+            starts = [sums.full(start.layers[name]) for _, start, _ in clients]
+            ends = [sums.full(end.layers[name]) for _, _, end in clients]
+            end, missed[name] = middle(starts, ends, cut)
+            sums.add(1.0, starts[0], end)
+        drifts = [_drift(start, end) for _, start, end in clients]
+        head = {n: trimmed([d[n] for d in drifts], cut) for n in drifts[0]}
+        self._add_head(1.0, clients[0][1].head, head)
+        return missed if len(clients) > 1 and self.method.residual != "zero" else {}
+
     def combine(self, other: Aggregator) -> None:
         """Takes in all clients of another aggregator of the same round, which is used up."""
+        if self.combining.robust:
+            self._waiting += other._waiting
+            return
         self._take_waiting()
         other._take_waiting()
         for name, sums in self._layers.items():
@@ -155,10 +189,13 @@ class Aggregator:
             norms: Whether to measure `deviation` and `ideal`, which takes longer than the rest.
                 They are of products, so not where clients keep a factor that they trained.
         """
+        missed = self._take_robustly() if self.combining.robust else {}
         self._take_waiting()
         factors, increment, measured = {}, {}, {}
         for name, sums in self._layers.items():
             statistics = sums.finish()
+            if name in missed:
+                statistics = statistics.missing(missed[name])
             if norms and self._sees_all:
                 measured[name] = statistics.norms()
             assigned = assign(self.method, statistics)
@@ -173,3 +210,7 @@ class Aggregator:
             {name: deviation for name, (deviation, _) in measured.items()},
             {name: ideal for name, (_, ideal) in measured.items()},
         )
+
+
+def _drift(start: AdapterState, end: AdapterState) -> dict[str, Tensor]:
+    return {n: t - start.head[n] for n, t in end.head.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +79,18 @@ class Statistics:
         both = Delta(d * (self.layer.scale * (self.eta - self.eta**2)), e)
         return both if self.covariance is None else both + self.covariance.scaled(self.eta)
 
+    def missing(self, e: Delta) -> Statistics:
+        """The same where G is to move by η·E more than the means say, unscaled: E is missed by
+        them as a covariance is, and part of the sums."""
+        more = e.scaled(self.eta)
+        return replace(
+            self,
+            both=True,
+            covariance=e if self.covariance is None else self.covariance + e,
+            product=None if self.product is None else self.product + more,
+            increment=None if self.increment is None else self.increment + more,
+        )
+
     def best_pair(self) -> Factors:
         """B'A' nearest to `product` at the layer's rank: A' orthonormal rows, B' = UΣ/s."""
         return self.split_product()[0]
@@ -128,7 +140,7 @@ class LayerSums:
 
     def add(self, n: float, start: Factors, end: Factors) -> None:
         """Takes in one client: where it began and where it ended, its weight n > 0."""
-        start, end = self._full(start), self._full(end)
+        start, end = self.full(start), self.full(end)
         self._start = self._start or start
         self._moments.add(n, end.B, end.A)
         c, began = self.layer.scale * n, bool(self.needs) and bool(start.B.any())
@@ -168,7 +180,7 @@ class LayerSums:
             tuple(End(x.weight / total, x.start, x.end) for x in self._ends),
         )
 
-    def _full(self, f: Factors) -> Factors:
+    def full(self, f: Factors) -> Factors:
         """Zero-padded to the full rank, B in units of the layer's scale."""
         ratio, missing = f.scale / self.layer.scale, self.layer.rank - f.rank
         b = f.B if ratio == 1 else f.B * ratio

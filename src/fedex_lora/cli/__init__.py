@@ -17,6 +17,7 @@ from fedex_lora.cli import (
     plans,
     reports,
     runs,
+    serves,
 )
 from fedex_lora.cli.common import app, complain, console, phase, phases
 from fedex_lora.cli.spoken import Spoken
@@ -37,6 +38,7 @@ __all__ = [
     "plans",
     "reports",
     "runs",
+    "serves",
 ]
 
 

@@ -70,13 +70,25 @@ def resume(
     round: Annotated[
         int | None, typer.Option(min=1, help="Go back to this round; the later ones are set aside.")
     ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Of a finished run: so many rounds more.")
+    ] = None,
     show_rows: ShowRows = False,
 ) -> None:
     """Continue a run after its last finished round."""
     say(f"{run}: going on after its last finished round")
     phase.info("loading libraries")
-    from fedex_lora.runs.rundir import RunDir
+    from fedex_lora.runs.rundir import BY_HAND, RunDir
 
+    if rounds is not None:
+        if round is not None:
+            raise RecipeError("--rounds: goes on after the last round; leave --round out")
+        from fedex_lora.runs.extend import extend
+
+        say(f"{run}: now of {extend(RunDir(run), rounds)} rounds")
+        if (run / BY_HAND).is_file():
+            say(f"They are carried by hand: fedex-lora round open {shlex.quote(str(run))}")
+            return
     if round is not None:
         say(f"What came after round {round} lies in {RunDir(run).go_back(round)}")
     _run(RunDir(run).recipe(), run, True, deployment)

@@ -326,4 +326,7 @@ def federation_settings(
         max_norm=fed.max_norm,
         norm_ratio=fed.max_norm_ratio,
         max_share=fed.max_share,
+        mean=fed.mean,
+        liars=fed.liars,
+        align=fed.align,
     )

@@ -23,6 +23,7 @@ from fedex_lora.federation.codec import (
     update_nbytes,
 )
 from fedex_lora.federation.messages import Broadcast, Lost, Scores, Tensors, Update, flat, replaced
+from fedex_lora.federation.noise import MeanNoise
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.spool import Spool
 from fedex_lora.federation.state import (
@@ -128,6 +129,7 @@ def run_round(
     keep: KeepUpdate | None = None,
     shelve: Shelve = lambda version, tensors: tensors,
     waiting: Path | None = None,
+    noise: MeanNoise | None = None,
 ) -> tuple[ServerState, Record]:
     """One round: broadcast, collect, check, aggregate.
 
@@ -135,6 +137,7 @@ def run_round(
         keep: Called with (round, update, end state) for every update taken.
         shelve: Given (version, a client's own tensors), puts them where they need no memory.
         waiting: A folder for updates that wait for the others; None keeps them in memory.
+        noise: On their mean, for methods of which all that is published follows from that.
 
     Returns:
         The next state and the round's record (without scores, which need a model).
@@ -156,7 +159,7 @@ def run_round(
             for client, why in outliers(tally.norms, settings.norm_ratio).items():
                 tally.refuse(client, why)
         began = perf_counter()
-        after, result = _next_state(exchange, tally, spool, shelve)
+        after, result = _next_state(exchange, tally, spool, shelve, noise)
         tally.seconds += perf_counter() - began
         if keep is not None:
             for client in sorted(tally.taken):
@@ -240,7 +243,7 @@ def _end(exchange: Exchange, update: Update) -> AdapterState:
 
 
 def _next_state(
-    exchange: Exchange, tally: _Tally, spool: Spool, shelve: Shelve
+    exchange: Exchange, tally: _Tally, spool: Spool, shelve: Shelve, noise: MeanNoise | None
 ) -> tuple[ServerState, Aggregate | None]:
     """The state that the updates lead to, in sorted order of the clients: sums depend on their
     order in the last bits, so results do not depend on who is faster.
@@ -250,7 +253,7 @@ def _next_state(
     while True:
         _check_quorum(tally, exchange)
         try:
-            after, result = _aggregated(exchange, sorted(tally.taken), spool, shelve)
+            after, result = _aggregated(exchange, sorted(tally.taken), spool, shelve, noise)
             if (broken := too_large(after)) is None:
                 return after, result
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -264,7 +267,11 @@ def _next_state(
 
 
 def _aggregated(
-    exchange: Exchange, clients: list[str], spool: Spool, shelve: Shelve
+    exchange: Exchange,
+    clients: list[str],
+    spool: Spool,
+    shelve: Shelve,
+    noise: MeanNoise | None,
 ) -> tuple[ServerState, Aggregate | None]:
     settings, method = exchange.settings, exchange.settings.method
     aggregator = Aggregator(
@@ -273,10 +280,15 @@ def _aggregated(
         method.trained(exchange.round),
         settings.server_learning_rate,
         len(clients),
+        settings.combining,
     )
     kept: dict[str, Tensors] = {}
     for client in clients:
         update = spool.get(client)
+        if noise is not None:
+            start, first = flat(exchange.start(client)), client == clients[0]
+            shared = noise.share(update.tensors, start, len(clients), first)
+            update = replace(update, tensors=shared)
         end = _end(exchange, update)
         if method.exchanges:
             weight = 1.0 if settings.weights == "uniform" else float(update.examples)

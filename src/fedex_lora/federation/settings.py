@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from fedex_lora.aggregation.adapter import LayerShape
+from fedex_lora.aggregation.combining import Combining, Mean
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import UserError, did_you_mean
@@ -34,6 +35,12 @@ class Settings:
         max_share: Bound of one client's share of the weights.
         examples: Rows by client, as declared before round 1; they hold for the run. Empty where
             what an update says is believed.
+        mean: What is in the place of the weighted mean, and
+        liars: how many clients it is to withstand; see `Combining`.
+        align: Whether clients' pairs are rotated before they are averaged.
+
+    Raises:
+        UserError: Options that do not compose.
     """
 
     method: Method
@@ -55,6 +62,18 @@ class Settings:
     norm_ratio: float | None = None
     max_share: float | None = None
     examples: Mapping[str, int] = field(default_factory=dict)
+    mean: Mean = "weighted"
+    liars: int = 0
+    align: bool = False
+
+    def __post_init__(self) -> None:
+        for option, why in self.combining.problems(self.method, self.min_clients):
+            raise UserError(f"{option}: {why}")
+
+    @property
+    def combining(self) -> Combining:
+        """How the clients' updates are combined."""
+        return Combining(self.mean, self.liars, self.align)
 
     def layers_of(self, client: str) -> dict[str, LayerShape]:
         """The layers at this client's rank."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from fedex_lora.aggregation.assignment import Svd
+from fedex_lora.aggregation.methods import METHODS, Method
 from fedex_lora.recipe.part import Part, Problem
 
 if TYPE_CHECKING:
@@ -24,6 +26,18 @@ class ExampleLevel(Part):
     def problems(self) -> Iterator[Problem]:
         if self.epsilon is None and self.noise_multiplier is None:
             yield "epsilon", "missing; give it, or noise_multiplier, or both"
+
+
+class ClientLevel(Part):
+    """Noise on the mean of clipped updates: the result hides whether any one client took part."""
+
+    noise_multiplier: float = Field(gt=0)
+    clip: float = Field(gt=0)  # bound of an update's norm; with `adaptive` the first one
+    delta: float = Field(gt=0, lt=1)
+    epsilon: float | None = Field(default=None, gt=0)  # the run stops at the last round within it
+    adaptive: bool = False  # the bound follows `quantile` of the updates' norms
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    clip_learning_rate: float = Field(default=0.2, gt=0)  # of the bound's logarithm
 
 
 _PRIVATE = {
@@ -58,7 +72,14 @@ def differential_problems(recipe: Recipe) -> Iterator[Problem]:
     privacy = recipe.privacy
     if privacy.example_level is not None:
         yield from _example_level(recipe)
-    if privacy.rehearsal and privacy.example_level is None:
+    if privacy.client_level is not None:
+        yield from _client_level(recipe)
+    if privacy.example_level is not None and privacy.client_level is not None:
+        yield (
+            "privacy.client_level",
+            "and example_level hide different things, and have no account in common; leave one out",
+        )
+    if privacy.rehearsal and privacy.example_level is None and privacy.client_level is None:
         yield "privacy.rehearsal", "there is no noise to rehearse; leave it out"
 
 
@@ -73,4 +94,51 @@ def _example_level(recipe: Recipe) -> Iterator[Problem]:
         yield (
             "engine.fuse",
             f"clients in one pass have no gradients by example ({key}); leave it out",
+        )
+
+
+def _linear(method: Method) -> bool:
+    """Whether all that the server publishes is a function of the mean of the updates."""
+    mean = method.averages or (type(method.assignment) is Svd and method.trains == "B")
+    return mean and not method.in_ledger and not method.pooled
+
+
+def _client_level(recipe: Recipe) -> Iterator[Problem]:
+    key, name = "privacy.client_level", recipe.method.name
+    if not _linear(METHODS[name]):
+        able = ", ".join(other for other, method in METHODS.items() if _linear(method))
+        yield (
+            "method.name",
+            f"{name} publishes more of the updates than their mean, on which the noise is ({key}). "
+            f"Take one of {able}; or privacy.example_level, which goes with every method",
+        )
+    if recipe.federation.weights != "uniform":
+        yield (
+            "federation.weights",
+            f"a client's number of rows would change the others' weights ({key}); set uniform",
+        )
+    if recipe.federation.wire_dtype != "float32":
+        yield (
+            "federation.wire_dtype",
+            f"what rounding leaves for later is not accounted for ({key}); set float32",
+        )
+    if recipe.records.save_updates:
+        yield "records.save_updates", f"saved updates are without the noise ({key}); set false"
+    if recipe.evaluation.where != "server":
+        yield (
+            "evaluation.where",
+            f"clients' scores are without noise ({key}); set server",
+        )
+    if recipe.training.get("report_to", "none") != "none":
+        yield "training.report_to", f"reports of a training are without noise ({key}); leave it out"
+    if recipe.privacy.secure_aggregation is not None:
+        yield (
+            "privacy.secure_aggregation",
+            f"the coordinator adds the noise to the sum that it sees ({key}); leave one out",
+        )
+    level = recipe.privacy.client_level
+    if level is not None and level.adaptive and recipe.engine.kind != "local":
+        yield (
+            "privacy.client_level.adaptive",
+            "the bound of a round is not sent to clients on other machines; leave it out",
         )

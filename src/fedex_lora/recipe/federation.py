@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fedex_lora.aggregation.combining import Combining, Mean
 from fedex_lora.recipe.part import Part, Problem
 
 _PARTITION_NEEDS = {"iid": "", "dirichlet": "alpha", "shards": "shards_per_client", "by": "column"}
@@ -52,6 +53,9 @@ class FederationSpec(Part):
     # the same in medians of the round's other norms, from three clients on
     max_norm_ratio: float | None = Field(default=10.0, gt=1)
     max_share: float = Field(default=0.9, gt=0, le=1)  # of the weights, from three clients on
+    mean: Mean = "weighted"  # or median, trimmed-mean, krum: a few liars cannot decide them
+    liars: int = Field(default=0, ge=0)  # how many clients of a round it is to withstand
+    align: bool = False  # rotate each client's pair before averaging
     # across machines (engine flower):
     names: list[str] | None = None  # of the institutions; others are then refused
     round_timeout: float = Field(default=3600, gt=0)  # seconds until a round goes on without
@@ -64,6 +68,11 @@ class FederationSpec(Part):
         if isinstance(self.clients_per_round, float):
             return max(1, round(self.clients_per_round * self.clients))
         return self.clients if self.clients_per_round == "all" else self.clients_per_round
+
+    @property
+    def combining(self) -> Combining:
+        """How the clients' updates are combined."""
+        return Combining(self.mean, self.liars, self.align)
 
     def problems(self) -> Iterator[Problem]:
         part = self.clients_per_round

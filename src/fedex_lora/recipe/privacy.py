@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from fedex_lora.recipe.differential import ExampleLevel
+from fedex_lora.recipe.differential import ClientLevel, ExampleLevel
 from fedex_lora.recipe.part import Part, Problem
 
 
@@ -28,6 +28,7 @@ class Privacy(Part):
 
     secure_aggregation: SecureAggregation | None = None  # true: with all defaults
     example_level: ExampleLevel | None = None
+    client_level: ClientLevel | None = None
     rehearsal: bool = False  # noise that follows from the seed: for tests, and not private
 
     @field_validator("secure_aggregation", mode="before")

@@ -88,6 +88,7 @@ class Recipe(Part):
         yield from self._ranks()
         yield from self._engine()
         yield from self._fused()
+        yield from self._combining()
         yield from self._privacy()
         if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
@@ -153,8 +154,21 @@ class Recipe(Part):
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
 
+    def _combining(self) -> Iterator[Problem]:
+        method, fed = METHODS[self.method.name], self.federation
+        for option, why in fed.combining.problems(method, fed.min_clients):
+            yield f"federation.{option}", why
+
     def _privacy(self) -> Iterator[Problem]:
         """What a run that is to be private cannot do."""
+        if self.privacy.secure_aggregation is not None:
+            sums = "the coordinator sees sums alone, with privacy.secure_aggregation"
+            if "ends" in METHODS[self.method.name].assignment.needs:
+                yield "method.name", f"{self.method.name} needs every client's factors; {sums}"
+            if self.federation.combining.robust:
+                yield "federation.mean", f"{self.federation.mean} needs every client's; {sums}"
+            if self.federation.align:
+                yield "federation.align", f"needs every client's factors; {sums}"
         if self.privacy.secure_aggregation is not None:
             yield "privacy.secure_aggregation", "is not carried by any engine yet; leave it out"
         yield from differential_problems(self)

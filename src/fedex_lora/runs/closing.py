@@ -61,6 +61,7 @@ def finish(
         "last": last,
         "best": at_best,
         "description": federation.description,
+        **({"extended": parts} if (parts := directory.extensions()) else {}),
         **_totals(records, sum(sent.values())),
     }
     if "privacy" in records[-1]:  # of all rounds, of which the best was chosen

@@ -10,6 +10,7 @@ from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.private.begin import notes, plan_of
 from fedex_lora.engines.setup import Federation
 from fedex_lora.federation.loop import Record
+from fedex_lora.runs import by_client
 from fedex_lora.runs.spent import NOT_PRIVATE
 from fedex_lora.runs.watch import Watcher
 
@@ -23,6 +24,8 @@ def settle(federation: Federation, watcher: Watcher, elsewhere: bool = False) ->
     Raises:
         UserError: Not one round fits, or no account can be given of some client's rows.
     """
+    if federation.recipe.privacy.client_level is not None:
+        return by_client.settle(federation, watcher)
     examples = federation.examples
     plan = plan_of(federation.recipe, federation.settings, examples, elsewhere)
     if plan is None:
@@ -53,6 +56,8 @@ def told(federation: Federation, engine: Engine, record: Record, records: Sequen
         records: Of the rounds before.
     """
     recipe = federation.recipe
+    if recipe.privacy.client_level is not None:
+        return by_client.told(federation, record, records)
     spec = recipe.privacy.example_level
     if spec is None:
         return None

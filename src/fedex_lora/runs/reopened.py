@@ -17,7 +17,7 @@ from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.checkpoint import NAME, latest, load_checkpoint
 from fedex_lora.runs.records import best_record
-from fedex_lora.runs.rundir import RunDir, edited, not_of_a_run
+from fedex_lora.runs.rundir import RunDir, not_of_a_run
 
 Which = Literal["best", "last"]
 
@@ -78,7 +78,7 @@ def read_round(path: Path, which: Which | int = "best") -> Round:
     if round != state.version:
         state, extra = _load_round(directory, round)
     notes = [note.partition("; going on")[0] for note in notes]
-    if different := edited(recipe, extra):
+    if different := directory.edited(recipe, extra):
         changed = "; ".join(different)
         notes.append(f"{path}/recipe.yaml was changed after the run began, and is used: {changed}")
     record = {**extra["record"], **_later(directory, round)}

@@ -22,18 +22,21 @@ from fedex_lora.engines.turn import Train, Turn
 from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.federation.loop import KeepUpdate, Record, run_round
 from fedex_lora.federation.messages import Update
+from fedex_lora.federation.noise import MeanNoise
 from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences
 from fedex_lora.runs import private
 from fedex_lora.runs.autotune import settle_fuse, settle_precision
 from fedex_lora.runs.background import Background
+from fedex_lora.runs.by_client import begin_round
 from fedex_lora.runs.checkpoint import shelve
 from fedex_lora.runs.closing import finish
+from fedex_lora.runs.extend import extended
 from fedex_lora.runs.plan.plan import foreseen
 from fedex_lora.runs.preflight import check
 from fedex_lora.runs.progress import Progress
-from fedex_lora.runs.rundir import BY_HAND, DATA, OUTPUTS, RunDir, edited, environment, plain
+from fedex_lora.runs.rundir import BY_HAND, DATA, OUTPUTS, RunDir, environment, plain
 from fedex_lora.runs.scoring import evaluate
 from fedex_lora.runs.watch import Silent, Start, Watcher
 
@@ -160,7 +163,7 @@ def resume_run(
     with surroundings(stored), directory.held():
         records, then = directory.records(whole=True), directory.environment()
         state, extra, notes = directory.newest()
-        if different := edited(stored, extra):
+        if different := directory.edited(stored, extra):
             raise StorageError(
                 f"{out}/recipe.yaml: was changed after the run began: {'; '.join(different)}. "
                 "Put it back, or begin a new run"
@@ -217,9 +220,11 @@ def _go_on(
     with quick_collections(), Background() as background:  # written while the next round trains
         while state.version < until and not progress.exhausted(patience):
             federation, state = _admit(federation, engine, state)
-            after, record = _round(federation, directory, engine, state, watcher)
+            bounded, noise = begin_round(federation, engine, state.version + 1, progress.records)
+            after, record = _round(bounded, directory, engine, state, watcher, noise)
             if (told := private.told(federation, engine, record, progress.records)) is not None:
                 record["privacy"] = told
+            record |= extended(record, directory.extensions())
             background.wait()
             state = after
             progress.records.append(record)
@@ -255,12 +260,13 @@ def _round(
     engine: Engine,
     state: ServerState,
     watcher: Watcher,
+    noise: MeanNoise | None,
 ) -> tuple[ServerState, Record]:
     recipe, began = federation.recipe, perf_counter()
     keep = _keeper(federation, directory) if recipe.records.save_updates else None
     shelf = partial(shelve, directory.checkpoints)
     waiting = directory.checkpoints / "waiting"
-    state, record = run_round(state, federation.settings, engine, keep, shelf, waiting)
+    state, record = run_round(state, federation.settings, engine, keep, shelf, waiting, noise)
     if recipe.records.save_updates:
         weights = record["weights"]
         directory.save_global(

@@ -32,6 +32,7 @@ from fedex_lora.runs.saved import (
     COMPARISON,
     ENDS,
     EVALUATED,
+    EXTENSIONS,
     MAPPING,
     RECORD,
     RESULTS,
@@ -42,6 +43,7 @@ from fedex_lora.runs.saved import (
 
 DATA = "data.json"  # what the rows were, and how many of them could not be used
 SCORES = "scores.json"  # of an evaluation
+EXTENDED = "extended.json"  # of a run that got more rounds when it was finished
 BY_HAND = "by-hand.json"  # of a run whose messages people carry: what was sent out
 OUTPUTS = "outputs"  # the folder of generated texts: ROUND/SPLIT.jsonl
 PACKAGES = ("fedex-lora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "numpy")
@@ -174,6 +176,26 @@ class RunDir:
         """
         return self._json(SCORES, EVALUATED)
 
+    def extensions(self) -> list[dict[str, int]]:
+        """From how many rounds to how many the run was extended, once for every time.
+
+        Raises:
+            UserError: The file is there, and says something else.
+        """
+        return self._json(EXTENDED, EXTENSIONS) or []
+
+    def edited(self, recipe: Recipe, extra: Mapping[str, Any]) -> list[str]:
+        """How recipe.yaml differs from the recipe that was saved beside a state, if one was, by
+        other than extensions of the run."""
+        text = extra.get("recipe")
+        if text is None:
+            return []
+        then, parts = recipe_of_text(text), self.extensions()
+        known = {recipe.federation.rounds, then.federation.rounds}
+        known -= {rounds for part in parts for rounds in part.values()}
+        found = differences(recipe, then)
+        return [text for text in found if known or not text.startswith("federation.rounds:")]
+
     def environment(self) -> dict[str, Any] | None:
         """What environment.json says; None if there is none.
 
@@ -298,12 +320,6 @@ def _precious(file: Path) -> bool:
     """Whether a file may be anything but the first that a run, or an evaluation, writes."""
     empty = file.name == "checkpoints" and file.is_dir() and not any(file.iterdir())
     return file.name not in _UNFINISHED and not empty
-
-
-def edited(recipe: Recipe, extra: Mapping[str, Any]) -> list[str]:
-    """How recipe.yaml differs from the recipe that was saved beside a state, if one was."""
-    text = extra.get("recipe")
-    return differences(recipe, recipe_of_text(text)) if text is not None else []
 
 
 def not_of_a_run(path: Path, extra: Mapping[str, Any]) -> str | None:

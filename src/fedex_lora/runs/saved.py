@@ -100,6 +100,7 @@ class Evaluated(_Part):
 WHOLE = ("clients", "bytes_up", "bytes_down", "seconds")  # of a record: what totals are made of
 ENDS = ("last", "rounds", "best_round")  # of results: what a finished run is told by
 COMPARISON = TypeAdapter(dict[str, list[Results]])
+EXTENSIONS = TypeAdapter(list[dict[str, int]])
 MAPPING = TypeAdapter(dict[str, Any])
 RECORD, RESULTS = TypeAdapter(Record), TypeAdapter(Results)
 SAVED, EVALUATED = TypeAdapter(Saved), TypeAdapter(Evaluated)

@@ -18,7 +18,7 @@ import torch
 from fedex_lora.engines.private.account import Steps, epsilon, noise_for
 from fedex_lora.engines.training import training_arguments
 from fedex_lora.errors import RecipeError
-from fedex_lora.recipe.differential import ExampleLevel
+from fedex_lora.recipe.differential import ClientLevel, ExampleLevel
 
 _KEY = "privacy.example_level"
 
@@ -159,3 +159,32 @@ def _nothing_fits(spec: ExampleLevel, shape: Shape, client: str, rows: int) -> R
         f"{epsilon([one], spec.delta):.4g}. Raise noise_multiplier, or leave it out and have it "
         "found; take fewer epochs or smaller batches; or raise epsilon"
     )
+
+
+def client_rounds(spec: ClientLevel, schedule: Sequence[Sequence[str]]) -> int:
+    """The last round that fits into the budget of every client, each of which pays for the rounds
+    that it is asked in: who that is follows from the seed, which others know, so that no secret
+    draw lowers the price.
+
+    Raises:
+        UserError: Not one round fits, or δ is above one over the number of clients.
+    """
+    names = {client for clients in schedule for client in clients}
+    if spec.delta > 1 / len(names):
+        raise RecipeError(
+            f"privacy.client_level.delta: {spec.delta:g} is above 1/{len(names)}, one over the "
+            f"clients: to publish a client's update as it is would be allowed; set it below "
+            f"{1 / len(names):.2g}"
+        )
+    taken: Counter[str] = Counter()
+    for done, clients in enumerate(schedule):
+        taken.update(clients)
+        most = Steps(spec.noise_multiplier, 1.0, max(taken.values()))
+        if spec.epsilon is not None and (cost := epsilon([most], spec.delta)) > spec.epsilon:
+            if not done:
+                raise RecipeError(
+                    f"privacy.client_level.epsilon: {spec.epsilon:g} allows no round: one already "
+                    f"costs {cost:.4g}; raise noise_multiplier, or epsilon"
+                )
+            return done
+    return len(schedule)

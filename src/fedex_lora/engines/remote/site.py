@@ -33,6 +33,7 @@ from fedex_lora.engines.remote.wire import (
 from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer
+from fedex_lora.engines.transforms import clip
 from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
 from fedex_lora.errors import UserError, for_others
 from fedex_lora.federation.codec import (
@@ -111,6 +112,7 @@ def bring_to_life(
         federation.initial,
         train,
         versions,
+        None if recipe.privacy.client_level is None else clip(recipe.privacy.client_level.clip),
     )
 
 

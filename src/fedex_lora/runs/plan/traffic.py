@@ -196,11 +196,19 @@ class DryRun:
 
     def _statistics(self, layer: LayerShape, taken: Sequence[str]) -> Statistics:
         settings, assignment = self.settings, self.settings.method.assignment
-        k, eta = len(taken), settings.server_learning_rate
+        combining, eta = settings.combining, settings.server_learning_rate
+        taken = taken[:1] if combining.mean == "krum" else taken
+        k = len(taken)
         both = assignment.sent_up(settings.method.trained(self.version + 1)) == {"A", "B"}
         began = sum(map(self._has_begun, taken))  # whose B⁰A⁰ is a term of its own
 
+        exact = settings.method.residual != "zero" and k > 1
+        dense = Delta(_empty(layer.out, layer.inp)) if combining.by_coordinate and exact else None
+        k = 1 if combining.by_coordinate else k
+
         def terms(count: int) -> Delta:
+            if dense is not None:
+                return dense
             rank = count * layer.rank
             return Delta(_empty(layer.out, rank), _empty(rank, layer.inp)).smaller()
 
@@ -211,7 +219,7 @@ class DryRun:
             both,
             mean,
             mean,
-            terms(k - 1) if both and k > 1 else None,
+            dense or (terms(k - 1) if both and k > 1 else None),
             terms(k if eta == 1 else k + began) if "product" in assignment.needs else None,
             terms(k + began) if "increment" in assignment.needs else None,
             (End(1 / k, mean, mean),) * k if "ends" in assignment.needs else (),

@@ -1,0 +1,1 @@
+"""Models and adapters as GGUF files, which llama.cpp reads."""

@@ -1,0 +1,127 @@
+"""Client-level differential privacy in a run: clip at the clients, noise on their mean, account."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedex_lora.aggregation.seeding import derive
+from fedex_lora.engines.engine import Engine
+from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.setup import Federation
+from fedex_lora.engines.transforms import clip
+from fedex_lora.errors import check_installed
+from fedex_lora.federation.loop import Record
+from fedex_lora.federation.noise import SLACK, MeanNoise, next_bound, split
+from fedex_lora.federation.randomness import Bits, rehearsed, secret
+from fedex_lora.recipe.differential import ClientLevel
+from fedex_lora.runs.spent import NOT_PRIVATE
+from fedex_lora.runs.watch import Watcher
+
+_TELLING = ("norms", "median_norm", "deviation", "ideal", "left_out")  # of updates without noise
+_PLAIN = ("examples", "steps", "seconds")  # of a client: they follow from its number of rows
+
+
+def settle(federation: Federation, watcher: Watcher) -> Federation:
+    """The federation with as many rounds as the budget allows; what is settled is said.
+
+    Raises:
+        UserError: Not one round fits.
+    """
+    spec, privacy = _spec(federation), federation.recipe.privacy
+    check_installed("dp_accounting", "privacy.client_level")
+    from fedex_lora.engines.private.plan import client_rounds  # noqa: PLC0415
+
+    settings = federation.settings
+    schedule = [settings.sample(round) for round in range(1, settings.rounds + 1)]
+    rounds = client_rounds(spec, schedule)
+    if privacy.rehearsal:
+        watcher.note(f"{NOT_PRIVATE}, and whoever has the recipe can subtract it")
+    else:
+        watcher.note("a private run does not repeat bit for bit: its noise follows from no seed")
+    watcher.note(
+        "norms, deviations and training losses are of updates without noise, so none is recorded; "
+        "the coordinator sees single updates, and is trusted"
+    )
+    if rounds < settings.rounds:
+        watcher.note(
+            f"ε = {spec.epsilon:g} allows {rounds} of {settings.rounds} rounds; the run ends with "
+            "the last that fits"
+        )
+    return replace(federation, settings=replace(settings, rounds=rounds))
+
+
+def begin_round(
+    federation: Federation, engine: Engine, round: int, records: Sequence[Record]
+) -> tuple[Federation, MeanNoise | None]:
+    """Bounds what clients send, and gives the noise on its mean; nothing where that is not asked.
+
+    A client whose update is beyond the bound is refused; no other's norm decides that.
+    """
+    if federation.recipe.privacy.client_level is None:
+        return federation, None
+    spec, asked = _spec(federation), federation.settings.sample_size
+    bound = _bound(spec, records)
+    if isinstance(engine, LocalEngine):
+        engine.transform = clip(bound)
+    settings = replace(federation.settings, max_norm=bound * (1 + SLACK), norm_ratio=None)
+    of_sum = split(spec.noise_multiplier, asked)[0] if spec.adaptive else spec.noise_multiplier
+    noise = MeanNoise(of_sum * bound, asked, _bits(federation, "mean", round))
+    return replace(federation, settings=settings), noise
+
+
+def told(federation: Federation, record: Record, records: Sequence[Record]) -> Any:
+    """What the record says of the budget; what else tells of single updates is taken out of it.
+
+    A client pays for every round that it is asked in, whether it came or not.
+    """
+    from fedex_lora.engines.private.account import (  # noqa: PLC0415
+        Steps,
+        added,
+        as_json,
+        epsilon,
+        from_json,
+    )
+
+    spec, settings = _spec(federation), federation.settings
+    bound, asked = _bound(spec, records), settings.sample_size
+    spent = {
+        client: from_json(steps)
+        for client, steps in (records[-1]["privacy"]["steps"] if records else {}).items()
+    }
+    for client in settings.sample(record["round"]):
+        spent[client] = added(spent.get(client, ()), Steps(spec.noise_multiplier, 1.0, 1))
+    found: dict[str, Any] = {"level": "client", "delta": spec.delta, "budget": spec.epsilon}
+    found["private"] = NOT_PRIVATE if federation.recipe.privacy.rehearsal else True
+    found["epsilon"] = {c: epsilon(spent[c], spec.delta) for c in sorted(spent)}
+    found["steps"] = {c: as_json(spent[c]) for c in sorted(spent)}
+    found["clip"] = found["next_clip"] = bound
+    if spec.adaptive:
+        norms = [record["norms"][client] for client in record["clients"]]
+        of_count = split(spec.noise_multiplier, asked)[1]
+        bits = _bits(federation, "count", record["round"])
+        found["next_clip"] = next_bound(
+            bound, norms, asked, of_count, spec.quantile, spec.clip_learning_rate, bits
+        )
+    for key in [key for key in record if key.startswith(_TELLING)]:
+        del record[key]
+    for client, metrics in record["clients"].items():
+        record["clients"][client] = {k: v for k, v in metrics.items() if k in _PLAIN}
+    return found
+
+
+def _spec(federation: Federation) -> ClientLevel:
+    spec = federation.recipe.privacy.client_level
+    assert spec is not None
+    return spec
+
+
+def _bound(spec: ClientLevel, records: Sequence[Record]) -> float:
+    return records[-1]["privacy"]["next_clip"] if records else spec.clip
+
+
+def _bits(federation: Federation, what: str, round: int) -> Bits:
+    if not federation.recipe.privacy.rehearsal:
+        return secret
+    return rehearsed(derive(federation.recipe.seed, "noise", what, round))
