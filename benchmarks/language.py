@@ -19,7 +19,7 @@ from benchmarks.results import Figure, Row
 from benchmarks.timing import Times, ratio
 from fedex_lora.engines.training import LabelledTrainer, training_arguments
 
-ROWS, LENGTH = 8, 96
+ROWS, LENGTH = 4, 96
 LABELS = {"6 labels a row": 6, "all positions labelled": LENGTH}
 CONFIGS: Mapping[str, Callable[[], Any]] = {
     "Gemma 3 270M": lambda: transformers.Gemma3TextConfig(
@@ -99,7 +99,7 @@ def _seconds(work: Callable[[], object]) -> float:
     return process_time() - began
 
 
-def row(kinds: tuple[str, ...] = tuple(CONFIGS), repeats: int = 5) -> Row:
+def row(kinds: tuple[str, ...] = tuple(CONFIGS), repeats: int = 3) -> Row:
     """Time and memory a step, by model and by how many positions are labelled."""
     figures = []
     for kind in kinds:

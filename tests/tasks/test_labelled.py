@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from fedex_lora.engines.training import LabelledTrainer, quick_collections, training_arguments
-from fedex_lora.tasks import labelled
+from fedex_lora.tasks import labelled, shared
 from fedex_lora.tasks.base import IGNORED
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -262,3 +263,25 @@ def test_losses_by_row_without_gradients():
     for row, (ids, first) in enumerate(ROWS):
         expected = -sum(log_p[row, i - 1, ids[i]].item() for i in range(first, len(ids)))
         assert sums[row] == pytest.approx(expected, rel=1e-5) and counts[row] == len(ids) - first
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_prompt_shared_by_its_continuations_gives_the_same_losses(kind, caplog):
+    model = model_of(kind).eval()
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, pad_token_type_id=0)
+    prompts = [[5, 7, 9, 11, 4, 6, 8, 10], [8, 3, 4], [9, 12]]
+    ends = [[[6, 7, 8], [6, 7, 9, 2], [6, 5]], [[3], [4]], [[10, 11, 12, 13, 3]]]
+    groups = [
+        [{"input_ids": p + e, "labels": [IGNORED] * len(p) + e} for e in given]
+        for p, given in zip(prompts, ends)
+    ]
+    groups.insert(1, [])
+    expected = shared._apart(model, groups, tokenizer, 2)
+    with caplog.at_level(logging.WARNING, shared.logger.name):
+        found = shared.continuation_losses(model, groups, tokenizer, 6)
+    assert [len(group) for group in found] == [3, 0, 2, 1]
+    for group, own in zip(found, expected):
+        assert [count for _, count in group] == [count for _, count in own]
+        assert [loss for loss, _ in group] == pytest.approx([loss for loss, _ in own], rel=2e-5)
+    said = [r for r in caplog.records if r.name == shared.logger.name]
+    assert bool(said) == (kind == "Mamba")  # which has no cache of that kind

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from time import perf_counter
 from typing import Any, Protocol, cast, get_type_hints
@@ -18,16 +20,11 @@ from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.engines.trainer import LabelledTrainer, OnStep
 from fedex_lora.engines.training_log import TrainingLog, named, reported
 from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.errors import UserError, shown
@@ -37,7 +34,6 @@ from fedex_lora.recipe.reader import Places
 from fedex_lora.recipe.wording import in_words
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
-from fedex_lora.tasks.labelled import head_of, is_causal, token_losses
 
 # what transformers and torch raise for settings they cannot use
 _REFUSED = (
@@ -50,8 +46,6 @@ _REFUSED = (
     LookupError,
     OSError,
 )
-
-OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
@@ -183,6 +177,9 @@ class HFTrainer:
     log: TrainingLog | None = None
     proximal: float = 0.0
     together: int = 1
+    _last: list[LabelledTrainer] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
         return [self._train(model, turn) for turn in turns]
@@ -193,23 +190,40 @@ class HFTrainer:
         model.freeze(turn.trained)
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
-        seed = derive(turn.seed, "train", turn.round, turn.client)
-        with tempfile.TemporaryDirectory() as directory:
-            training = named(self.training, log)
-            trainer = make_trainer(model, self.task, turn.rows, training, seed, directory, on_step)
-            held = held_back(model.module, self.proximal, trainer.args)
-            with reported(trainer, log), attention(trainer.args), held:
-                try:
-                    output = trainer.train()
-                except ImportError as error:  # of what it looks for only here
-                    raise UserError(f"training: {error}") from None
-            _release(trainer, model)
+        trainer = self._trainer(model, turn, on_step, log)
+        held = held_back(model.module, self.proximal, trainer.args)
+        with reported(trainer, log), attention(trainer.args), held:
+            try:
+                output = trainer.train()
+            except ImportError as error:  # of what it looks for only here
+                raise UserError(f"training: {error}") from None
+        _release(trainer, model)
         metrics = {
             "loss": output.training_loss,
             "steps": float(output.global_step),
             "seconds": perf_counter() - began,
         }
         return Trained(metrics, model.read())
+
+    def _trainer(
+        self, model: AdaptedModel, turn: Turn, on_step: OnStep | None, log: TrainingLog | None
+    ) -> LabelledTrainer:
+        """A Trainer for this turn: the last turn's, begun anew, where that comes to the same."""
+        seed = derive(turn.seed, "train", turn.round, turn.client)
+        if self._last and self._last[0].renewable(model.module):
+            self._last[0].renew(turn.rows, seed, on_step)
+            return self._last[0]
+        directory = tempfile.mkdtemp()
+        try:
+            trainer = make_trainer(
+                model, self.task, turn.rows, named(self.training, log), seed, directory, on_step
+            )
+        except BaseException:
+            shutil.rmtree(directory)
+            raise
+        weakref.finalize(trainer, shutil.rmtree, directory, ignore_errors=True)
+        self._last[:] = [trainer]
+        return trainer
 
 
 @contextmanager
@@ -233,10 +247,11 @@ def held_back(module: torch.nn.Module, mu: float, args: TrainingArguments) -> It
             hook.remove()
 
 
-def _release(trainer: Trainer, model: AdaptedModel) -> None:
+def _release(trainer: LabelledTrainer, model: AdaptedModel) -> None:
     """Takes off the model, which clients and evaluation share, what accelerate leaves there: the
     wrapper of mixed precision, and the mark that would keep the next turn from getting one."""
-    trainer.accelerator.unwrap_model(model.module, keep_fp32_wrapper=False)
+    if not trainer.plain:
+        trainer.accelerator.unwrap_model(model.module, keep_fp32_wrapper=False)
     vars(model.module).pop("_is_accelerate_prepared", None)
     model.release()
 
@@ -294,7 +309,7 @@ def make_trainer(
     directory: str,
     on_step: OnStep | None = None,
     collate: Callable[[list[dict[str, Any]]], Any] | None = None,
-) -> Trainer:
+) -> LabelledTrainer:
     """The Trainer of one turn.
 
     Raises:
@@ -308,39 +323,12 @@ def make_trainer(
             args=args,
             train_dataset=rows,
             data_collator=collator,
-            callbacks=[_Steps(on_step)] if on_step else None,
         )
     except Exception as error:  # every library that takes part has kinds of its own
         raise UserError(f"training: {type(error).__name__}: {error}") from None
     trainer.remove_callback(PrinterCallback)
+    trainer.tell(on_step)
     return trainer
-
-
-class LabelledTrainer(Trainer):
-    """transformers.Trainer, whose loss of causal language models is computed at labelled positions
-    alone (`tasks.labelled`); it has the gradients that the Trainer's has, up to rounding."""
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        labels = inputs.get("labels")
-        wrapped = model is not self.model  # compiled, or spread over devices
-        if return_outputs or wrapped or labels is None or not is_causal(model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        head = head_of(model, inputs["input_ids"])
-        if head is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        rest = {key: value for key, value in inputs.items() if key != "labels"}
-        smoothing = self.args.label_smoothing_factor
-        with self.accelerator.autocast():
-            losses = token_losses(head, rest, labels, smoothing)
-        return losses.total / (
-            len(losses.each) if num_items_in_batch is None else num_items_in_batch
-        )
 
 
 def score(
@@ -382,11 +370,3 @@ def steps_of(rows: int, args: TrainingArguments) -> int:
     batches = count(rows / args.train_batch_size)
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     return math.ceil(args.num_train_epochs * per_epoch)
-
-
-class _Steps(TrainerCallback):
-    def __init__(self, on_step: OnStep) -> None:
-        self._on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._on_step(state.global_step, state.max_steps)

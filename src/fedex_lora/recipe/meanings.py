@@ -178,8 +178,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.mean": ("median", "How updates are averaged; a few liars do not decide others than "
         "`weighted`."),
     "federation.liars": ("1", "How many clients of a round the mean is to withstand."),
-    "federation.align": ("true", "Each client's pair is rotated towards the others' before it is "
-        "averaged."),
+    "federation.align": ("true", "Each client's pair is rotated towards the A it began with before "
+        "it is averaged."),
     "federation.proximal": ("0.01", "FedProx: how strongly a client is held to where it began."),
     "federation.server_optimizer.name": ("fedavgm", "What the server makes of the mean change: "
         "fedavgm, fedadam or fedyogi."),
@@ -188,13 +188,6 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.server_optimizer.beta2": ("0.95", "fedadam, fedyogi: the same of the squares."),
     "federation.server_optimizer.tau": ("0.01", "fedadam, fedyogi: added to their root."),
     "federation.server_learning_rate": ("0.5", "The mean change is multiplied by it."),
-    "federation.server_optimizer.name": ("fedadam", "What the server makes of the mean change, in "
-        "place of adding it."),
-    "federation.server_optimizer.learning_rate": ("0.1", "Of the server."),
-    "federation.server_optimizer.momentum": ("0.9", "Share of earlier changes that is kept."),
-    "federation.server_optimizer.beta2": ("0.99", "The same of their squares (fedadam, fedyogi)."),
-    "federation.server_optimizer.tau": ("1.0e-3", "Added to the root of the squares (fedadam, "
-        "fedyogi)."),
     "federation.min_clients": ("2", "Fewer valid updates stop the run; its checkpoints stand."),
     "federation.failure_rate": ("0.2", "Rehearsal: the probability that a client fails in a round. "
         "Engine local."),
@@ -204,8 +197,6 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.partition.shards_per_client": ("2", "shards: sorted pieces of each client."),
     "federation.partition.column": ("hospital", "by: a client for each value. dirichlet, shards: "
         "dealt out by this column in place of the labels."),
-    "federation.proximal": ("0.01", "Weight of a penalty on how far a client goes from its start "
-        "(FedProx)."),
     "federation.max_norm": ("50", "An update of a larger norm is refused."),
     "federation.max_norm_ratio": ("5", "The same in medians of the round's other updates, from "
         "three clients on."),

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from fedex_lora.tasks.base import IGNORED
 
-ROOM = 2**25  # logits of a chunk: 128 MiB in float32
+ROOM = 2**26  # logits of a chunk: 256 MiB in float32; the output layer is read anew for each
 _PROBE = 8  # tokens by which a model is tried
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,25 @@ def token_losses(
         row_weights: By row: of its tokens in `total`; 1 by default.
     """
     output = head.body(**inputs)
-    states = output.last_hidden_state
-    targets = labels[:, 1:].to(states.device)
+    states = output.last_hidden_state[:, :-1]
+    return losses_of(head, states, labels[:, 1:], output, smoothing, row_weights)
+
+
+def losses_of(
+    head: Head,
+    states: Tensor,
+    targets: Tensor,
+    output: Any,
+    smoothing: float = 0.0,
+    row_weights: Tensor | None = None,
+) -> Losses:
+    """The same of hidden states (rows × positions × width).
+
+    Args:
+        targets: Rows × positions, what is to be predicted at each, or `IGNORED`.
+        output: What the body returned.
+    """
+    targets = targets.to(states.device)
     rows, positions = (targets != IGNORED).nonzero(as_tuple=True)
     weights = None if row_weights is None else row_weights.to(states.device)[rows]
     work = _Work(head, output, targets[rows, positions], weights, smoothing)

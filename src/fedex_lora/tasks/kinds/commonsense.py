@@ -27,14 +27,12 @@ from fedex_lora.tasks.base import (
 from fedex_lora.tasks.encoding import encode_pairs
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import (
-    as_dataset,
     evaluate_loss,
     language_task,
     prompt_of,
-    row_losses,
 )
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
-from fedex_lora.tasks.metrics import SHARE
+from fedex_lora.tasks.metrics import SHARE, mean_loss, perplexity
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.prompted import (
     Verdict,
@@ -44,6 +42,7 @@ from fedex_lora.tasks.prompted import (
     evaluation_rows,
     training_rows,
 )
+from fedex_lora.tasks.shared import continuation_losses
 
 _BEGIN = "Below is an instruction that describes a task"
 _WRITE = "Write a response that appropriately completes the request."
@@ -231,13 +230,19 @@ def _evaluate_likelihood(
     batch_size: int,
     outputs: Outputs | None = None,
 ) -> dict[str, float]:
-    scores = option_scores(model, encoded, tokenizer, batch_size)
-    right = [
-        bool(s) and row["options"][s.index(max(s))] == row["answer"]
-        for s, row in zip(scores, map(dict, encoded))
+    rows = [dict(row) for row in encoded]
+    groups = [
+        [*g, *([row] if asked(row) else [])]
+        for g, row in zip(_options_of(model, encoded, tokenizer), rows)
     ]
-    loss = evaluate_loss(model, encoded, tokenizer, batch_size)
-    return {"accuracy": sum(right) / len(right), **loss}
+    found = continuation_losses(model, groups, tokenizer, batch_size)
+    # the likeliest option, and the loss of the response that the row has
+    scores = [[-loss for loss, _ in losses[:-1]] for losses in found]
+    right = [
+        bool(s) and row["options"][s.index(max(s))] == row["answer"] for s, row in zip(scores, rows)
+    ]
+    loss = mean_loss(*zip(*(losses[-1] for losses in found if losses)))
+    return {"accuracy": sum(right) / len(right), "perplexity": perplexity(loss), "loss": loss}
 
 
 def option_scores(
@@ -249,17 +254,16 @@ def option_scores(
         encoded: Rows from the task's `encode_evaluation`; one whose prompt has no room for a
             response has no scores.
     """
-    rows, owners = _with_options(encoded, tokenizer)
-    _check_positions(model, rows)
-    losses = row_losses(model, as_dataset(rows, len(rows), ""), tokenizer, batch_size)
-    scores: list[list[float]] = [[] for _ in range(len(encoded))]
-    for i, owner in enumerate(owners):
-        scores[owner].append(-losses[i][0])
-    return scores
+    groups = _options_of(model, encoded, tokenizer)
+    found = continuation_losses(model, groups, tokenizer, batch_size)
+    return [[-loss for loss, _ in losses] for losses in found]
 
 
 def _check_positions(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
-    limit, longest = learned_positions(model), max(len(row["input_ids"]) for row in rows)
+    limit, longest = (
+        learned_positions(model),
+        max((len(row["input_ids"]) for row in rows), default=0),
+    )
     if limit is not None and longest > limit:
         raise RecipeError(
             f"task.max_length: a prompt with an option is {longest} tokens long, but the model "
@@ -267,18 +271,22 @@ def _check_positions(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Non
         )
 
 
-def _with_options(
-    encoded: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """A row for each option of each row, labelled on its response, and whose option it is."""
+def _options_of(
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> list[list[dict[str, Any]]]:
+    """A row for each option of each row, labelled on its response."""
     texts = {o: RESPONSE.format(o) for row in encoded for o in dict(row)["options"]}
     pairs = encode_pairs([""] * len(texts), list(texts.values()), tokenizer, 1)
     tokens = {option: response[:-1] for option, (_, response) in zip(texts, pairs)}
-    rows, owners = [], []
-    for i, row in enumerate(map(dict, encoded)):
+    groups: list[list[dict[str, Any]]] = []
+    for row in map(dict, encoded):
         before = prompt_of(row)
-        for option in row["options"] if asked(row) else []:
-            after = tokens[option]
-            rows.append({"input_ids": before + after, "labels": [IGNORED] * len(before) + after})
-            owners.append(i)
-    return rows, owners
+        responses = [tokens[option] for option in row["options"]] if asked(row) else []
+        groups.append(
+            [
+                {"input_ids": before + after, "labels": [IGNORED] * len(before) + after}
+                for after in responses
+            ]
+        )
+    _check_positions(model, [row for group in groups for row in group])
+    return groups

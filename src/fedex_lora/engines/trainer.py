@@ -1,0 +1,96 @@
+"""transformers.Trainer for a client's turn: many short trainings on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import Trainer, TrainerCallback, set_seed
+
+from fedex_lora.tasks.labelled import head_of, is_causal, token_losses
+
+OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+class LabelledTrainer(Trainer):
+    """transformers.Trainer, whose loss of causal language models is computed at labelled positions
+    alone (`tasks.labelled`); it has the gradients that the Trainer's has, up to rounding."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        labels = inputs.get("labels")
+        wrapped = model is not self.model  # compiled, or spread over devices
+        if return_outputs or wrapped or labels is None or not is_causal(model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        head = head_of(model, inputs["input_ids"])
+        if head is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        smoothing = self.args.label_smoothing_factor
+        with self.accelerator.autocast():
+            losses = token_losses(head, rest, labels, smoothing)
+        return losses.total / (
+            len(losses.each) if num_items_in_batch is None else num_items_in_batch
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether accelerate puts nothing on the model: one device, one precision."""
+        accelerator = self.accelerator
+        alone = accelerator.distributed_type == DistributedType.NO
+        return alone and not accelerator.native_amp and not self.args.torch_compile
+
+    def renewable(self, module: nn.Module) -> bool:
+        """Whether `renew` makes it what a new Trainer for this model would be: it is for the same
+        one, and nothing that lasts beyond a training (a gradient scaler, a report) is in it."""
+        return (
+            self.model is module
+            and self.accelerator.distributed_type == DistributedType.NO
+            and self.accelerator.scaler is None
+            and not self.args.report_to
+            and not self.args.torch_compile
+            and not self.args.auto_find_batch_size
+        )
+
+    def renew(self, rows: Any, seed: int, on_step: OnStep | None) -> None:
+        """Begins a training anew, with other rows and another seed, as a new Trainer would."""
+        self.args.seed = self.args.data_seed = seed
+        self.accelerator.dataloader_config.data_seed = seed
+        set_seed(seed)
+        self.train_dataset = rows
+        self.optimizer = self.lr_scheduler = None
+        self.tell(on_step)
+        if self.plain:  # there would be nothing to do but a walk over its modules
+            vars(self.model)["_is_accelerate_prepared"] = True
+
+    def tell(self, on_step: OnStep | None) -> None:
+        """Who is told of steps from now on."""
+        self.remove_callback(_Steps)
+        if on_step is not None:
+            self.add_callback(_Steps(on_step))
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        return model if self.plain else super()._wrap_model(model, training, dataloader)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Those whose weights decay; a model's are looked for once."""
+        if self._decaying is None:
+            self._decaying = super().get_decay_parameter_names(model)
+        return self._decaying
+
+    _decaying: list[str] | None = None
+
+
+class _Steps(TrainerCallback):
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._on_step(state.global_step, state.max_steps)

@@ -1,0 +1,151 @@
+"""Losses of several continuations of one prompt, which is put through the model once."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedex_lora.tasks.base import IGNORED, evaluating, longest_first, pad, padding
+from fedex_lora.tasks.language import as_dataset, row_losses
+from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, Tensor, labelled, nn, torch
+
+Row = Mapping[str, list[int]]  # `input_ids` and `labels`, equally long
+Losses = list[list[tuple[float, int]]]
+
+logger = logging.getLogger(__name__)
+
+
+def continuation_losses(
+    model: nn.Module,
+    groups: Sequence[Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+) -> Losses:
+    """By group and row: the sum of −log p over its labels in nats, and their number.
+
+    What the rows of a group begin with alike is put through the model once, and the rest of each
+    row goes on from the cache of it. A model of which that does not give the same is given every
+    row by itself, with a warning.
+
+    Args:
+        groups: Rows that begin alike; one may be empty.
+        batch_size: How many rows are in memory at a time.
+    """
+    asked = [i for i, group in enumerate(groups) if group]
+    found: Losses = [[] for _ in groups]
+    if not asked:
+        return found
+    begins = {i: _common(groups[i]) for i in asked}
+    # the cache is needed for the longest rest
+    tried = max(asked, key=lambda i: max(len(r["input_ids"]) for r in groups[i]) - begins[i])
+    with evaluating(model) as device:
+        head = labelled.head_of(model, torch.tensor([groups[tried][0]["input_ids"]]).to(device))
+    alike = all(begins[i] for i in asked)
+    if head is None or not alike or not _agrees(head, groups[tried], tokenizer):
+        return _apart(model, groups, tokenizer, batch_size)
+    together = max(1, batch_size // max(len(groups[i]) for i in asked))
+    with evaluating(model):
+        for batch in longest_first([begins[i] for i in asked], together):
+            chosen = [asked[place] for place in batch]
+            losses = _batch(head, [groups[i] for i in chosen], padding(tokenizer))
+            for i, group in zip(chosen, losses, strict=True):
+                found[i] = group
+    return found
+
+
+def _common(group: Sequence[Row]) -> int:
+    """How many tokens, and their labels, all rows begin with; each has one more at least."""
+    most = min(len(row["input_ids"]) for row in group) - 1
+    for i in range(most):
+        if len({(row["input_ids"][i], row["labels"][i]) for row in group}) > 1:
+            return i
+    return most
+
+
+def _batch(head: labelled.Head, groups: Sequence[Sequence[Row]], fill: int) -> Losses:
+    device = head.model.device
+    lengths = [_common(group) for group in groups]
+    prompts = [
+        {"input_ids": group[0]["input_ids"][:n], "labels": group[0]["labels"][:n], "there": [1] * n}
+        for group, n in zip(groups, lengths)
+    ]
+    # on the left, so that what follows comes right after
+    ids, labels, mask = (
+        pad(prompts, key, value, side="left").to(device)
+        for key, value in (("input_ids", fill), ("labels", IGNORED), ("there", 0))
+    )
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    first = head.body(
+        input_ids=ids, attention_mask=mask, use_cache=True, **_positions(head.body, places)
+    )
+    states = first.last_hidden_state
+    before = labelled.losses_of(head, states[:, :-1], labels[:, 1:], first).by_row(len(groups))
+
+    owners = [i for i, group in enumerate(groups) for _ in group]
+    whose = torch.tensor(owners, device=device)
+    rest = [
+        {key: values[n:] for key, values in row.items() if key in ("input_ids", "labels")}
+        for group, n in zip(groups, lengths)
+        for row in group
+    ]
+    rest = [{**row, "there": [1] * len(row["input_ids"])} for row in rest]
+    ids, labels, there = (
+        pad(rest, key, value).to(device)
+        for key, value in (("input_ids", fill), ("labels", IGNORED), ("there", 0))
+    )
+    states, output = states[whose, -1:], first
+    if ids.shape[1] > 1:  # nothing follows a row's last token
+        cache = first.past_key_values
+        cache.batch_select_indices(whose)
+        places = torch.tensor(lengths, device=device)[whose, None] + torch.arange(
+            ids.shape[1] - 1, device=device
+        )
+        output = head.body(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([mask[whose], there[:, :-1]], dim=1),
+            past_key_values=cache,
+            use_cache=True,
+            **_positions(head.body, places),
+        )
+        states = torch.cat([states, output.last_hidden_state], dim=1)
+    after = labelled.losses_of(head, states, labels, output).by_row(len(rest))
+    found: Losses = [[] for _ in groups]
+    for owner, loss, count in zip(owners, *after, strict=True):
+        found[owner].append((before[0][owner] + loss, before[1][owner] + count))
+    return found
+
+
+def _positions(body: Any, places: Tensor) -> dict[str, Tensor]:
+    known = inspect.signature(body.forward).parameters
+    return {"position_ids": places} if "position_ids" in known else {}
+
+
+def _agrees(head: labelled.Head, group: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether both ways give the same of one group."""
+    try:
+        with evaluating(head.model):
+            found = torch.tensor(_batch(head, [group], padding(tokenizer))[0])
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+    else:
+        own = torch.tensor(_apart(head.model, [group], tokenizer, len(group))[0])
+        if torch.allclose(found, own, rtol=0.02):  # a half-precision model's rounding
+            return True
+        reason = "other scores than without"
+    name = type(head.model).__name__
+    logger.warning("%s: a prompt's cache is not shared by its options: %s", name, reason)
+    return False
+
+
+def _apart(
+    model: nn.Module,
+    groups: Sequence[Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+) -> Losses:
+    rows = [dict(row) for group in groups for row in group]
+    losses = row_losses(model, as_dataset(rows, len(rows), ""), tokenizer, batch_size)
+    left = iter(losses[i] for i in range(len(rows)))
+    return [[next(left) for _ in group] for group in groups]
