@@ -150,7 +150,7 @@ def lines(home):
 def test_a_second_run_is_not_joined_unasked(ann, caplog, monkeypatch):
     node, home = ann
     brought = client_app.institution(node, client_app.load_recipe(home.parent / "recipe.yaml"))
-    monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
+    monkeypatch.setattr(client_app, "institution", lambda place, spec, *_: brought)
     mine = facts(brought.recipe, brought.stage.task, brought.stage.model, brought.initial)
 
     def told(blob):
@@ -169,7 +169,7 @@ def test_a_second_run_is_not_joined_unasked(ann, caplog, monkeypatch):
             assert reply["kind"] == "undecided" and "not said yet" in reply["reason"]
     assert caplog.text.count("fedex-lora deploy allow") == 1
     assert told(round_of(second))["kind"] == "undecided"
-    monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
+    monkeypatch.setattr(client_app, "institution", lambda place, spec, *_: brought)
     assert told(round_of(first))["kind"] == "update"  # resumed
     Consent(home / "runs.json").allow()
     assert told(hello(second, mine.agreed, mine.digests))["kind"] == "hello"
@@ -187,7 +187,7 @@ def test_a_run_is_no_more_rounds_than_its_recipe_s(ann, monkeypatch):
         assert told["kind"] == "failed" and "this client's recipe has 2 rounds" in told["reason"]
     assert most_turns(spec) == 4 * 2 + 10
     monkeypatch.setattr(client_app, "most_turns", lambda spec: 2)
-    monkeypatch.setattr(client_app, "institution", lambda place, spec: brought)
+    monkeypatch.setattr(client_app, "institution", lambda place, spec, *_: brought)
     blob = encode_broadcast(Broadcast(1), about=about(brought))
     replies = [about_of(reply_to(blob, node, {})) for _ in range(3)]
     assert [reply["kind"] for reply in replies] == ["update", "update", "failed"]
@@ -360,7 +360,7 @@ def test_what_is_not_ours_does_not_leave_the_client_in_words(
         monkeypatch.setattr(client_app, "set_up_client", broken)
     else:
         scored = replace(brought, validation=brought.rows)
-        monkeypatch.setattr(client_app, "institution", lambda place, spec: scored)
+        monkeypatch.setattr(client_app, "institution", lambda place, spec, *_: scored)
     if where == "training":
         monkeypatch.setattr(site, "take_turns", broken)
     elif where == "scoring":

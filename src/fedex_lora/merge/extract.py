@@ -165,7 +165,8 @@ def extract(
         raise DataError(f"{tuned}: no layer of it differs from {base}; there is nothing to extract")
     factors = uniform({**names.zeros(factors), **factors})
     if whole and tied[0]:
-        whole = dict.fromkeys(names.vocabulary, next(iter(whole.values())))
+        shared: dict[str, Tensor] = dict.fromkeys(names.vocabulary, next(iter(whole.values())))
+        whole = shared
     with new_directory(out, "the adapter", "extract again") as made:
         _write(made, factors, whole, base_name or published(str(base)), net)
     widest = next(iter(factors.values())).rank
