@@ -45,7 +45,7 @@ def tuned(base: Path, out: Path, rank: int, tokens: int = 0, embeddings: bool = 
                 out_, in_ = weight.shape
                 weight += 0.2 * torch.randn(out_, rank) @ torch.randn(rank, in_)
         if embeddings:
-            table = model.get_input_embeddings().weight
+            table: Any = model.get_input_embeddings().weight
             table += 0.1 * torch.randn_like(table)
     model.save_pretrained(out, max_shard_size="20KB")
     return model.eval()
