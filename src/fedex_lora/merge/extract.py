@@ -131,7 +131,8 @@ def extract(
             "one architecture"
         )
     before, after = checkpoint(base), checkpoint(tuned)
-    names, factors, whole = _Names(net), {}, {}
+    names, factors = _Names(net), {}
+    whole: dict[str, Tensor] = {}
     errors, left_out, missed, total, vocabulary = {}, {}, 0.0, 0.0, None
     for key, old, new in _pairs(before, after):
         module = names.module(key)
