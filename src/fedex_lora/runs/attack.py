@@ -27,8 +27,8 @@ from fedex_lora.federation.loop import Record, run_round
 from fedex_lora.federation.state import begin
 from fedex_lora.runs import private
 from fedex_lora.runs.by_client import begin_round
+from fedex_lora.runs.here import local_engine, stage_of
 from fedex_lora.runs.reopened import Which, read_round
-from fedex_lora.runs.run import local_engine, stage_of
 from fedex_lora.tasks.base import evaluating, longest_first
 
 FILE = "attack.json"
@@ -212,7 +212,7 @@ def _shadow(
 ) -> np.ndarray:
     """Losses of all rows by a run that was trained on the chosen ones."""
     parts: Mapping[str, Dataset] = {
-        name: rows.select([i for i in np.flatnonzero(chosen) if owner[i] == name])
+        name: rows.select([i for i in np.flatnonzero(chosen) if owner[int(i)] == name])
         for name in federation.clients
     }
     examples = {name: len(part) for name, part in parts.items()}
