@@ -63,8 +63,8 @@ def check_length(recipe: Recipe, task: Task, model: AdaptedModel) -> None:
         UserError: `task.max_length` is more than the model takes.
     """
     limit = None if task.image else learned_positions(model.module)
-    for key in ("max_length", "evaluation_max_length"):
-        asked = getattr(recipe.task, key)
+    for key in ("max_length", "evaluation_max_length", "max_target_length"):
+        asked = getattr(recipe.task, key, None)
         if limit is not None and asked is not None and asked > limit:
             raise RecipeError(
                 f"task.{key}: {asked}, but {recipe.model.name} takes at most {limit} tokens; set "

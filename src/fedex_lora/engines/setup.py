@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from fedex_lora.aggregation.adapter import AdapterState, fresh
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.counts import Counts, scored_on, trained_on
-from fedex_lora.data.load import known_labels, load, load_client, load_evaluation
+from fedex_lora.data.load import known_labels, load, load_client, load_evaluation, load_validation
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
 from fedex_lora.engines.fits import check_image, check_length, check_ranks
@@ -142,7 +142,9 @@ def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None)
     try:
         if file is not None:
             mine = {name: load_client(recipe.data, task, recipe.seed, name, file)}
-            train, validation = _split(recipe, mine)
+            held = [n for n in mine if n in recipe.data.validation]
+            own = {n: load_validation(recipe.data, task, recipe.seed, n) for n in held}
+            train, validation = _split(recipe, mine, own)
             return Rows(train, validation, {}, "")
         whole = load_rows(recipe, task)
     except UserError as error:
@@ -158,7 +160,7 @@ def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None)
 def roster(recipe: Recipe) -> list[str] | None:
     """The clients' names, if the recipe gives them."""
     if recipe.data.clients is not None:
-        return [file.stem for file in recipe.data.clients]
+        return [name for name, _ in recipe.data.files()]
     return recipe.federation.names
 
 
@@ -169,6 +171,11 @@ def _bring_to_life(
     model = recipe_model(recipe, task, workdir)
     check_length(recipe, task, model)
     if recipe.fused > 1:
+        if not task.fusable:
+            raise RecipeError(
+                f"engine.fuse: losses of a task of kind {recipe.task.kind} are not told apart by "
+                "client; leave it out"
+            )
         model.trained_layers()
     pooled = METHODS[recipe.method.name].pooled
     settings = federation_settings(recipe, model, names)
@@ -203,6 +210,8 @@ def _bring_to_life(
         check_shares(settings)
         smallest = min(clients.values(), key=len)
         check_image(task, model, smallest)
+        if task.check_training is not None:
+            task.check_training(model.module, smallest)
         try_settings(recipe.trainer_arguments, task, model, smallest)
         check_model(recipe, task, model, smallest, initial)
     return Federation(
@@ -267,7 +276,7 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
     if train is None:
         assert data.train is not None
         train = partition(data.train, fed.partition, fed.clients, recipe.seed, task)
-    train, validation = _split(recipe, train)
+    train, validation = _split(recipe, train, data.validation)
     evaluation = data.evaluation if recipe.evaluation.where != "clients" else {}
     if not evaluation and recipe.evaluation.where != "clients":
         raise RecipeError(
@@ -278,13 +287,20 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
 
 
 def _split(
-    recipe: Recipe, rows: Mapping[str, Dataset]
+    recipe: Recipe, rows: Mapping[str, Dataset], own: Mapping[str, Dataset]
 ) -> tuple[Mapping[str, Dataset], Mapping[str, Dataset]]:
-    """Training rows and validation rows, by client; the latter only if clients evaluate."""
+    """Training rows and validation rows, by client; the latter only if clients evaluate.
+
+    Args:
+        own: Validation rows of clients that have some apart from their training rows.
+    """
     if recipe.evaluation.where == "server":
         return rows, {}
     fraction = recipe.evaluation.client_fraction
-    split = {n: split_validation(r, fraction, recipe.seed, n) for n, r in rows.items()}
+    split = {
+        n: (r, own[n]) if n in own else split_validation(r, fraction, recipe.seed, n)
+        for n, r in rows.items()
+    }
     return {n: t for n, (t, _) in split.items()}, {n: v for n, (_, v) in split.items()}
 
 

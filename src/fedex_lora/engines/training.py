@@ -172,12 +172,16 @@ class HFTrainer:
         training: Arguments of TrainingArguments, as in a recipe's block of that name.
         on_step: Is told (turn, steps done, steps in all).
         log: Where the Trainer's own reports go, if the arguments ask for any.
+        proximal: μ of FedProx (Li et al., arXiv 1812.06127): the loss is that of the rows and
+            μ/2·‖x − x⁰‖², where x is all that is trained, factors by themselves and head, and x⁰
+            where the turn began. The `loss` that is told is of the rows alone.
     """
 
     task: Batches
     training: Mapping[str, Any]
     on_step: Callable[[Turn, int, int], None] | None = None
     log: TrainingLog | None = None
+    proximal: float = 0.0
     together: int = 1
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
@@ -193,7 +197,8 @@ class HFTrainer:
         with tempfile.TemporaryDirectory() as directory:
             training = named(self.training, log)
             trainer = make_trainer(model, self.task, turn.rows, training, seed, directory, on_step)
-            with reported(trainer, log), attention(trainer.args):
+            held = held_back(model.module, self.proximal, trainer.args)
+            with reported(trainer, log), attention(trainer.args), held:
                 try:
                     output = trainer.train()
                 except ImportError as error:  # of what it looks for only here
@@ -205,6 +210,27 @@ class HFTrainer:
             "seconds": perf_counter() - began,
         }
         return Trained(metrics, model.read())
+
+
+@contextmanager
+def held_back(module: torch.nn.Module, mu: float, args: TrainingArguments) -> Iterator[None]:
+    """Adds μ·(x − x⁰) to the gradient of all that is trained, x⁰ being what it is now.
+
+    It is added as the gradient is made, so that it is clipped with it; of several backward passes
+    to a step each adds its part.
+    """
+    share = mu / args.gradient_accumulation_steps
+    hooks = []
+    for p in module.parameters() if mu else ():
+        if p.requires_grad:
+            began = p.detach().clone()
+            pull = partial(lambda p, began, g: g + share * (p.detach() - began), p, began)
+            hooks.append(p.register_hook(pull))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _release(trainer: Trainer, model: AdaptedModel) -> None:
@@ -249,10 +275,14 @@ def try_settings(
         raise UserError(
             "training: no batch is left of a client's rows; set dataloader_drop_last: false"
         )
-    if task.regression and training.get("label_smoothing_factor"):
-        raise UserError(
-            "training.label_smoothing_factor: labels of a regression cannot be smoothed"
-        )
+    unsmoothed = {
+        "a regression": task.regression,
+        "any number of classes": task.multi_label,
+        "a decoder": task.peft_task_type == "SEQ_2_SEQ_LM",
+    }
+    odd = next((what for what, found in unsmoothed.items() if found), None)
+    if odd and training.get("label_smoothing_factor"):
+        raise UserError(f"training.label_smoothing_factor: labels of {odd} cannot be smoothed")
 
 
 def make_trainer(

@@ -40,7 +40,7 @@ class PartitionSpec(Part):
 class ServerOptimizerSpec(Part):
     """What the server makes of the increments of the global model."""
 
-    name: OptimizerName
+    name: OptimizerName = "fedadam"
     learning_rate: float = Field(default=1.0, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     beta2: float | None = Field(default=None, ge=0, lt=1)  # fedadam, fedyogi: 0.99
@@ -73,6 +73,7 @@ class FederationSpec(Part):
     max_share: float = Field(default=0.9, gt=0, le=1)  # of the weights, from three clients on
     mean: Mean = "weighted"  # or median, trimmed-mean, krum: a few liars cannot decide them
     liars: int = Field(default=0, ge=0)  # how many clients of a round it is to withstand
+    proximal: float = Field(default=0.0, ge=0)  # μ of FedProx, at the clients
     align: bool = False  # rotate each client's pair before averaging
     # across machines (engine flower):
     names: list[str] | None = None  # of the institutions; others are then refused
@@ -91,7 +92,9 @@ class FederationSpec(Part):
     def optimizer(self) -> ServerOptimizer | None:
         """The server's optimizer, if there is one."""
         given = self.server_optimizer
-        return given and ServerOptimizer(**given.model_dump(exclude_none=True))
+        if given is None:
+            return None
+        return ServerOptimizer(**given.model_dump(exclude_none=True))
 
     @property
     def combining(self) -> Combining:

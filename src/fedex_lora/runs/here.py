@@ -66,7 +66,7 @@ def local_engine(
     elif recipe.fused > 1:
         train = Fused(task, training, recipe.fused, on_step, log)
     else:
-        train = HFTrainer(task, training, on_step, log)
+        train = HFTrainer(task, training, on_step, log, recipe.federation.proximal)
     return LocalEngine(
         stage_of(federation, out),
         federation.clients,
