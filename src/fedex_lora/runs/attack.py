@@ -212,7 +212,7 @@ def _shadow(
 ) -> np.ndarray:
     """Losses of all rows by a run that was trained on the chosen ones."""
     parts: Mapping[str, Dataset] = {
-        name: rows.select([i for i in np.flatnonzero(chosen).tolist() if owner[i] == name])
+        name: rows.select([i for i in np.flatnonzero(chosen) if owner[int(i)] == name])
         for name in federation.clients
     }
     examples = {name: len(part) for name, part in parts.items()}
