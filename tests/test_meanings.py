@@ -31,7 +31,7 @@ def test_types_and_defaults_are_those_of_the_code():
     assert (rank.type, rank.default) == ("whole number (at least 1)", "8")
     assert found("federation.clients_per_round").type == "all or whole number or number"
     assert found("engine.fuse").type == "whole number (at least 1) or auto"
-    assert found("data.clients").type == "list of path"
+    assert found("federation.names").type == "list of text"
     assert found("task.prompt", "instruction").default == ""
     assert found("model.quantisation").default == "null"
     assert {key.kind for key in KEYS} > {"", "glue", "instruction"}
@@ -108,5 +108,7 @@ def test_an_example_is_of_its_type_in_a_task(key):
     text = {"name": {"math": "gsm8k", "commonsense": "boolq"}.get(key.kind, "sst2")}
     value = text.get(field, yaml.safe_load(key.example))
     given = {"kind": key.kind, "prompt": "{a}", "response": "{b}", "name": text["name"]}
+    if "labels" in spec.model_fields and spec.model_fields["labels"].is_required():
+        given["labels"] = ["PER", "LOC"]
     given = {k: v for k, v in given.items() if k in spec.model_fields} | {field: value}
     assert getattr(spec.model_validate(given), field) == value
