@@ -40,7 +40,7 @@ class PartitionSpec(Part):
 class ServerOptimizerSpec(Part):
     """What the server makes of the increments of the global model."""
 
-    name: OptimizerName
+    name: OptimizerName = "fedadam"
     learning_rate: float = Field(default=1.0, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     beta2: float | None = Field(default=None, ge=0, lt=1)  # fedadam, fedyogi: 0.99

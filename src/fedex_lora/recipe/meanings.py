@@ -180,6 +180,13 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.liars": ("1", "How many clients of a round the mean is to withstand."),
     "federation.align": ("true", "Each client's pair is rotated towards the others' before it is "
         "averaged."),
+    "federation.proximal": ("0.01", "FedProx: how strongly a client is held to where it began."),
+    "federation.server_optimizer.name": ("fedavgm", "What the server makes of the mean change: "
+        "fedavgm, fedadam or fedyogi."),
+    "federation.server_optimizer.learning_rate": ("0.5", "By which it multiplies its step."),
+    "federation.server_optimizer.momentum": ("0.5", "How much of the last step it keeps."),
+    "federation.server_optimizer.beta2": ("0.95", "fedadam, fedyogi: the same of the squares."),
+    "federation.server_optimizer.tau": ("0.01", "fedadam, fedyogi: added to their root."),
     "federation.server_learning_rate": ("0.5", "The mean change is multiplied by it."),
     "federation.server_optimizer.name": ("fedadam", "What the server makes of the mean change, in "
         "place of adding it."),
