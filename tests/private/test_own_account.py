@@ -34,7 +34,7 @@ def test_runs_add_up_and_what_would_exceed_the_files_budget_is_refused(tmp_path:
     assert two.spend("ann", STEP) == epsilon([STEP], 1e-5)  # of this run
     assert two.total() == one.total() == twice
     before = (tmp_path / "privacy.json").read_bytes()
-    with pytest.raises(UserError, match=r"ann: another turn .* over all runs; .*--epsilon"):
+    with pytest.raises(UserError, match=r"ann: another turn .* over all runs; .*`epsilon`"):
         account(tmp_path, rows, "3", most=twice * 1.01).spend("ann", STEP)
     assert (tmp_path / "privacy.json").read_bytes() == before
     assert (tmp_path / "privacy.json").stat().st_mode & 0o077 == 0
@@ -64,7 +64,7 @@ def test_a_damaged_account_allows_nothing(tmp_path: Path) -> None:
 def test_a_budget_needs_a_recipe_that_is_private(tmp_path: Path) -> None:
     spec = recipe(tmp_path)
     assert own_account(spec, tmp_path / "p", None, "1", None) is None
-    with pytest.raises(UserError, match=r"--epsilon: 3, but .* privacy.example_level"):
+    with pytest.raises(UserError, match=r"`epsilon`: 3, but .* privacy.example_level"):
         own_account(spec, tmp_path / "p", None, "1", 3.0)
 
 
@@ -87,7 +87,7 @@ def test_across_machines_a_client_refuses_the_round_that_would_exceed_its_budget
     first, second = RunDir(tmp_path / "out").records()
     assert sorted(first["clients"]) == ["ann", "bob", "cleo"]
     assert sorted(second["clients"]) == ["ann", "cleo"]
-    assert "--epsilon" in {**second["lost"], **second["refused"]}["bob"]
+    assert "`epsilon`" in {**second["lost"], **second["refused"]}["bob"]
     assert first["privacy"]["epsilon"]["bob"] == second["privacy"]["epsilon"]["bob"] == once
     both = epsilon([Steps(1.5, 2 / 9, 10)], 1e-3)
     assert second["privacy"]["epsilon"]["ann"] == both

@@ -281,6 +281,8 @@ def try_settings(
             optimizer = kind(given[0] if given else [number], **options)
             warmup, more = args.get_warmup_steps(1), cast(Any, args.lr_scheduler_kwargs)
             get_scheduler(args.lr_scheduler_type, optimizer, warmup, 1, more)
+        if task.image and args.train_sampling_strategy == "group_by_length":
+            raise ValueError("train_sampling_strategy: group_by_length, and images have no lengths")
         if args.torch_compile:  # compiles nothing yet, but knows its modes
             backend = args.torch_compile_backend or "inductor"
             torch.compile(nn.Identity(), backend=backend, mode=args.torch_compile_mode)

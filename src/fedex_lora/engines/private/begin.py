@@ -145,8 +145,8 @@ def own_account(
     if spec is None:
         if most is not None:
             raise RecipeError(
-                f"--epsilon: {most:g}, but training by this recipe spends without limit; agree on "
-                "one with privacy.example_level, or leave --epsilon out"
+                f"`epsilon`: {most:g}, but training by this recipe spends without limit; agree on "
+                "one with privacy.example_level, or leave `epsilon` out"
             )
         return None
     check_installed("dp_accounting", "privacy.example_level")
@@ -154,7 +154,7 @@ def own_account(
 
     if recipe.privacy.rehearsal and most is not None:
         raise RecipeError(
-            "--epsilon: with privacy.rehearsal nothing is hidden; agree on a recipe without it"
+            "`epsilon`: with privacy.rehearsal nothing is hidden; agree on a recipe without it"
         )
     names = names_of(file, recipe.data.model_dump_json())
     return OwnAccount(path, names, run, spec.delta, spec.epsilon, most)

@@ -69,7 +69,7 @@ class OwnAccount:
             if self.most is not None and total > self.most:
                 raise UserError(
                     f"{client}: another turn would bring its rows to ε = {total:.4g} over all "
-                    f"runs; its operator allows {self.most:g} (--epsilon)"
+                    f"runs; its operator allows {self.most:g} (`epsilon`)"
                 )
             write_atomic(self.path, json.dumps([*others, entry]).encode())
             self.path.chmod(0o600)
