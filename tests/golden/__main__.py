@@ -41,7 +41,9 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for kind in KINDS:
         for name, method in METHODS.items():
             chosen = {"name": name, **({"rank": 2} if method.residual == "truncated" else {})}
-            plain = {"method": chosen, "evaluation": CLIENTS}
+            alone = method.assignment.private  # nobody has a global model to score
+            scored = {**CLIENTS, "where": "clients"} if alone else CLIENTS
+            plain = {"method": chosen, "evaluation": scored}
             yield f"{kind} {name}", kind, "local", plain
             if method.pooled:
                 continue
