@@ -14,10 +14,10 @@ SMALL_LM ?=
 RESULTS ?= runs/results
 JOBS ?= 1
 
-.PHONY: help setup demo test deployment results bench chaos lint type dist clean
+.PHONY: help setup demo test deployment results bench chaos lint type docs dist clean
 
 help:
-	@echo "make demo    set up, then federate a real model over three clients (some minutes)"
+	@echo "make demo    set up, then federate a small model over three clients, offline (minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make deployment   set up, then test real Flower processes on this machine (minutes)"
 	@echo "make chaos   set up, then make clients, network and coordinator fail (a quarter of an hour)"
@@ -26,7 +26,8 @@ help:
 	@echo "make setup   install everything, at the tested versions, into $(VENV)"
 	@echo "make lint    formatting, lint rules and the direction of imports"
 	@echo "make type    static types"
-	@echo "make dist    a wheel in dist/, and whether it is complete"
+	@echo "make docs    the documentation as a site, in build/site"
+	@echo "make dist    a wheel and an sdist in dist/, and whether they are complete"
 	@echo "make clean   remove $(VENV) and caches; runs/ stays"
 	@echo "PYTHON=python3.12 before any of them chooses another Python (3.11 or newer)"
 
@@ -39,12 +40,11 @@ $(STAMP): pyproject.toml constraints.txt
 	       "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev,docs]"
 	@touch $@
 
 demo: setup
-	$(BIN)/fedex-lora compare recipes/demo.yaml \
-	  --methods centralized,local,fedit,ffa,fedex --out runs/demo --export
+	$(BIN)/fedex-lora demo
 
 test: setup
 	$(BIN)/python -m pytest
@@ -84,9 +84,15 @@ lint: setup
 type: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Strict: a link that leads nowhere, or a name that is not there, is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # What a wheel has to hold is not seen in an editable install.
 dist: setup
-	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/wheel.py dist/*.whl
 
 clean:

@@ -13,7 +13,7 @@ from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.state import begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.autotune import as_named
-from fedex_lora.runs.run import local_engine
+from fedex_lora.runs.here import local_engine
 
 STEPS = 6
 BATCHES = {3: (1, 4), 8: (1, 4)}  # by the number of clients

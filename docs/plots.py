@@ -1,7 +1,5 @@
-"""Draws docs/plots.svg: `make demo`, then `.venv/bin/python docs/plots.py runs/demo`."""
+"""Measures and draws docs/plots.svg: `.venv/bin/python docs/plots.py`."""
 
-import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -53,20 +51,9 @@ def draw_errors(axes: Axes) -> None:
     axes.legend()
 
 
-def draw_scores(axes: Axes, runs: Path) -> None:
-    for run in sorted(runs.glob("*-seed0")):
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        name = run.name.removesuffix("-seed0")
-        axes.plot([r["round"] for r in records], [r["score"] for r in records], "o-", label=name)
-    axes.set(xlabel="round", title="Demo: validation accuracy, six classes")
-    axes.set_xticks([r["round"] for r in records])
-    axes.legend()
-
-
 if __name__ == "__main__":
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    draw_errors(left)
-    draw_scores(right, Path(sys.argv[1]))
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    draw_errors(axes)
     figure.savefig(Path(__file__).with_name("plots.svg"))
     for spread in SPREADS:
         print(f"spread {spread:g}: published {errors(spread)[0]:.1e}, ours {errors(spread)[1]:.1e}")

@@ -98,7 +98,7 @@ BAD = {
     "a path that is too long": ([f"data={{path: {'x' * 300}}}"], "File name too long"),
     "a compiler's mode": (["training.torch_compile_mode=fast"], "Unrecognized mode"),
     "a type of the Trainer's": (["training.bf16=maybe"], "expected true or false, got 'maybe'"),
-    "a key without a value": (["training.use_cache=null"], "training: "),
+    "a key without a value": (["training.use_cache=null"], "training.use_cache: expected true"),
     "missing column": (["task.text_column=sentence"], "no column 'sentence'"),
     "too many clients": (["federation.clients=100"], "100"),
     "a client without rows": (

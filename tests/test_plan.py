@@ -1,23 +1,19 @@
 """What is foretold of a run against the run itself, and what is refused before it starts."""
 
 import json
-import shutil
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from small_runs import SIZES, recipe
 
-from fedex_lora.errors import UserError
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import dump_recipe, load_recipe
 from fedex_lora.runs.plan.memory import activations
-from fedex_lora.runs.plan.plan import foreseen, plan
+from fedex_lora.runs.plan.plan import plan
 from fedex_lora.runs.run import start_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -137,39 +133,6 @@ def test_full_fine_tuning_trains_the_model_itself(folder):
     assert found.adapted == 0 and found.head == found.parameters
     assert parts["gradients"] == parts["model"] == 4 * found.parameters
     assert "adapter and head" not in parts
-
-
-def test_too_little_disk_is_foreseen(folder, monkeypatch):
-    r = recipe(folder, "gpt2")
-    found = foreseen(r, folder / "not" / "yet")
-    assert found and found.disk == 4 * max(x.checkpoint for x in found.rounds)
-    saved = foreseen(changed(r, "records", save_updates=True), folder)
-    assert saved and saved.disk > found.disk
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=found.disk - 1))
-    with pytest.raises(UserError, match=r"not/yet: the run will write up to .* by round 2"):
-        foreseen(r, folder / "not" / "yet")
-    with pytest.raises(UserError, match="the run will write up to"):
-        start_run(r, folder / "not" / "yet")
-    assert not (folder / "not").exists()
-
-
-def test_too_little_memory_is_foreseen(folder, monkeypatch):
-    r = recipe(folder, "gpt2", model={"device": "cpu"})
-    found = foreseen(r, folder)
-    assert found
-    certain = sum(p.bytes for p in [*found.client, *found.server] if not p.estimate)
-    for free, enough in ((certain, True), (certain - 1, False)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda f=free: SimpleNamespace(available=f))
-        if enough:
-            assert foreseen(r, folder)
-        else:
-            with pytest.raises(UserError, match=r"needs at least .* of memory"):
-                foreseen(r, folder)
-
-
-def test_nothing_is_foreseen_of_a_model_that_is_not_known_here(folder):
-    r = recipe(folder, "gpt2")
-    assert foreseen(changed(r, "model", name="somebody/something"), folder) is None
 
 
 def test_the_plan_command(command, folder):

@@ -7,6 +7,7 @@ import yaml
 from small_runs import recipe
 
 from fedex_lora.engines import setup
+from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import dump_recipe
@@ -97,7 +98,7 @@ def test_so_it_is_from_python(folder, tmp_path, unloaded, blocks, lines):
 def test_a_rank_that_some_layers_cannot_have_is_said_and_taken(folder, caplog):
     """k_proj is 8 × 16, of two heads of keys for four of queries."""
     lora = {"r": 12, "target_modules": ["q_proj", "k_proj"]}
-    check(recipe(folder, "llama", lora=lora))
+    set_up(recipe(folder, "llama", lora=lora))
     assert "rank 12 is more than some layers can have (" in caplog.text
     assert "k_proj is 8 × 16)" in caplog.text
     with pytest.raises(UserError, match=r"lora\.r: 12 is more than .*; set it to 8 or less"):

@@ -35,9 +35,10 @@ KINDS = {  # of tiny models, by what a recipe's model is called
     "istral": "mistral",
     "gemma": "gemma2",
     "vit": "vit",
+    "t5": "t5",
 }
 LONGEST = {"roberta": 128, "bert": 128, "gpt2": 128, "vit": 128, "llama": 512, "mistral": 512}
-LONGEST |= {"gemma2": 512}
+LONGEST |= {"gemma2": 512, "t5": 128, "masked": 128}
 ROWS = 8  # of training; others have half as many
 
 
@@ -52,6 +53,8 @@ def models(tmp_path_factory):
 
     def model(recipe: Recipe) -> Path:
         kind = next(kind for part, kind in KINDS.items() if part in recipe.model.name)
+        if recipe.task.kind == "masked-lm":  # encoders have no head otherwise
+            return tiny(kind, folder / "masked", auto="AutoModelForMaskedLM")
         return folder / kind if (folder / kind).exists() else tiny(kind, folder / kind)
 
     return model
@@ -95,7 +98,7 @@ def write_rows(recipe: Recipe, folder: Path) -> dict[str, Any]:
     splits = {"train": ROWS, "validation": ROWS // 2}
     if recipe.task.title == "mnli":
         splits = {"train": ROWS, "validation_matched": 4, "validation_mismatched": 4}
-    clients = [folder / file.name for file in spec.clients or []]
+    clients = [folder / file.name for _, (file,) in spec.files()]
     further = {split: str(folder / f"{split}.jsonl") for split in spec.evaluation}
     if recipe.task.kind == "image-classification":
         pytest.importorskip("PIL.Image").new("RGB", (16, 16), "red").save(folder / "x.png")
@@ -129,6 +132,18 @@ def rows(recipe: Recipe, split: str, count: int) -> Iterator[dict[str, Any]]:
             case "chat":
                 said = (("user", f"What is {i}?"), ("assistant", f"It is {i}."))
                 yield {"messages": [{"role": role, "content": text} for role, text in said]}
+            case "text-regression":
+                yield {"text": f"Row {i} is fine.", "label": i}
+            case "multi-label-classification":
+                yield {"text": f"Row {i} is fine.", "labels": task.labels[: i % 3]}
+            case "token-classification":
+                yield {"tokens": ["In", "Rome"], "tags": ["O", f"B-{task.labels[i % 3]}"]}
+            case "masked-lm":
+                yield {"text": f"Row {i} is fine."}
+            case "multiple-choice":
+                yield {"question": f"{i}?", "choices": ["no", "yes", "both"], "label": i % 3}
+            case "seq2seq":
+                yield {"document": f"Row {i} is fine.", "summary": f"{i} fine"}
             case "e2e":
                 about = f"name[Place {i // 2}], food[Thai]"
                 yield {"meaning_representation": about, "human_reference": f"Eat Thai at {i // 2}."}

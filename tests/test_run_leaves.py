@@ -9,7 +9,8 @@ from small_runs import StopAfter, recipe
 from fedex_lora.engines.setup import set_up
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.state import begin
-from fedex_lora.runs.run import local_engine, resume_run, start_run
+from fedex_lora.runs.here import local_engine
+from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.watch import Silent
 
 

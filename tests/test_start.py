@@ -195,4 +195,4 @@ def test_a_run_says_at_once_what_it_does(command: Command, tmp_path: Path) -> No
     sets = ["--set", "model.name=/nowhere", "--out", tmp_path / "new"]
     code, said, told = command("run", recipe, *sets)
     assert code == 2 and "/nowhere" in told
-    assert said.startswith("demo: fedex, 3 clients, 4 rounds, /nowhere")
+    assert said.startswith("demo: fedex, 3 clients, 1 round, /nowhere")

@@ -21,6 +21,7 @@ TEXT = [
 ENCODERS = ("roberta", "bert")
 VISION = ("vit",)
 DECODERS = ("gpt2", "llama", "mistral", "gemma2")
+BOTH = ("t5", "bart")
 
 
 def tiny(
@@ -29,22 +30,26 @@ def tiny(
     *,
     dtype: torch.dtype = torch.float32,
     num_labels: int = 3,
+    auto: str | None = None,
     **overrides: Any,
 ) -> Path:
     """Saves a tiny pretrained model and tokenizer (image processor) to `path`.
 
-    Encoders have no head, as on the hub; decoders are causal language models. GPT-2 and
+    Encoders have no head unless `auto` names a class with one; decoders are causal language models,
+    T5 and BART have both. GPT-2 and
     Gemma-2 have tied embeddings; GPT-2, Llama and Mistral have no padding token, as in real life.
     `overrides` are fields of the model's config.
     """
     encoder = kind in (*ENCODERS, *VISION)
-    tokenizer = _tokenizer(pad=kind in (*ENCODERS, "gemma2"), cls=kind in ENCODERS)
+    framed = (*ENCODERS, *BOTH)
+    tokenizer = _tokenizer(pad=kind in (*framed, "gemma2"), cls=kind in framed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         config = _config(kind, len(tokenizer), tokenizer)
         config.update({"num_labels": num_labels, **overrides})
-        auto = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
-        model = auto.from_config(config)
+        usual = "AutoModel" if encoder else "AutoModelForCausalLM"
+        usual = "AutoModelForSeq2SeqLM" if kind in BOTH else usual
+        model = getattr(transformers, auto or usual).from_config(config)
         for parameter in model.parameters():  # norms and biases away from ones and zeros
             parameter.data += 0.05 * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(path)
@@ -77,6 +82,7 @@ def _tokenizer(*, pad: bool, cls: bool) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>" if pad else None,
+        mask_token="<mask>" if cls else None,
         model_max_length=128,
     )
 
@@ -110,6 +116,24 @@ def _config(
             return transformers.MistralConfig(**grouped, sliding_window=32)
         case "gemma2":
             return transformers.Gemma2Config(**grouped, head_dim=6, query_pre_attn_scalar=6)
+        case "t5":
+            both = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+            return transformers.T5Config(
+                vocab_size=vocab, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, **both
+            )
+        case "bart":
+            sides = {f"{s}_layers": 2 for s in ("encoder", "decoder")}
+            sides |= {f"{s}_attention_heads": 4 for s in ("encoder", "decoder")}
+            sides |= {f"{s}_ffn_dim": 24 for s in ("encoder", "decoder")}
+            return transformers.BartConfig(
+                vocab_size=vocab,
+                d_model=16,
+                max_position_embeddings=160,
+                decoder_start_token_id=2,
+                forced_eos_token_id=None,
+                **sides,
+                **ids,
+            )
         case "vit":
             return transformers.ViTConfig(
                 hidden_size=16,
@@ -119,4 +143,4 @@ def _config(
                 image_size=16,
                 patch_size=4,
             )
-    raise ValueError(f"no tiny {kind!r}; there are {ENCODERS + DECODERS + VISION}")
+    raise ValueError(f"no tiny {kind!r}; there are {ENCODERS + DECODERS + BOTH + VISION}")

@@ -19,8 +19,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from fedex_lora.aggregation.adapter import AdapterState, fresh, uniform
@@ -37,101 +36,14 @@ from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.settings import Settings, check_options
 from fedex_lora.federation.state import ServerState, begin, global_factors, start_of
-from fedex_lora.model.adapted import AdaptedModel, load_model
-from fedex_lora.recipe import LoraSpec, ModelSpec
+from fedex_lora.model.adapted import AdaptedModel
+from fedex_lora.model.given import Model
 from fedex_lora.runs.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fedex_lora.runs.export import as_adapter, check_finite
 from fedex_lora.runs.records import Round, Rounds
 from fedex_lora.tasks.base import Collate
 
 _POOLED = "all"  # the one client of a method that pools the rows
-_OURS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
-_OURS |= {"auto_mapping", "peft_version", "runtime_config"}  # nothing that changes the adapter
-
-
-@dataclass(frozen=True)
-class Model:
-    """A pretrained model with LoRA.
-
-    Attributes:
-        adapted: The model with its base, factors and head as values.
-        name: Hub id or path of the pretrained model.
-        head: As it was loaded: every federation of this model starts from it.
-    """
-
-    adapted: AdaptedModel
-    name: str
-    head: Mapping[str, Tensor]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str,
-        lora: LoraConfig | None,
-        *,
-        auto: str = "AutoModelForSequenceClassification",
-        seed: int = 0,
-        dtype: str = "float32",
-        placement: str = "fold",
-        device: str = "auto",
-        **kwargs: Any,
-    ) -> Model:
-        """Loads and adapts a model.
-
-        Args:
-            name: Hub id, folder, or `package:NAME/FOLDER` of an installed Python package.
-            lora: None to train all parameters.
-            auto: The transformers class that loads it.
-            seed: Of parameters that the checkpoint lacks, e.g. a new classification head.
-            dtype: Of the frozen weights.
-            placement: Where the ledger goes: "fold" into the weights, or "side", beside them.
-            kwargs: For the class's `from_pretrained`, e.g. `num_labels`.
-
-        Raises:
-            UserError: No such model, or LoRA as asked for cannot be aggregated exactly.
-        """
-        spec = ModelSpec.model_validate(
-            {"name": name, "dtype": dtype, "placement": placement, "device": device}
-        )
-        task_type = None if lora is None else lora.task_type
-        task_type = None if task_type is None else str(getattr(task_type, "value", task_type))
-        if task_type is None and auto == "AutoModelForSequenceClassification":
-            task_type = "SEQ_CLS"
-        adapted = load_model(
-            spec,
-            None if lora is None else _spec_of(lora),
-            auto_model=auto,
-            peft_task_type=task_type,
-            model_kwargs=kwargs,
-            seed=seed,
-        )
-        return cls(adapted, name, {n: t.clone() for n, t in adapted.initial(seed).head.items()})
-
-    @property
-    def module(self) -> nn.Module:
-        """The module as it is now: with the base, factors and head that were last put there."""
-        return self.adapted.module
-
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer, which has a padding token."""
-        return self.adapted.tokenizer
-
-
-def _spec_of(config: LoraConfig) -> LoraSpec:
-    default, known = LoraConfig(), set(LoraSpec.model_fields)
-    given = {
-        key: value
-        for key, value in vars(config).items()
-        if key not in _OURS and not key.startswith("_") and value != getattr(default, key)
-    }
-    if unknown := sorted(given.keys() - known):
-        raise UserError(
-            f"LoraConfig.{unknown[0]}: {given[unknown[0]]!r} cannot be aggregated exactly; leave "
-            f"it out. Supported are {', '.join(sorted(known - {'init', 'ranks'}))}"
-        )
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in given.items()}
-    return LoraSpec.model_validate(plain)
 
 
 class HFTrainer:
@@ -174,8 +86,9 @@ class Federation:
     """Clients that take turns on one model in this process, and the server of them.
 
     Args:
-        model: Loaded by `Model.from_pretrained`.
-        clients: Each client's rows. Columns that the model does not take are left out.
+        model: Loaded by `Model.from_pretrained`, or made of a module of one's own.
+        clients: Each client's rows. Columns that the model does not take are left out. With a
+            module of one's own, anything that has a length and that `train` takes.
         method: Its name, or one of one's own.
         train: How a client trains: an `HFTrainer`, or a function `train(module, rows, *, round,
             client, rng)` that trains the module in place and returns a `Trained`.
@@ -194,7 +107,7 @@ class Federation:
     def __init__(
         self,
         model: Model,
-        clients: Mapping[str, Dataset],
+        clients: Mapping[str, Any],
         method: str | Method = "fedex",
         train: HFTrainer | Callable[..., Trained] | Train | None = None,
         *,
@@ -204,11 +117,12 @@ class Federation:
         **options: Any,
     ) -> None:
         chosen = get_method(method)
-        rows = {name: _inputs(model.module, part, name) for name, part in clients.items()}
+        rows = {name: _inputs(model, part, name) for name, part in clients.items()}
         if not rows:
             raise UserError("clients: there are none; expected rows by client, {name: Dataset}")
+        way = _way(train, model)
         if chosen.pooled:
-            rows = {_POOLED: concatenate_datasets(list(rows.values()))}
+            rows = {_POOLED: _pooled(rows)}
         if ranks and not chosen.ranks_may_differ:
             raise UserError(f"ranks: {method} needs one rank for all clients; leave them out")
         if ranks and ranks.keys() != rows.keys():
@@ -236,9 +150,7 @@ class Federation:
         check_shares(self.settings)
         initial = AdapterState(fresh(layers, seed), dict(model.head))
         stage = Stage(adapted, cast(Any, None), chosen)
-        self.engine = LocalEngine(
-            stage, rows, self.settings, initial, _way(train), transform=transform
-        )
+        self.engine = LocalEngine(stage, rows, self.settings, initial, way, transform=transform)
         self.state: ServerState = begin(self.settings, initial)
         self.history = Rounds()
 
@@ -284,11 +196,19 @@ class Federation:
         Args:
             metric: As `compute_metrics` of transformers.Trainer: of predictions and labels.
             client: As of `show`.
+
+        Raises:
+            UserError: The model is a module of one's own, which `show` gives to score it.
         """
-        self.show(client)
         train = self.engine.train_with
+        if self.model.tokenizer is None and not isinstance(train, HFTrainer):
+            raise UserError(
+                "evaluate: is transformers.Trainer's; score the module that `show` gives, "
+                "as it was trained"
+            )
+        self.show(client)
         batches = _Batches(train.collate if isinstance(train, HFTrainer) else None)
-        kept = _inputs(self.model.module, rows, "evaluate")
+        kept = _inputs(self.model, rows, "evaluate")
         return score(self.model.adapted, batches, kept, batch_size, metric)
 
     def save_adapter(
@@ -375,18 +295,36 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _way(train: HFTrainer | Callable[..., Trained] | Train | None) -> Train:
-    if train is None:
-        return HFTrainer()
+def _way(train: HFTrainer | Callable[..., Trained] | Train | None, model: Model) -> Train:
+    train = HFTrainer() if train is None else train
+    if model.tokenizer is None and isinstance(train, HFTrainer) and train.collate is None:
+        raise UserError(
+            "train: a module of one's own has no tokenizer that makes batches; give a function "
+            "train(module, rows, *, round, client, rng), or HFTrainer(collate=...)"
+        )
     return cast(Train, train) if hasattr(train, "together") else OwnLoop(cast(Any, train))
 
 
-def _inputs(module: nn.Module, rows: Dataset, whose: str) -> Dataset:
-    """The columns that the model takes, as transformers.Trainer keeps them."""
-    base = getattr(module, "get_base_model", lambda: module)()
+def _pooled(rows: Mapping[str, Any]) -> Dataset:
+    if odd := [name for name, part in rows.items() if not isinstance(part, Dataset)]:
+        raise UserError(
+            f"clients: the rows of {odd[0]} are a {type(rows[odd[0]]).__name__}; a method that "
+            "pools rows expects datasets.Dataset"
+        )
+    return concatenate_datasets(list(rows.values()))
+
+
+def _inputs(model: Model, rows: Any, whose: str) -> Any:
+    """The columns that the model takes, as transformers.Trainer keeps them; of a module of one's
+    own the rows are whatever its train function takes."""
+    if not hasattr(rows, "__len__") or not len(rows):
+        raise UserError(f"{whose}: expected rows, got {type(rows).__name__} without any")
+    if model.tokenizer is None:
+        return rows
+    base = getattr(model.module, "get_base_model", lambda: model.module)()
     taken = {*inspect.signature(base.forward).parameters, "labels", "label", "label_ids"}
     kept = [name for name in rows.column_names if name in taken]
-    if not kept or not len(rows):
+    if not kept:
         raise UserError(
             f"{whose}: {len(rows)} rows with the columns {', '.join(rows.column_names)}; expected "
             "encoded rows, e.g. input_ids, attention_mask and labels"

@@ -91,6 +91,7 @@ EXTRAS = {  # of fedex-lora, by the module that they bring
     "prometheus_client": "monitoring",
     "ray": "simulation",
     "sacrebleu": "scorers",
+    "seqeval": "scorers",
     "scipy": "report",
     "sklearn": "train",
     "transformers": "train",

@@ -14,7 +14,7 @@ from fedex_lora.federation.header import Limit, first_of
 from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Lost, Update
 from fedex_lora.recipe import DataSpec, Recipe
-from fedex_lora.runs.run import in_this_process
+from fedex_lora.runs.here import in_this_process
 from fedex_lora.runs.rundir import versions
 
 ANY = Limit(1 << 24, 1 << 30)  # of messages that tests look at
@@ -30,7 +30,8 @@ def institution(
 
 def institutions(recipe: Recipe, cache: Path) -> dict[str, Institution]:
     """One for each file of the recipe, each with a model of its own."""
-    return {f.stem: institution(recipe, f.stem, f, cache) for f in recipe.data.clients or []}
+    files = recipe.data.files()
+    return {name: institution(recipe, name, file, cache) for name, (file,) in files}
 
 
 class InProcess:
@@ -93,7 +94,7 @@ def remote(recipe: Recipe, **federation: object) -> Recipe:
 
 def without_files(recipe: Recipe, path: Path | None = None) -> Recipe:
     """The coordinator's recipe: the clients' files are not there."""
-    names = [file.stem for file in recipe.data.clients or []]
+    names = [name for name, _ in recipe.data.files()]
     raw = recipe.model_dump()
     raw["federation"]["names"] = names
     data = DataSpec(clients=None, path=path or Path("/nowhere")).model_dump()

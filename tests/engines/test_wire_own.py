@@ -20,9 +20,10 @@ from fedex_lora.federation.header import read_header
 from fedex_lora.federation.state import start_of
 from fedex_lora.runs.across_machines import across_machines
 from fedex_lora.runs.export import export_adapter, export_model
+from fedex_lora.runs.here import in_this_process
 from fedex_lora.runs.plan.plan import plan
 from fedex_lora.runs.reopened import open_run, read_round
-from fedex_lora.runs.run import in_this_process, resume_run, start_run
+from fedex_lora.runs.run import resume_run, start_run
 
 # their updates are lost on the way: they trained, and have to go back to what was taken of them
 GONE = {2: ["bob"], 3: ["ann"]}

@@ -26,7 +26,8 @@ from small_runs import StopAfter, recipe
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.runs.across_machines import across_machines
-from fedex_lora.runs.run import in_this_process, resume_run, start_run
+from fedex_lora.runs.here import in_this_process
+from fedex_lora.runs.run import resume_run, start_run
 
 CLIENTS = {"where": "both", "client_fraction": 0.4}
 GONE = {2: ["bob"], 3: ["ann"]}

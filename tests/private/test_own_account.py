@@ -79,10 +79,10 @@ def test_across_machines_a_client_refuses_the_round_that_would_exceed_its_budget
     spec = recipe(tmp_path, training=training, privacy=private, engine={"kind": "flower"})
     once = epsilon([Steps(1.5, 2 / 3, 2)], 1e-3)
     nodes = {}
-    for file in spec.data.clients:
-        most = 1.2 * once if file.stem == "bob" else None
-        mine = own_account(spec, tmp_path / f"{file.stem}.json", file, "1", most)
-        nodes[file.stem] = institution(spec, file.stem, file, tmp_path / "cache", mine)
+    for name, (file,) in spec.data.files():
+        most = 1.2 * once if name == "bob" else None
+        mine = own_account(spec, tmp_path / f"{name}.json", file, "1", most)
+        nodes[name] = institution(spec, name, file, tmp_path / "cache", mine)
     start_run(spec, tmp_path / "out", None, across_machines(InProcess(nodes)))
     first, second = RunDir(tmp_path / "out").records()
     assert sorted(first["clients"]) == ["ann", "bob", "cleo"]

@@ -135,7 +135,7 @@ def test_recipes_of_earlier_runs_have_keys_of_all_kinds(tmp_path):
     "task, first, last",
     [
         ("{kind: gleu}", "expected one of ", "got 'gleu'; did you mean 'glue'?"),
-        ("{max_length: 9}", "missing; expected one of ", "text-classification"),
+        ("{max_length: 9}", "missing; expected one of ", "token-classification"),
         ("{kind: [glue]}", "expected one of ", "got ['glue']; did you mean 'glue'?"),
     ],
 )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import site
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
+import fedex_lora
 from fedex_lora import __version__
 from fedex_lora.cli.spoken import app, spoken
 from fedex_lora.errors import QuorumLost, RecipeError, show_rows
@@ -153,6 +156,15 @@ def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display]]:
         phases.display = None
         for display in made:
             display.close()
+
+
+def shipped_recipes() -> Path | None:
+    """The folder of recipes that came with the program: the checkout's, or as installed."""
+    installed = "share/fedex-lora/recipes"
+    schemes = (sysconfig.get_path("data"), sys.prefix, site.getuserbase())
+    places = [Path(fedex_lora.__file__).parents[2] / "recipes"]
+    places += [Path(scheme) / installed for scheme in schemes]
+    return next((place for place in places if (place / "demo.yaml").is_file()), None)
 
 
 def runs_folder(name: str) -> Path:

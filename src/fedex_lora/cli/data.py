@@ -60,7 +60,8 @@ def data_command(
                 for i in range(min(show, len(encoded))):
                     console.rule(f"row {i + 1}", align="left", characters="-")
                     _print(pieces(task, encoded[i], tokenizer))
-                console.rule(characters="-")
+                if show:
+                    console.rule(characters="-")
 
 
 def _encoded(

@@ -85,15 +85,16 @@ def _keeps_texts(run: Recipe) -> bool:
 
 def _evaluate_run(run: Path, round: str) -> None:
     from fedex_lora.engines.setup import set_up, surroundings
+    from fedex_lora.runs.here import local_engine
     from fedex_lora.runs.reopened import read_round
-    from fedex_lora.runs.run import local_engine
-    from fedex_lora.runs.scoring import evaluate
+    from fedex_lora.runs.run import Run
+    from fedex_lora.runs.rundir import RunDir
 
     found = read_round(run, which_round(round))
     with surroundings(found.recipe):
         federation = set_up(found.recipe)
-        engine, clients = local_engine(federation), federation.settings.clients
-        _, scores, _ = evaluate(federation, engine, found.state, clients, say)
+        again = Run(federation, local_engine(federation), RunDir(run), found.state)
+        _, scores, _ = again.evaluate(found.state, federation.settings.clients)
     say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
     _show({**scores["scores"], **scores.get("client_scores", {})})
 

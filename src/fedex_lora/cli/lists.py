@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from fedex_lora import __version__
 from fedex_lora.aggregation.methods import METHODS, get_method
-from fedex_lora.cli.common import app, console
+from fedex_lora.cli.common import app, console, shipped_recipes
 from fedex_lora.cli.display import show_table
 from fedex_lora.errors import RecipeError, UserError
 
@@ -44,8 +43,8 @@ def recipes(
     from fedex_lora.experiments.grid.spec import grid_row, is_grid
     from fedex_lora.recipe.reader import load_recipe_with_places
 
-    here, installed = Path("recipes"), Path(sys.prefix) / "share/fedex-lora/recipes"
-    directory = directory or (here if here.is_dir() or not installed.is_dir() else installed)
+    here = Path("recipes")
+    directory = directory or (here if here.is_dir() else shipped_recipes() or here)
     found = sorted(directory.rglob("*.yaml"))
     if not found:
         raise RecipeError(f"{directory}: no recipes (*.yaml) there; name a directory that has some")

@@ -80,8 +80,7 @@ def _rounds_table(found: Plan) -> Table:
         up, down = (max((s.bytes for s in part.values()), default=0) for part in (r.up, r.down))
         whole = sum(s.bytes for part in (r.up, r.down) for s in part.values())
         rank = "dense" if 0 < r.rank == r.full else str(r.rank)
-        late = r.catch_up.bytes if r.catch_up else 0
-        held = [size(b) for b in (r.ledger, r.checkpoint + r.own, late)]
+        held = [size(b) for b in (r.ledger, r.checkpoint + r.own, r.catch_up.bytes)]
         rows.append([str(r.round), size(up), size(down), size(whole), rank, *held])
     return header, rows
 

@@ -36,6 +36,7 @@ from fedex_lora.cli.display import show_table
 from fedex_lora.errors import RecipeError, number
 
 if TYPE_CHECKING:
+    from fedex_lora.experiments.compare import Results
     from fedex_lora.recipe import Recipe
     from fedex_lora.runs.export import Exported
 
@@ -127,11 +128,14 @@ def compare_command(
     set: Sets = [],  # noqa: B006
     out: Out = None,
     export: Annotated[bool, typer.Option(help="Write a merged model too.")] = False,
+    train_once: Annotated[
+        bool, typer.Option("--train-once", help="Methods share the first round's training.")
+    ] = False,
     show_rows: ShowRows = False,
 ) -> None:
     """Run several methods (and seeds) on one recipe and print the table."""
     spec = read_recipe(recipe, set, announce)
-    from fedex_lora.experiments.compare import client_table, compare, difference_table, table
+    from fedex_lora.experiments.compare import compare
     from fedex_lora.runs.export import export_model
     from fedex_lora.runs.reopened import open_run
 
@@ -139,18 +143,32 @@ def compare_command(
     numbers = [whole_number(s, "--seeds") for s in comma_separated(seeds)] or [spec.seed]
     with displays(this_command) as show:
         results = compare(
-            spec, comma_separated(methods), numbers, path, lambda method, _: show(method)
+            spec,
+            comma_separated(methods),
+            numbers,
+            path,
+            lambda method, _: show(method),
+            train_once,
         )
-    for one in (table(results), difference_table(results), client_table(results)):
-        if one is not None:
-            show_table(console, *one)
-    say(f"The same as JSON and Markdown: {path}/comparison.json, comparison.md")
+    show_comparison(results, path, train_once)
     offered = next(filter(_exact_for_all, results), next(iter(results)))
     if not METHODS[offered.partition(":")[0]].personal:
         best = path / f"{offered.replace(':', '-')}-seed{numbers[0]}"
         if export and not (best / "final" / "model").exists():
             export_model(open_run(best), best / "final" / "model")
         _offer(best)
+
+
+def show_comparison(results: Results, path: Path, once: bool = False) -> None:
+    """The tables, and where they lie; `once`: whether methods shared trainings."""
+    from fedex_lora.experiments.compare import client_table, difference_table, table
+
+    for one in (table(results), difference_table(results), client_table(results)):
+        if one is not None:
+            show_table(console, *one)
+    if once:
+        say("seconds: a training that methods share is counted for the first of them alone")
+    say(f"The same as JSON and Markdown: {path}/comparison.json, comparison.md")
 
 
 def _exact_for_all(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fedex_lora.data.text_file import open_text
+from fedex_lora.data.text_file import kind, open_text
 from fedex_lora.errors import DataError, shown
 
 LONGEST = 2**31 - 1  # characters of a field: texts may well exceed the csv module's 128 KiB
@@ -72,7 +72,7 @@ def _separator(file: Path) -> tuple[str, int]:
         said = _SAID.fullmatch(lines.readline())
     if said:
         return said[1], 1
-    return ("\t" if file.suffix.lower() == ".tsv" else ","), 0
+    return ("\t" if kind(file) == ".tsv" else ","), 0
 
 
 def _expected(separator: str) -> str:

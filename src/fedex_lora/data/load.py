@@ -1,6 +1,6 @@
 """Training and evaluation rows from wherever the recipe says."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -8,16 +8,19 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.data import digits, stdlib_docs
 from fedex_lora.data.images import read_folder, with_images
 from fedex_lora.data.quoted import about_rows
-from fedex_lora.data.read import SUFFIXES, kind, line_of, read
+from fedex_lora.data.read import SUFFIXES, line_of, read
+from fedex_lora.data.text_file import kind
 from fedex_lora.disk import reason
 from fedex_lora.errors import DataError, RecipeError, StorageError, shown, tally
 from fedex_lora.recipe import DataSpec, did_you_mean
+from fedex_lora.recipe.data import name_of, several
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import one_based
 
@@ -35,13 +38,15 @@ class Data:
 
     Attributes:
         train: The training rows to be dealt out; None if each client has its own.
-        clients: Each client's training rows, if they come as a file each, in the order given.
+        clients: Each client's training rows, if they come as files of each, in the order given.
+        validation: Rows that a client is scored on, of those that have such files.
         evaluation: The evaluation splits there are with labels, in the task's order of preference.
         description: What it is, for records and model cards.
     """
 
     train: Dataset | None
     clients: dict[str, Dataset] | None
+    validation: dict[str, Dataset]
     evaluation: dict[str, Dataset]
     description: str
 
@@ -78,7 +83,7 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
 
     A directory (`path`) holds `train`, `validation` and `test` (or the task's other splits) as
     JSON Lines, JSON, CSV or Parquet, or for images as a folder of folders, one for each class.
-    With `clients`, a file (or folder) each, `path` may be given too and supplies the evaluation
+    With `clients`, files (or folders) of each, `path` may be given too and supplies the evaluation
     splits alone. `evaluation` adds splits from elsewhere, or replaces them: for each a local file,
     or a data set of the hub as `NAME[:CONFIG][@SPLIT]`, whose split is `test` if not named. Test
     splits whose labels are held back (missing, or all -1 as in GLUE) are left
@@ -102,13 +107,16 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
     }
     train, clients = None, None
     if spec.clients is not None:
-        files = _client_splits(spec.clients, task)
+        _check_names(spec)
         clients = {
-            name: _checked(files[name], task, spec.train_examples, seed, name) for name in files
+            name: of_files(files, task, spec.train_examples, seed, name)
+            for name, files in spec.files()
         }
     else:
         train = _checked(splits["train"], task, spec.train_examples, seed, "train")
-    return Data(train, clients, evaluation, _describe(spec, train, clients, evaluation))
+    validation = {name: load_validation(spec, task, seed, name) for name in spec.validation}
+    description = _describe(spec, train, clients, evaluation)
+    return Data(train, clients, validation, evaluation, description)
 
 
 @_readable()
@@ -133,7 +141,7 @@ def load_evaluation(
 
 def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) -> dict[str, Dataset]:
     if spec.path is not None and spec.path.is_file():
-        splits = {spec.path.stem: _file_split(spec.path, task)}
+        splits = {name_of(spec.path): _file_split(spec.path, task)}
         found = list(splits)
     else:
         splits = _splits(spec, task, (*task.evaluation_splits, *([only] if only else [])))
@@ -161,6 +169,17 @@ def load_client(spec: DataSpec, task: Task, seed: int, name: str, file: Path) ->
         UserError: As for `load`.
     """
     return _checked(_file_split(file, task), task, spec.train_examples, seed, name)
+
+
+@_readable()
+@about_rows()
+def load_validation(spec: DataSpec, task: Task, seed: int, name: str) -> Dataset:
+    """The rows of `data.validation` that a client is scored on, checked as `load` does.
+
+    Raises:
+        UserError: As for `load`.
+    """
+    return of_files(several(spec.validation[name]), task, None, seed, name)
 
 
 def _labelled(splits: Mapping[str, Split], task: Task) -> list[str]:
@@ -191,7 +210,7 @@ def _directory_splits(folder: Path, wanted: tuple[str, ...], task: Task) -> dict
 
 
 def _split_file(folder: Path, split: str, task: Task) -> Path | None:
-    found = [file for file in folder.iterdir() if file.stem == split and file.is_file()]
+    found = [file for file in folder.iterdir() if name_of(file) == split and file.is_file()]
     found = sorted(
         (file for file in found if kind(file) in SUFFIXES),
         key=lambda file: (SUFFIXES.index(kind(file)), file.name),
@@ -217,16 +236,53 @@ def _named(rows: Dataset, task: Task) -> Dataset:
     return rows.remove_columns(hidden).rename_columns(new) if new else rows
 
 
-def _client_splits(files: list[Path], task: Task) -> dict[str, Split]:
-    splits: dict[str, Split] = {}
-    for file in files:
-        if file.stem in splits:
-            raise RecipeError(
-                f"data.clients: two files are named '{file.stem}'; the names of the files are "
-                "the names of the clients and must differ."
-            )
-        splits[file.stem] = _file_split(file, task)
-    return splits
+def _check_names(spec: DataSpec) -> None:
+    names = [name for name, _ in spec.files()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(
+            f"data.clients: two files are named '{twice}'; the names of the files are the names of "
+            "the clients and must differ. Name the clients: clients: {NAME: FILE, ...}."
+        )
+
+
+def of_files(
+    files: Sequence[Path], task: Task, examples: int | None, seed: int, name: str
+) -> Dataset:
+    """The rows of one or several files, in order, checked, or a seeded sample of them.
+
+    Args:
+        files: Patterns, too, of files in the order of their names.
+    """
+    found = [one for file in files for one in _matching(file)]
+    parts = [_usable(_file_split(file, task), task) for file in found]
+    return _sampled(_together(parts, found, task), examples, seed, name)
+
+
+def _matching(file: Path) -> list[Path]:
+    """The files that a pattern (*, ?, [...]) names; any other path as it is."""
+    if file.exists() or not set("*?[") & set(str(file)):
+        return [file]
+    whole = file.expanduser().absolute()
+    found = sorted(Path(whole.anchor).glob(str(whole.relative_to(whole.anchor))))
+    if not found:
+        raise StorageError(f"{file}: no file fits this pattern.")
+    return found
+
+
+def _together(parts: Sequence[Dataset], files: Sequence[Path], task: Task) -> Dataset:
+    if len(parts) == 1:
+        return parts[0]
+    where = ", ".join(map(str, files))
+    try:
+        rows = datasets.concatenate_datasets(list(parts))
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise DataError(
+            f"{where}: the files of one client differ in what their columns hold: {error}"
+        ) from error
+    if any(part.column_names != parts[0].column_names for part in parts):
+        task.check(rows, where)  # what one form lacks is None there
+    return rows
 
 
 def _hub_splits(spec: DataSpec, wanted: tuple[str, ...], task: Task) -> dict[str, Split]:
@@ -280,6 +336,11 @@ def _has_labels(name: str, rows: Dataset, task: Task) -> bool:
 
 def _checked(split: Split, task: Task, examples: int | None, seed: int, name: str) -> Dataset:
     """The rows, all checked, or a seeded sample of them in their own order."""
+    return _sampled(_usable(split, task), examples, seed, name)
+
+
+def _usable(split: Split, task: Task) -> Dataset:
+    """The rows, all checked."""
     rows = split.rows
     for ours, theirs in task.renamed.items():
         if ours in task.columns and ours not in rows.column_names:
@@ -291,6 +352,10 @@ def _checked(split: Split, task: Task, examples: int | None, seed: int, name: st
     if task.image:
         rows = with_images(rows, task.image, split.folder, split.where)
     task.check(rows, split.where, split.line_of)
+    return rows
+
+
+def _sampled(rows: Dataset, examples: int | None, seed: int, name: str) -> Dataset:
     if examples is None or examples >= len(rows):
         return rows
     rng = np.random.default_rng(derive(seed, "sample", name))

@@ -1,7 +1,9 @@
 """One local file as rows: JSON Lines, JSON, CSV, TSV or Parquet."""
 
 import glob
+import gzip
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -15,11 +17,11 @@ from datasets.utils import logging
 
 from fedex_lora.data.csv_file import csv_records, read_csv
 from fedex_lora.data.json_file import json_records, read_json
-from fedex_lora.data.text_file import check_text
+from fedex_lora.data.text_file import TEXTS, check_text, kind
 from fedex_lora.disk import reason
 from fedex_lora.errors import DataError, StorageError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (*TEXTS, ".parquet")
 _UNREADABLE = (DatasetGenerationError, pa.ArrowException, ValueError, TypeError, OSError)
 NO_ROWS = "corresponds to no data"  # what datasets says of a file without rows
 
@@ -35,7 +37,10 @@ def read(file: Path) -> Dataset:
             cannot be parsed, or it has no rows.
     """
     if kind(file) not in SUFFIXES:
-        raise DataError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}.")
+        raise DataError(
+            f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}, or one of the "
+            "texts among them with .gz. Save a spreadsheet as CSV."
+        )
     if not file.is_file():
         raise StorageError(f"{file}: no such file.")
     try:
@@ -44,21 +49,13 @@ def read(file: Path) -> Dataset:
         if kind(file) != ".parquet":
             check_text(file)
         rows = _READERS[kind(file)](file)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise StorageError(f"{file}: damaged, or not made by gzip: {error}") from None
     except OSError as error:
         raise StorageError(f"{file}: cannot be read: {reason(error)}") from None
     if len(rows) == 0:
         raise DataError(f"{file}: no rows; at least one is needed.")
     return rows
-
-
-def kind(file: Path) -> str:
-    """The suffix in small letters.
-
-    Example:
-        >>> kind(Path("TRAIN.CSV"))
-        '.csv'
-    """
-    return file.suffix.lower()
 
 
 def line_of(file: Path, row: int) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import gzip
+import io
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO, cast
 
 from fedex_lora.errors import DataError
 
+TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 _MARKS = {  # what a file may begin with; without a mark it is UTF-8
     codecs.BOM_UTF8: "utf-8-sig",  # Excel's
     codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16 does
@@ -17,24 +20,41 @@ _MARKS = {  # what a file may begin with; without a mark it is UTF-8
 }
 
 
+def kind(file: Path) -> str:
+    """The suffix in small letters; of a file that gzip has made smaller, the one before `.gz`.
+
+    Example:
+        >>> kind(Path("TRAIN.CSV")), kind(Path("train.jsonl.gz"))
+        ('.csv', '.jsonl')
+    """
+    suffix = file.suffix.lower()
+    inner = Path(file.stem).suffix.lower()
+    return inner if suffix == ".gz" and inner in TEXTS else suffix
+
+
 def open_text(file: Path, newline: str | None = None) -> TextIO:
     """The file for reading: UTF-8, or what its byte order mark says."""
-    return file.open(encoding=_encoding(file), newline=newline)
+    return io.TextIOWrapper(_opened(file), encoding=_encoding(file), newline=newline)
 
 
 def check_text(file: Path) -> None:
     """Raises a `UserError` that names the line where a file is no text."""
     encoding = _encoding(file)
     if encoding.startswith("utf-8"):
-        with file.open("rb") as lines:
+        with _opened(file) as lines:
             for number, line in enumerate(lines, start=1):
                 _check(line, "utf-8", file, number)
     else:
-        _check(file.read_bytes(), encoding, file, 1)
+        with _opened(file) as whole:
+            _check(whole.read(), encoding, file, 1)
+
+
+def _opened(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file)) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
 def _encoding(file: Path) -> str:
-    with file.open("rb") as start:
+    with _opened(file) as start:
         begins = start.read(4)
     return next((name for mark, name in _MARKS.items() if begins.startswith(mark)), "utf-8")
 

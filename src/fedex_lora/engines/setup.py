@@ -14,20 +14,21 @@ from datasets import Dataset, concatenate_datasets
 from fedex_lora.aggregation.adapter import AdapterState, fresh
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.counts import Counts, scored_on, trained_on
-from fedex_lora.data.load import known_labels, load, load_client, load_evaluation
+from fedex_lora.data.load import known_labels, load, load_client, load_evaluation, load_validation
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
+from fedex_lora.engines.fits import check_image, check_length, check_ranks
 from fedex_lora.engines.private.begin import check_model
-from fedex_lora.engines.training import rehearse
+from fedex_lora.engines.training import try_settings
 from fedex_lora.errors import RecipeError, UserError, Withheld
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.adapted import AdaptedModel, load_model
-from fedex_lora.model.architectures import Architecture
+from fedex_lora.model.architectures import Architecture, architecture
 from fedex_lora.model.load import unheard
-from fedex_lora.recipe import Recipe
+from fedex_lora.recipe import LoraSpec, Recipe
 from fedex_lora.tasks import Task, build_task
-from fedex_lora.tasks.base import Encode, learned_positions
+from fedex_lora.tasks.base import Encode
 
 POOLED = "all"  # the one client of a method that pools the data
 
@@ -141,7 +142,9 @@ def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None)
     try:
         if file is not None:
             mine = {name: load_client(recipe.data, task, recipe.seed, name, file)}
-            train, validation = _split(recipe, mine)
+            held = [n for n in mine if n in recipe.data.validation]
+            own = {n: load_validation(recipe.data, task, recipe.seed, n) for n in held}
+            train, validation = _split(recipe, mine, own)
             return Rows(train, validation, {}, "")
         whole = load_rows(recipe, task)
     except UserError as error:
@@ -157,7 +160,7 @@ def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None)
 def roster(recipe: Recipe) -> list[str] | None:
     """The clients' names, if the recipe gives them."""
     if recipe.data.clients is not None:
-        return [file.stem for file in recipe.data.clients]
+        return [name for name, _ in recipe.data.files()]
     return recipe.federation.names
 
 
@@ -168,9 +171,15 @@ def _bring_to_life(
     model = recipe_model(recipe, task, workdir)
     check_length(recipe, task, model)
     if recipe.fused > 1:
+        if not task.fusable:
+            raise RecipeError(
+                f"engine.fuse: losses of a task of kind {recipe.task.kind} are not told apart by "
+                "client; leave it out"
+            )
         model.trained_layers()
     pooled = METHODS[recipe.method.name].pooled
     settings = federation_settings(recipe, model, names)
+    check_ranks(recipe.lora, settings.layers)
     initial = model.initial(recipe.seed)
     if settings.ranks:
         initial = replace(initial, layers=fresh(settings.layers, recipe.seed))
@@ -201,7 +210,9 @@ def _bring_to_life(
         check_shares(settings)
         smallest = min(clients.values(), key=len)
         check_image(task, model, smallest)
-        rehearse(model, task, smallest, recipe.trainer_arguments)
+        if task.check_training is not None:
+            task.check_training(model.module, smallest)
+        try_settings(recipe.trainer_arguments, task, model, smallest)
         check_model(recipe, task, model, smallest, initial)
     return Federation(
         recipe,
@@ -217,39 +228,6 @@ def _bring_to_life(
     )
 
 
-def check_length(recipe: Recipe, task: Task, model: AdaptedModel) -> None:
-    """Learned positions end; rotary ones do not, so only the former are a limit.
-
-    Raises:
-        UserError: `task.max_length` is more than the model takes.
-    """
-    limit = None if task.image else learned_positions(model.module)
-    for key in ("max_length", "evaluation_max_length"):
-        asked = getattr(recipe.task, key)
-        if limit is not None and asked is not None and asked > limit:
-            raise RecipeError(
-                f"task.{key}: {asked}, but {recipe.model.name} takes at most {limit} tokens; set "
-                f"it to {limit} or less"
-            )
-
-
-def check_image(task: Task, model: AdaptedModel, rows: Dataset) -> None:
-    """Puts one image through the model: whether pixels fit shows in no config.
-
-    Raises:
-        UserError: The model does not take what its image processor makes of the image.
-    """
-    if task.image is None:
-        return
-    try:
-        task.evaluate(model.module, rows.select([0]), model.tokenizer, 1)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise RecipeError(
-            f"model.name: the model cannot use what its image processor makes: {error}. "
-            "Expected a preprocessor_config.json that goes with config.json"
-        ) from error
-
-
 def recipe_task(recipe: Recipe) -> Task:
     """The task; some data bring their own labels."""
     return build_task(recipe.task, known_labels(recipe.data))
@@ -259,7 +237,7 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
     """The pretrained model, adapted as the recipe's method needs it."""
     return load_model(
         recipe.model,
-        None if METHODS[recipe.method.name].trains == "all" else recipe.lora,
+        _lora(recipe),
         auto_model=task.auto_model,
         peft_task_type=task.peft_task_type,
         model_kwargs=task.model_kwargs(),
@@ -267,6 +245,26 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
         workdir=workdir,
         images=task.image is not None,
     )
+
+
+def architecture_of(recipe: Recipe, task: Task) -> Architecture:
+    """The shapes of that model, without its weights.
+
+    Raises:
+        UserError: They are not known here, or there are none.
+    """
+    return architecture(
+        recipe.model.name,
+        _lora(recipe),
+        auto_model=task.auto_model,
+        peft_task_type=task.peft_task_type,
+        model_kwargs=task.model_kwargs(),
+        revision=recipe.model.revision,
+    )
+
+
+def _lora(recipe: Recipe) -> LoraSpec | None:
+    return None if METHODS[recipe.method.name].trains == "all" else recipe.lora
 
 
 def load_rows(recipe: Recipe, task: Task) -> Rows:
@@ -278,7 +276,7 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
     if train is None:
         assert data.train is not None
         train = partition(data.train, fed.partition, fed.clients, recipe.seed, task)
-    train, validation = _split(recipe, train)
+    train, validation = _split(recipe, train, data.validation)
     evaluation = data.evaluation if recipe.evaluation.where != "clients" else {}
     if not evaluation and recipe.evaluation.where != "clients":
         raise RecipeError(
@@ -289,13 +287,20 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
 
 
 def _split(
-    recipe: Recipe, rows: Mapping[str, Dataset]
+    recipe: Recipe, rows: Mapping[str, Dataset], own: Mapping[str, Dataset]
 ) -> tuple[Mapping[str, Dataset], Mapping[str, Dataset]]:
-    """Training rows and validation rows, by client; the latter only if clients evaluate."""
+    """Training rows and validation rows, by client; the latter only if clients evaluate.
+
+    Args:
+        own: Validation rows of clients that have some apart from their training rows.
+    """
     if recipe.evaluation.where == "server":
         return rows, {}
     fraction = recipe.evaluation.client_fraction
-    split = {n: split_validation(r, fraction, recipe.seed, n) for n, r in rows.items()}
+    split = {
+        n: (r, own[n]) if n in own else split_validation(r, fraction, recipe.seed, n)
+        for n, r in rows.items()
+    }
     return {n: t for n, (t, _) in split.items()}, {n: v for n, (_, v) in split.items()}
 
 
@@ -329,4 +334,5 @@ def federation_settings(
         mean=fed.mean,
         liars=fed.liars,
         align=fed.align,
+        optimizer=fed.optimizer,
     )

@@ -18,8 +18,10 @@ from typing import Any, Protocol, cast, get_type_hints
 import torch
 from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.trainer import LabelledTrainer, OnStep
@@ -67,7 +69,9 @@ def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
             yield key, f"expected a number, got {shown(value)}"
         elif is_number and not _of_64_bits(value):
             yield key, f"expected a number that is finite, got {value}"
-        elif value is not None and kinds[name] not in (int, float) and not _is(kinds[name], value):
+        elif value is None and name in _defaults_to_none():
+            continue
+        elif kinds[name] not in (int, float) and not _is(kinds[name], value):
             yield key, f"expected {in_words(kinds[name])}, got {shown(value)}"
 
 
@@ -76,6 +80,12 @@ def _kinds() -> dict[str, Any]:
     """The types of what TrainingArguments takes, by name."""
     hints = get_type_hints(TrainingArguments)
     return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
+
+
+@cache
+def _defaults_to_none() -> frozenset[str]:
+    """What may be null, whatever its type says."""
+    return frozenset(f.name for f in dataclasses.fields(TrainingArguments) if f.default is None)
 
 
 def _of_64_bits(value: float) -> bool:
@@ -156,12 +166,16 @@ class HFTrainer:
         training: Arguments of TrainingArguments, as in a recipe's block of that name.
         on_step: Is told (turn, steps done, steps in all).
         log: Where the Trainer's own reports go, if the arguments ask for any.
+        proximal: μ of FedProx (Li et al., arXiv 1812.06127): the loss is that of the rows and
+            μ/2·‖x − x⁰‖², where x is all that is trained, factors by themselves and head, and x⁰
+            where the turn began. The `loss` that is told is of the rows alone.
     """
 
     task: Batches
     training: Mapping[str, Any]
     on_step: Callable[[Turn, int, int], None] | None = None
     log: TrainingLog | None = None
+    proximal: float = 0.0
     together: int = 1
     _last: list[LabelledTrainer] = field(
         default_factory=list, init=False, repr=False, compare=False
@@ -177,7 +191,8 @@ class HFTrainer:
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
         trainer = self._trainer(model, turn, on_step, log)
-        with reported(trainer, log), attention(trainer.args):
+        held = held_back(model.module, self.proximal, trainer.args)
+        with reported(trainer, log), attention(trainer.args), held:
             try:
                 output = trainer.train()
             except ImportError as error:  # of what it looks for only here
@@ -211,6 +226,27 @@ class HFTrainer:
         return trainer
 
 
+@contextmanager
+def held_back(module: torch.nn.Module, mu: float, args: TrainingArguments) -> Iterator[None]:
+    """Adds μ·(x − x⁰) to the gradient of all that is trained, x⁰ being what it is now.
+
+    It is added as the gradient is made, so that it is clipped with it; of several backward passes
+    to a step each adds its part.
+    """
+    share = mu / args.gradient_accumulation_steps
+    hooks = []
+    for p in module.parameters() if mu else ():
+        if p.requires_grad:
+            began = p.detach().clone()
+            pull = partial(lambda p, began, g: g + share * (p.detach() - began), p, began)
+            hooks.append(p.register_hook(pull))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _release(trainer: LabelledTrainer, model: AdaptedModel) -> None:
     """Takes off the model, which clients and evaluation share, what accelerate leaves there: the
     wrapper of mixed precision, and the mark that would keep the next turn from getting one."""
@@ -220,31 +256,48 @@ def _release(trainer: LabelledTrainer, model: AdaptedModel) -> None:
     model.release()
 
 
-def rehearse(model: AdaptedModel, task: Task, rows: Dataset, training: Mapping[str, Any]) -> None:
-    """Makes everything that training needs, and trains nothing: bad settings show before round 1.
+def try_settings(
+    training: Mapping[str, Any], task: Task, model: AdaptedModel, rows: Sequence[Any] | Dataset
+) -> None:
+    """Makes the optimizer and the schedule that training will make, for one number: bad settings
+    show before round 1.
+
+    Args:
+        rows: Of the client that has the fewest.
 
     Raises:
-        UserError: What the Trainer, its optimizer, schedule or batches say of the recipe's
-            `training` block.
+        UserError: What transformers, the optimizer or the schedule say of the recipe's `training`
+            block; or no batch is left of the rows.
     """
     with tempfile.TemporaryDirectory() as directory:
-        try:
-            trainer = make_trainer(model, task, rows, training, 0, directory)
-            steps = len(trainer.get_train_dataloader())
-            trainer.create_optimizer_and_scheduler(max(1, steps))
-            if trainer.args.torch_compile:  # compiles nothing yet, but knows its modes
-                backend = trainer.args.torch_compile_backend or "inductor"
-                torch.compile(model.module, backend=backend, mode=trainer.args.torch_compile_mode)
-        except Exception as error:  # every library that takes part has kinds of its own
-            raise UserError(f"training: {type(error).__name__}: {error}") from None
-    if not steps:
+        args = training_arguments(_ordered(training, task), 0, model.device, directory)
+    try:
+        for reports in get_reporting_integration_callbacks(args.report_to):
+            reports()  # says whether its library is there
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model.module)
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            given = [options.pop(n) for n in ("params", "model", "optimizer_dict") if n in options]
+            number = nn.Parameter(torch.zeros(1, device=model.device))
+            optimizer = kind(given[0] if given else [number], **options)
+            warmup, more = args.get_warmup_steps(1), cast(Any, args.lr_scheduler_kwargs)
+            get_scheduler(args.lr_scheduler_type, optimizer, warmup, 1, more)
+        if args.torch_compile:  # compiles nothing yet, but knows its modes
+            backend = args.torch_compile_backend or "inductor"
+            torch.compile(nn.Identity(), backend=backend, mode=args.torch_compile_mode)
+    except Exception as error:  # every library that takes part has kinds of its own
+        raise UserError(f"training: {type(error).__name__}: {error}") from None
+    if args.dataloader_drop_last and len(rows) < args.train_batch_size:
         raise UserError(
             "training: no batch is left of a client's rows; set dataloader_drop_last: false"
         )
-    if task.regression and training.get("label_smoothing_factor"):
-        raise UserError(
-            "training.label_smoothing_factor: labels of a regression cannot be smoothed"
-        )
+    unsmoothed = {
+        "a regression": task.regression,
+        "any number of classes": task.multi_label,
+        "a decoder": task.peft_task_type == "SEQ_2_SEQ_LM",
+    }
+    odd = next((what for what, found in unsmoothed.items() if found), None)
+    if odd and training.get("label_smoothing_factor"):
+        raise UserError(f"training.label_smoothing_factor: labels of {odd} cannot be smoothed")
 
 
 def make_trainer(
@@ -257,12 +310,22 @@ def make_trainer(
     on_step: OnStep | None = None,
     collate: Callable[[list[dict[str, Any]]], Any] | None = None,
 ) -> LabelledTrainer:
-    trainer = LabelledTrainer(
-        model=model.module,
-        args=training_arguments(_ordered(training, task), seed, model.device, directory),
-        train_dataset=rows,
-        data_collator=collate or task.collator(model.tokenizer),
-    )
+    """The Trainer of one turn.
+
+    Raises:
+        UserError: What the Trainer says of the recipe's `training` block.
+    """
+    args = training_arguments(_ordered(training, task), seed, model.device, directory)
+    collator = collate or task.collator(model.tokenizer)
+    try:
+        trainer = LabelledTrainer(
+            model=model.module,
+            args=args,
+            train_dataset=rows,
+            data_collator=collator,
+        )
+    except Exception as error:  # every library that takes part has kinds of its own
+        raise UserError(f"training: {type(error).__name__}: {error}") from None
     trainer.remove_callback(PrinterCallback)
     trainer.tell(on_step)
     return trainer

@@ -14,10 +14,11 @@ from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.disk import write_atomic
 from fedex_lora.errors import RecipeError, number, size
 from fedex_lora.experiments.analysis.scores import judged, scores_by_split
-from fedex_lora.experiments.analysis.statistics import estimate, spread
+from fedex_lora.experiments.analysis.statistics import Estimate, estimate, spread
 from fedex_lora.experiments.analysis.study import is_exact_average
+from fedex_lora.experiments.once import Once
 from fedex_lora.recipe import MethodSpec, Recipe
-from fedex_lora.runs.run import resume_run, start_run
+from fedex_lora.runs.run import in_this_process, resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.watch import Watcher
 
@@ -57,25 +58,46 @@ def compare(
     seeds: Sequence[int],
     out: Path,
     watcher_for: Callable[[str, int], Watcher],
+    train_once: bool = False,
 ) -> Results:
     """Runs every method with every seed; what is finished is not run again, what was begun resumes.
 
-    Writes comparison.json and comparison.md into `out`.
+    Writes comparison.json and comparison.md into `out`. What `engine` leaves to be measured
+    ("auto") is measured for the first run and holds for all.
+
+    Args:
+        train_once: Whether methods take over each other's first round (`Once`): the same bits, and
+            seconds that leave out what was taken over.
     """
     if not methods:
         raise RecipeError(f"`methods`: expected one or more of {', '.join(METHODS)}")
     variants = {(m, s): variant(recipe, m, s) for m in methods for s in seeds}
     known = RunDir(out).comparison()
     results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}
-    for (method, seed), one in variants.items():
+    assemble = Once() if train_once else in_this_process
+    settled: dict[str, Any] = {}
+    for method, seed in sorted(variants, key=lambda v: seeds.index(v[1])):
+        one = _settle(variants[method, seed], settled)
         path = out / f"{method.replace(':', '-')}-seed{seed}"
         watcher = watcher_for(method, seed)
-        begun = RunDir(path).is_run()
-        result = resume_run(path, one, watcher) if begun else start_run(one, path, watcher)
+        if RunDir(path).is_run():
+            result = resume_run(path, one, watcher, assemble)
+        else:
+            result = start_run(one, path, watcher, assemble)
+        named = RunDir(path).recipe()
+        settled |= {"precision": named.engine.precision}
+        settled |= {} if METHODS[named.method.name].pooled else {"fuse": named.engine.fuse}
         others = [r for r in results[method] if r["seed"] != seed]
         results[method] = sorted([*others, result], key=lambda r: r["seed"])
         save_results(out, results)
     return results
+
+
+def _settle(recipe: Recipe, settled: dict[str, Any]) -> Recipe:
+    """The recipe with what an earlier run has measured in place of "auto"."""
+    engine = recipe.engine
+    named = {key: value for key, value in settled.items() if getattr(engine, key) == "auto"}
+    return recipe.model_copy(update={"engine": engine.model_copy(update=named)})
 
 
 def save_results(out: Path, results: Results) -> None:
@@ -126,23 +148,29 @@ def client_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
 def difference_table(results: Results) -> tuple[list[str], list[list[str]]] | None:
     """Each method's paired difference from the exact one (else the first), by seed, on the last
     split; None where no two runs have a seed in common, or there is one seed."""
-    scores = {m: {r["seed"]: judged(r) for r in runs} for m, runs in results.items() if runs}
-    exact = (m for m in scores if is_exact_average(METHODS[m.partition(":")[0]]))
-    reference = next(exact, next(iter(scores)))
+    found = [m for m, runs in results.items() if runs]
+    exact = (m for m in found if is_exact_average(METHODS[m.partition(":")[0]]))
+    reference = next(exact, found[0])
     rows = []
-    for method, by_seed in scores.items():
-        pairs = [(s, scores[reference].get(seed)) for seed, s in by_seed.items()]
-        differences = [a - b for a, b in pairs if a is not None and b is not None]
-        if method == reference or len(differences) < 2:
+    for method in found:
+        e = against(results, method, reference)
+        if method == reference or e is None or e.seeds < 2:
             continue
-        e = estimate({"": differences})
         told = {1: "higher", -1: "lower", 0: "none seen"}[e.sign]
         edges = " to ".join(number(edge, 3) for edge in e.interval) if e.interval else "-"
-        rows.append([method, str(len(differences)), number(e.mean, 3, sign=True), edges, told])
+        rows.append([method, str(e.seeds), number(e.mean, 3, sign=True), edges, told])
     best = next(r for runs in results.values() for r in runs)
     split = [*scores_by_split(best)][-1]
     what = " ".join([split, best["metric"], "against", reference])
     return ([what, "seeds", "difference", "95 % interval", ""], rows) if rows else None
+
+
+def against(results: Results, method: str, other: str) -> Estimate | None:
+    """How much higher `method` scores than `other`, paired by seed; None without pairs."""
+    one, two = ({r["seed"]: judged(r) for r in results.get(m, [])} for m in (method, other))
+    pairs = [(one[seed], two.get(seed)) for seed in one]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    return estimate({"": differences}) if differences else None
 
 
 def markdown(results: Results) -> str:

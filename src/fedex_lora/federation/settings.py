@@ -13,6 +13,7 @@ from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.aggregation.combining import Combining, Mean
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.aggregation.server_optimizer import ServerOptimizer
 from fedex_lora.errors import UserError, did_you_mean
 
 
@@ -38,6 +39,7 @@ class Settings:
         mean: What is in the place of the weighted mean, and
         liars: how many clients it is to withstand; see `Combining`.
         align: Whether clients' pairs are rotated before they are averaged.
+        optimizer: What the server makes of the increments of G; None: it adds them.
 
     Raises:
         UserError: Options that do not compose.
@@ -65,9 +67,13 @@ class Settings:
     mean: Mean = "weighted"
     liars: int = 0
     align: bool = False
+    optimizer: ServerOptimizer | None = None
 
     def __post_init__(self) -> None:
-        for option, why in self.combining.problems(self.method, self.min_clients):
+        found = list(self.combining.problems(self.method, self.min_clients))
+        if self.optimizer is not None:
+            found += self.optimizer.problems(self.method, self.server_learning_rate)
+        for option, why in found:
             raise UserError(f"{option}: {why}")
 
     @property

@@ -13,6 +13,7 @@ from fedex_lora.aggregation.aggregator import Aggregate
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Increment, Ledger
 from fedex_lora.federation.messages import Broadcast, Tensors, flat, only, replaced
+from fedex_lora.federation.optimizing import optimized
 from fedex_lora.federation.settings import Settings
 
 
@@ -30,6 +31,7 @@ class ServerState:
         held: The version each client holds; absent means 0, the start, a function of the recipe.
         changed: The version at which "A", "B", "head" last changed; own factors as "own/NAME".
         taken: The last round of which a client's update was taken.
+        optimizer: What the server's optimizer remembers.
     """
 
     version: int
@@ -42,6 +44,7 @@ class ServerState:
     held: Mapping[str, int] = field(default_factory=dict)
     changed: Mapping[str, int] = field(default_factory=dict)
     taken: Mapping[str, int] = field(default_factory=dict)
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def begin(settings: Settings, initial: AdapterState) -> ServerState:
@@ -162,6 +165,15 @@ def step(
     state = replace(known, taken={**state.taken, **dict.fromkeys(taken, version)})
     if result is None:
         return replace(state, version=version, own={**state.own, **kept})
+    memory = state.optimizer
+    if settings.optimizer is not None:
+        method, before = settings.method, global_factors(state, settings)
+        fixed = result.factors if method.shared_base else {}
+        ledger = fixed if method.in_ledger else None
+        trained = method.trained(version)
+        result, memory = optimized(
+            settings.optimizer, memory, result, before, state.head, ledger, trained
+        )
     last = version == settings.rounds and settings.flush
     lossless = last or settings.wire_dtype == torch.float32
     dtype = torch.float32 if lossless else settings.wire_dtype
@@ -181,6 +193,7 @@ def step(
         carry=carry,
         late={**late, **late_factors},
         changed={**state.changed, **changed},
+        optimizer=memory,
     )
 
 

@@ -57,11 +57,11 @@ class AdaptedModel:
         self._head = _head_parameters(base.model, layers)
         self._init = init
         self._side: dict[str, RemovableHandle] | None = {} if side else None
-        self._w0 = Pretrained(layers, base.where, base.model.config, workdir)
+        self._w0 = Pretrained(layers, base.where, getattr(base.model, "config", None), workdir)
 
     @property
     def device(self) -> torch.device:
-        return self._base.model.device
+        return next(self._base.model.parameters()).device
 
     @property
     def beside(self) -> bool:
@@ -279,6 +279,28 @@ def load_model(
     peft_model, layers = inject(base, lora, peft_task_type, head_seed)
     side = model.placement == "side"
     return AdaptedModel(base, peft_model, layers, side=side, init=lora.init, workdir=workdir)
+
+
+def adapt(
+    module: nn.Module, lora: LoraSpec | None, *, seed: int, side: bool = False
+) -> AdaptedModel:
+    """A module of the user's own with LoRA, adapted in place.
+
+    Its W0 is what its layers hold now; they are written to a temporary file.
+
+    Args:
+        lora: None for full fine-tuning: no layers, every parameter is "head".
+        seed, side: As of `load_model`, and whether increments lie beside the layers.
+
+    Raises:
+        UserError: LoRA as asked for cannot be aggregated exactly, or matches no layer.
+    """
+    _check_no_statistics(module, type(module).__name__)
+    base = Base(module, None, None, frozenset(), False)
+    if lora is None:
+        return AdaptedModel(base, module, [])
+    peft_model, layers = inject(base, lora, None, derive(seed, "head"))
+    return AdaptedModel(base, peft_model, layers, side=side, init=lora.init)
 
 
 def _check_no_statistics(model: nn.Module, name: str) -> None:

@@ -109,6 +109,24 @@ def read_config(name: str, revision: str | None = None, **changes: Any) -> Any:
         raise RecipeError(_unknown(name, error if local else None)) from error
 
 
+def narrowest(config: Any) -> int:
+    """The shortest side that a linear layer has by the config: of a hidden vector, or of all keys.
+
+    Example:
+        >>> narrowest(read_config("roberta-base")), narrowest(read_config("llama-3.2-3b"))
+        (768, 1024)
+
+    Returns:
+        0 where the config does not tell.
+    """
+    hidden, heads = (getattr(config, n, 0) for n in ("hidden_size", "num_attention_heads"))
+    if not (isinstance(hidden, int) and isinstance(heads, int) and heads):
+        return 0
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    each = getattr(config, "head_dim", None) or hidden // heads
+    return min(hidden, keys * each)
+
+
 def _unknown(name: str, error: Exception | None) -> str:
     if error is not None:
         reason = str(error).strip().splitlines()[0]

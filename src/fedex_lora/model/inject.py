@@ -66,7 +66,7 @@ def inject(
     _check_untied(layers, tied)
     for name, module in heads(model):
         _check_head(name, model, tied)
-        _hold_in_float32(module, model.dtype)
+        _hold_in_float32(module, base.dtype)
     return peft_model, layers
 
 

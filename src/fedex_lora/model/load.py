@@ -31,18 +31,25 @@ class Base:
     """A plain pretrained model.
 
     Attributes:
-        model: The transformers model, in evaluation mode, on its device.
-        tokenizer: Its tokenizer, which has a padding token; or its image processor.
-        where: Local folder or hub id that it came from.
+        model: The transformers model, in evaluation mode, on its device; or a module of the user's.
+        tokenizer: Its tokenizer, which has a padding token; or its image processor. None of a
+            module of the user's.
+        where: Local folder or hub id that it came from; None of a module of the user's.
         missing: Parameters that the checkpoint lacks; they were initialised from the seed.
         use_cache: The config's own `use_cache`, which training switches off.
     """
 
     model: Any
     tokenizer: Any
-    where: str
+    where: str | None
     missing: frozenset[str]
     use_cache: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        own = getattr(self.model, "dtype", None)
+        return own if isinstance(own, torch.dtype) else next(self.model.parameters()).dtype
 
 
 def load_base(

@@ -41,10 +41,12 @@ class Pretrained:
     """
 
     def __init__(
-        self, layers: Iterable[Layer], where: str, config: Any, workdir: Path | None
+        self, layers: Iterable[Layer], where: str | None, config: Any, workdir: Path | None
     ) -> None:
         layers = list(layers)
-        keys = _checkpoint_keys(where, getattr(config, "_commit_hash", None))
+        keys = (
+            {} if where is None else _checkpoint_keys(where, getattr(config, "_commit_hash", None))
+        )
         self.layers = {layer.name: layer for layer in layers}
         self.places = {
             layer.name: place

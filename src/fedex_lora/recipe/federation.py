@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import Field
 
 from fedex_lora.aggregation.combining import Combining, Mean
+from fedex_lora.aggregation.server_optimizer import Name as OptimizerName
+from fedex_lora.aggregation.server_optimizer import ServerOptimizer
 from fedex_lora.recipe.part import Part, Problem
 
 _PARTITION_NEEDS = {"iid": "", "dirichlet": "alpha", "shards": "shards_per_client", "by": "column"}
@@ -35,6 +37,21 @@ class PartitionSpec(Part):
                 yield option, f"a partition of kind {self.kind} does not use it"
 
 
+class ServerOptimizerSpec(Part):
+    """What the server makes of the increments of the global model."""
+
+    name: OptimizerName
+    learning_rate: float = Field(default=1.0, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float | None = Field(default=None, ge=0, lt=1)  # fedadam, fedyogi: 0.99
+    tau: float | None = Field(default=None, gt=0)  # fedadam, fedyogi: 1e-3
+
+    def problems(self) -> Iterator[Problem]:
+        for option in ("beta2", "tau"):
+            if self.name == "fedavgm" and getattr(self, option) is not None:
+                yield option, "fedavgm has none; it is of fedadam and fedyogi"
+
+
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a folder's name
 CLIENT_NAME_RULE = "expected letters, digits, '.', '_', '-', at most 64, a letter or digit first"
 
@@ -45,6 +62,7 @@ class FederationSpec(Part):
     clients_per_round: Literal["all"] | int | float = "all"
     weights: Literal["examples", "uniform"] = "examples"
     server_learning_rate: float = Field(default=1.0, gt=0)
+    server_optimizer: ServerOptimizerSpec | None = None
     min_clients: int = Field(default=1, ge=1)
     failure_rate: float = Field(default=0.0, ge=0, le=1)
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,6 +73,7 @@ class FederationSpec(Part):
     max_share: float = Field(default=0.9, gt=0, le=1)  # of the weights, from three clients on
     mean: Mean = "weighted"  # or median, trimmed-mean, krum: a few liars cannot decide them
     liars: int = Field(default=0, ge=0)  # how many clients of a round it is to withstand
+    proximal: float = Field(default=0.0, ge=0)  # μ of FedProx, at the clients
     align: bool = False  # rotate each client's pair before averaging
     # across machines (engine flower):
     names: list[str] | None = None  # of the institutions; others are then refused
@@ -68,6 +87,14 @@ class FederationSpec(Part):
         if isinstance(self.clients_per_round, float):
             return max(1, round(self.clients_per_round * self.clients))
         return self.clients if self.clients_per_round == "all" else self.clients_per_round
+
+    @property
+    def optimizer(self) -> ServerOptimizer | None:
+        """The server's optimizer, if there is one."""
+        given = self.server_optimizer
+        if given is None:
+            return None
+        return ServerOptimizer(**given.model_dump(exclude_none=True))
 
     @property
     def combining(self) -> Combining:

@@ -128,7 +128,7 @@ def _training(key: str, value: Any) -> str:
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
     """Files give clients their names, which become folders' names."""
-    names = [file.stem for file in recipe.data.clients or []]
+    names = [name for name, _ in recipe.data.files()]
     for name in names:
         if not CLIENT_NAME.fullmatch(name):
             yield (

@@ -383,6 +383,10 @@ def _complete(raw: dict[str, Any], places: Places) -> None:
             raw[key] = {}
     data, federation = raw.get("data"), raw.setdefault("federation", {})
     files = data.get("clients") if isinstance(data, dict) else None
-    if isinstance(files, list) and isinstance(federation, dict) and "clients" not in federation:
+    if (
+        isinstance(files, list | dict)
+        and isinstance(federation, dict)
+        and "clients" not in federation
+    ):
         federation["clients"] = len(files)
         places.known["federation", "clients"] = places.of(("data", "clients"))

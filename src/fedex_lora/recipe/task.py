@@ -126,6 +126,11 @@ def task_kinds() -> tuple[str, ...]:
     return tuple(sorted({*_registered, *_built_in(), *points(GROUP)}))
 
 
+def built_in_kinds() -> tuple[str, ...]:
+    """The kinds of this package."""
+    return tuple(_built_in())
+
+
 def spec_of(kind: str) -> type[TaskSpec] | None:
     """The block of a kind, imported if need be; None if there is no such kind.
 

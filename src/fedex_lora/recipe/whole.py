@@ -13,7 +13,7 @@ from fedex_lora.recipe.differential import differential_problems
 from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
-from fedex_lora.recipe.part import Part, Problem, check, listed
+from fedex_lora.recipe.part import Part, Problem, check, did_you_mean, listed
 from fedex_lora.recipe.privacy import Privacy
 from fedex_lora.recipe.refused import REFUSED_TRAINING
 from fedex_lora.recipe.task import TaskBlock
@@ -99,6 +99,13 @@ class Recipe(Part):
             )
 
     def _clients(self) -> Iterator[Problem]:
+        known = [name for name, _ in self.data.files()] or self.federation.names or []
+        for name in self.data.validation:
+            if known and name not in known:
+                near = did_you_mean(name, known)
+                yield f"data.validation.{name}", f"expected one of {listed(known)}{near}"
+        if self.data.validation and self.evaluation.where == "server":
+            yield "data.validation", "clients are not scored; set evaluation.where: clients or both"
         if self.data.clients is None:
             return
         if len(self.data.clients) != self.federation.clients:
@@ -150,6 +157,8 @@ class Recipe(Part):
             yield "engine.fuse", f"{self.method.name} has a base for each client; leave it out"
         if self.lora.ranks is not None:
             yield "engine.fuse", "needs equal ranks; leave it or lora.ranks out"
+        if getattr(self.task, "packing", False):
+            yield "engine.fuse", "clients' rows stand side by side; leave it or task.packing out"
         for name, value in self.training.items():
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
@@ -158,6 +167,16 @@ class Recipe(Part):
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
+        if fed.proximal and self.fused > 1:
+            yield "federation.proximal", "fused clients train without it; set engine.fuse: 1"
+        if fed.proximal and self.privacy.example_level is not None:
+            told = "would be added to gradients that privacy.example_level clips row by row"
+            yield "federation.proximal", f"{told}; leave one of them out"
+        if fed.proximal and self.training.get("fp16"):
+            yield "federation.proximal", "training.fp16 scales gradients, and not this; use bf16"
+        if fed.optimizer is not None:
+            for option, why in fed.optimizer.problems(method, fed.server_learning_rate):
+                yield f"federation.{option}", f"{self.method.name}: {why}"
 
     def _privacy(self) -> Iterator[Problem]:
         """What a run that is to be private cannot do."""

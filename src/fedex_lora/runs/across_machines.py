@@ -20,7 +20,7 @@ from fedex_lora.errors import some, tally
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs import private
-from fedex_lora.runs.run import Assemble, stage_of
+from fedex_lora.runs.here import Assemble, stage_of
 from fedex_lora.runs.rundir import RunDir, versions
 from fedex_lora.runs.watch import Watcher
 

@@ -159,6 +159,7 @@ def _tensors(state: ServerState) -> dict[str, Tensor]:
     for layer, w in state.carry.items():
         found |= {f"carry/{layer}/{part}": value for part, value in w.parts.items()}
     found |= {f"late/{name}": value for name, value in state.late.items()}
+    found |= {f"optimizer/{name}": value for name, value in state.optimizer.items()}
     seen: set[int] = set()  # one tensor under two names is written twice
     for name, value in found.items():
         if value.data_ptr() in seen or not value.is_contiguous():
@@ -188,4 +189,5 @@ def _state(tensors: Tensors, meta: Mapping[str, Any], own: Mapping[str, Tensors]
         meta["changed"],
         # before it was kept, a client held the version before its last update
         meta.get("taken", {client: version + 1 for client, version in held.items()}),
+        _under(tensors, "optimizer/"),
     )

@@ -17,7 +17,8 @@ from torch import Tensor
 from fedex_lora.data.counts import scored_on
 from fedex_lora.data.load import load_evaluation
 from fedex_lora.data.read import quiet
-from fedex_lora.engines.setup import check_image, check_length, recipe_task
+from fedex_lora.engines.fits import check_image, check_length
+from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.federation.codec import ledger_tensors
 from fedex_lora.model.adapted import AdaptedModel

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from fedex_lora.aggregation.methods import METHODS
-from fedex_lora.engines.setup import federation_settings, load_rows, recipe_task
+from fedex_lora.engines.fits import rank_problems
+from fedex_lora.engines.setup import (
+    architecture_of,
+    federation_settings,
+    load_rows,
+    recipe_task,
+)
 from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import RecipeError, UserError
+from fedex_lora.model.architectures import narrowest, read_config
 from fedex_lora.recipe import Problem, Recipe, limits
 from fedex_lora.recipe.reader import whole
-from fedex_lora.runs.plan.plan import architecture_of, elsewhere
 
-_log = logging.getLogger(__name__)
 _KEY = re.compile(r"[a-z_]+(\.[A-Za-z_]+)+")
 
 
@@ -43,34 +48,23 @@ def beforehand(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _ranks(recipe: Recipe) -> Iterator[Problem]:
-    """Ranks above the sides of all layers that have them; where some have more, it is said."""
+    """Ranks above the sides of all layers that have them.
+
+    The layers are only worked out where a rank is above a side that the model's config names.
+    """
+    lora = recipe.lora
     if METHODS[recipe.method.name].trains == "all":
         return
     try:
-        model = architecture_of(recipe, recipe_task(recipe))
+        task = recipe_task(recipe)
+        config = read_config(recipe.model.name, recipe.model.revision, **task.model_kwargs())
+        if max(lora.r, *(lora.ranks or []), *lora.rank_pattern.values(), 0) <= narrowest(config):
+            return
+        model = architecture_of(recipe, task)
     except UserError:  # not known here, or loading the model will tell what is wrong
         return
-    clients = [str(i) for i, _ in enumerate(recipe.lora.ranks or [])]
-    layers = federation_settings(recipe, model, clients).layers
-    by_rank: dict[int, dict[str, int]] = {}
-    for name, layer in layers.items():
-        by_rank.setdefault(layer.rank, {})[name] = min(layer.out, layer.inp)
-    for rank, sides in by_rank.items():
-        name = min(sides, key=lambda layer: sides[layer])
-        shape = f"{name} is {layers[name].out} × {layers[name].inp}"
-        if rank > max(sides.values()):
-            text = f"{rank} is more than any rank that the adapted layers can have ({shape})"
-            yield _key(recipe, rank), f"{text}; set it to {max(sides.values())} or less"
-        elif rank > sides[name]:
-            _log.warning("rank %d is more than some layers can have (%s)", rank, shape)
-
-
-def _key(recipe: Recipe, rank: int) -> str:
-    lora = recipe.lora
-    if rank in (lora.ranks or []):
-        return "lora.ranks"
-    patterns = (f"lora.rank_pattern.{name}" for name, r in lora.rank_pattern.items() if r == rank)
-    return "lora.r" if rank == lora.r else next(patterns, "lora.r")
+    clients = [str(i) for i, _ in enumerate(lora.ranks or [])]
+    yield from rank_problems(lora, federation_settings(recipe, model, clients).layers)
 
 
 def _rows(recipe: Recipe) -> Iterator[Problem]:
@@ -82,3 +76,12 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
     except UserError as error:
         key, _, text = str(error).partition(": ")
         yield (key, text) if _KEY.fullmatch(key) else ("", str(error))
+
+
+def elsewhere(recipe: Recipe) -> str:
+    """Why rows cannot be read without a network; "" if they can."""
+    further = [name for name in recipe.data.evaluation.values() if not Path(name).exists()]
+    for name in (recipe.data.name, *further):
+        if name is not None:
+            return f"unknown without the rows: {name} is on the hub; local copies: data.path"
+    return "" if recipe.engine.kind != "flower" else "unknown: the rows are the clients' own"

@@ -1,9 +1,10 @@
-"""One run, from a recipe to a finished directory; and its continuation after a crash."""
+"""One run: a recipe's rounds in a directory, from the first to the exported model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -11,98 +12,28 @@ from typing import Any
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.engines.engine import Engine
-from fedex_lora.engines.fused.train import Fused
-from fedex_lora.engines.local import LocalEngine
-from fedex_lora.engines.private.begin import plan_of, private_trainer
-from fedex_lora.engines.setup import Federation, set_up, surroundings
-from fedex_lora.engines.stage import Stage
-from fedex_lora.engines.training import HFTrainer, quick_collections
-from fedex_lora.engines.training_log import TrainingLog
-from fedex_lora.engines.turn import Train, Turn
-from fedex_lora.errors import RecipeError, StorageError
-from fedex_lora.federation.loop import KeepUpdate, Record, run_round
+from fedex_lora.engines.setup import Federation, surroundings
+from fedex_lora.engines.training import quick_collections
+from fedex_lora.errors import RecipeError, StorageError, UserError
+from fedex_lora.federation.loop import Record, deliver, run_round
 from fedex_lora.federation.messages import Update
-from fedex_lora.federation.noise import MeanNoise
 from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe.reader import differences
+from fedex_lora.recipe.reader import differences, dump_recipe
 from fedex_lora.runs import private
-from fedex_lora.runs.autotune import settle_fuse, settle_precision
 from fedex_lora.runs.background import Background
 from fedex_lora.runs.by_client import begin_round
-from fedex_lora.runs.checkpoint import shelve
-from fedex_lora.runs.closing import finish
+from fedex_lora.runs.checkpoint import NAME, load_checkpoint, prune, save_checkpoint, shelve
+from fedex_lora.runs.export import export_adapter, export_model
 from fedex_lora.runs.extend import extended
-from fedex_lora.runs.plan.plan import foreseen
+from fedex_lora.runs.here import Assemble, in_this_process
 from fedex_lora.runs.preflight import check
-from fedex_lora.runs.progress import Progress
-from fedex_lora.runs.rundir import BY_HAND, DATA, OUTPUTS, RunDir, environment, plain
-from fedex_lora.runs.scoring import evaluate
+from fedex_lora.runs.records import best_record, comparable
+from fedex_lora.runs.reopened import Trained
+from fedex_lora.runs.room import check_room, check_weights
+from fedex_lora.runs.rundir import DATA, RunDir, environment, plain
+from fedex_lora.runs.scoring import selected, server_scores
 from fedex_lora.runs.watch import Silent, Start, Watcher
-
-Assemble = Callable[[Recipe, Path, list[str] | None, Watcher], tuple[Federation, Engine]]
-"""(recipe, run's directory, clients of a run that is resumed, watcher) → what is run, and how."""
-
-
-def local_engine(
-    federation: Federation, watcher: Watcher | None = None, out: Path | None = None
-) -> LocalEngine:
-    """The engine whose clients take turns in this process; its logs go into the run's directory."""
-    recipe = federation.recipe
-    log = None
-    if out is not None:
-        name = f"{recipe.name}-{recipe.method.name}-seed{recipe.seed}"
-        log = TrainingLog(out / "logs", recipe.training.get("run_name") or name)
-    task, training = federation.task, recipe.trainer_arguments
-    on_step = _told(watcher) if watcher else None
-    plan = plan_of(recipe, federation.settings, federation.examples)
-    if plan is not None:
-        train: Train = private_trainer(recipe, task, plan, on_step=on_step)
-    elif recipe.fused > 1:
-        train = Fused(task, training, recipe.fused, on_step, log)
-    else:
-        train = HFTrainer(task, training, on_step, log)
-    return LocalEngine(
-        stage_of(federation, out),
-        federation.clients,
-        federation.settings,
-        federation.initial,
-        train,
-        federation.validation,
-        recipe.federation.failure_rate,
-    )
-
-
-def stage_of(federation: Federation, out: Path | None = None) -> Stage:
-    """The federation's one model, to train and to score on; `out` is the run's directory."""
-    size = federation.recipe.evaluation.batch_size
-    method = federation.settings.method
-    return Stage(federation.model, federation.task, method, size, out and out / OUTPUTS)
-
-
-def _told(watcher: Watcher) -> Callable[[Turn, int, int], None]:
-    return lambda turn, done, total: watcher.turn(turn.round, turn.client, done, total)
-
-
-def in_this_process(
-    recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
-) -> tuple[Federation, Engine]:
-    """Everything of a recipe here: all rows, one model, the local engine."""
-    if (out / BY_HAND).is_file():
-        raise RecipeError(
-            f"{out}: its rounds are carried by hand; go on with `fedex-lora round open {out}`"
-        )
-    if recipe.engine.kind != "local":
-        raise RecipeError(
-            f"engine.kind: {recipe.engine.kind} is for `fedex-lora run`; for this command set "
-            "engine.kind=local"
-        )
-    federation, told = settle_precision(set_up(recipe))
-    federation, more = settle_fuse(federation)
-    for text in filter(None, (told, more)):
-        watcher.note(text)
-    federation = private.settle(federation, watcher)
-    return federation, local_engine(federation, watcher, out)
 
 
 def start_run(
@@ -125,13 +56,14 @@ def start_run(
     directory.check_free()
     with surroundings(recipe):
         check(recipe)
-        foreseen(recipe, out)
+        check_weights(recipe)
         federation, engine = assemble(recipe, out, None, watcher)
+        check_room(federation, out)
         with directory.held():
             directory.create(federation.recipe)
             directory.write_json("environment.json", environment(federation.model.device))
             state = begin(federation.settings, federation.initial)
-            return _go_on(federation, directory, engine, state, Progress(), watcher, most)
+            return Run(federation, engine, directory, state, watcher).play(most)
 
 
 def resume_run(
@@ -172,7 +104,14 @@ def resume_run(
             watcher.note(note)
         directory.prepare()
         federation, engine = assemble(stored, out, extra.get("clients"), watcher)
-        _note_environment(directory, then, federation, watcher)
+        now = environment(federation.model.device)
+        then = then or now
+        if different := [f"{k}: {then.get(k)}" for k in now if now[k] != then.get(k)]:
+            watcher.note(
+                f"the run began elsewhere ({', '.join(different)}); its numbers may differ in the "
+                "last bits"
+            )
+        directory.write_json("environment.json", now)
         records = [r for r in records if state and r["round"] < state.version]
         if state is None:
             state = begin(federation.settings, federation.initial)
@@ -181,119 +120,232 @@ def resume_run(
         if missing := {*range(1, state.version)} - {r["round"] for r in records}:
             rounds = ", ".join(map(str, sorted(missing)))
             watcher.note(f"{out}/metrics.jsonl: no record of round {rounds}; totals lack them")
-        return _go_on(federation, directory, engine, state, Progress(records), watcher, most)
+        return Run(federation, engine, directory, state, watcher, records).play(most)
 
 
-def _note_environment(
-    directory: RunDir, then: Mapping[str, Any] | None, federation: Federation, watcher: Watcher
-) -> None:
-    now = environment(federation.model.device)
-    then = then or now
-    different = [k for k in now if now[k] != then.get(k)]
-    if different:
-        watcher.note(
-            f"the run began elsewhere ({', '.join(f'{k}: {then.get(k)}' for k in different)}); "
-            "its numbers may differ in the last bits"
+@dataclass
+class Run:
+    """What is run, who carries its messages, where it is kept, and how far it has come.
+
+    Attributes:
+        federation: With the clients that have joined so far.
+        state: The server's, after the last finished round.
+        records: One a finished round.
+    """
+
+    federation: Federation
+    engine: Engine
+    directory: RunDir
+    state: ServerState
+    watcher: Watcher = field(default_factory=Silent)
+    records: list[Record] = field(default_factory=list)
+
+    def play(self, most: int | None = None) -> dict[str, Any]:
+        """Plays the rounds that are left and closes the run; returns what results.json says.
+
+        Args:
+            most: How many rounds are played; while some are left nothing is returned.
+        """
+        federation, directory = self.federation, self.directory
+        recipe, rounds = federation.recipe, federation.settings.rounds
+        until = rounds if most is None else min(rounds, self.state.version + most)
+        private.take_up(self.engine, self.records)
+        directory.write_records(self.records)
+        directory.write_json(DATA, {"description": federation.description, **federation.counts})
+        names = recipe.name, recipe.method.name, recipe.seed
+        self.watcher.started(Start(*names, rounds, federation.examples, str(directory.path)))
+        if recipe.records.save_updates and self.state.version == 0:
+            self._save_global({})
+        with quick_collections(), Background() as background:  # written while the next one trains
+            while self.state.version < until and not self._exhausted():
+                self._admit()
+                state, record = self._round()
+                told = private.told(self.federation, self.engine, record, self.records)
+                if told is not None:
+                    record["privacy"] = told
+                record |= extended(record, directory.extensions())
+                background.wait()
+                self.state = state
+                self.records.append(record)
+                background.do(partial(self._save, state, self._saved_beside(record)))
+                self.watcher.round_done(record)
+        if self.state.version < rounds and not self._exhausted():
+            return {}
+        return self._close()
+
+    def best(self) -> Record | None:
+        """The record with the best selection score."""
+        return best_record(self.records, self.federation.task.higher_is_better)
+
+    def _exhausted(self) -> bool:
+        """Whether `evaluation.patience` evaluations in a row brought no better score."""
+        patience, best = self.federation.recipe.evaluation.patience, self.best()
+        if patience is None or best is None:
+            return False
+        later = [r for r in self.records if r["round"] > best["round"]]
+        return sum("score" in r for r in later) >= patience
+
+    def _admit(self) -> None:
+        """Clients that have come late take part from now on."""
+        settings, initial = self.federation.settings, self.federation.initial
+        if names := self.engine.newcomers():
+            self.state, settings = admit(self.state, settings, initial, names)
+        self.engine.settings = replace(settings, examples=self.engine.examples)
+        self.federation = replace(self.federation, settings=self.engine.settings)
+
+    def _round(self) -> tuple[ServerState, Record]:
+        """The next round: train, aggregate, score."""
+        recipe, began = self.federation.recipe, perf_counter()
+        round, federation = self.state.version + 1, self.federation
+        bounded, noise = begin_round(federation, self.engine, round, self.records)
+        settings = bounded.settings
+        saves, checkpoints = recipe.records.save_updates, self.directory.checkpoints
+        state, record = run_round(
+            self.state,
+            settings,
+            self.engine,
+            self._keep if saves else None,
+            partial(shelve, checkpoints),
+            checkpoints / "waiting",
+            noise,
         )
-    directory.write_json("environment.json", now)
+        if saves:
+            self._save_global(record["weights"], state)
+        trained = sum(c.get("seconds", 0.0) for c in record["clients"].values())
+        evaluated = perf_counter()
+        last = state.version == settings.rounds
+        if last or state.version % recipe.evaluation.every == 0:
+            # those of the next round get this model anyhow; of pooled rows every silo has a share
+            everybody = last or settings.method.pooled
+            clients = settings.sample(state.version + 1)
+            clients = sorted(self.engine.validation) if everybody else clients
+            state, scored, sent = self.evaluate(state, clients, selection_only=True)
+            record |= scored
+            for client, nbytes in sent.items():
+                record["bytes_down"][client] = record["bytes_down"].get(client, 0) + nbytes
+        now = perf_counter()
+        record["seconds"] |= {"train": trained, "evaluate": now - evaluated, "round": now - began}
+        return state, plain(record)
 
+    def evaluate(
+        self, state: ServerState, clients: Sequence[str], selection_only: bool = False
+    ) -> tuple[ServerState, Record, Mapping[str, int]]:
+        """Scores of the global model on the server's rows, and of the clients' on their own.
 
-def _go_on(
-    federation: Federation,
-    directory: RunDir,
-    engine: Engine,
-    state: ServerState,
-    progress: Progress,
-    watcher: Watcher,
-    most: int | None,
-) -> dict[str, Any]:
-    recipe = federation.recipe
-    patience, rounds = recipe.evaluation.patience, federation.settings.rounds
-    until = rounds if most is None else min(rounds, state.version + most)
-    progress.higher = federation.task.higher_is_better
-    private.take_up(engine, progress.records)
-    directory.write_records(progress.records)
-    directory.write_json(DATA, {"description": federation.description, **federation.counts})
-    watcher.started(_start(federation, directory.path))
-    if recipe.records.save_updates and state.version == 0:
-        directory.save_global(federation.model, recipe.model.name, state, federation.settings, {})
-    with quick_collections(), Background() as background:  # written while the next round trains
-        while state.version < until and not progress.exhausted(patience):
-            federation, state = _admit(federation, engine, state)
-            bounded, noise = begin_round(federation, engine, state.version + 1, progress.records)
-            after, record = _round(bounded, directory, engine, state, watcher, noise)
-            if (told := private.told(federation, engine, record, progress.records)) is not None:
-                record["privacy"] = told
-            record |= extended(record, directory.extensions())
-            background.wait()
-            state = after
-            progress.records.append(record)
-            background.do(partial(progress.save, federation, directory, state))
-            watcher.round_done(record)
-    if state.version < rounds and not progress.exhausted(patience):
-        return {}
-    return finish(federation, directory, engine, state, progress, watcher)
+        Where there is no global model each client's own is scored, and the server's scores are
+        their means.
 
+        Args:
+            clients: Whose rows. In a run, those of the next round: they get the model anyhow.
+            selection_only: The first of the server's splits alone.
 
-def _start(federation: Federation, out: Path) -> Start:
-    recipe = federation.recipe
-    rounds = federation.settings.rounds
-    return Start(
-        recipe.name, recipe.method.name, recipe.seed, rounds, federation.examples, str(out)
-    )
+        Returns:
+            The state, with who holds the model; `scores` by split, `client_scores` by client and
+            `score`, the number that selects; and the bytes that were sent to clients for it.
+        """
+        federation, engine = self.federation, self.engine
+        scores, alone = server_scores(federation, engine.stage, state, selection_only)
+        own: Mapping[str, Mapping[str, float]] = {}
+        sent: Mapping[str, int] = {}
+        if any(engine.validation.values()):
+            state, own, sent, missed = deliver(state, federation.settings, engine, clients)
+            for client, why in missed.items():
+                self.watcher.note(f"round {state.version}: no scores of {client}: {why}")
+        return state, selected(federation, engine, scores, alone, own), sent
 
+    def _final_scores(self, state: ServerState, record: Record) -> Record:
+        """All of the server's splits; the clients' scores as the round's record has them."""
+        federation, engine = self.federation, self.engine
+        scores, alone = server_scores(federation, engine.stage, state, False, record)
+        return selected(federation, engine, scores, alone, record.get("client_scores", {}))
 
-def _admit(
-    federation: Federation, engine: Engine, state: ServerState
-) -> tuple[Federation, ServerState]:
-    """Clients that have come late take part from now on."""
-    settings = federation.settings
-    if names := engine.newcomers():
-        state, settings = admit(state, settings, federation.initial, names)
-    engine.settings = replace(settings, examples=engine.examples)
-    return replace(federation, settings=engine.settings), state
-
-
-def _round(
-    federation: Federation,
-    directory: RunDir,
-    engine: Engine,
-    state: ServerState,
-    watcher: Watcher,
-    noise: MeanNoise | None,
-) -> tuple[ServerState, Record]:
-    recipe, began = federation.recipe, perf_counter()
-    keep = _keeper(federation, directory) if recipe.records.save_updates else None
-    shelf = partial(shelve, directory.checkpoints)
-    waiting = directory.checkpoints / "waiting"
-    state, record = run_round(state, federation.settings, engine, keep, shelf, waiting, noise)
-    if recipe.records.save_updates:
-        weights = record["weights"]
-        directory.save_global(
-            federation.model, recipe.model.name, state, federation.settings, weights
-        )
-    trained = sum(c.get("seconds", 0.0) for c in record["clients"].values())
-    evaluated, settings = perf_counter(), federation.settings
-    last = state.version == settings.rounds
-    if last or state.version % recipe.evaluation.every == 0:
-        # those of the next round get this model anyhow; of pooled rows every silo has a share
-        everybody = last or settings.method.pooled
-        clients = sorted(engine.validation) if everybody else settings.sample(state.version + 1)
-        state, scored, sent = evaluate(federation, engine, state, clients, watcher.note, True)
-        record |= scored
-        for client, nbytes in sent.items():
-            record["bytes_down"][client] = record["bytes_down"].get(client, 0) + nbytes
-    now = perf_counter()
-    record["seconds"] |= {"train": trained, "evaluate": now - evaluated, "round": now - began}
-    return state, plain(record)
-
-
-def _keeper(federation: Federation, directory: RunDir) -> KeepUpdate:
-    """Writes every update that is taken into the run's directory."""
-
-    def keep(round: int, update: Update, end: AdapterState) -> None:
+    def _keep(self, round: int, update: Update, end: AdapterState) -> None:
+        """Writes an update that is taken into the run's directory."""
         info = {"examples": update.examples, **update.metrics}
-        name = federation.recipe.model.name
-        directory.save_update(federation.model, name, round, update.client, end, info)
+        model, name = self.federation.model, self.federation.recipe.model.name
+        self.directory.save_update(model, name, round, update.client, end, info)
 
-    return keep
+    def _save_global(self, weights: Mapping[str, float], state: ServerState | None = None) -> None:
+        """Writes what was made of a round's updates."""
+        model, name = self.federation.model, self.federation.recipe.model.name
+        settings = self.federation.settings
+        self.directory.save_global(model, name, state or self.state, settings, weights)
+
+    def _save(self, state: ServerState, beside: Mapping[str, Any]) -> None:
+        """Writes the state, then the records that lead to it, then drops checkpoints of old."""
+        save_checkpoint(self.directory.checkpoints, state, beside)
+        self.directory.write_records(self.records)
+        best = self.best()
+        prune(self.directory.checkpoints, {best["round"]} if best else set())
+
+    def _saved_beside(self, record: Record) -> dict[str, Any]:
+        """What a checkpoint holds beside the state: enough to export from it."""
+        settings = self.federation.settings
+        return {
+            "record": record,
+            "clients": list(settings.ranks or settings.clients),
+            "description": self.federation.description,
+            "recipe": dump_recipe(self.federation.recipe),
+        }
+
+    def _close(self) -> dict[str, Any]:
+        """Delivers the last model, scores the last and the best round on all splits, exports the
+        best, and writes results.json with the totals."""
+        federation, records, note = self.federation, self.records, self.watcher.note
+        settings, rounds = federation.settings, self.state.version
+        checkpoints = self.directory.checkpoints
+        # of all rounds, of which the best was chosen
+        spent = {k: records[-1][k] for k in ("privacy",) if k in records[-1]}
+        self.state, _, sent, missed = deliver(
+            self.state, settings, self.engine, settings.clients, scored=False, final=True
+        )
+        for client, why in missed.items():
+            note(f"the last model did not reach {client}: {why}")
+        if not comparable(records):
+            note(
+                "rounds were scored by different clients, so they cannot be compared; the last "
+                "round that was scored counts as the best"
+            )
+        state, best = self.state, self.best() or records[-1]
+        last = at_best = self._final_scores(state, records[-1])
+        if best["round"] != rounds:
+            try:
+                state = load_checkpoint(checkpoints / NAME.format(best["round"]))[0]
+            except UserError as error:
+                note(f"{error}; taking the last round in place of the best")
+                best = records[-1]
+            else:
+                at_best = self._final_scores(state, best)
+        if not settings.method.personal:
+            self._export(state, {**best, **spent})
+        deviations = [r["deviation"] for r in records if "deviation" in r]
+        delivery = sum(sent.values())
+        results = {
+            "method": federation.recipe.method.name,
+            "seed": federation.recipe.seed,
+            "metric": federation.task.primary,
+            "rounds": rounds,
+            "best_round": best["round"],
+            "last": last,
+            "best": at_best,
+            "description": federation.description,
+            **({"extended": parts} if (parts := self.directory.extensions()) else {}),
+            "deviation": deviations[-1] if deviations else None,
+            "bytes_up": sum(sum(r["bytes_up"].values()) for r in records),
+            "bytes_down": sum(sum(r["bytes_down"].values()) for r in records) + delivery,
+            "bytes_delivery": delivery,
+            "seconds": sum(r["seconds"]["round"] for r in records),
+            **spent,
+        }
+        self.directory.write_json("results.json", results)
+        return plain(results)
+
+    def _export(self, state: ServerState, record: Record) -> None:
+        """A round's model in final/: an adapter, or the model where everything was trained."""
+        f, beside = self.federation, self._saved_beside(record)
+        trained = Trained(f.recipe, f.model, f.settings, state, beside)
+        write, name = (export_adapter, "adapter") if state.factors else (export_model, "model")
+        path = self.directory.final / name
+        shutil.rmtree(path, ignore_errors=True)  # of a run that died right here
+        for note in write(trained, path).notes:
+            self.watcher.note(note)

@@ -1,50 +1,17 @@
-"""Scores of a global model: on the server's rows, and on the clients' own."""
+"""Scores of a global model on the server's rows, and the number of them that selects."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.stage import Stage
-from fedex_lora.federation.loop import Record, deliver
+from fedex_lora.federation.loop import Record
 from fedex_lora.federation.state import ServerState
 
 Scores = dict[str, float]
-
-
-def evaluate(
-    federation: Federation,
-    engine: Engine,
-    state: ServerState,
-    clients: Sequence[str],
-    note: Callable[[str], None],
-    selection_only: bool = False,
-) -> tuple[ServerState, Record, Mapping[str, int]]:
-    """Scores of the global model on the server's rows, and of the clients' on their own.
-
-    Where there is no global model each client's own is scored, and the server's scores are their
-    means.
-
-    Args:
-        clients: Whose rows. In a run, those of the next round: they get the model anyhow.
-        note: Is told of clients whose scores did not come.
-        selection_only: The first of the server's splits alone.
-
-    Returns:
-        The state, with who holds the model; `scores` by split, `client_scores` by client and
-        `score`, the number that selects; and the bytes that were sent to clients for it.
-    """
-    scores, alone = server_scores(federation, engine.stage, state, selection_only)
-    own: Mapping[str, Mapping[str, float]] = {}
-    sent: Mapping[str, int] = {}
-    if any(engine.validation.values()):
-        state, own, sent, missed = deliver(state, federation.settings, engine, clients)
-        for client, why in missed.items():
-            note(f"round {state.version}: no scores of {client}: {why}")
-    result = with_own(federation, engine, scores, own)
-    return state, {**result, "scores_alone": alone} if alone else result, sent
 
 
 def server_scores(
@@ -57,6 +24,7 @@ def server_scores(
     """Scores by split, and by client and split where every client has a model of its own.
 
     Args:
+        selection_only: The first split alone.
         known: The state's record: splits that it has scores of are not scored again.
     """
     splits = dict(list(federation.evaluation.items())[: 1 if selection_only else None])
@@ -83,50 +51,38 @@ def _scored(record: Record, client: str | None) -> Mapping[str, Scores]:
     return {split: told for split, told in found.items() if None not in told.values()}
 
 
-def with_own(
-    federation: Federation,
-    engine: Engine,
-    scores: Mapping[str, Scores],
-    own: Mapping[str, Mapping[str, float]],
-) -> Record:
-    """The server's scores and the clients' own, and the number that selects."""
-    primary = federation.task.primary
-    told = {c: dict(own[c]) for c in sorted(own)}
-    counted = [c for c, found in told.items() if _is_number(found[primary])]
-    result: Record = {
-        "scores": dict(scores),
-        "score": _selection(primary, scores, {c: told[c] for c in counted}, engine.validation),
-    }
-    if not told:
-        return result
-    return {**result, "client_scores": told, **({} if scores else {"scored_by": counted})}
-
-
-def _is_number(score: float | None) -> bool:
-    return score is not None and math.isfinite(score)
-
-
 def _means(scores: list[Scores]) -> Scores:
     return {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
 
 
-def _selection(
-    primary: str,
+def selected(
+    federation: Federation,
+    engine: Engine,
     scores: Mapping[str, Scores],
+    alone: Mapping[str, Mapping[str, Scores]],
     own: Mapping[str, Mapping[str, float]],
-    sizes: Mapping[str, int],
-) -> float | None:
-    """The primary metric on the first split; without one, the mean over the clients' rows."""
-    if scores:
-        return next(iter(scores.values()))[primary]
-    total = sum(sizes[name] for name in own)
-    return sum(sizes[name] * own[name][primary] for name in sorted(own)) / total if own else None
-
-
-def final_scores(
-    federation: Federation, engine: Engine, state: ServerState, record: Record
 ) -> Record:
-    """All of the server's splits; the clients' scores as the round's record has them."""
-    scores, alone = server_scores(federation, engine.stage, state, False, record)
-    result = with_own(federation, engine, scores, record.get("client_scores", {}))
+    """The server's scores and the clients' own, and the number that selects: the primary metric on
+    the first split; without one, the mean over the clients' rows.
+
+    Args:
+        scores, alone: As of `server_scores`.
+        own: By client, the scores on its own rows.
+    """
+    primary, sizes = federation.task.primary, engine.validation
+    told = {c: dict(own[c]) for c in sorted(own)}
+    counted = [c for c, found in told.items() if math.isfinite(_number(found[primary]))]
+    score = None
+    if scores:
+        score = next(iter(scores.values()))[primary]
+    elif total := sum(sizes[c] for c in counted):
+        score = sum(sizes[c] * told[c][primary] for c in counted) / total
+    result: Record = {"scores": dict(scores), "score": score}
+    if told:
+        result |= {"client_scores": told, **({} if scores else {"scored_by": counted})}
     return {**result, "scores_alone": alone} if alone else result
+
+
+def _number(score: float | None) -> float:
+    """As a record has it; null is none."""
+    return math.nan if score is None else score

@@ -76,6 +76,8 @@ class Task:
         encode_evaluation: The same for rows to be evaluated on; None where `encode` does that.
         check_room: `check_room(model, parts)` raises a `UserError` if there is no room in the
             model for what is generated after the prompts of encoded rows; None where nothing is.
+        check_training: `check_training(model, rows)` raises a `UserError` if the model cannot be
+            trained on batches of the encoded rows as they are; None where all can.
         average_over: Splits whose mean score is told too, where there are several of them.
         chat_template: The Jinja text that exported tokenizers get; None for the one they have.
         renamed: What the rows call a column, where they do not call it as the task does.
@@ -99,6 +101,7 @@ class Task:
     image: str | None = None
     encode_evaluation: Encode | None = None
     check_room: Callable[[nn.Module, Sequence[Dataset]], None] | None = None
+    check_training: Callable[[nn.Module, Dataset], None] | None = None
     average_over: tuple[str, ...] = ()
     chat_template: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +122,12 @@ class Task:
     def higher_is_better(self) -> bool:
         """Whether `primary` is to grow."""
         return self.metrics[self.primary].higher_is_better
+
+    @property
+    def fusable(self) -> bool:
+        """Whether clients' losses can be told apart in a batch of several clients' rows."""
+        known = ("CausalLM", "SequenceClassification", "ImageClassification")
+        return not self.multi_label and self.auto_model.removeprefix("AutoModelFor") in known
 
     def model_kwargs(self) -> dict[str, Any]:
         """What the task asks of the model's config (arguments of `from_pretrained`)."""

@@ -35,6 +35,8 @@ from fedex_lora.tasks.lazy import (
 from fedex_lora.tasks.metrics import LOSS, OF_LABELS, Metric
 from fedex_lora.tasks.outputs import Outputs
 
+SCORES = (0.0, 5.0)  # of STS-B
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -47,9 +49,7 @@ class Columns:
     label: str
     labels: tuple[str, ...] | None
     keys: tuple[str, ...] = ()
-
-
-SCORES = (0.0, 5.0)  # of STS-B, the one regression
+    scores: tuple[float, float] = SCORES  # between which a label that is a number lies
 
 
 def label_problems(labels: Sequence[str] | None) -> Iterator[Problem]:
@@ -98,7 +98,7 @@ def read_as(metrics: Sequence[str]) -> dict[str, Metric]:
 
 def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
     check_columns(rows, (*columns.texts, columns.label), where, columns.keys)
-    _check_texts(columns.texts, rows, where, line_of)
+    check_texts(columns.texts, rows, where, line_of)
     check_labels(columns, rows, where, line_of)
 
 
@@ -114,7 +114,8 @@ def check_labels(columns: Columns, rows: Dataset, where: str, line_of: LineOf) -
         )
 
 
-def _check_texts(names: tuple[str, ...], rows: Dataset, where: str, line_of: LineOf) -> None:
+def check_texts(names: tuple[str, ...], rows: Dataset, where: str, line_of: LineOf) -> None:
+    """Raise a `UserError` that names the line of the first row without a text."""
     for row, texts in enumerate(zip(*(rows[name] for name in names))):
         for name, text in zip(names, texts):
             if not isinstance(text, str):
@@ -139,7 +140,12 @@ def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
 
 def _expected(columns: Columns) -> str:
     if columns.labels is None:
-        return f"a number from {SCORES[0]:g} to {SCORES[1]:g}"
+        low, high = columns.scores
+        bounds = [f"of at least {low:g}"] if low > -math.inf else []
+        bounds += [f"of at most {high:g}"] if high < math.inf else []
+        if len(bounds) == 2:
+            return f"a number from {low:g} to {high:g}"
+        return " ".join(["a number", *bounds])
     names = f"one of {', '.join(columns.labels)}"
     if any(_number(name) is not None for name in columns.labels):
         return names
@@ -149,7 +155,7 @@ def _expected(columns: Columns) -> str:
 def codes(columns: Columns, rows: Dataset) -> Callable[[Any], int | float | None]:
     """From labels as they stand in the data to the model's; None for what is no label."""
     if columns.labels is None:
-        return _score
+        return partial(_score, columns.scores)
     by_name = {name: i for i, name in enumerate(columns.labels)}
     feature = rows.features[columns.label]
     if isinstance(feature, datasets.ClassLabel):  # the data themselves say what their numbers mean
@@ -175,9 +181,9 @@ def _by_number(labels: Sequence[str]) -> dict[float, int]:
     return {value: i for i, value in enumerate(values) if value is not None and count[value] == 1}
 
 
-def _score(value: Any) -> float | None:
+def _score(between: tuple[float, float], value: Any) -> float | None:
     number = _number(value)
-    return number if number is not None and SCORES[0] <= number <= SCORES[1] else None
+    return number if number is not None and between[0] <= number <= between[1] else None
 
 
 def _number(value: Any) -> float | None:
@@ -219,7 +225,7 @@ def _evaluate(
     batch_size: int,
     outputs: Outputs | None = None,
 ) -> dict[str, float]:
-    logits = _logits(model, encoded, tokenizer, batch_size)
+    logits = row_logits(model, encoded, tokenizer, batch_size)
     return scores(metrics, logits, torch.tensor(encoded["labels"][:]))
 
 
@@ -243,7 +249,7 @@ def scores(
     return {name: OF_LABELS[name][0](found, wanted) for name in metrics} | {"loss": loss.item()}
 
 
-def _logits(
+def row_logits(
     model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> torch.Tensor:
     """Rows × classes in the order of `encoded`, float64 on the CPU."""

@@ -80,6 +80,12 @@ def conversations(rows: Dataset) -> list[Conversation]:
     return [conversation(row, form) for row in records(rows)]
 
 
+def _own_form(row: Mapping[str, Any], form: str) -> str:
+    """A row's own, where files of several forms were put together."""
+    there = (name for name in (*LISTS, "instruction") if row.get(name) is not None)
+    return form if row[form] is not None else next(there, form)
+
+
 def records(rows: Dataset) -> list[dict[str, Any]]:
     """The rows, with what a conversation is made of."""
     names = [name for name in COLUMNS if name in rows.column_names]
@@ -100,6 +106,7 @@ def conversation(row: Mapping[str, Any], form: str) -> Conversation:
         >>> conversation({"instruction": "Add.", "input": "2, 2", "output": 4}, "instruction").turns
         [{'role': 'user', 'content': 'Add.\\n\\n2, 2'}, {'role': 'assistant', 'content': '4'}]
     """
+    form = _own_form(row, form)
     found = _alpaca(row) if form == "instruction" else _messages(row[form], form)
     turns, tools = [turn for turn in found if turn], sum(turn is None for turn in found)
     if row.get("system"):

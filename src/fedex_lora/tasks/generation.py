@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -54,13 +54,43 @@ def generate(
         UserError: The model has not enough positions for a prompt and what is to follow.
     """
     check_positions(model, prompts, decoding.max_new_tokens)
+    return _batches(_generate, model, tokenizer, prompts, decoding, batch_size, outputs)
+
+
+def generate_from_encoded(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch_size: int,
+    outputs: Outputs | None = None,
+) -> list[str]:
+    """`generate` with a model that encodes the prompts and decodes the texts: padded on the right.
+
+    Raises:
+        UserError: The model has not enough positions for the texts.
+    """
+    check_positions(model, [], decoding.max_new_tokens)
+    return _batches(_decode, model, tokenizer, prompts, decoding, batch_size, outputs)
+
+
+def _batches(
+    generated: Callable[..., list[str]],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch_size: int,
+    outputs: Outputs | None,
+) -> list[str]:
+    """What `generated` makes of the prompts, longest first."""
     texts = outputs.begin(asdict(decoding), prompts) if outputs else {}
     left = [i for i in range(len(prompts)) if i not in texts]
     lengths = [len(prompts[i]) for i in left]
     with evaluating(model) as device, _without_own_settings(model):
         for batch in longest_first(lengths, max(1, batch_size // decoding.num_beams)):
             rows = [left[i] for i in batch]
-            found = _generate(model, tokenizer, [prompts[i] for i in rows], decoding, device)
+            found = generated(model, tokenizer, [prompts[i] for i in rows], decoding, device)
             texts |= (new := dict(zip(rows, found, strict=True)))
             if outputs:
                 outputs.add(new)
@@ -124,6 +154,24 @@ def _generate(
         **more,
     )
     return [_text(ids, tokenizer) for ids in generated[:, start:].tolist()]
+
+
+def _decode(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    device: torch.device,
+) -> list[str]:
+    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
+    settings = _settings(decoding, tokenizer)
+    settings.decoder_start_token_id = cast(Any, model).config.decoder_start_token_id
+    generated = cast(Any, model).generate(
+        input_ids=pad(rows, "input_ids", padding(tokenizer)).to(device),
+        attention_mask=pad(rows, "attention_mask", 0).to(device),
+        generation_config=settings,
+    )
+    return [_text(ids, tokenizer) for ids in generated[:, 1:].tolist()]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:

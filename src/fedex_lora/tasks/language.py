@@ -27,6 +27,7 @@ from fedex_lora.tasks.lazy import (
 )
 from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, Metric, mean_loss, perplexity
 from fedex_lora.tasks.outputs import Outputs
+from fedex_lora.tasks.packing import check_packing, packed
 
 NO_METRICS: Mapping[str, Metric] = {}
 
@@ -37,12 +38,14 @@ def language_task(
     name: str,
     columns: tuple[str, ...],
     metrics: Mapping[str, Metric] = NO_METRICS,
+    packing: bool = False,
     **functions: Any,
 ) -> Task:
     """A task of a causal language model.
 
     Args:
         metrics: Those beside `perplexity` and `loss`. The first of all is the primary one.
+        packing: Whether training batches are packed.
         functions: `check`, `encode`, `evaluate` and what else a task has.
     """
     metrics = {**metrics, "perplexity": PERPLEXITY, "loss": LOSS}
@@ -54,7 +57,8 @@ def language_task(
         evaluation_splits=("validation", "test"),
         primary=next(iter(metrics)),
         metrics=metrics,
-        collator=_collator,
+        collator=_packing_collator if packing else _collator,
+        check_training=check_packing if packing else None,
         **functions,
     )
 
@@ -78,6 +82,10 @@ def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
         return {**pad_inputs(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
 
     return collate
+
+
+def _packing_collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
+    return packed
 
 
 def evaluate_loss(

@@ -77,6 +77,16 @@ def spearman(predictions: NDArray, labels: NDArray) -> float:
     return _correlation(stats.spearmanr, predictions, labels)
 
 
+def rmse(predictions: NDArray, labels: NDArray) -> float:
+    """The root of the mean squared error; infinite where a prediction is no number."""
+    return _error(sklearn_metrics.root_mean_squared_error, predictions, labels)
+
+
+def mae(predictions: NDArray, labels: NDArray) -> float:
+    """The mean absolute error; infinite where a prediction is no number."""
+    return _error(sklearn_metrics.mean_absolute_error, predictions, labels)
+
+
 def perplexity(loss: float) -> float:
     """exp of the mean negative log-likelihood per token; infinite where that overflows.
 
@@ -103,6 +113,8 @@ def mean_loss(nll: ArrayLike, tokens: ArrayLike) -> float:
     return float(numpy.sum(nll, dtype=numpy.float64) / numpy.sum(tokens))
 
 
+ERROR = Metric(higher_is_better=False, range=(0.0, math.inf))
+
 OF_LABELS: Mapping[str, tuple[Callable[[NDArray, NDArray], float], Metric]] = {
     "accuracy": (accuracy, SHARE),
     "f1": (f1, SHARE),
@@ -110,6 +122,8 @@ OF_LABELS: Mapping[str, tuple[Callable[[NDArray, NDArray], float], Metric]] = {
     "matthews": (matthews, CORRELATION),
     "pearson": (pearson, CORRELATION),
     "spearman": (spearman, CORRELATION),
+    "rmse": (rmse, ERROR),
+    "mae": (mae, ERROR),
 }
 """What is computed of predictions and labels, and how it is read."""
 
@@ -119,6 +133,10 @@ def _f1(predictions: NDArray, labels: NDArray, average: str) -> float:
         labels, predictions, average=average, zero_division=NO_SUCH_CLASS
     )
     return float(found)
+
+
+def _error(function: Callable, predictions: NDArray, labels: NDArray) -> float:
+    return float(function(labels, predictions)) if numpy.isfinite(predictions).all() else math.inf
 
 
 def _correlation(function: Callable, predictions: NDArray, labels: NDArray) -> float:

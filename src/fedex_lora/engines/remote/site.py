@@ -97,7 +97,7 @@ def bring_to_life(
     recipe, task = federation.recipe, federation.task
     settings = replace(federation.settings, clients=(name,))
     plan = plan_of(recipe, settings, {name: len(federation.clients[name])})
-    train: Train = HFTrainer(task, recipe.trainer_arguments)
+    train: Train = HFTrainer(task, recipe.trainer_arguments, proximal=recipe.federation.proximal)
     if plan is not None:
         train = private_trainer(recipe, task, plan, account)
     size = recipe.evaluation.batch_size

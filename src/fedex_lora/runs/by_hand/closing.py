@@ -18,7 +18,8 @@ from fedex_lora.federation.settings import Settings
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.by_hand.opening import names_of
 from fedex_lora.runs.by_hand.update import Waiting, read_update
-from fedex_lora.runs.run import Assemble, resume_run, stage_of, start_run
+from fedex_lora.runs.here import Assemble, stage_of
+from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import BY_HAND, RunDir
 from fedex_lora.runs.watch import Silent, Watcher
 

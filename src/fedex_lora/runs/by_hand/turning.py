@@ -78,7 +78,12 @@ def take_turn(
             rows = federation.clients[turn.client]
             settings = replace(federation.settings, clients=(turn.client,))
             stage = Stage(federation.model, federation.task, settings.method)
-            train = HFTrainer(federation.task, recipe.trainer_arguments, on_step)
+            train = HFTrainer(
+                federation.task,
+                recipe.trainer_arguments,
+                on_step,
+                proximal=recipe.federation.proximal,
+            )
             trained = settings.method.trained(turn.round)
             one = engine.Turn(turn.client, turn.round, rows, start, trained, settings.seed)
             (update,) = engine.take_turns(stage, train, [one], message.ledger, settings)

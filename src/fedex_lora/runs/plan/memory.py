@@ -46,35 +46,46 @@ def client_memory(
     Args:
         ledger: Bytes of all increments, which lie beside the layers with `placement: side`.
     """
-    exchanged = _exchanged(settings, model)
-    lora = bool(model.layers)
-    k = recipe.fused
-    held = k * exchanged if lora else model.size * _itemsize(recipe)  # LoRA trains in float32
-    largest = max((s.out * s.inp for s in model.layers.values()), default=0)
-    moments, sure = _moments(str(recipe.training.get("optim", "adamw_torch")))
+    k, head = recipe.fused, count(model.head.values())
     parts = [
-        Part("model", _weights(recipe, model)),
-        Part("adapter and head", held if lora else 0),
-        Part("gradients", held),
-        Part("optimizer", int(held * moments), not sure),
-        Part("start and end of a turn", (1 + k) * exchanged),
-        Part("a layer's pretrained weights, twice", 2 * largest * _FLOAT32),
-        Part("increments beside the layers", ledger if recipe.model.placement == "side" else 0),
+        Part("model", weights(recipe, model)),
+        *turn_memory(recipe, settings, head, ledger),
         Part("activations", k * activations(recipe, model.config), True),
     ]
     return [part for part in parts if part.bytes]
 
 
-def server_memory(
-    settings: Settings, model: Architecture, checkpoint: int, message: int
-) -> list[Part]:
+def turn_memory(recipe: Recipe, settings: Settings, head: int, ledger: int) -> list[Part]:
+    """What a client's turn holds beside the model and its activations.
+
+    Args:
+        head: Numbers that are trained in full.
+        ledger: As of `client_memory`.
+    """
+    exchanged, k, layers = _exchanged(settings, head), recipe.fused, settings.layers.values()
+    held = k * exchanged if layers else head * _itemsize(recipe)  # LoRA trains in float32
+    largest = max((s.out * s.inp for s in layers), default=0)
+    moments, sure = _moments(str(recipe.training.get("optim", "adamw_torch")))
+    parts = [
+        Part("adapter and head", held if layers else 0),
+        Part("gradients", held),
+        Part("optimizer", int(held * moments), not sure),
+        Part("start and end of a turn", (1 + k) * exchanged),
+        Part("a layer's pretrained weights, twice", 2 * largest * _FLOAT32),
+        Part("increments beside the layers", ledger if recipe.model.placement == "side" else 0),
+    ]
+    return [part for part in parts if part.bytes]
+
+
+def server_memory(settings: Settings, head: int, checkpoint: int, message: int) -> list[Part]:
     """What the process that aggregates holds, evaluation apart.
 
     Args:
+        head: Numbers that are trained in full.
         checkpoint: Bytes of the largest state.
         message: Bytes of the largest message.
     """
-    exchanged = _exchanged(settings, model)
+    exchanged = _exchanged(settings, head)
     k = settings.sample_size
     assignment = settings.method.assignment
     both = assignment.sent_up(settings.method.trained(1)) == {"A", "B"}
@@ -114,22 +125,21 @@ def activations(recipe: Recipe, config: Any) -> int:
     return kept * _itemsize(recipe) + 3 * tokens * vocabulary * _FLOAT32
 
 
-def _exchanged(settings: Settings, model: Architecture) -> int:
-    """Bytes of all factors, at the largest rank of a client, and the head, as values: float32."""
-    factors = sum(s.rank * (s.out + s.inp) for s in settings.layers.values())
-    return (factors + count(model.head.values())) * _FLOAT32
-
-
-def _itemsize(recipe: Recipe) -> int:
-    return getattr(torch, recipe.model.dtype).itemsize
-
-
-def _weights(recipe: Recipe, model: Architecture) -> int:
-    """Of the plain model: quantised where asked for, the rest in its dtype."""
+def weights(recipe: Recipe, model: Architecture) -> int:
+    """Bytes of the plain model: quantised where asked for, the rest in its dtype."""
     if recipe.model.quantisation is None:
         return model.size * _itemsize(recipe)
     rest = (model.size - model.linear) * _itemsize(recipe)
     return int(rest + model.linear * _QUANTISED[recipe.model.quantisation])
+
+
+def _exchanged(settings: Settings, head: int) -> int:
+    """Bytes of all factors, at the largest rank of a client, and the head, as values: float32."""
+    return (sum(s.rank * (s.out + s.inp) for s in settings.layers.values()) + head) * _FLOAT32
+
+
+def _itemsize(recipe: Recipe) -> int:
+    return getattr(torch, recipe.model.dtype).itemsize
 
 
 def _moments(optim: str) -> tuple[float, bool]:

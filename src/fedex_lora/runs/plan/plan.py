@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import psutil
-import torch
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.partition import client_names
 from fedex_lora.engines.setup import (
     POOLED,
+    architecture_of,
     federation_settings,
     load_rows,
     recipe_task,
     roster,
     set_up,
 )
-from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.settings import Settings
-from fedex_lora.model.architectures import Architecture, architecture, count, local_folder
-from fedex_lora.model.load import pick_device
+from fedex_lora.model.architectures import Architecture, count, local_folder
 from fedex_lora.recipe import Recipe
-from fedex_lora.runs.plan.memory import Part, client_memory, server_memory, total
+from fedex_lora.runs.plan.memory import Part, client_memory, server_memory
 from fedex_lora.runs.plan.timing import Timing, measure
 from fedex_lora.runs.plan.traffic import DryRun, Size, summed
+from fedex_lora.runs.preflight import elsewhere
+from fedex_lora.runs.room import KEPT
 from fedex_lora.tasks import Task
-
-_KEPT = 4  # checkpoints at a time: the best, the two newest, and one that is being written
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Round:
         ledger: Bytes of the ledger.
         checkpoint: Bytes of the state, clients' own factors apart.
         own: Bytes of clients' own factors, which lie on disk beside the checkpoint.
-        catch_up: The message for a client that joins after this round; None if not asked for.
+        catch_up: The message for a client that joins after this round.
     """
 
     round: int
@@ -55,7 +51,7 @@ class Round:
     ledger: int
     checkpoint: int
     own: int
-    catch_up: Size | None
+    catch_up: Size
 
 
 @dataclass(frozen=True)
@@ -119,72 +115,6 @@ def plan(recipe: Recipe, measured: bool = True) -> Plan:
     return replace(_plan(recipe, model, examples, about, timing, why), libraries=libraries)
 
 
-def foreseen(recipe: Recipe, out: Path) -> Plan | None:
-    """Checks before a run starts that its disk and its memory suffice.
-
-    Only what is certain counts: no estimates, so that no run is refused that would have fitted.
-
-    Args:
-        out: The run's directory, which need not be there yet.
-
-    Returns:
-        The plan, without times, examples and late joiners; None if the model's shapes are not
-        known here.
-
-    Raises:
-        UserError: The checkpoints would not fit onto the disk, or the model and what is trained
-            not into memory.
-    """
-    task = recipe_task(recipe)
-    try:
-        model = architecture_of(recipe, task)
-    except UserError:  # loading the model will tell what is wrong, if anything is
-        return None
-    found = _plan(recipe, model, None, "", None, "", late=False)
-    _check_disk(found, out)
-    _check_memory(found)
-    return found
-
-
-def _check_disk(plan: Plan, out: Path) -> None:
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(there).free
-    if plan.disk > free:
-        last = plan.rounds[-1]
-        raise StorageError(
-            f"{out}: the run will write up to {_gb(plan.disk)}, and {_gb(free)} are free there. A "
-            f"checkpoint grows to {_gb(max(r.checkpoint + r.own for r in plan.rounds))} by round "
-            f"{last.round}, and up to {_KEPT} lie there at a time. Free some space, choose another "
-            "`out`, or use fewer federation.rounds or a smaller lora.r"
-        )
-
-
-def _check_memory(plan: Plan) -> None:
-    device = pick_device(plan.recipe.model.device)
-    client, server = total(plan.client, certain=True), total(plan.server, certain=True)
-    if device.type == "cuda":
-        _check_room(client, torch.cuda.mem_get_info(device)[0], "the GPU's memory")
-        client = 0
-    if plan.recipe.engine.kind != "flower":
-        server += client  # one machine holds both
-    else:
-        server = max(client, server)
-    _check_room(server, psutil.virtual_memory().available, "memory")
-
-
-def _check_room(needed: int, free: int, where: str) -> None:
-    if needed > free:
-        raise StorageError(
-            f"the run needs at least {_gb(needed)} of {where}, activations not counted, and "
-            f"{_gb(free)} are available. Use a smaller model, model.dtype: bfloat16, "
-            "model.quantisation, or a machine with more memory; `fedex-lora plan` lists the parts"
-        )
-
-
-def _gb(bytes: int) -> str:
-    return f"{bytes / 1e9:.3g} GB"
-
-
 def _plan(
     recipe: Recipe,
     model: Architecture,
@@ -192,11 +122,10 @@ def _plan(
     about_examples: str,
     timing: Timing | None,
     about_time: str,
-    late: bool = True,
 ) -> Plan:
     settings = federation_settings(recipe, model, _clients(recipe, examples))
     run = DryRun(settings, model.head, recipe.lora.init is not None)
-    rounds = [_round(run, late) for _ in range(settings.rounds)]
+    rounds = [_round(run) for _ in range(settings.rounds)]
     delivery = summed(run.down(client) for client in settings.clients)
     messages = [s.bytes for r in rounds for part in (r.up, r.down) for s in part.values()]
     checkpoint = max(r.checkpoint for r in rounds)
@@ -214,15 +143,15 @@ def _plan(
         rounds,
         delivery,
         client_memory(recipe, settings, model, max(r.ledger for r in rounds)),
-        server_memory(settings, model, checkpoint, max(messages)),
+        server_memory(settings, head, checkpoint, max(messages)),
         0,
-        _KEPT * max(r.checkpoint + r.own for r in rounds) + _saved(recipe, rounds, settings),
+        KEPT * max(r.checkpoint + r.own for r in rounds) + _saved(recipe, rounds, settings),
         timing,
         about_time,
     )
 
 
-def _round(run: DryRun, late: bool) -> Round:
+def _round(run: DryRun) -> Round:
     up, down = run.round()
     ranks = run.ledger_ranks()
     layer = max(ranks, key=lambda name: ranks[name], default=None)
@@ -236,7 +165,7 @@ def _round(run: DryRun, late: bool) -> Round:
         run.ledger_bytes(),
         run.checkpoint(),
         run.own_factors(),
-        run.catch_up() if late else None,
+        run.catch_up(),
     )
 
 
@@ -246,22 +175,6 @@ def _saved(recipe: Recipe, rounds: Iterable[Round], settings: Settings) -> int:
         return 0
     made = 4 * sum(s.rank * (s.out + s.inp) for s in settings.layers.values())
     return sum(summed([*r.up.values(), *r.down.values()]).bytes + made for r in rounds)
-
-
-def architecture_of(recipe: Recipe, task: Task) -> Architecture:
-    """The shapes of a recipe's adapted model.
-
-    Raises:
-        UserError: They are not known here, or there are none.
-    """
-    return architecture(
-        recipe.model.name,
-        None if METHODS[recipe.method.name].trains == "all" else recipe.lora,
-        auto_model=task.auto_model,
-        peft_task_type=task.peft_task_type,
-        model_kwargs=task.model_kwargs(),
-        revision=recipe.model.revision,
-    )
 
 
 def _clients(recipe: Recipe, examples: Mapping[str, int] | None) -> list[str]:
@@ -277,9 +190,9 @@ def _examples(recipe: Recipe, task: Task) -> tuple[dict[str, int] | None, str]:
         return None, why if wanted is None else f"{wanted} of them, as train_examples says; {why}"
     rows = load_rows(recipe, task)
     found = {name: len(part) for name, part in rows.train.items()}
-    return {POOLED: sum(found.values())} if METHODS[
-        recipe.method.name
-    ].pooled else found, rows.description
+    if METHODS[recipe.method.name].pooled:
+        found = {POOLED: sum(found.values())}
+    return found, rows.description
 
 
 def _not_measurable(recipe: Recipe) -> str:
@@ -287,15 +200,6 @@ def _not_measurable(recipe: Recipe) -> str:
     if local_folder(recipe.model.name, recipe.model.revision) is None:
         return f"unknown without the model: the weights of {recipe.model.name} are not here"
     return elsewhere(recipe)
-
-
-def elsewhere(recipe: Recipe) -> str:
-    """Why rows cannot be read without a network; "" if they can."""
-    further = [name for name in recipe.data.evaluation.values() if not Path(name).exists()]
-    for name in (recipe.data.name, *further):
-        if name is not None:
-            return f"unknown without the rows: {name} is on the hub; local copies: data.path"
-    return "" if recipe.engine.kind != "flower" else "unknown: the rows are the clients' own"
 
 
 def _offline(recipe: Recipe) -> Recipe:

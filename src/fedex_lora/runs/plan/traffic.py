@@ -132,6 +132,7 @@ class DryRun:
         """Bytes of the state's tensors, all float32, clients' own factors apart."""
         state = self._state
         numbers = _numbers(flat(AdapterState(state.factors, state.head))) + _numbers(state.late)
+        numbers += _numbers(state.optimizer)
         return self.ledger_bytes() + 4 * (numbers + sum(w.numbers for w in state.carry.values()))
 
     def ledger_bytes(self) -> int:
@@ -185,45 +186,17 @@ class DryRun:
         """What the aggregator would come to, in shapes."""
         method = self.settings.method
         factors, increment = {}, {}
+        taken = taken[:1] if self.settings.combining.mean == "krum" else taken
+        began = sum(map(self._has_begun, taken))
         for name, layer in self.settings.layers.items():
-            assigned = assign(method, self._statistics(layer, taken))
+            shapes = statistics(self.settings, layer, self.version + 1, len(taken), began)
+            assigned = assign(method, shapes)
             if assigned.factors is not None:
                 factors[name] = assigned.factors
             if assigned.left_out is not None and method.in_ledger:
                 increment[name] = assigned.left_out
         head = {name: _empty(*t.shape) for name, t in self._state.head.items()}
         return Aggregate(factors, increment, head, {}, {})
-
-    def _statistics(self, layer: LayerShape, taken: Sequence[str]) -> Statistics:
-        settings, assignment = self.settings, self.settings.method.assignment
-        combining, eta = settings.combining, settings.server_learning_rate
-        taken = taken[:1] if combining.mean == "krum" else taken
-        k = len(taken)
-        both = assignment.sent_up(settings.method.trained(self.version + 1)) == {"A", "B"}
-        began = sum(map(self._has_begun, taken))  # whose B⁰A⁰ is a term of its own
-
-        exact = settings.method.residual != "zero" and k > 1
-        dense = Delta(_empty(layer.out, layer.inp)) if combining.by_coordinate and exact else None
-        k = 1 if combining.by_coordinate else k
-
-        def terms(count: int) -> Delta:
-            if dense is not None:
-                return dense
-            rank = count * layer.rank
-            return Delta(_empty(layer.out, rank), _empty(rank, layer.inp)).smaller()
-
-        mean = Factors(_empty(layer.rank, layer.inp), _empty(layer.out, layer.rank), layer.scale)
-        return _Statistics(
-            layer,
-            eta,
-            both,
-            mean,
-            mean,
-            dense or (terms(k - 1) if both and k > 1 else None),
-            terms(k if eta == 1 else k + began) if "product" in assignment.needs else None,
-            terms(k + began) if "increment" in assignment.needs else None,
-            (End(1 / k, mean, mean),) * k if "ends" in assignment.needs else (),
-        )
 
     def _has_begun(self, client: str) -> bool:
         """Whether a client starts from B ≠ 0."""
@@ -251,6 +224,42 @@ class DryRun:
             ledger=Ledger(entries, state.ledger.snapshot, state.ledger.snapshot_version),
             own={c: {name: t.to(to) for name, t in own.items()} for c, own in state.own.items()},
         )
+
+
+def statistics(
+    settings: Settings, layer: LayerShape, round: int, clients: int, began: int = 0
+) -> Statistics:
+    """What the updates of so many clients amount to in one layer: shapes without numbers.
+
+    Args:
+        began: How many of them start from B ≠ 0, whose B⁰A⁰ is a term of its own.
+    """
+    assignment, k = settings.method.assignment, clients
+    both = assignment.sent_up(settings.method.trained(round)) == {"A", "B"}
+    combining = settings.combining
+    exact = settings.method.residual != "zero" and k > 1
+    dense = Delta(_empty(layer.out, layer.inp)) if combining.by_coordinate and exact else None
+    k = 1 if combining.by_coordinate else k
+
+    def terms(count: int) -> Delta:
+        if dense is not None:
+            return dense
+        rank = count * layer.rank
+        return Delta(_empty(layer.out, rank), _empty(rank, layer.inp)).smaller()
+
+    mean = Factors(_empty(layer.rank, layer.inp), _empty(layer.out, layer.rank), layer.scale)
+    eta = settings.server_learning_rate
+    return _Statistics(
+        layer,
+        eta,
+        both,
+        mean,
+        mean,
+        dense or (terms(k - 1) if both and k > 1 else None),
+        terms(k if eta == 1 else k + began) if "product" in assignment.needs else None,
+        terms(k + began) if "increment" in assignment.needs else None,
+        (End(1 / k, mean, mean),) * k if "ends" in assignment.needs else (),
+    )
 
 
 @dataclass(frozen=True)

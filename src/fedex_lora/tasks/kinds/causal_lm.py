@@ -15,6 +15,7 @@ from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase
 
 class CausalLM(TaskSpec):
     text_column: str = "text"
+    packing: bool = False  # training batches without padding: rows in one sequence
 
     def build(self, labels: Sequence[str] | None) -> Task:
         return language_task(
@@ -23,6 +24,7 @@ class CausalLM(TaskSpec):
             check=partial(check_texts, self.text_column),
             encode=partial(_encode, self.text_column),
             evaluate=evaluate_loss,
+            packing=self.packing,
         )
 
 

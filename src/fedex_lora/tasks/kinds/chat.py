@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 class Chat(TaskSpec):
     template: str | None = None  # the tokenizer's own; a name, e.g. chatml; a file of Jinja
+    packing: bool = False  # training batches without padding: rows in one sequence
 
     def renamable(self) -> Sequence[str]:
         return COLUMNS
@@ -45,6 +46,7 @@ class Chat(TaskSpec):
             encode=partial(_encode, template),
             evaluate=evaluate_loss,
             chat_template=template,
+            packing=self.packing,
         )
 
 

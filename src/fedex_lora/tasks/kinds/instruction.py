@@ -27,6 +27,7 @@ class Instruction(TaskSpec):
     response: str  # template with at least one such field
     max_new_tokens: int = Field(default=64, ge=1, le=10**7)
     generate: bool = False  # generate answers when evaluating, greedily, and count exact matches
+    packing: bool = False  # training batches without padding: rows in one sequence
 
     def build(self, labels: Sequence[str] | None) -> Task:
         templates = templates_of(self.prompt, self.response)
@@ -35,10 +36,11 @@ class Instruction(TaskSpec):
             "instruction",
             templates.columns,
             {"exact_match": SHARE} if self.generate else {},
-            check=partial(_check, templates),
+            check=partial(check_templates, templates),
             encode=partial(_encode, templates, self.generate),
             evaluate=answers if self.generate else evaluate_loss,
             check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
+            packing=self.packing,
         )
 
 
@@ -92,13 +94,16 @@ def fields(template: str, where: str) -> tuple[str, ...]:
 _BRACES = "Write fields as {column}, and braces that are meant literally as {{ and }}."
 
 
-def _check(templates: Templates, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
+def check_templates(
+    templates: Templates, rows: Dataset, where: str, line_of: LineOf = one_based
+) -> None:
+    """Raise a `UserError` that names the line of the first row that gives no prompt or response."""
     keys = [
         "prompt" if n in fields(templates.prompt, "") else "response" for n in templates.columns
     ]
     check_columns(rows, templates.columns, where, keys)
-    records = _records(rows, templates.columns)
-    refuse_first((_problem(templates, row) for row in records), where, line_of)
+    found = records(rows, templates.columns)
+    refuse_first((_problem(templates, row) for row in found), where, line_of)
 
 
 def _problem(templates: Templates, row: Mapping[str, Any]) -> str | None:
@@ -113,7 +118,8 @@ def _problem(templates: Templates, row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _records(rows: Dataset, columns: Sequence[str]) -> list[dict[str, Any]]:
+def records(rows: Dataset, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows' values of these columns."""
     return [dict(zip(columns, values)) for values in zip(*(rows[name] for name in columns))]
 
 
@@ -124,9 +130,9 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Dataset:
-    records = _records(rows, templates.columns)
-    asked = [templates.prompt.format_map(row) for row in records]
-    answers = bare_responses([templates.response.format_map(row) for row in records], tokenizer)
+    found = records(rows, templates.columns)
+    asked = [templates.prompt.format_map(row) for row in found]
+    answers = bare_responses([templates.response.format_map(row) for row in found], tokenizer)
     pairs = encode_pairs(asked, answers, tokenizer, max_length)
     encoded = [
         labelled(prompt, response, max_length) | ({"response": answer} if generate else {})

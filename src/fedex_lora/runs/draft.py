@@ -1,0 +1,152 @@
+"""A first recipe for somebody's own files, with a comment on every key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.data.read import read
+from fedex_lora.errors import DataError, did_you_mean, some
+from fedex_lora.recipe import TaskSpec
+from fedex_lora.recipe.meanings import MEANINGS
+
+MOST_LABELS = 100
+_COMMENT = 44  # the column where comments begin
+_WIDTH = 100
+
+
+def task_fields(spec: type[TaskSpec], columns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The keys of a task that its defaults do not settle for rows with these columns.
+
+    Yields:
+        (key, a guess or ""): columns that the rows call otherwise, and keys without a default.
+
+    Example:
+        >>> from fedex_lora.recipe import spec_of
+        >>> list(task_fields(spec_of("text-classification"), ["review", "label"]))
+        [('text_column', 'review')]
+    """
+    taken = {f.default for key, f in spec.model_fields.items() if key.endswith("_column")}
+    left = [name for name in columns if name not in taken]
+    for key, field in spec.model_fields.items():
+        if key.endswith("_column") and isinstance(field.default, str):
+            if field.default not in columns:
+                yield key, left.pop(0) if left else ""
+        elif field.is_required() and key != "kind":
+            guess = {"prompt": f"{{{columns[0]}}}\n", "response": f"{{{columns[-1]}}}"}
+            yield key, guess.get(key, "")
+
+
+def labels_of(files: Sequence[Path], column: str) -> list[str]:
+    """All classes that the rows of some files have in a column, sorted; numbers by value.
+
+    Raises:
+        UserError: There is no such column, or there are more values than classes can be.
+    """
+    found: set[str] = set()
+    for file in files:
+        rows = read(file)
+        if column not in rows.column_names:
+            near = did_you_mean(column, rows.column_names)
+            raise DataError(f"{file}: no column {column!r}; it has {some(rows.column_names)}{near}")
+        values = rows.unique(column)
+        nested = (value if isinstance(value, list) else [value] for value in values)
+        found |= {str(value) for value in chain.from_iterable(nested) if value is not None}
+        if len(found) > MOST_LABELS:
+            raise DataError(
+                f"{file}: column {column!r} has more than {MOST_LABELS} different values, so it "
+                "holds no classes; name another with --set task.label_column=NAME"
+            )
+    return sorted(found, key=lambda text: (0, float(text), "") if _number(text) else (1, 0, text))
+
+
+def _number(text: str) -> bool:
+    try:
+        return float(text) == float(text)
+    except ValueError:
+        return False
+
+
+def draft(
+    name: str,
+    model: str,
+    task: Mapping[str, Any],
+    method: str,
+    files: Sequence[Path],
+    evaluation: Path | None,
+) -> dict[str, Any]:
+    """The values of a recipe.
+
+    Args:
+        task: Its block, whole.
+        files: One for each client, or one directory that is dealt out.
+        evaluation: A directory with the server's rows to score on; without one, and with files,
+            each client keeps a tenth of its rows for that.
+    """
+    chosen, language = METHODS[method], "labels" not in task
+    values: dict[str, Any] = {"name": name, "seed": 0, "model": {"name": model}}
+    if chosen.trains != "all":
+        values["lora"] = {"r": 8, "lora_alpha": 16}
+    cut = {"rank": 8} if chosen.residual == "truncated" else {}
+    values["method"] = {"name": method, **cut}
+    values["federation"] = {"rounds": 5}
+    values["task"] = {**task, "max_length": 512 if language else 128}
+    if len(files) == 1:
+        values["federation"] |= {"clients": 3, "partition": {"kind": "iid"}}
+        values["data"] = {"path": str(files[0])}
+    else:
+        values["data"] = {"clients": [str(file) for file in files]}
+        values["data"] |= {"path": str(evaluation)} if evaluation else {}
+    values["training"] = {
+        "learning_rate": 2e-4 if language else 1e-3,
+        "per_device_train_batch_size": 4 if language else 16,
+        "num_train_epochs": 1,
+    }
+    if len(files) > 1 and evaluation is None:
+        values["evaluation"] = {"where": "clients", "client_fraction": 0.1}
+    values["engine"] = {"threads": 2, "precision": "auto"}
+    return values
+
+
+def commented(values: Mapping[str, Any], head: str) -> str:
+    """A recipe as YAML, each key with what it means."""
+    lines = [f"# {head}"]
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"{key}:"]
+            lines += chain.from_iterable(_line(f"{key}.{k}", v) for k, v in value.items())
+        else:
+            lines += _line(key, value)
+    return "\n".join(lines) + "\n"
+
+
+_TRAINING = {
+    "training.learning_rate": "Names of transformers' TrainingArguments.",
+    "training.per_device_train_batch_size": "Rows of a step.",
+    "training.num_train_epochs": "At each client, in each round.",
+}
+
+
+def _line(key: str, value: Any) -> list[str]:
+    block, _, name = key.rpartition(".")
+    text = f"{'  ' * bool(block)}{name}: {_value(value)}"
+    meaning = _TRAINING.get(key) or MEANINGS.get(key, ("", ""))[1]
+    if not meaning:
+        return [text]
+    line = f"{text:<{_COMMENT - 2}}  # {meaning}"
+    return [line] if len(line) <= _WIDTH else [f"{'  ' * bool(block)}# {meaning}", text]
+
+
+def _value(value: Any) -> str:
+    """In one line, and so that YAML reads the same back."""
+    if isinstance(value, float):
+        return repr(value) if "e" not in repr(value) else f"{value:.1e}"
+    plain = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    plain = plain.removesuffix("\n").removesuffix("\n...")
+    return plain if "\n" not in plain and yaml.safe_load(plain) == value else json.dumps(value)

@@ -1,0 +1,135 @@
+"""From one text to another with an encoder and a decoder (T5, BART): the loss is over the response.
+
+`max_length` is of the prompt, `max_target_length` of the response; both are cut there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from pydantic import Field
+
+from fedex_lora.errors import check_installed
+from fedex_lora.recipe import TaskSpec, register_task
+from fedex_lora.tasks.base import (
+    IGNORED,
+    Batch,
+    Collate,
+    Task,
+    by_length,
+    evaluating,
+    pad,
+    pad_inputs,
+)
+from fedex_lora.tasks.encoding import encode_texts
+from fedex_lora.tasks.generation import Decoding, generate_from_encoded, verdicts
+from fedex_lora.tasks.kinds.instruction import Templates, check_templates, records, templates_of
+from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, functional, nn
+from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, SHARE, exact_match, perplexity
+from fedex_lora.tasks.outputs import Outputs
+
+
+class Seq2Seq(TaskSpec):
+    prompt: str  # template with {column} fields
+    response: str  # template with at least one such field
+    max_target_length: int = Field(default=128, ge=4)
+    generate: bool = (
+        False  # generate responses when evaluating, and score BLEU, chrF, exact matches
+    )
+    max_new_tokens: int = Field(default=64, ge=1, le=10**7)
+    num_beams: int = Field(default=1, ge=1, le=1000)
+
+    def build(self, labels: Sequence[str] | None) -> Task:
+        templates = templates_of(self.prompt, self.response)
+        metrics = {"perplexity": PERPLEXITY, "loss": LOSS}
+        decoding = Decoding(self.max_new_tokens, self.num_beams) if self.generate else None
+        if decoding is not None:
+            check_installed("sacrebleu", "task.generate", "or set task.generate: false")
+            metrics = {"bleu": SHARE, "chrf": SHARE, "exact_match": SHARE, **metrics}
+        return Task(
+            name="seq2seq",
+            auto_model="AutoModelForSeq2SeqLM",
+            peft_task_type="SEQ_2_SEQ_LM",
+            columns=templates.columns,
+            evaluation_splits=("validation", "test"),
+            primary=next(iter(metrics)),
+            metrics=metrics,
+            check=partial(check_templates, templates),
+            encode=partial(_encode, templates, self.max_target_length),
+            collator=_collator,
+            evaluate=partial(_evaluate, decoding),
+        )
+
+
+register_task("seq2seq", Seq2Seq)
+
+
+def _encode(
+    templates: Templates,
+    target_length: int,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Dataset:
+    found = records(rows, templates.columns)
+    asked = [templates.prompt.format_map(row) for row in found]
+    answers = [templates.response.format_map(row) for row in found]
+    encoding = encode_texts(asked, None, tokenizer, max_length)
+    labels = encode_texts(answers, None, tokenizer, target_length)["input_ids"]
+    return Dataset.from_dict({**encoding, "labels": labels, "response": answers})
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
+    """The model itself makes the decoder's inputs of the labels."""
+
+    def collate(rows: list[dict[str, Any]]) -> Batch:
+        return {**pad_inputs(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
+
+    return collate
+
+
+def _evaluate(
+    decoding: Decoding | None,
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    outputs: Outputs | None = None,
+) -> dict[str, float]:
+    loss = _loss(model, encoded, tokenizer, batch_size)
+    scores = {"perplexity": perplexity(loss), "loss": loss}
+    if decoding is None:
+        return scores
+    prompts, references = encoded["input_ids"][:], encoded["response"][:]
+    found = generate_from_encoded(model, tokenizer, prompts, decoding, batch_size, outputs)
+    if outputs:
+        right = [exact_match([f], [r]) == 1 for f, r in zip(found, references)]
+        more = [{"reference": r, "correct": c} for r, c in zip(references, right)]
+        outputs.verdicts(verdicts(tokenizer, prompts, found, more))
+    from sacrebleu import corpus_bleu, corpus_chrf  # noqa: PLC0415 - optional
+
+    return {
+        "bleu": corpus_bleu(found, [references]).score / 100,
+        "chrf": corpus_chrf(found, [references]).score / 100,
+        "exact_match": exact_match(found, references),
+        **scores,
+    }
+
+
+def _loss(
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> float:
+    """The mean of −log p over all tokens of all responses."""
+    collate, total, count = _collator(tokenizer), 0.0, 0
+    with evaluating(model) as device:
+        for _, rows in by_length(encoded, batch_size):
+            batch = {key: value.to(device) for key, value in collate(rows).items()}
+            logits, labels = model(**batch).logits, batch["labels"]
+            for row, target in zip(logits, labels):  # a float32 copy of all may not fit
+                total += functional.cross_entropy(
+                    row.float(), target, ignore_index=IGNORED, reduction="sum"
+                ).item()
+            count += int((labels != IGNORED).sum())
+    return total / count
