@@ -127,7 +127,7 @@ BAD = {
     "another run": (another_run, "of another run"),
     "forged": (forged, "its turn.json is not the one that ann was sent"),
     "recipe": (recipe_changed, "recipe.yaml was changed"),
-    "rows": (no_rows, "give --examples bob=N"),
+    "rows": (no_rows, "give `examples=bob=N`"),
     "minus rows": (minus_rows, "examples: .*greater than or equal to 1"),
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ class Registry(UserDict[str, Row]):
         """
         found = points(self._group).get(name, [])
         if self._by.get(name) == OURS or len(found) > 1:
-            names = [*([OURS] if name in self._by else []), *map(who, found)]
+            names = [*([OURS] if self._by.get(name) == OURS else []), *map(who, found)]
             if len(names) > 1:
                 raise twice(self._what, name, *names)
         return self[name]

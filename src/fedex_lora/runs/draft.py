@@ -61,7 +61,7 @@ def labels_of(files: Sequence[Path], column: str) -> list[str]:
         if len(found) > MOST_LABELS:
             raise DataError(
                 f"{file}: column {column!r} has more than {MOST_LABELS} different values, so it "
-                "holds no classes; name another with --set task.label_column=NAME"
+                "holds no classes; name another with `set=task.label_column=NAME`"
             )
     return sorted(found, key=lambda text: (0, float(text), "") if _number(text) else (1, 0, text))
 

@@ -100,12 +100,11 @@ def bring_to_life(
     train: Train = HFTrainer(task, recipe.trainer_arguments, proximal=recipe.federation.proximal)
     if plan is not None:
         train = private_trainer(recipe, task, plan, account)
-    size = recipe.evaluation.batch_size
     return Institution(
         name,
         cache,
         recipe,
-        Stage(federation.model, task, settings.method, size),
+        Stage(federation.model, task, settings.method, recipe.evaluation.batch_size),
         settings,
         federation.clients[name],
         federation.validation.get(name),

@@ -65,7 +65,7 @@ def read_update(address: str, waiting: Waiting, exchange: Exchange, model: Adapt
         if examples is None:
             raise ProtocolError(
                 "how many rows were trained on is not said; write "
-                f'{{"examples": N}} into {UPDATE}/{INFO}, or give --examples {client}=N'
+                f'{{"examples": N}} into {UPDATE}/{INFO}, or give `examples={client}=N`'
             )
         trained = exchange.settings.method.sent(exchange.round)
         for name, value in flat(start).items():
