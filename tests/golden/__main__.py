@@ -143,9 +143,11 @@ def main() -> None:
     different = [
         f"{name}: {', '.join(k for k in found[name] if found[name][k] != known[name].get(k))}"
         for name in found
-        if found[name] != known.get(name)
+        if name in known and found[name] != known[name]
     ]
-    print(f"{len(found) - len(different)} of {len(found)} as before")
+    new = [name for name in found if name not in known]
+    same = len(found) - len(new) - len(different)
+    print(f"{same} of {len(found) - len(new)} as before; {len(new)} are new")
     sys.exit("\n".join(different) or None)
 
 
