@@ -41,7 +41,10 @@ def asked(what: str, task: str | None, data: str | None, sets: list[str]) -> Rec
         places.known["data",] = f"--data {data}"
     for block, option in (("task", task), ("data", data)):
         if not run and not option and not any(s.startswith(f"{block}.") for s in sets):
-            raise RecipeError(f"--{block}: missing; a model alone does not say what to score it on")
+            raise RecipeError(
+                f"--{block}: missing; {what} is no run's directory, and a model alone does not say "
+                "what it is for"
+            )
     recipe = recipe_of(raw, places, sets, stored=run)
     if kind_of(what) == "model" and recipe.model.name != what:
         raise RecipeError(f"--set model.name: the model is {what}, and has no other base")

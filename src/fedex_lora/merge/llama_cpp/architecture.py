@@ -77,7 +77,8 @@ def architecture(config: Any) -> Architecture:
     if kind not in _KINDS:
         raise DataError(
             f"{kind}: GGUF is written of {', '.join(_KINDS)}; for others llama.cpp has "
-            "convert_hf_to_gguf.py and convert_lora_to_gguf.py, which read what `export` writes"
+            "convert_hf_to_gguf.py and convert_lora_to_gguf.py, which read what "
+            "`fedex-lora export` writes"
         )
     arch, paired = _KINDS[kind]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
