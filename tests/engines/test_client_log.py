@@ -51,7 +51,7 @@ def told(log, lines):
 
 def make(tmp_path):
     said = []
-    return said, Log(lambda text: said.append(text[20:]), tmp_path / "flower.log")
+    return said, Log(lambda text, trouble: said.append(text), tmp_path / "flower.log")
 
 
 def test_a_client_s_log_is_a_line_for_each_step_and_no_warning(tmp_path):
@@ -102,7 +102,7 @@ def test_a_program_s_output_is_shown_in_words_and_kept_whole(tmp_path):
     script = "import sys; print('INFO :      SuperNode ID: 1'); print('INFO :  x', file=sys.stderr)"
     said, log = [], tmp_path / "log"
     command = Command("SuperNode", (sys.executable, "-c", script), {})
-    with running([command], said.append, log) as ended:
+    with running([command], lambda text, trouble=None: said.append(text), log) as ended:
         until = time.monotonic() + 30
         while "starting it again" not in " ".join(said) and time.monotonic() < until:
             ended()

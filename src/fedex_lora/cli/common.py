@@ -12,6 +12,7 @@ import shlex
 import site
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,6 +69,10 @@ ShowRows = Annotated[
     ),
 ]
 Client = Annotated[str | None, typer.Option(help="Whose model, where nothing is exchanged.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--monitor", help="PORT or HOST:PORT for /metrics (Prometheus) and /health."),
+]
 
 RankError = Annotated[
     float | None,
@@ -220,3 +225,9 @@ def say(text: str) -> None:
 
 def complain(text: str) -> None:
     errors.print(spoken(text), highlight=False, markup=False)
+
+
+def tell(text: str, trouble: bool | None = None) -> None:
+    """A line of a deployment's processes; with the time, if it is of what happens."""
+    when = "" if trouble is None else f"{time.strftime('%Y-%m-%d %H:%M:%S')} "
+    say(when + text)

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedex_lora.cli.common import (
+    Address,
     Out,
     ShowRows,
     app,
@@ -19,9 +20,14 @@ from fedex_lora.cli.common import (
     complain,
     read_recipe,
     say,
+    tell,
     this_command,
 )
-from fedex_lora.errors import MOST, RecipeError, some
+from fedex_lora.errors import MOST, RecipeError, check_installed, some
+
+if TYPE_CHECKING:
+    from fedex_lora.flower.deploy.asking import Asking
+    from fedex_lora.flower.deploy.commands import Command
 
 deploys = typer.Typer(no_args_is_help=True, help="Across machines: see docs/deploy.md.")
 app.add_typer(deploys, name="deploy")
@@ -129,7 +135,7 @@ def server_command(folder: Folder) -> None:
     elif (soon := check_certificate(folder / "server", deployment.hosts)) is not None:
         say(f"warning: {soon}")
     with alone(folder, "deploy server"):
-        serve(folder.resolve(), deployment, say)
+        serve(folder.resolve(), deployment, tell)
     _say_ended()
 
 
@@ -152,6 +158,7 @@ def client_command(
     ] = None,
     check: Annotated[bool, typer.Option(help="Read all rows before connecting.")] = True,
     port: Annotated[int, typer.Option(help="A free port of this machine; 0 finds one.")] = 0,
+    monitor: Address = None,
     show_rows: ShowRows = False,
 ) -> None:
     """Take part as one institution until Ctrl-C (prints the Flower commands it runs)."""
@@ -198,8 +205,42 @@ def client_command(
         settings |= {} if epsilon is None else {"epsilon": float(epsilon)}
         node = commands.supernode(own, deployment, name, recipe.resolve(), rows, port, **settings)
         programs = [node, commands.client_superexec(own, port)]
-        processes.attend(programs, say, own / "flower.log", Asking(consent, say).look)
+        _attend(programs, own, name, spec.federation.rounds, Asking(consent, say), monitor)
     _say_ended()
+
+
+def _attend(
+    programs: Sequence[Command],
+    own: Path,
+    name: str,
+    rounds: int,
+    asking: Asking,
+    monitor: str | None,
+) -> None:
+    """Runs a client's processes until Ctrl-C, with figures of it at `monitor`."""
+    from fedex_lora.engines.remote.audit import FILE, appended
+    from fedex_lora.flower.deploy.processes import attend
+
+    if monitor is None:
+        attend(programs, tell, own / "flower.log", asking.look)
+        return
+    check_installed("prometheus_client", "--monitor")
+    from fedex_lora.flower.deploy.figures import Figures
+    from fedex_lora.runs.monitor import answering
+
+    figures, messages = Figures(name, rounds), appended(own / FILE)
+
+    def show(text: str, trouble: bool | None = None) -> None:
+        figures.heard(text)
+        tell(text, trouble)
+
+    def look() -> None:
+        asking.look()
+        for line in next(messages):
+            figures.message(line)
+
+    with answering(figures, monitor, say):
+        attend(programs, show, own / "flower.log", look)
 
 
 def _say_ended() -> None:

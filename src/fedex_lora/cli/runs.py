@@ -11,6 +11,7 @@ import typer
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import (
+    Address,
     Client,
     Out,
     RankError,
@@ -44,10 +45,6 @@ if TYPE_CHECKING:
 
 Deployment = Annotated[
     Path, typer.Option(help="Engine flower: the folder that `deploy init` made.")
-]
-Address = Annotated[
-    str | None,
-    typer.Option("--monitor", help="PORT or HOST:PORT for /metrics (Prometheus) and /health."),
 ]
 
 

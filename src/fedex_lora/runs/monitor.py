@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -96,8 +96,28 @@ class Monitor:
 def monitored(inner: Watcher, address: str) -> Iterator[Monitor]:
     """A watcher whose figures are at `/metrics` and `/health` of an address while the block runs.
 
+    Args, raises: As `answering`.
+    """
+    monitor = Monitor(inner)
+    with answering(monitor, address, inner.note):
+        yield monitor
+
+
+class Monitored(Protocol):
+    """What has figures, and knows how it is."""
+
+    registry: CollectorRegistry
+
+    def health(self) -> dict[str, Any]: ...
+
+
+@contextmanager
+def answering(monitored: Monitored, address: str, say: Callable[[str], object]) -> Iterator[None]:
+    """Answers at `/metrics` and `/health` of an address while the block runs.
+
     Args:
         address: PORT, of this machine alone, or HOST:PORT; port 0 takes a free one.
+        say: Is told where.
 
     Raises:
         UserError: It is no address, or in use.
@@ -105,28 +125,28 @@ def monitored(inner: Watcher, address: str) -> Iterator[Monitor]:
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or int(port) > 65535:
         raise RecipeError(f"`monitor`: {address!r}: expected PORT or HOST:PORT")
-    monitor = Monitor(inner)
+    host = host or "127.0.0.1"
     try:
-        server = ThreadingHTTPServer((host or "127.0.0.1", int(port)), _handler(monitor))
+        server = ThreadingHTTPServer((host, int(port)), _handler(monitored))
     except OSError as error:
         raise DeploymentError(f"`monitor`: {address}: {reason(error)}; name another port") from None
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    inner.note(f"figures: http://{host or '127.0.0.1'}:{server.server_port}/metrics and /health")
+    say(f"figures: http://{host}:{server.server_port}/metrics and /health")
     try:
-        yield monitor
+        yield
     finally:
         server.shutdown()
         server.server_close()
 
 
-def _handler(monitor: Monitor) -> type[BaseHTTPRequestHandler]:
+def _handler(monitored: Monitored) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/metrics":
-                self._answer(200, "text/plain; version=0.0.4", generate_latest(monitor.registry))
+                self._answer(200, "text/plain; version=0.0.4", generate_latest(monitored.registry))
             elif self.path == "/health":
-                self._answer(200, "application/json", json.dumps(monitor.health()).encode())
+                self._answer(200, "application/json", json.dumps(monitored.health()).encode())
             else:
                 self._answer(404, "text/plain", b"there are /metrics and /health\n")
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedex_lora.disk import append_private, reason
 from fedex_lora.errors import UserError
@@ -80,6 +83,27 @@ class Audit:
             aside = path.with_name(f"{path.stem}-{then}{path.suffix}")
             if not aside.exists():  # twice in a second: the file grows a little longer
                 path.rename(aside)
+
+
+def appended(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """At every `next` the lines that were written since the last one, or since this began."""
+    file = path.open("rb") if path.exists() else None
+    if file is not None:
+        file.seek(0, os.SEEK_END)
+    rest = b""
+    yield []
+    while True:
+        moved = path.exists() and (
+            file is None or not os.path.samestat(os.fstat(file.fileno()), path.stat())
+        )
+        found = rest if file is None else rest + file.read()
+        if moved:  # set aside; what was read is its end
+            if file is not None:
+                file.close()
+            file = path.open("rb")
+            found += file.read()
+        *lines, rest = found.split(b"\n")
+        yield [json.loads(line) for line in lines]
 
 
 def _plain(value: object) -> str | None:

@@ -62,7 +62,7 @@ def simulate(recipe: Recipe, out: Path, resume: bool, watcher: Watcher) -> dict[
         new_folders(folder / "server")
         write_secret(folder / "server" / "control.secret", secrets.token_hex(32).encode())
         link = commands.simulation(folder, port)
-        with running([link], lambda text: None, folder / "flower.log") as ended:
+        with running([link], lambda *_: None, folder / "flower.log") as ended:
             await_port(port, ended)
             try:
                 return _run(recipe, out.resolve(), folder, resume, watcher, options)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
+from typing import Protocol
 
 from fedex_lora.disk import reason, write_secret
 from fedex_lora.errors import DeploymentError, StorageError
@@ -26,7 +27,13 @@ from fedex_lora.flower.deploy.commands import Command
 from fedex_lora.flower.deploy.init import Deployment
 from fedex_lora.flower.deploy.words import Log
 
-Say = Callable[[str], object]
+
+class Say(Protocol):
+    """Shows a line. `trouble` says whether a line of what happens is that; other lines have none,
+    and no time."""
+
+    def __call__(self, text: str, trouble: bool | None = None, /) -> object: ...
+
 
 _OFTEN = 0.5  # seconds
 _PAUSE = 5.0  # seconds before a process that ended is started again
@@ -286,7 +293,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_server(deployment: Deployment, certificates: Path, say: Say) -> None:
+def check_server(deployment: Deployment, certificates: Path, say: Callable[[str], object]) -> None:
     """That the server's certificate is good from here, and the clocks agree; a server that is down
     is only said so.
 

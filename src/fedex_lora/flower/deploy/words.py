@@ -16,14 +16,18 @@ _CONNECTION = re.compile(r"Connection (attempt failed|successful)")
 _AGAIN = 600.0  # seconds until a line that says what the last one said is shown again
 _LARGE = 20_000_000  # bytes of a log, above which a new one is begun
 
+CONNECTED = "connected to the server; waiting for the coordinator"
+ANSWERS, SILENT = "the server answers", "the server does not answer; trying again"
+REFUSES = "the server refuses this client: "
+
 # (what Flower says, what is shown; None for nothing). The first that fits counts.
 _WORDS: list[tuple[re.Pattern[str], str | None]] = [
     (re.compile(pattern), words)
     for pattern, words in [
-        (r"SuperNode ID: \d+", "connected to the server; waiting for the coordinator"),
+        (r"SuperNode ID: \d+", CONNECTED),
         (r"Sent successfully", "sent; waiting for the coordinator"),
-        (r"Connection attempt failed, retrying", "the server does not answer; trying again"),
-        (r"Connection successful after", "the server answers"),
+        (r"Connection attempt failed, retrying", SILENT),
+        (r"Connection successful after", ANSWERS),
         (r"Run ID \d+ is not in `RUNNING` status", "the coordinator has ended that run"),
         (r"Giving up reconnection|EXPERIMENTAL|DEBUG logs enabled", None),
         (r"Exit Code: 305", None),  # a line after it says why
@@ -34,7 +38,7 @@ _WORDS: list[tuple[re.Pattern[str], str | None]] = [
 _PARTS: list[tuple[re.Pattern[str], str | None]] = [
     (re.compile(pattern), words)
     for pattern, words in [
-        (r"^refused: (.*)", r"the server refuses this client: \1"),
+        (r"^refused: (.*)", rf"{REFUSES}\1"),
         (r"\[code: \d+\] |Failed to initialize the connection|The SuperNode could not est", None),
         (r"For more information, visit: <https://flower|^\s*$", None),
         (r"ClientApp raised an exception|Successfully installed ", None),
@@ -75,15 +79,16 @@ def shown(line: str, who: str = "SuperNode") -> tuple[str | None, bool]:
 
 
 class Log:
-    """Shows lines with the time, and keeps all of Flower's in a file.
+    """Shows lines, and keeps all of Flower's in a file.
 
     Args:
-        show: Is given what people should see: nothing twice in a row, and trouble that comes again
-            when something else was told meanwhile, or after ten minutes.
+        show: Is given what people should see, and whether it is trouble: nothing twice in a row,
+            and trouble that comes again when something else was told meanwhile, or after ten
+            minutes.
         file: Of all that Flower's processes print, for this account alone.
     """
 
-    def __init__(self, show: Callable[[str], object], file: Path) -> None:
+    def __init__(self, show: Callable[[str, bool], object], file: Path) -> None:
         self.show, self.file = show, file
         self.last = "Flower's log says why: " + str(file)  # of its troubles
         self._troubles: dict[str, float] = {}
@@ -103,7 +108,7 @@ class Log:
         else:
             self._troubles[text] = now
         self._shown, self._when = text, now
-        self.show(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        self.show(text, trouble)
 
     def take(self, line: str, who: str) -> None:
         """A line of one of Flower's processes."""

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fedex_lora.errors import RecipeError
 from fedex_lora.recipe import TaskSpec, register_task
-from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, refuse_first
+from fedex_lora.tasks.base import LineOf, Task, blanked, check_columns, one_based, refuse_first
 from fedex_lora.tasks.encoding import bare_responses, encode_pairs, labelled
 from fedex_lora.tasks.generation import Decoding, generate, verdicts
 from fedex_lora.tasks.language import as_dataset, evaluate_loss, language_task, prompt_of
@@ -41,6 +41,8 @@ class Instruction(TaskSpec):
             evaluate=answers if self.generate else evaluate_loss,
             check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
             packing=self.packing,
+            decoding=Decoding(self.max_new_tokens),
+            blank=partial(blank_templates, templates),
         )
 
 
@@ -104,6 +106,14 @@ def check_templates(
     check_columns(rows, templates.columns, where, keys)
     found = records(rows, templates.columns)
     refuse_first((_problem(templates, row) for row in found), where, line_of)
+
+
+def blank_templates(templates: Templates, rows: Dataset, where: str) -> Dataset:
+    """The rows with something for what only the response names."""
+    asked = fields(templates.prompt, "")
+    answers = dict.fromkeys(name for name in templates.columns if name not in asked)
+    keys = ["prompt"] * len(asked)
+    return blanked(rows, where, asked, dict.fromkeys(answers, "-"), keys)
 
 
 def _problem(templates: Templates, row: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
     Collate,
+    Prediction,
     Task,
     by_length,
     evaluating,
@@ -25,7 +27,13 @@ from fedex_lora.tasks.base import (
 )
 from fedex_lora.tasks.encoding import encode_texts
 from fedex_lora.tasks.generation import Decoding, generate_from_encoded, verdicts
-from fedex_lora.tasks.kinds.instruction import Templates, check_templates, records, templates_of
+from fedex_lora.tasks.kinds.instruction import (
+    Templates,
+    blank_templates,
+    check_templates,
+    records,
+    templates_of,
+)
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, functional, nn
 from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, SHARE, exact_match, perplexity
 from fedex_lora.tasks.outputs import Outputs
@@ -44,8 +52,8 @@ class Seq2Seq(TaskSpec):
     def build(self, labels: Sequence[str] | None) -> Task:
         templates = templates_of(self.prompt, self.response)
         metrics = {"perplexity": PERPLEXITY, "loss": LOSS}
-        decoding = Decoding(self.max_new_tokens, self.num_beams) if self.generate else None
-        if decoding is not None:
+        decoding = Decoding(self.max_new_tokens, self.num_beams)
+        if self.generate:
             check_installed("sacrebleu", "task.generate", "or set task.generate: false")
             metrics = {"bleu": SHARE, "chrf": SHARE, "exact_match": SHARE, **metrics}
         return Task(
@@ -59,7 +67,10 @@ class Seq2Seq(TaskSpec):
             check=partial(check_templates, templates),
             encode=partial(_encode, templates, self.max_target_length),
             collator=_collator,
-            evaluate=partial(_evaluate, decoding),
+            evaluate=partial(_evaluate, decoding if self.generate else None),
+            prediction=Prediction(
+                blank=partial(blank_templates, templates), tell=partial(_tell, decoding)
+            ),
         )
 
 
@@ -116,6 +127,20 @@ def _evaluate(
         "exact_match": exact_match(found, references),
         **scores,
     }
+
+
+def _tell(
+    decoding: Decoding,
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    decoding = replace(decoding, max_new_tokens=max_new_tokens or decoding.max_new_tokens)
+    prompts = encoded["input_ids"][:]
+    texts = generate_from_encoded(model, tokenizer, prompts, decoding, batch_size)
+    return [{"prediction": text} for text in texts]
 
 
 def _loss(
