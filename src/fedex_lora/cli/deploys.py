@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedex_lora.cli.common import (
     Address,
+    Out,
     ShowRows,
     app,
     comma_separated,
@@ -245,6 +246,33 @@ def _attend(
 def _say_ended() -> None:
     """After Ctrl-C."""
     complain(f"ended; this goes on:\n  {this_command()}")
+
+
+@deploys.command("export")
+def export_command(
+    folder: ClientFolder,
+    recipe: Annotated[Path, typer.Option(help="The agreed recipe, on this machine.")],
+    name: Annotated[str, typer.Option(help="The institution's name.")],
+    run: Annotated[
+        str, typer.Option(help="First digits of the run's number; the newest if not.")
+    ] = "",
+    as_: Annotated[Literal["model", "adapter"], typer.Option("--as")] = "adapter",
+    out: Out = None,
+) -> None:
+    """Write the model that this institution holds of a run: its own, where each has its own."""
+    from fedex_lora.cli.runs import show_export
+    from fedex_lora.flower.deploy.init import client_folder
+    from fedex_lora.runs.export import export_adapter, export_model
+    from fedex_lora.runs.held import open_held
+
+    own = client_folder(folder, name)
+    trained = open_held(own / "cache", read_recipe(recipe, []), name, run)
+    path = out or own / "final" / f"{as_}-round{trained.state.version}"
+    whose = name if trained.settings.method.personal else None
+    export = export_model if as_ == "model" else export_adapter
+    exported = export(trained, path, client=whose)
+    say(f"Written: {path}")
+    show_export(exported, trained.recipe)
 
 
 @deploys.command("allow")

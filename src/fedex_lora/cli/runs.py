@@ -248,7 +248,7 @@ def export(
                 base_name=base_name,
             )
         say(f"Written: {path}")
-    _show_export(exported, trained.recipe)
+    show_export(exported, trained.recipe)
 
 
 def show_results(path: Path, results: dict) -> None:
@@ -281,7 +281,7 @@ def _offer(path: Path) -> None:
         say(f"Merged model: fedex-lora export {shlex.quote(str(path))} --as model{whose}")
 
 
-def _show_export(exported: Exported, recipe: Recipe) -> None:
+def show_export(exported: Exported, recipe: Recipe) -> None:
     from fedex_lora.runs.card import loading_lines
 
     if exported.rank is not None:
