@@ -67,6 +67,7 @@ class _Run:
     counted: dict[str, int] = field(default_factory=dict)
     spent: dict[str, int] = field(default_factory=dict)
     good: int = 0
+    losses: list[float] = field(default_factory=list)
     told: int = -1
 
     @property
@@ -103,7 +104,8 @@ class RemoteEngine:
         guests: Who is there.
         settings: The federation's; its clients are those of the roster.
         stage: The coordinator's own model.
-        progress: Is told (round, what for, replies so far, replies in all).
+        progress: Is told (round, "", clients that have answered, clients in all, mean loss of those
+            who told theirs).
         remember: Keeps the identity and the declared rows, before a round's messages are sent.
     """
 
@@ -112,7 +114,7 @@ class RemoteEngine:
         guests: Guests,
         settings: Settings,
         stage: Stage,
-        progress: Callable[[int, str, int, int], None] | None = None,
+        progress: Callable[[int, str, int, int, float | None], None] | None = None,
         remember: Callable[[Identity, Mapping[str, int]], None] = lambda identity, rows: None,
     ) -> None:
         self.guests, self.settings, self.stage = guests, settings, stage
@@ -172,7 +174,9 @@ class RemoteEngine:
                 for client in list(run.waiting):
                     self._offer(run, client)
             for reply in self._collect(run):
-                run.good += isinstance(reply, Update)
+                if isinstance(reply, Update):
+                    run.good += 1
+                    run.losses += [reply.metrics["loss"]] if "loss" in reply.metrics else []
                 yield reply
             self._tell(run)
             if run.trains and run.good >= enough:
@@ -186,9 +190,10 @@ class RemoteEngine:
     def _tell(self, run: _Run) -> None:
         total = len(run.messages)
         done = total - len(run.under_way) - len(run.waiting)
-        if self.progress is not None and done != run.told:
+        if self.progress is not None and run.trains and done != run.told:
             run.told = done
-            self.progress(run.number, "replies", done, total)
+            loss = sum(run.losses) / len(run.losses) if run.losses else None
+            self.progress(run.number, "", done, total, loss)
 
     def _tell_waiting(self, run: _Run, needed: int) -> None:
         why = some([f"{client} ({reason})" for client, reason in run.waiting.items()])
