@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import Field
 
 from fedex_lora.errors import check_installed
-from fedex_lora.recipe import TaskSpec, register_task
+from fedex_lora.recipe import Problem, TaskSpec, register_task
+from fedex_lora.tasks import rouge
 from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
@@ -46,8 +47,13 @@ class Seq2Seq(TaskSpec):
     generate: bool = (
         False  # generate responses when evaluating, and score BLEU, chrF, exact matches
     )
+    rouge: bool = False  # ROUGE of these too, of which rougeL selects the best round
     max_new_tokens: int = Field(default=64, ge=1, le=10**7)
     num_beams: int = Field(default=1, ge=1, le=1000)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from rouge.problems(self.rouge, self.generate)
 
     def build(self, labels: Sequence[str] | None) -> Task:
         templates = templates_of(self.prompt, self.response)
@@ -56,6 +62,7 @@ class Seq2Seq(TaskSpec):
         if self.generate:
             check_installed("sacrebleu", "task.generate", "or set task.generate: false")
             metrics = {"bleu": SHARE, "chrf": SHARE, "exact_match": SHARE, **metrics}
+        metrics = {**rouge.asked(self.rouge), **metrics}
         return Task(
             name="seq2seq",
             auto_model="AutoModelForSeq2SeqLM",
@@ -67,7 +74,7 @@ class Seq2Seq(TaskSpec):
             check=partial(check_templates, templates),
             encode=partial(_encode, templates, self.max_target_length),
             collator=_collator,
-            evaluate=partial(_evaluate, decoding if self.generate else None),
+            evaluate=partial(_evaluate, decoding if self.generate else None, self.rouge),
             prediction=Prediction(
                 blank=partial(blank_templates, templates), tell=partial(_tell, decoding)
             ),
@@ -84,7 +91,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Dataset:
-    found = records(rows, templates.columns)
+    found = list(records(rows, templates.columns))
     asked = [templates.prompt.format_map(row) for row in found]
     answers = [templates.response.format_map(row) for row in found]
     encoding = encode_texts(asked, None, tokenizer, max_length)
@@ -103,6 +110,7 @@ def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
 
 def _evaluate(
     decoding: Decoding | None,
+    with_rouge: bool,
     model: nn.Module,
     encoded: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -122,6 +130,7 @@ def _evaluate(
     from sacrebleu import corpus_bleu, corpus_chrf  # noqa: PLC0415 - optional
 
     return {
+        **(rouge.rouge(found, references) if with_rouge else {}),
         "bleu": corpus_bleu(found, [references]).score / 100,
         "chrf": corpus_chrf(found, [references]).score / 100,
         "exact_match": exact_match(found, references),
