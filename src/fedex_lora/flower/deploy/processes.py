@@ -337,8 +337,11 @@ def check_server(
         return
     finally:
         server.close()
-    with contextlib.suppress(ValueError):  # what stands between may send none, or an odd one
-        _check_clock(time.time() - parsedate_to_datetime(date or "").timestamp())
+    try:
+        theirs = parsedate_to_datetime(date or "").timestamp()
+    except ValueError:  # what stands between may send no date, or an odd one
+        return
+    _check_clock(time.time() - theirs)
 
 
 def _check_clock(ahead: float) -> None:
