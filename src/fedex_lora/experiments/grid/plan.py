@@ -79,7 +79,11 @@ def plan(path: Path, sets: Sequence[str] = (), data: Path | None = None, only: s
         UserError: Anything wrong with the file, a recipe of it, or how they go together.
     """
     grid = load_grid(path)
-    _check_sets(grid, path, sets)
+    lists = {name for name, given in grid.vary.items() if isinstance(given, list)}
+    for text in sets:
+        key = text.partition("=")[0].strip()
+        if key in ("seed", "method", "method.name", *lists):
+            raise RecipeError(f"`set={text}`: {path} has its own list of them; change it there")
     runs = [
         replace(run, seed=seed, recipe=run.recipe.model_copy(update={"seed": seed}))
         for run in _first_seeds(grid, path, sets, data)
@@ -162,14 +166,6 @@ def override(key: str, value: Any) -> str:
         ('lora.r=4', 'method={"name": "fedex"}')
     """
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-def _check_sets(grid: Grid, path: Path, sets: Sequence[str]) -> None:
-    lists = {name for name, given in grid.vary.items() if isinstance(given, list)}
-    for text in sets:
-        key = text.partition("=")[0].strip()
-        if key in ("seed", "method", "method.name", *lists):
-            raise RecipeError(f"`set={text}`: {path} has its own list of them; change it there")
 
 
 def standing(run: Run, out: Path) -> Standing:

@@ -56,11 +56,23 @@ def build(study: Study, problems: Sequence[str] = (), refresh: int | None = None
     for one in findings(study):
         if one.outcome != "not tested":
             tested.setdefault(one.claim, []).append(one)
-    page = _template().render(
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=visible,
+    )
+    done = sum(p.run.finished for p in study.placed)
+    runs = f"{len(study.placed)} run{'s' * (len(study.placed) > 1)}, {done} finished"
+    models = ", ".join(dict.fromkeys(p.run.recipe.model.name for p in study.placed))
+    made = f"{datetime.now().astimezone():%Y-%m-%d %H:%M}"
+    page = environment.get_template("page.html").render(
         marker=f"{MARKER} {__version__}",
         refresh=refresh,
         title=_title(study),
-        subtitle=_subtitle(study),
+        subtitle=f"{runs}; model {models}; fedex-lora {__version__}, {made}",
         notes=[*study.notes, *_run_notes(study), *problems],
         single=len(study.placed) == 1,
         verdict=verdict(study),
@@ -71,18 +83,6 @@ def build(study: Study, problems: Sequence[str] = (), refresh: int | None = None
         commands=tables.commands(study),
     )
     return Report(page, plots)
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=visible,
-    )
-    return environment.get_template("page.html")
 
 
 def visible(value: Any) -> Any:
@@ -98,14 +98,6 @@ def _title(study: Study) -> str:
         one = study.placed[0]
         return f"{names[0]}: {one.arm}, seed {one.seed}"
     return ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")
-
-
-def _subtitle(study: Study) -> str:
-    done = sum(p.run.finished for p in study.placed)
-    runs = f"{len(study.placed)} run{'s' * (len(study.placed) > 1)}, {done} finished"
-    models = ", ".join(dict.fromkeys(p.run.recipe.model.name for p in study.placed))
-    made = f"{datetime.now().astimezone():%Y-%m-%d %H:%M}"
-    return f"{runs}; model {models}; fedex-lora {__version__}, {made}"
 
 
 def _run_notes(study: Study) -> Iterator[str]:
