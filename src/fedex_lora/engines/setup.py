@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fedex_lora.data.counts import Counts, scored_on, trained_on
 from fedex_lora.data.load import known_labels, load, load_client, load_evaluation, load_validation
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
+from fedex_lora.data.stored import encoded as encoded_on_disk
 from fedex_lora.engines.fits import check_image, check_length, check_ranks
 from fedex_lora.engines.private.begin import check_model
 from fedex_lora.engines.training import try_settings
@@ -190,7 +192,10 @@ def _bring_to_life(
 
     _phase.info("preparing the rows")
     spec = recipe.task
-    clients = encode(rows.train, task.encode, spec.max_length)
+    training = task.encode
+    if recipe.data.on_disk and task.image is None:  # images are not made into pixels yet
+        training = partial(encoded_on_disk, task.encode)
+    clients = encode(rows.train, training, spec.max_length)
     evaluating = task.encode_evaluation or task.encode
     validation, evaluation = (
         encode(r, evaluating, spec.evaluated_length) for r in (rows.validation, rows.evaluation)
