@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +149,11 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
         misled = [f"`tight`: {who}" for who in misread(new)]
         same = max(ranks.values()) if len(set(ranks.values())) == 1 else None
         merged = Merged(out, layers, same, plan.left_out, misled)
-    at = {r: merged.relative(partial(_missed_at, r)) for r in SERVER_LIMITS}
+    at = {
+        r: merged.relative(lambda layer, r=r: layer.at_limit.get(r, layer.missed))
+        for r in SERVER_LIMITS
+    }
     return replace(merged, notes=[*above_limits(max(ranks.values()), at), *merged.notes])
-
-
-def _missed_at(rank: int, layer: Layer) -> float:
-    return layer.at_limit.get(rank, layer.missed)
 
 
 def _write_layer(plan: Plan, layer: str, options: Options, file: TensorFile) -> Layer:

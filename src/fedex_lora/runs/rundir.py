@@ -86,7 +86,7 @@ class RunDir:
         Raises:
             UserError: Another one does, which is named; or it cannot be written.
         """
-        self._make(self.path)
+        self.make(self.path)
         with locked(self.path):
             yield
 
@@ -97,7 +97,7 @@ class RunDir:
             UserError: It exists and is not empty, or cannot be written.
         """
         self.check_free()
-        self._make(self.path)
+        self.make(self.path)
         write_atomic(self.path / "recipe.yaml", dump_recipe(recipe).encode())
         self.prepare()
 
@@ -107,9 +107,14 @@ class RunDir:
         Raises:
             UserError: It cannot be made.
         """
-        self._make(self.checkpoints)
+        self.make(self.checkpoints)
 
-    def _make(self, folder: Path) -> None:
+    def make(self, folder: Path) -> None:
+        """Makes the directory, or a folder in it, if it is not there.
+
+        Raises:
+            UserError: It cannot be made.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

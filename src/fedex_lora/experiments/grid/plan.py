@@ -89,17 +89,13 @@ def plan(path: Path, sets: Sequence[str] = (), data: Path | None = None, only: s
         for run in _first_seeds(grid, path, sets, data)
         for seed in grid.seeds
     ]
-    _check_names(path, runs)
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise RecipeError(f"{path}: two runs would be called {name}; choose other labels")
     found = tuple(run for run in runs if fnmatch(run.name, only))
     if not found:
         raise RecipeError(f"`only`: {only!r} fits none of {len(runs)} runs, e.g. {runs[0].name}")
     return Plan(grid, found)
-
-
-def _check_names(path: Path, runs: Sequence[Run]) -> None:
-    for name, count in Counter(run.name for run in runs).items():
-        if count > 1:
-            raise RecipeError(f"{path}: two runs would be called {name}; choose other labels")
 
 
 def _first_seeds(grid: Grid, path: Path, sets: Sequence[str], data: Path | None) -> Iterator[Run]:

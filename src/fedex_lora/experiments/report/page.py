@@ -109,7 +109,8 @@ def _run_notes(study: Study) -> Iterator[str]:
 
 def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> dict[str, Any]:
     """What the page says of one task; its figures' files go into `plots`."""
-    many = f"{number + 1}-{_slug(task)}-" if len(study.tasks) > 1 else ""
+    slug = re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-")[:40]
+    many = f"{number + 1}-{slug}-" if len(study.tasks) > 1 else ""
     figures: dict[str, list[dict[str, str]]] = {}
     for i, drawn in enumerate(of_task(study, task)):
         name = f"{many}{drawn.name}"
@@ -128,10 +129,6 @@ def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> dict
         "absent": tables.absent(study, task),
         "recipe": tables.recipe(study, task),
     }
-
-
-def _slug(task: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-")[:40]
 
 
 def saved(figure: Figure, name: str, kind: str) -> bytes:
