@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.local import LocalEngine
@@ -21,6 +20,7 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.runs import private
 from fedex_lora.runs.autotune import settle_fuse, settle_precision
 from fedex_lora.runs.rundir import BY_HAND, OUTPUTS
+from fedex_lora.runs.secure import lacking
 from fedex_lora.runs.watch import Watcher
 
 Assemble = Callable[[Recipe, Path, list[str] | None, Watcher], tuple[Federation, Engine]]
@@ -46,7 +46,7 @@ def in_this_process(
         watcher.note(text)
     federation = private.settle(federation, watcher)
     if recipe.privacy.secure_aggregation is not None:
-        watcher.note(_lacking(recipe))
+        watcher.note(lacking(recipe))
     return federation, local_engine(federation, watcher, out)
 
 
@@ -88,23 +88,3 @@ def stage_of(federation: Federation, out: Path | None = None) -> Stage:
     size = federation.recipe.evaluation.batch_size
     method = federation.settings.method
     return Stage(federation.model, federation.task, method, size, out and out / OUTPUTS)
-
-
-def _lacking(recipe: Recipe) -> str:
-    """What a run with secure aggregation does without, in one note."""
-    method, fed = METHODS[recipe.method.name], recipe.federation
-    missing = ["norms and losses by client"]
-    if fed.max_norm_ratio is not None:
-        missing.append("federation.max_norm_ratio")
-    if method.trains == "both" and (method.assignment.needs or not method.in_ledger):
-        missing.append("the deviation of plain averaging")
-    told = "a client that sends nonsense spoils its round and cannot be named"
-    if fed.max_norm is not None:
-        told += f"; clients clip their updates to federation.max_norm, {fed.max_norm:g}"
-    few = ""
-    if fed.clients == 2:
-        few = " With two clients each can work out the other's numbers from the sum."
-    return (
-        f"secure aggregation: the coordinator sees sums alone, so there is no "
-        f"{', no '.join(missing)}; {told}.{few} See docs/privacy.md"
-    )
