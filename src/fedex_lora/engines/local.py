@@ -18,7 +18,7 @@ from fedex_lora.federation.secure.member import Member
 from fedex_lora.federation.secure.messages import Answer, Ask
 from fedex_lora.federation.secure.sums import Summand, summand
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import cut
+from fedex_lora.federation.state import first_start
 
 NOTHING = -1  # the version that a client holds who has no memory
 Trained = tuple[AdapterState, Update]  # where a client started from, and its update
@@ -139,7 +139,7 @@ class LocalEngine:
         """What the message makes of the initial adapter, and what the client kept: of clients in
         this process that lies in the run's state, so that the run can be resumed."""
         layers = self.settings.layers_of(client)
-        first = AdapterState(cut(self.initial.layers, self.settings, client), self.initial.head)
+        first = first_start(self.settings, self.initial, client)
         own = exchange.state.own.get(client, {})
         return replaced(receive(first, message, layers, self.settings.seed), dict(own.items()))
 
