@@ -34,17 +34,7 @@ OWN = "own"  # the directory of clients' own tensors
 def save_checkpoint(directory: Path, state: ServerState, extra: Mapping[str, Any]) -> Path:
     """Writes the state after its version; `extra` is JSON that comes back with it."""
     own = {c: shelve(directory, state.version, t).path.name for c, t in state.own.items()}
-    about = {
-        "version": state.version,
-        "held": dict(state.held),
-        "changed": dict(state.changed),
-        "taken": dict(state.taken),
-        "scales": {n: f.scale for n, f in state.factors.items()},
-        "ledger": ledger_meta(state.ledger),
-        "own": own,
-        "extra": extra,
-    }
-    meta = {"fedex": json.dumps(about)}
+    meta = {"fedex": json.dumps({**_meta(state), "own": own, "extra": extra})}
     path = directory / NAME.format(state.version)
     replace_atomic(path, lambda new: save_file(_tensors(state), new, meta))
     write_atomic(_digest_path(path), _digest(path).encode())
@@ -149,6 +139,17 @@ def latest(directory: Path) -> Iterator[tuple[Path, ServerState | None, dict[str
 
 def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
+
+
+def _meta(state: ServerState) -> dict[str, Any]:
+    return {
+        "version": state.version,
+        "held": dict(state.held),
+        "changed": dict(state.changed),
+        "taken": dict(state.taken),
+        "scales": {n: f.scale for n, f in state.factors.items()},
+        "ledger": ledger_meta(state.ledger),
+    }
 
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
