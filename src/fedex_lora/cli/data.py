@@ -47,7 +47,7 @@ def data_command(
         shown = client or next(iter(parts))
         if shown not in parts:
             raise RecipeError(f"`client`: {shown!r} has no rows; these have: {some(parts)}")
-        tokenizer = load_processor(spec.model, task.image is not None)
+        tokenizer = load_processor(spec.model, task.processor)
         scored = (task.encode_evaluation or task.encode, spec.task.evaluated_length)
         for name, part in parts.items():
             encode, length = (task.encode, spec.task.max_length) if name in rows.train else scored

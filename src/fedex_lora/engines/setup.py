@@ -248,7 +248,7 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
         model_kwargs=task.model_kwargs(),
         seed=recipe.seed,
         workdir=workdir,
-        images=task.image is not None,
+        processor=task.processor,
     )
 
 

@@ -54,7 +54,7 @@ def inject(
         log.warning("not in the checkpoint, so trained with the head: %s", ", ".join(new))
     kinds = _kinds(model)
     try:
-        config = _config(lora, task_type, [*(lora.modules_to_save or []), *new])
+        config = _config(model, lora, task_type, [*(lora.modules_to_save or []), *new])
         with quiet(), seeded(seed):
             peft_model = get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
@@ -76,13 +76,27 @@ def heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, wrapper.modules_to_save[ADAPTER]) for name, wrapper in wrappers]
 
 
-def _config(lora: LoraSpec, task_type: str | None, modules_to_save: list[str]) -> LoraConfig:
+def _config(
+    model: nn.Module, lora: LoraSpec, task_type: str | None, modules_to_save: list[str]
+) -> LoraConfig:
     fields = lora.model_dump(exclude={"init", "ranks"})
     alpha = fields["lora_alpha"]
     fields["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
     fields["modules_to_save"] = modules_to_save or None
+    if not isinstance(lora.target_modules, str) and lora.exclude_modules is None:
+        fields["exclude_modules"] = _beside_language(model)
     # PEFT needs to be told that Conv1D is transposed, and only warns if it was told wrongly
     return LoraConfig(**fields, task_type=task_type)
+
+
+def _beside_language(model: Any) -> str | None:
+    """All modules of a vision-language model but those of its language model, as a pattern; names
+    of layers are mostly the same in both. None of other models."""
+    if not hasattr(getattr(model, "config", None), "vision_config"):
+        return None
+    decoder = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    return rf"(?!{re.escape(name)}\.|lm_head$).*" if name else None
 
 
 def _layers(model: nn.Module, lora: LoraSpec) -> list[Layer]:

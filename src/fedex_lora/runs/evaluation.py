@@ -108,7 +108,7 @@ def load_subject(
             auto_model=task.auto_model,
             model_kwargs=task.model_kwargs(),
             seed=recipe.seed,
-            images=task.image is not None,
+            processor=task.processor,
         )
         # the names in the config of an adapter's base are the task's, just given
         named = folder is None and _check_classes(what, model, task)

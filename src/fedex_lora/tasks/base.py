@@ -101,8 +101,8 @@ class Task:
         multi_label: Whether a row may have any number of the classes.
         regression: Whether the label is a number to be predicted.
         stratify: The label column, by which rows can be dealt out unevenly.
-        image: The column that holds images, if there is one. In place of a tokenizer such a task
-            has the model's image processor, and encoded rows have that column, not `input_ids`.
+        image: The column that holds images, if there is one. Encoded rows have that column, not
+            `input_ids`, and there is a processor in place of a tokenizer.
         check: `check(rows, where, line_of)` raises a `UserError` that names `where` and the line
             of the first row that this task cannot use; `line_of` maps a row's index to its line.
         encode: `encode(rows, tokenizer, max_length)` tokenises once, in memory, without padding:
@@ -162,6 +162,15 @@ class Task:
     def higher_is_better(self) -> bool:
         """Whether `primary` is to grow."""
         return self.metrics[self.primary].higher_is_better
+
+    @property
+    def processor(self) -> str:
+        """The transformers class that loads the tokenizer, or what is in its place: the image
+        processor, or both in one."""
+        if self.image is None:
+            return "AutoTokenizer"
+        both = self.auto_model == "AutoModelForImageTextToText"
+        return "AutoProcessor" if both else "AutoImageProcessor"
 
     @property
     def fusable(self) -> bool:

@@ -147,14 +147,14 @@ def row_losses(
             labels = batch.pop("labels")
             head = labelled.head_of(model, batch["input_ids"])
             if head is None:
-                found = _nll(model(**batch).logits, labels)
+                found = nll(model(**batch).logits, labels)
             else:
                 found = labelled.token_losses(head, batch, labels).by_row(len(rows))
             sums |= zip(indices, zip(*found))
     return sums
 
 
-def _nll(logits: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:
+def nll(logits: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:
     """Per row: the sum of −log p(token | tokens before it) over its labels, and their number.
 
     Row by row, as a float32 copy of all logits may not fit into memory beside them.
