@@ -16,8 +16,8 @@ import pyarrow as pa
 from datasets import Dataset, Features
 
 from fedex_lora.disk import reason
-from fedex_lora.errors import DataError, StorageError
-from fedex_lora.tasks.base import Encode
+from fedex_lora.errors import StorageError
+from fedex_lora.tasks.base import Encode, NoneLeft, shifted
 
 AT_ONCE = 10_000  # rows that are in memory at a time, as values of Python, on their way
 ENCODED = 1_000  # the same of rows of tokens, which are long
@@ -72,13 +72,14 @@ def encoded(encode: Encode, rows: Dataset, tokenizer: Any, max_length: int) -> D
 
 
 def _encoded(encode: Encode, rows: Dataset, tokenizer: Any, max_length: int) -> Iterator[pa.Table]:
-    nothing: DataError | None = None
+    nothing: NoneLeft | None = None
     features: Features | None = None
     for start in range(0, len(rows), ENCODED):
         part = rows.select(range(start, min(start + ENCODED, len(rows))))
         try:
-            found = encode(part, tokenizer, max_length)
-        except DataError as error:  # it leaves all of them out
+            with shifted(start):
+                found = encode(part, tokenizer, max_length)
+        except NoneLeft as error:
             nothing = error
             continue
         features = features or found.features

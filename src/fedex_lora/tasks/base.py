@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +23,44 @@ IGNORED = -100  # the label PyTorch's and Hugging Face's losses pass over
 def one_based(row: int) -> int:
     """The line of a row where every line of the file is a row."""
     return row + 1
+
+
+_place: ContextVar[Callable[[int], str]] = ContextVar("place")
+
+
+def place(row: int) -> str:
+    """Where a row that is being encoded stands, for messages: its file and line, where known.
+
+    Example:
+        >>> with placed(lambda row: f"a.csv, line {row + 2}"), shifted(1):
+        ...     place(0)
+        'a.csv, line 3'
+        >>> place(0)
+        'row 1'
+    """
+    return _place.get(_by_number)(row)
+
+
+def _by_number(row: int) -> str:
+    return f"row {row + 1}"
+
+
+@contextmanager
+def placed(where: Callable[[int], str]) -> Iterator[None]:
+    """Runs a block in which this says where rows stand."""
+    token = _place.set(where)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+@contextmanager
+def shifted(start: int) -> Iterator[None]:
+    """Runs a block for the rows from `start` on, which count from 0 there."""
+    outer = _place.get(_by_number)
+    with placed(lambda row: outer(start + row)):
+        yield
 
 
 class Check(Protocol):
@@ -264,6 +303,10 @@ def with_columns(rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> Dataset
     for name, values in columns.items():
         rows = rows.add_column(name, list(values))  # type: ignore[call-arg]
     return rows
+
+
+class NoneLeft(DataError):
+    """A task makes nothing of any of the rows: each is too long, or has nothing to learn."""
 
 
 def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) -> None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fedex_lora.errors import DataError
 from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
     Blank,
     Collate,
     Encode,
+    NoneLeft,
     Prediction,
     Task,
     as_they_are,
@@ -105,7 +105,7 @@ def as_dataset(encoded: list[dict[str, Any]], rows: int, reason: str) -> Dataset
     """
     dropped = rows - len(encoded)
     if not encoded:
-        raise DataError(f"none of the {rows} rows can be used: in each the {reason}.")
+        raise NoneLeft(f"none of the {rows} rows can be used: in each the {reason}.")
     if dropped:
         logger.warning("%d of %d rows left out: their %s", dropped, rows, reason)
     return Dataset.from_list([{**e, "attention_mask": [1] * len(e["input_ids"])} for e in encoded])

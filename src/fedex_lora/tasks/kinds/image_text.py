@@ -22,6 +22,7 @@ from fedex_lora.tasks.base import (
     Batch,
     Collate,
     LineOf,
+    NoneLeft,
     Prediction,
     Task,
     blanked,
@@ -30,6 +31,7 @@ from fedex_lora.tasks.base import (
     one_based,
     pad,
     padding,
+    place,
     refuse_first,
     with_columns,
 )
@@ -183,14 +185,14 @@ def _encode(
     found = []
     for i, row in enumerate(_records(spec, rows)):
         *asked, answer = _turns(spec, row)
-        prompt, response = _prompt(tokenizer, template, asked), answer["content"]
+        prompt, response = _prompt(tokenizer, template, asked, i), answer["content"]
         inner = tokenizer.tokenizer
         ids = [*inner(response, add_special_tokens=False)["input_ids"], inner.eos_token_id]
         if len(inner(prompt, verbose=False)["input_ids"]) + len(ids) <= max_length:
             found.append({"at": i, "prompt": prompt, "response": response, "labels": ids})
     reason = f"texts together are longer than max_length ({max_length} tokens)"
     if not found:
-        raise DataError(f"none of the {len(rows)} rows can be used: in each the {reason}.")
+        raise NoneLeft(f"none of the {len(rows)} rows can be used: in each the {reason}.")
     if len(found) < len(rows):
         _log.warning("%d of %d rows left out: their %s", len(rows) - len(found), len(rows), reason)
     images = rows.select([one["at"] for one in found]).select_columns([spec.image_column])
@@ -213,7 +215,7 @@ def _check_processor(processor: Any, template: str | None) -> None:
         )
 
 
-def _prompt(processor: Any, template: str | None, asked: Sequence[Turn]) -> str:
+def _prompt(processor: Any, template: str | None, asked: Sequence[Turn], row: int) -> str:
     """What stands before the answer, the image at the beginning of the first question."""
     first = next(i for i, turn in enumerate(asked) if turn["role"] == "user")
     mark = str(getattr(processor, "image_token", MARK))
@@ -221,7 +223,8 @@ def _prompt(processor: Any, template: str | None, asked: Sequence[Turn]) -> str:
     for i, turn in enumerate(asked):
         text = turn["content"]
         if mark in text:
-            raise DataError(f"{shown(text)} has {mark} in it, which stands for the image")
+            said = f"{place(row)}: {shown(text)} has {mark} in it"
+            raise DataError(f"{said}, which stands for the image; write it otherwise")
         if template is None:  # of a processor: in parts
             parts = [{"type": "image"}] if i == first else []
             messages.append({**turn, "content": [*parts, {"type": "text", "text": text}]})
