@@ -347,7 +347,7 @@ def federation_settings(
         max_norm=fed.max_norm,
         norm_ratio=fed.max_norm_ratio,
         max_share=fed.max_share,
-        secure=_secure(recipe),
+        secure=secure_settings(recipe),
         mean=fed.mean,
         liars=fed.liars,
         align=fed.align,
@@ -355,8 +355,12 @@ def federation_settings(
     )
 
 
-def _secure(recipe: Recipe) -> Secure | None:
+def secure_settings(recipe: Recipe) -> Secure | None:
+    """How updates are summed, if only sums are to be seen. By default more than half of a round's
+    clients must stay, by everybody's own recipe: nobody sums over fewer because a server says so.
+    """
     asked = recipe.privacy.secure_aggregation
     if asked is None:
         return None
-    return Secure(asked.threshold, asked.bits, None if asked.rank == "exact" else asked.rank)
+    least = asked.threshold or recipe.federation.sampled // 2 + 1
+    return Secure(least, asked.bits, None if asked.rank == "exact" else asked.rank)
