@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
@@ -50,11 +51,21 @@ def stored(tables: Iterable[pa.Table], schema: pa.Schema | None = None) -> Datas
         first = next(parts, pa.table({}))
         parts, schema = chain([first], parts), first.schema
     file = folder() / f"{next(_numbers)}.arrow"
-    try:
-        with pa.ipc.new_stream(file, schema) as out:
-            for part in parts:
-                out.write_table(part.cast(schema), max_chunksize=AT_ONCE)
+    with _room(file):
+        out = pa.ipc.new_stream(file, schema)
+    for part in parts:
+        with _room(file):
+            out.write_table(part.cast(schema), max_chunksize=AT_ONCE)
+    with _room(file):
+        out.close()
         return Dataset.from_file(str(file))
+
+
+@contextmanager
+def _room(file: Path) -> Iterator[None]:
+    """Of what is written: what is read on the way has errors of its own."""
+    try:
+        yield
     except OSError as error:
         raise StorageError(
             f"{file}: rows cannot be kept there: {reason(error)}. Set TMPDIR to a folder with more "

@@ -95,7 +95,7 @@ def _beside_language(model: Any) -> str | None:
     if not hasattr(getattr(model, "config", None), "vision_config"):
         return None
     decoder = model.get_decoder()
-    name = next(name for name, module in model.named_modules() if module is decoder)
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
     return rf"(?!{re.escape(name)}\.|lm_head$).*" if name else None
 
 
