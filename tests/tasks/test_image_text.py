@@ -133,6 +133,14 @@ def test_a_run_learns_in_the_language_model_and_its_exports_score_the_same(model
     assert "transformers.AutoProcessor" in (adapter / "README.md").read_text()
 
 
+def test_rows_with_images_are_read_where_others_are_on_disk(model, tmp_path):
+    made, file = task(), rows(tmp_path)
+    found = of_files([file], made, None, 0, "x", on_disk=True)
+    processor = processor_of(model)
+    ours, theirs = (made.encode(r, processor, 128) for r in (found, read(file, made)))
+    assert ours.remove_columns("image").to_list() == theirs.remove_columns("image").to_list()
+
+
 def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 

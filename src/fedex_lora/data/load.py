@@ -234,6 +234,7 @@ def _split_file(folder: Path, split: str, task: Task) -> Path | None:
 def file_split(file: Path, task: Task, on_disk: bool = False) -> Split:
     if task.image and file.is_dir():
         return Split(_named(read_folder(file), task), str(file), folder=file)
+    on_disk = on_disk and task.image is None  # of these datasets takes no column from a mapped file
     return Split(_named(read(file, on_disk), task), str(file), partial(line_of, file), file.parent)
 
 
