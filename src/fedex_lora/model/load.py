@@ -98,7 +98,11 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if processor != IMAGES:
-        _set_padding(model, text_tokenizer(tokenizer))
+        inner = text_tokenizer(tokenizer)
+        had_none = inner.pad_token_id is None
+        with_padding(inner)
+        if had_none or getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = inner.pad_token_id
     use_cache = bool(getattr(model.config, "use_cache", False))
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
@@ -265,13 +269,6 @@ def _check_found(model: nn.Module, missing: set[str], name: str) -> None:
             f"model.name: most of the weights of a {type(model).__name__} are not in {name!r}, "
             f"{min(missing)} for one; expected pretrained weights that go with its config.json"
         )
-
-
-def _set_padding(model: Any, tokenizer: Any) -> None:
-    had_none = tokenizer.pad_token_id is None
-    with_padding(tokenizer)
-    if had_none or getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _cannot_load(name: str, auto_model: str, processor: str, error: Exception) -> str:
