@@ -157,7 +157,9 @@ class Run:
         directory.write_records(self.records)
         directory.write_json(DATA, {"description": federation.description, **federation.counts})
         names = recipe.name, recipe.method.name, recipe.seed
-        self.watcher.started(Start(*names, rounds, federation.examples, str(directory.path)))
+        per_round, done = len(federation.settings.sample(1)), self.state.version
+        out = str(directory.path)
+        self.watcher.started(Start(*names, rounds, federation.examples, out, per_round, done))
         if recipe.records.save_updates and self.state.version == 0:
             self._save_global({})
         with quick_collections(), Background() as background:  # written while the next one trains

@@ -7,7 +7,7 @@ every method keeps its guarantee.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from fedex_lora.engines.private.losses import example_losses
 from fedex_lora.engines.private.optimizer import PrivateOptimizer
 from fedex_lora.engines.private.plan import shape_of
 from fedex_lora.engines.training import Batches, make_trainer
-from fedex_lora.engines.turn import Trained, Turn
+from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.federation.randomness import poisson_sample, rehearsed, secret
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks.base import Batch
@@ -57,7 +57,7 @@ class PrivateTrainer:
         noise: σ by client.
         account: Where every turn is taken down before it begins.
         rehearsal: Draws and noise are functions of the run's seed: for tests, and not private.
-        on_step: Is told (turn, steps done, steps in all).
+        on_step: Is told (turn, steps done, steps in all, loss).
     """
 
     task: Predicting
@@ -66,7 +66,7 @@ class PrivateTrainer:
     noise: Mapping[str, float]
     account: Spending
     rehearsal: bool = False
-    on_step: Callable[[Turn, int, int], None] | None = None
+    on_step: OnTurn | None = None
     together: int = 1
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
@@ -106,7 +106,7 @@ class PrivateTrainer:
                     optimizer.finish()
                     trainer.lr_scheduler.step()  # pyright: ignore
                     if self.on_step is not None:
-                        self.on_step(turn, done + 1, spent.count)
+                        self.on_step(turn, done + 1, spent.count, None)
         model.module.zero_grad(set_to_none=True)
         model.release()
         metrics = {
