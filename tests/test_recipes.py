@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ KINDS = {  # of tiny models, by what a recipe's model is called
     "istral": "mistral",
     "gemma": "gemma2",
     "vit": "vit",
+    "llava": "llava",
     "t5": "t5",
     "mpnet": "mpnet",
 }
@@ -44,6 +46,7 @@ LONGEST = {
     "mpnet": 128,
     "gpt2": 128,
     "vit": 128,
+    "llava": 128,
     "llama": 512,
     "mistral": 512,
 }
@@ -109,7 +112,7 @@ def write_rows(recipe: Recipe, folder: Path) -> dict[str, Any]:
         splits = {"train": ROWS, "validation_matched": 4, "validation_mismatched": 4}
     clients = [folder / file.name for _, (file,) in spec.files()]
     further = {split: str(folder / f"{split}.jsonl") for split in spec.evaluation}
-    if recipe.task.kind == "image-classification":
+    if recipe.task.kind.startswith("image-"):
         pytest.importorskip("PIL.Image").new("RGB", (16, 16), "red").save(folder / "x.png")
     counts = {**splits, **dict.fromkeys(further, ROWS // 2)}
     counts |= {file.stem: ROWS for file in clients}
@@ -163,6 +166,8 @@ def rows(recipe: Recipe, split: str, count: int) -> Iterator[dict[str, Any]]:
             case "image-classification":
                 labels = task.labels or ["yes", "no"]
                 yield {task.image_column or "image": "x.png", task.label_column: labels[i % 2]}
+            case "image-text":
+                yield {"image": "x.png", "question": f"What is {i}?", "answer": f"It is {i}."}
             case _:
                 raise AssertionError(f"no rows for {task.kind}; add some here")
 
@@ -268,3 +273,17 @@ def test_the_small_gpt2_is_made_with_its_real_tokenizer(shared, tmp_path):
     federation = set_up(small(recipe, tmp_path / "gpt2", tmp_path / "data"))
     assert len(federation.model.tokenizer) == 50257
     assert len(federation.model.layers) == 2 * 4  # c_attn and attn.c_proj of four layers
+
+
+def test_every_file_of_recipes_goes_into_the_wheel():
+    """setuptools knows no folders within folders: each is a line of its own."""
+    root = Path(__file__).resolve().parents[1]
+    named = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    sent = {
+        f"{folder}/{path.name}"
+        for folder, patterns in named.items()
+        for pattern in patterns
+        for path in root.glob(pattern)
+    }
+    there = [path for path in (root / "recipes").rglob("*.*") if path.suffix in (".yaml", ".py")]
+    assert {f"share/fedex-lora/{path.relative_to(root).as_posix()}" for path in there} == sent

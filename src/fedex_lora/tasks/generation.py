@@ -54,7 +54,11 @@ def generate(
         UserError: The model has not enough positions for a prompt and what is to follow.
     """
     check_positions(model, prompts, decoding.max_new_tokens)
-    return _batches(_generate, model, tokenizer, prompts, decoding, batch_size, outputs)
+
+    def generated(rows: Sequence[int], device: torch.device) -> list[str]:
+        return _generate(model, tokenizer, [prompts[i] for i in rows], decoding, device)
+
+    return batches(generated, model, prompts, decoding, batch_size, outputs)
 
 
 def generate_from_encoded(
@@ -71,26 +75,29 @@ def generate_from_encoded(
         UserError: The model has not enough positions for the texts.
     """
     check_positions(model, [], decoding.max_new_tokens)
-    return _batches(_decode, model, tokenizer, prompts, decoding, batch_size, outputs)
+
+    def generated(rows: Sequence[int], device: torch.device) -> list[str]:
+        return _decode(model, tokenizer, [prompts[i] for i in rows], decoding, device)
+
+    return batches(generated, model, prompts, decoding, batch_size, outputs)
 
 
-def _batches(
-    generated: Callable[..., list[str]],
+def batches(
+    generated: Callable[[Sequence[int], torch.device], list[str]],
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     batch_size: int,
     outputs: Outputs | None,
 ) -> list[str]:
-    """What `generated` makes of the prompts, longest first."""
+    """What `generated` makes of the prompts, which it is given by number, longest first."""
     texts = outputs.begin(asdict(decoding), prompts) if outputs else {}
     left = [i for i in range(len(prompts)) if i not in texts]
     lengths = [len(prompts[i]) for i in left]
     with evaluating(model) as device, _without_own_settings(model):
         for batch in longest_first(lengths, max(1, batch_size // decoding.num_beams)):
             rows = [left[i] for i in batch]
-            found = generated(model, tokenizer, [prompts[i] for i in rows], decoding, device)
+            found = generated(rows, device)
             texts |= (new := dict(zip(rows, found, strict=True)))
             if outputs:
                 outputs.add(new)
@@ -150,10 +157,10 @@ def _generate(
         more["logits_processor"] = transformers.LogitsProcessorList([ban])
     generated = cast(Any, model).generate(
         **{key: value.to(device) for key, value in batch.items()},
-        generation_config=_settings(decoding, tokenizer),
+        generation_config=settings(decoding, tokenizer),
         **more,
     )
-    return [_text(ids, tokenizer) for ids in generated[:, start:].tolist()]
+    return [text_of(ids, tokenizer) for ids in generated[:, start:].tolist()]
 
 
 def _decode(
@@ -164,14 +171,14 @@ def _decode(
     device: torch.device,
 ) -> list[str]:
     rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
-    settings = _settings(decoding, tokenizer)
-    settings.decoder_start_token_id = cast(Any, model).config.decoder_start_token_id
+    given = settings(decoding, tokenizer)
+    given.decoder_start_token_id = cast(Any, model).config.decoder_start_token_id
     generated = cast(Any, model).generate(
         input_ids=pad(rows, "input_ids", padding(tokenizer)).to(device),
         attention_mask=pad(rows, "attention_mask", 0).to(device),
-        generation_config=settings,
+        generation_config=given,
     )
-    return [_text(ids, tokenizer) for ids in generated[:, 1:].tolist()]
+    return [text_of(ids, tokenizer) for ids in generated[:, 1:].tolist()]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
@@ -183,15 +190,17 @@ def _left_padded(prompts: Sequence[Sequence[int]], padding: int) -> dict[str, Te
     }
 
 
-def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Generated tokens up to the end-of-text token, as a text."""
     end = tokenizer.eos_token_id
     kept = ids[: ids.index(end)] if end in ids else ids
     return cast(str, tokenizer.decode(kept, skip_special_tokens=True))
 
 
-def _settings(
+def settings(
     decoding: Decoding, tokenizer: PreTrainedTokenizerBase
 ) -> transformers.GenerationConfig:
+    """The same, as transformers takes it."""
     beams = {"length_penalty": decoding.length_penalty, "early_stopping": False}
     return transformers.GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,

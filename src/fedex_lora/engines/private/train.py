@@ -12,22 +12,21 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
 from datasets import Dataset
+from opacus.optimizers import DPOptimizer
+from torch.optim import Optimizer
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.private.account import Steps
 from fedex_lora.engines.private.begin import Spending
-from fedex_lora.engines.private.gradients import (
-    per_example,
-)
+from fedex_lora.engines.private.gradients import per_example
 from fedex_lora.engines.private.losses import example_losses
-from fedex_lora.engines.private.optimizer import PrivateOptimizer
 from fedex_lora.engines.private.plan import shape_of
 from fedex_lora.engines.training import Batches, make_trainer
 from fedex_lora.engines.turn import OnTurn, Trained, Turn
-from fedex_lora.federation.randomness import poisson_sample, rehearsed, secret
+from fedex_lora.federation.randomness import Bits, normal, poisson_sample, rehearsed, secret
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.tasks.base import Batch
 
 
 class Predicting(Batches, Protocol):
@@ -101,7 +100,13 @@ class PrivateTrainer:
                     ]
                     for part in parts:
                         batch = collate([rows[row] for row in part])
-                        _backward(model, batch, self.task.regression, smoothing)
+                        labels = batch.pop("labels").to(model.device)
+                        logits = model.module(
+                            **{k: v.to(model.device) for k, v in batch.items()}
+                        ).logits
+                        example_losses(
+                            logits, labels, self.task.regression, smoothing
+                        ).sum().backward()
                         optimizer.accumulate()
                     optimizer.finish()
                     trainer.lr_scheduler.step()  # pyright: ignore
@@ -118,14 +123,49 @@ class PrivateTrainer:
         return Trained(metrics, model.read())
 
 
-def _backward(model: AdaptedModel, batch: Batch, regression: bool, smoothing: float) -> None:
-    labels = batch.pop("labels").to(model.device)
-    logits = model.module(**{k: v.to(model.device) for k, v in batch.items()}).logits
-    example_losses(logits, labels, regression, smoothing).sum().backward()
-
-
 def _lengths(rows: Dataset) -> list[int]:
     """Of each row; images have none."""
     if "input_ids" not in rows.column_names:
         return [0] * len(rows)
     return [len(ids) for ids in rows["input_ids"]]
+
+
+class PrivateOptimizer(DPOptimizer):
+    """An optimizer whose gradients are Σ clipped + σ·C·N(0, 1), over the expected batch size.
+
+    Args:
+        inner: Takes the step.
+        noise: σ.
+        bound: C.
+        expected: L.
+        bits: Where the noise is drawn from.
+    """
+
+    def __init__(
+        self, inner: Optimizer, noise: float, bound: float, expected: int, bits: Bits
+    ) -> None:
+        super().__init__(
+            inner, noise_multiplier=noise, max_grad_norm=bound, expected_batch_size=expected
+        )
+        self.bits = bits
+
+    def accumulate(self) -> None:
+        """Adds what a backward pass left, clipped row by row, to the sum."""
+        self.signal_skip_step(True)
+        self.step()
+        self.zero_grad(set_to_none=True)
+
+    def finish(self) -> None:
+        """Noises the sum, which may be one of no rows at all, and takes the step."""
+        for p in self.params:
+            p.grad_sample = p.new_zeros((0, *p.shape))  # pyright: ignore
+        self.signal_skip_step(False)
+        self.step()
+        self.zero_grad(set_to_none=True)
+
+    def add_noise(self) -> None:
+        """p.grad = sum + σ·C·N(0, 1)."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        for p in self.params:
+            total: torch.Tensor = p.summed_grad  # pyright: ignore
+            p.grad = (total + deviation * normal(self.bits, total)).view_as(p)
