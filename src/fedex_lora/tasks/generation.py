@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -11,6 +11,7 @@ from fedex_lora.errors import RecipeError
 from fedex_lora.tasks.base import evaluating, learned_positions, longest_first, pad, padding
 from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, Tensor, nn, torch, transformers
 from fedex_lora.tasks.outputs import Outputs
+from fedex_lora.tasks.searching import beams, greedy
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def generate(
         UserError: The model has not enough positions for a prompt and what is to follow.
     """
     check_positions(model, prompts, decoding.max_new_tokens)
-    return _batches(_generate, model, tokenizer, prompts, decoding, batch_size, outputs)
+    # on the left, so that every prompt ends where its text begins
+    return _batches(model, tokenizer, prompts, decoding, batch_size, outputs, "left")
 
 
 def generate_from_encoded(
@@ -71,26 +73,26 @@ def generate_from_encoded(
         UserError: The model has not enough positions for the texts.
     """
     check_positions(model, [], decoding.max_new_tokens)
-    return _batches(_decode, model, tokenizer, prompts, decoding, batch_size, outputs)
+    return _batches(model, tokenizer, prompts, decoding, batch_size, outputs, "right")
 
 
 def _batches(
-    generated: Callable[..., list[str]],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     batch_size: int,
     outputs: Outputs | None,
+    side: str,
 ) -> list[str]:
-    """What `generated` makes of the prompts, longest first."""
+    """The texts, longest prompts first; `side` is where prompts are padded."""
     texts = outputs.begin(asdict(decoding), prompts) if outputs else {}
     left = [i for i in range(len(prompts)) if i not in texts]
     lengths = [len(prompts[i]) for i in left]
     with evaluating(model) as device, _without_own_settings(model):
         for batch in longest_first(lengths, max(1, batch_size // decoding.num_beams)):
             rows = [left[i] for i in batch]
-            found = generated(model, tokenizer, [prompts[i] for i in rows], decoding, device)
+            found = _generate(model, tokenizer, [prompts[i] for i in rows], decoding, device, side)
             texts |= (new := dict(zip(rows, found, strict=True)))
             if outputs:
                 outputs.add(new)
@@ -141,67 +143,41 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     device: torch.device,
+    side: str,
 ) -> list[str]:
-    batch = _left_padded(prompts, padding(tokenizer))
-    start = batch["input_ids"].shape[1]
+    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
+    ids = pad(rows, "input_ids", padding(tokenizer), side=side).to(device)
+    length, end = decoding.max_new_tokens, cast("int | None", tokenizer.eos_token_id)
     more: dict[str, Any] = {}
     if decoding.no_repeat_ngram:
-        ban = NoRepeatNgram(decoding.no_repeat_ngram, start)
+        ban = NoRepeatNgram(decoding.no_repeat_ngram, start=ids.shape[1])
         more["logits_processor"] = transformers.LogitsProcessorList([ban])
-    generated = cast(Any, model).generate(
-        **{key: value.to(device) for key, value in batch.items()},
-        generation_config=_settings(decoding, tokenizer),
+    found = cast(Any, model).generate(
+        input_ids=ids,
+        attention_mask=pad(rows, "attention_mask", 0, side=side).to(device),
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=length,
+            use_cache=True,
+            pad_token_id=padding(tokenizer),
+            eos_token_id=end,
+            decoder_start_token_id=getattr(model, "config", None)
+            and getattr(model.config, "decoder_start_token_id", None),
+        ),
+        custom_generate=(
+            beams(length, end, decoding.num_beams, decoding.length_penalty)
+            if decoding.num_beams > 1
+            else greedy(length, end)
+        ),
         **more,
     )
-    return [_text(ids, tokenizer) for ids in generated[:, start:].tolist()]
-
-
-def _decode(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    device: torch.device,
-) -> list[str]:
-    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
-    settings = _settings(decoding, tokenizer)
-    settings.decoder_start_token_id = cast(Any, model).config.decoder_start_token_id
-    generated = cast(Any, model).generate(
-        input_ids=pad(rows, "input_ids", padding(tokenizer)).to(device),
-        attention_mask=pad(rows, "attention_mask", 0).to(device),
-        generation_config=settings,
-    )
-    return [_text(ids, tokenizer) for ids in generated[:, 1:].tolist()]
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
-    """Padded on the left, so that every prompt ends where its answer begins."""
-    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
-    return {
-        "input_ids": pad(rows, "input_ids", padding, side="left"),
-        "attention_mask": pad(rows, "attention_mask", 0, side="left"),
-    }
+    start = ids.shape[1] if side == "left" else 1  # a decoder's texts begin with one token
+    return [_text(text, tokenizer) for text in found[:, start:].tolist()]
 
 
 def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     end = tokenizer.eos_token_id
     kept = ids[: ids.index(end)] if end in ids else ids
     return cast(str, tokenizer.decode(kept, skip_special_tokens=True))
-
-
-def _settings(
-    decoding: Decoding, tokenizer: PreTrainedTokenizerBase
-) -> transformers.GenerationConfig:
-    beams = {"length_penalty": decoding.length_penalty, "early_stopping": False}
-    return transformers.GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=False,
-        num_beams=decoding.num_beams,
-        use_cache=True,
-        pad_token_id=padding(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        **(beams if decoding.num_beams > 1 else {}),
-    )
 
 
 @contextmanager
