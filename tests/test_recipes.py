@@ -36,8 +36,17 @@ KINDS = {  # of tiny models, by what a recipe's model is called
     "gemma": "gemma2",
     "vit": "vit",
     "t5": "t5",
+    "mpnet": "mpnet",
 }
-LONGEST = {"roberta": 128, "bert": 128, "gpt2": 128, "vit": 128, "llama": 512, "mistral": 512}
+LONGEST = {
+    "roberta": 128,
+    "bert": 128,
+    "mpnet": 128,
+    "gpt2": 128,
+    "vit": 128,
+    "llama": 512,
+    "mistral": 512,
+}
 LONGEST |= {"gemma2": 512, "t5": 128, "masked": 128}
 ROWS = 8  # of training; others have half as many
 

@@ -18,7 +18,7 @@ TEXT = [
     "Sockets send bytes over the network; threads wait for locks.",
     "Numbers, dates and times are compared, added and rounded.",
 ]
-ENCODERS = ("roberta", "bert")
+ENCODERS = ("roberta", "bert", "mpnet")
 VISION = ("vit",)
 DECODERS = ("gpt2", "llama", "mistral", "gemma2")
 BOTH = ("t5", "bart")
@@ -106,6 +106,8 @@ def _config(
             )
         case "bert":
             return transformers.BertConfig(**wide, max_position_embeddings=160)
+        case "mpnet":
+            return transformers.MPNetConfig(**wide, max_position_embeddings=160)
         case "gpt2":
             return transformers.GPT2Config(
                 vocab_size=vocab, n_embd=16, n_layer=2, n_head=4, n_positions=160, **ids

@@ -90,6 +90,7 @@ EXTRAS = {  # of fedex-lora, by the module that they bring
     "pycocoevalcap": "scorers",
     "prometheus_client": "monitoring",
     "ray": "simulation",
+    "rouge_score": "scorers",
     "sacrebleu": "scorers",
     "seqeval": "scorers",
     "scipy": "report",

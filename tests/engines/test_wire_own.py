@@ -123,7 +123,8 @@ def test_every_client_exports_its_own_model_and_nobody_a_global_one(tmp_path):
             assert expected.norm() > 0 and (product - expected).norm() < 1e-6 * expected.norm()
     alone = trained.extra["record"]["scores_alone"]
     assert sorted(alone) == ["ann", "bob", "cleo"]
-    elsewhere = replace(trained, recipe=remote(spec(tmp_path)))
+    coordinator = replace(trained.state, own={})  # private factors are not there
+    elsewhere = replace(trained, recipe=remote(spec(tmp_path)), state=coordinator)
     with pytest.raises(
         UserError, match="own-fedsa: every client has its own model, a part of which"
     ):

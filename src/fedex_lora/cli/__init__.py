@@ -23,7 +23,7 @@ from fedex_lora.cli import (
     serves,
 )
 from fedex_lora.cli.common import app, complain, console, phase, phases
-from fedex_lora.cli.spoken import Spoken
+from fedex_lora.cli.json_lines import Lines
 from fedex_lora.errors import EXTRAS, QuorumLost, UserError, missing
 
 __all__ = [
@@ -50,9 +50,7 @@ __all__ = [
 
 def main() -> None:
     """Entry point: errors of the user become text on stderr and exit code 2."""
-    lines = logging.StreamHandler()
-    lines.setFormatter(Spoken("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    logging.basicConfig(level=logging.WARNING, handlers=[Lines()])
     # when imported it advises to install kernels for 4-bit products; most models have none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     phase.setLevel(logging.INFO)

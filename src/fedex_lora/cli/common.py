@@ -23,6 +23,7 @@ from rich.console import Console
 
 import fedex_lora
 from fedex_lora import __version__
+from fedex_lora.cli.json_lines import Events, emit, log_json, logs_json
 from fedex_lora.cli.spoken import app, spoken
 from fedex_lora.errors import QuorumLost, RecipeError, show_rows
 
@@ -44,6 +45,7 @@ def common(
     ] = False,
 ) -> None:
     """Federated LoRA: the global model is exactly the weighted mean of what clients learned."""
+    log_json(False)  # until an option says otherwise
 
 
 console = Console()
@@ -120,12 +122,12 @@ def announce(recipe: Recipe) -> None:
 class Phases(logging.Handler):
     """Shows what takes long: on the display of a run; without one, on a terminal."""
 
-    display: Display | None = None
+    display: Display | Events | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.display is not None:
             self.display.phase(record.getMessage())
-        elif errors.is_terminal:
+        elif not emit("phase", text=record.getMessage()) and errors.is_terminal:
             errors.print(f"  {record.getMessage()}", style="dim", highlight=False, markup=False)
 
 
@@ -133,15 +135,15 @@ phases, phase = Phases(), logging.getLogger("fedex_lora.phase")
 
 
 @contextmanager
-def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display]]:
+def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display | Events]]:
     """Makes displays, takes them away whatever happens, and says how to go on after Ctrl-C or with
     too few clients: by the command that `go_on` gives."""
     from fedex_lora.cli.display import Display
 
-    made: list[Display] = []
+    made: list[Display | Events] = []
 
-    def show(label: str) -> Display:
-        phases.display = Display(console, label)
+    def show(label: str) -> Display | Events:
+        phases.display = Events(label) if logs_json() else Display(console, label)
         made.append(phases.display)
         return phases.display
 
@@ -220,14 +222,18 @@ def rank_option(text: str, error: float | None) -> tuple[int | None, float]:
 
 
 def say(text: str) -> None:
-    console.print(spoken(text), highlight=False, soft_wrap=True, markup=False)
+    if not emit("said", text=spoken(text)):
+        console.print(spoken(text), highlight=False, soft_wrap=True, markup=False)
 
 
 def complain(text: str) -> None:
-    errors.print(spoken(text), highlight=False, markup=False)
+    if not emit("error", "error", text=spoken(text).removeprefix("error: ")):
+        errors.print(spoken(text), highlight=False, markup=False)
 
 
 def tell(text: str, trouble: bool | None = None) -> None:
     """A line of a deployment's processes; with the time, if it is of what happens."""
-    when = "" if trouble is None else f"{time.strftime('%Y-%m-%d %H:%M:%S')} "
-    say(when + text)
+    if trouble is None:
+        say(text)
+    elif not emit("line", "warning" if trouble else "info", text=spoken(text)):
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedex_lora.cli.common import (
     Address,
+    Out,
     ShowRows,
     app,
     comma_separated,
@@ -22,11 +24,13 @@ from fedex_lora.cli.common import (
     tell,
     this_command,
 )
+from fedex_lora.cli.json_lines import LogJson, emit
 from fedex_lora.errors import MOST, RecipeError, check_installed, some
 
 if TYPE_CHECKING:
     from fedex_lora.flower.deploy.asking import Asking
     from fedex_lora.flower.deploy.commands import Command
+    from fedex_lora.flower.deploy.figures import Figures
 
 deploys = typer.Typer(no_args_is_help=True, help="Across machines: see docs/deploy.md.")
 app.add_typer(deploys, name="deploy")
@@ -122,7 +126,7 @@ def renew_command(
 
 
 @deploys.command("server")
-def server_command(folder: Folder) -> None:
+def server_command(folder: Folder, log_json: LogJson = False) -> None:
     """Serve clients and runs until Ctrl-C (prints the Flower commands it runs)."""
     from fedex_lora.flower.deploy.init import read_deployment
     from fedex_lora.flower.deploy.keys import check_certificate
@@ -158,6 +162,7 @@ def client_command(
     check: Annotated[bool, typer.Option(help="Read all rows before connecting.")] = True,
     port: Annotated[int, typer.Option(help="A free port of this machine; 0 finds one.")] = 0,
     monitor: Address = None,
+    log_json: LogJson = False,
     show_rows: ShowRows = False,
 ) -> None:
     """Take part as one institution until Ctrl-C (prints the Flower commands it runs)."""
@@ -220,31 +225,62 @@ def _attend(
     from fedex_lora.engines.remote.audit import FILE, appended
     from fedex_lora.flower.deploy.processes import attend
 
-    if monitor is None:
-        attend(programs, tell, own / "flower.log", asking.look)
-        return
-    check_installed("prometheus_client", "--monitor")
-    from fedex_lora.flower.deploy.figures import Figures
-    from fedex_lora.runs.monitor import answering
+    messages = appended(own / FILE)
+    with ExitStack() as stack:
+        figures: Figures | None = None
+        if monitor is not None:
+            check_installed("prometheus_client", "--monitor")
+            from fedex_lora.flower.deploy.figures import Figures
+            from fedex_lora.runs.monitor import answering
 
-    figures, messages = Figures(name, rounds), appended(own / FILE)
+            figures = Figures(name, rounds)
+            stack.enter_context(answering(figures, monitor, say))
 
-    def show(text: str, trouble: bool | None = None) -> None:
-        figures.heard(text)
-        tell(text, trouble)
+        def show(text: str, trouble: bool | None = None) -> None:
+            tell(text, trouble)
+            if figures is not None:
+                figures.heard(text)
 
-    def look() -> None:
-        asking.look()
-        for line in next(messages):
-            figures.message(line)
+        def look() -> None:
+            asking.look()
+            for line in next(messages):
+                emit("message", **line)
+                if figures is not None:
+                    figures.message(line)
 
-    with answering(figures, monitor, say):
         attend(programs, show, own / "flower.log", look)
 
 
 def _say_ended() -> None:
     """After Ctrl-C."""
     complain(f"ended; this goes on:\n  {this_command()}")
+
+
+@deploys.command("export")
+def export_command(
+    folder: ClientFolder,
+    recipe: Annotated[Path, typer.Option(help="The agreed recipe, on this machine.")],
+    name: Annotated[str, typer.Option(help="The institution's name.")],
+    run: Annotated[
+        str, typer.Option(help="First digits of the run's number; the newest if not.")
+    ] = "",
+    as_: Annotated[Literal["model", "adapter"], typer.Option("--as")] = "adapter",
+    out: Out = None,
+) -> None:
+    """Write the model that this institution holds of a run: its own, where each has its own."""
+    from fedex_lora.cli.runs import show_export
+    from fedex_lora.flower.deploy.init import client_folder
+    from fedex_lora.runs.export import export_adapter, export_model
+    from fedex_lora.runs.held import open_held
+
+    own = client_folder(folder, name)
+    trained = open_held(own / "cache", read_recipe(recipe, []), name, run)
+    path = out or own / "final" / f"{as_}-round{trained.state.version}"
+    whose = name if trained.settings.method.personal else None
+    export = export_model if as_ == "model" else export_adapter
+    exported = export(trained, path, client=whose)
+    say(f"Written: {path}")
+    show_export(exported, trained.recipe)
 
 
 @deploys.command("allow")

@@ -35,6 +35,7 @@ from fedex_lora.cli.common import (
     whole_number,
 )
 from fedex_lora.cli.display import show_table
+from fedex_lora.cli.json_lines import LogJson, emit
 from fedex_lora.errors import RecipeError, check_installed, number
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def run(
     ] = None,
     deployment: Deployment = Path("deployment"),
     monitor: Address = None,
+    log_json: LogJson = False,
     show_rows: ShowRows = False,
 ) -> None:
     """Run a recipe in a new directory (or continue it there with --resume)."""
@@ -79,6 +81,7 @@ def resume(
         int | None, typer.Option(min=1, help="Of a finished run: so many rounds more.")
     ] = None,
     monitor: Address = None,
+    log_json: LogJson = False,
     show_rows: ShowRows = False,
 ) -> None:
     """Continue a run after its last finished round."""
@@ -248,10 +251,12 @@ def export(
                 base_name=base_name,
             )
         say(f"Written: {path}")
-    _show_export(exported, trained.recipe)
+    show_export(exported, trained.recipe)
 
 
 def show_results(path: Path, results: dict) -> None:
+    if emit("finished", run=str(path), **results):
+        return
     rows = [
         [which, split, *(f"{k} {number(v)}" for k, v in scores.items())]
         for which in ("best", "last")
@@ -281,7 +286,7 @@ def _offer(path: Path) -> None:
         say(f"Merged model: fedex-lora export {shlex.quote(str(path))} --as model{whose}")
 
 
-def _show_export(exported: Exported, recipe: Recipe) -> None:
+def show_export(exported: Exported, recipe: Recipe) -> None:
     from fedex_lora.runs.card import loading_lines
 
     if exported.rank is not None:

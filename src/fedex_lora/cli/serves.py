@@ -23,7 +23,7 @@ NewTokens = Annotated[
 @app.command(name="predict")
 def predict_command(
     what: What,
-    data: Annotated[Path, typer.Option(help="A file of rows; they need no labels.")],
+    data: Annotated[Path, typer.Option(help="A file of rows (or a folder of images); no labels.")],
     out: Annotated[Path, typer.Option("--out", help="A new .jsonl, .json, .csv or .parquet file.")],
     task: Task = None,
     set: Sets = [],  # noqa: B006

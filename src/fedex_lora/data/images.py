@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from fedex_lora.data.read import quiet
 from fedex_lora.errors import DataError
+from fedex_lora.tasks.base import with_columns
 
 
 def read_folder(folder: Path) -> Dataset:
@@ -50,7 +51,7 @@ def _named(rows: Dataset) -> Dataset:
     if not isinstance(feature, ClassLabel):
         return rows
     names = [feature.names[i] for i in rows["label"]]
-    return rows.remove_columns("label").add_column("label", names)  # type: ignore[call-arg]
+    return with_columns(rows, {"label": names})
 
 
 def with_images(rows: Dataset, column: str, folder: Path | None, where: str) -> Dataset:
@@ -71,7 +72,7 @@ def with_images(rows: Dataset, column: str, folder: Path | None, where: str) -> 
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string") and folder:
         # joined, an address of the network is a path like any other, so that nothing is fetched
         paths = [None if path is None else str(folder.absolute() / path) for path in rows[column]]
-        rows = rows.remove_columns(column).add_column(column, paths)  # type: ignore[call-arg]
+        rows = with_columns(rows, {column: paths})
     try:
         return rows.cast_column(column, Image())
     except (pa.ArrowException, TypeError, ValueError) as error:

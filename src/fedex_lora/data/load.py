@@ -22,7 +22,7 @@ from fedex_lora.errors import DataError, RecipeError, StorageError, shown, tally
 from fedex_lora.recipe import DataSpec, did_you_mean
 from fedex_lora.recipe.data import name_of, several
 from fedex_lora.tasks import Task
-from fedex_lora.tasks.base import one_based
+from fedex_lora.tasks.base import Prediction, one_based
 
 SOURCES = {  # built in, by `data.source`: the classes, and the rows by split
     "stdlib-docs": (stdlib_docs.LABELS, stdlib_docs.stdlib_docs),
@@ -60,6 +60,15 @@ class Split:
     where: str
     line_of: Callable[[int], int] = one_based
     folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Rows to be told answers of: as they stand in their file, and as the task takes them, with
+    something in place of every answer."""
+
+    own: Dataset
+    blank: Dataset
 
 
 def known_labels(spec: DataSpec) -> tuple[str, ...] | None:
@@ -182,6 +191,21 @@ def load_validation(spec: DataSpec, task: Task, seed: int, name: str) -> Dataset
     return of_files(several(spec.validation[name]), task, None, seed, name)
 
 
+@_readable()
+@about_rows()
+def load_unlabelled(file: Path, task: Task, way: Prediction) -> Unlabelled:
+    """The rows of a file, or of a folder of images, whatever they have for answers.
+
+    Raises:
+        UserError: There is a row that the task cannot use, named by line, or no such file.
+    """
+    split = _file_split(file, task)
+    rows = with_images(split.rows, task.image, split.folder, split.where) if task.image else None
+    blank = way.blank(split.rows if rows is None else rows, split.where)
+    task.check(blank, split.where, split.line_of)
+    return Unlabelled(_unnamed(split.rows, task), blank)
+
+
 def _labelled(splits: Mapping[str, Split], task: Task) -> list[str]:
     """The splits that the task can be evaluated on, in its order of preference."""
     names = [name for name in task.evaluation_splits if name in splits]
@@ -234,6 +258,11 @@ def _named(rows: Dataset, task: Task) -> Dataset:
     new = {theirs: ours for ours, theirs in task.renamed.items() if theirs in rows.column_names}
     hidden = [name for name in new.values() if name in rows.column_names and name not in new]
     return rows.remove_columns(hidden).rename_columns(new) if new else rows
+
+
+def _unnamed(rows: Dataset, task: Task) -> Dataset:
+    """The rows with `task.renamed` columns under their own names."""
+    return rows.rename_columns({k: v for k, v in task.renamed.items() if k in rows.column_names})
 
 
 def _check_names(spec: DataSpec) -> None:

@@ -237,6 +237,7 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "task.response": ('" {answer}"', "What it learns to answer; the loss counts this alone."),
     "task.max_new_tokens": ("64", "Length of a generated answer."),
     "task.generate": ("true", "Answers are generated and scored in evaluation."),
+    "task.rouge": ("false", "Generated texts are scored by ROUGE, too, and rougeL selects."),
     "task.num_beams": ("10", "Width of the beam search."),
     "task.compare": ("string", "How answers are compared: as mathematics or as text."),
     "task.score": ("likelihood", "Whether an answer is generated, or the likeliest is taken."),

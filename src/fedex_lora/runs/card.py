@@ -92,6 +92,8 @@ def model_card(
     scores = [f"| {rows} | {name} | {number(v)} |" for rows, name, v in _scores(record, task)]
     clients = [f"- {c}: {d['examples']} examples" for c, d in record["clients"].items()]
     labels = [f"{i}: {name}" for i, name in enumerate(task.labels or ())]
+    holder = trained.extra.get("holder")
+    by = f"{len(trained.settings.clients)} clients" if holder is None else f"{holder} with others"
     return "\n".join(
         [
             "---",
@@ -101,18 +103,14 @@ def model_card(
             "---",
             f"# {recipe.name}",
             "",
-            f"A {what}, trained by {len(trained.settings.clients)} clients with the method "
-            f"`{recipe.method.name}` ({method.source}); round {trained.state.version} of "
-            f"{recipe.federation.rounds}, seed {recipe.seed}.",
+            f"A {what}, trained by {by} with the method `{recipe.method.name}` "
+            f"({method.source}); round {trained.state.version} of {recipe.federation.rounds}, "
+            f"seed {recipe.seed}.",
             "",
-            f"Data: {_data(trained)}. Clients of the last round:",
+            f"Data: {_data(trained)}." + (" Clients of the last round:" if clients else ""),
             "",
-            *clients,
-            "",
-            "| rows | metric | score |",
-            "|---|---|---|",
-            *scores,
-            "",
+            *([*clients, ""] if clients else []),
+            *(["| rows | metric | score |", "|---|---|---|", *scores, ""] if scores else []),
             *([f"Classes: {', '.join(labels)}.", ""] if labels else []),
             *(f"{told}.\n" for told in sentences(record.get("privacy"))),
             *(f"Note: {note}.\n" for note in notes),

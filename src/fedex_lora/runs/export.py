@@ -64,10 +64,10 @@ def final_state(trained: Trained, client: str | None) -> AdapterState:
                 "its own; leave `client` out"
             )
         return AdapterState(global_factors(trained.state, trained.settings), trained.state.head)
-    if trained.recipe.engine.kind != "local":
+    if trained.recipe.engine.kind != "local" and client not in trained.state.own:
         raise RecipeError(
             f"{trained.recipe.method.name}: every client has its own model, a part of which never "
-            "left it; there is none of all of them here"
+            "left it; each exports its own, on its machine: fedex-lora deploy export FOLDER"
         )
     if client not in clients:
         raise RecipeError(

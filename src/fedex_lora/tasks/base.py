@@ -45,6 +45,44 @@ class Evaluate(Protocol):
     ) -> dict[str, float]: ...
 
 
+class Blank(Protocol):
+    def __call__(self, rows: Dataset, where: str) -> Dataset: ...
+
+
+def as_they_are(rows: Dataset, where: str) -> Dataset:
+    """The `Blank` of rows that have no answers."""
+    return rows
+
+
+class Tell(Protocol):
+    def __call__(
+        self,
+        model: nn.Module,
+        encoded: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        max_new_tokens: int | None = None,
+    ) -> Sequence[dict[str, Any] | None]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """How a task answers rows that have no labels.
+
+    Attributes:
+        blank: `blank(rows, where)` gives the rows with something in place of every answer, which
+            checking and encoding ask for. It raises a `UserError` if a column is missing that
+            answers are told from.
+        tell: `tell(model, encoded, tokenizer, batch_size, max_new_tokens)` gives of each encoded
+            row what is told of it by column, `prediction` among them; None where nothing is.
+        encode: Makes the encoded rows; None where they are as for an evaluation.
+    """
+
+    tell: Tell
+    blank: Blank = as_they_are
+    encode: Encode | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One task; built by `fedex_lora.tasks.build_task`.
@@ -81,6 +119,7 @@ class Task:
         average_over: Splits whose mean score is told too, where there are several of them.
         chat_template: The Jinja text that exported tokenizers get; None for the one they have.
         renamed: What the rows call a column, where they do not call it as the task does.
+        prediction: How rows without labels are answered; None where they cannot be.
     """
 
     name: str
@@ -105,6 +144,7 @@ class Task:
     average_over: tuple[str, ...] = ()
     chat_template: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
+    prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
         for part in ("check", "encode", "collator", "evaluate"):
@@ -184,6 +224,37 @@ def check_columns(
             )
     if len(rows) == 0:
         raise DataError(f"{where}: no rows; at least one is needed.")
+
+
+def blanked(
+    rows: Dataset,
+    where: str,
+    columns: Sequence[str],
+    answers: Mapping[str, Any],
+    keys: Sequence[str] = (),
+) -> Dataset:
+    """The rows with the same for each answer, whatever they had there.
+
+    Args:
+        columns: What answers are told from; with `keys`, as `check_columns` takes them.
+        answers: By column.
+
+    Raises:
+        UserError: There are no rows, or a column is missing.
+    """
+    check_columns(rows, columns, where, keys)
+    return with_columns(rows, {name: [value] * len(rows) for name, value in answers.items()})
+
+
+def with_columns(rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> Dataset:
+    """The rows with these columns, in place of those that were called so."""
+    kept = [name for name in rows.column_names if name not in columns]
+    if not kept:
+        return Dataset.from_dict(dict(columns))
+    rows = rows.select_columns(kept)
+    for name, values in columns.items():
+        rows = rows.add_column(name, list(values))  # type: ignore[call-arg]
+    return rows
 
 
 def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) -> None:

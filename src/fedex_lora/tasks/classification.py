@@ -15,7 +15,9 @@ from fedex_lora.tasks.base import (
     Batch,
     Collate,
     LineOf,
+    Prediction,
     Task,
+    blanked,
     by_length,
     check_columns,
     evaluating,
@@ -88,7 +90,16 @@ def classification_task(
         labels=columns.labels,
         regression=columns.labels is None,
         stratify=columns.label,
+        prediction=Prediction(blank=partial(blank, columns), tell=partial(_tell, columns.labels)),
     )
+
+
+def blank(columns: Columns, rows: Dataset, where: str) -> Dataset:
+    """The rows with the first of the labels, or the least number."""
+    low, high = columns.scores
+    answer = columns.labels[0] if columns.labels else min(max(0.0, low), high)
+    keys = columns.keys[: len(columns.texts)]
+    return blanked(rows, where, columns.texts, {columns.label: answer}, keys)
 
 
 def read_as(metrics: Sequence[str]) -> dict[str, Metric]:
@@ -227,6 +238,26 @@ def _evaluate(
 ) -> dict[str, float]:
     logits = row_logits(model, encoded, tokenizer, batch_size)
     return scores(metrics, logits, torch.tensor(encoded["labels"][:]))
+
+
+def _tell(
+    labels: tuple[str, ...] | None,
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    return told(labels, row_logits(model, encoded, tokenizer, batch_size))
+
+
+def told(labels: Sequence[str] | None, logits: torch.Tensor) -> list[dict[str, Any]]:
+    """Of each row the likeliest class and its probability; without classes the number."""
+    if labels is None:
+        return [{"prediction": value} for value in logits[:, 0].tolist()]
+    best = logits.softmax(dim=1).max(dim=1)
+    pairs = zip(best.indices.tolist(), best.values.tolist())
+    return [{"prediction": labels[i], "probability": p} for i, p in pairs]
 
 
 def scores(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedex_lora.errors import DataError, shown
+from fedex_lora.tasks.base import check_columns, with_columns
 from fedex_lora.tasks.lazy import Dataset
 
 Turn = dict[str, str]
@@ -72,6 +73,38 @@ def form_of(columns: Sequence[str], where: str) -> str:
         f"'output'; there are: {', '.join(columns)}. Name the right ones with task.columns, e.g. "
         "columns: {messages: NAME}, or take kind: instruction."
     )
+
+
+def blank(rows: Dataset, where: str) -> Dataset:
+    """The rows with some answer at the end of each, in place of the assistant's that stands there.
+
+    Raises:
+        UserError: There are no such columns.
+    """
+    form = form_of([*rows.column_names, *ALPACA[2:]], where)
+    check_columns(rows, (form,), where)
+    if form not in LISTS:
+        return with_columns(rows, {"output": ["-"] * len(rows)})
+    return with_columns(rows, {form: [_to_be_answered(value) for value in rows[form]]})
+
+
+def _to_be_answered(value: Any) -> str | None:
+    """A list of messages that ends with an answer, as JSON; what is no such list as it is."""
+    try:
+        turns = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    if not isinstance(turns, list) or not turns:
+        return value if value is None else json.dumps(value)
+    asked = list(turns)
+    while asked and _is_answer(asked[-1]):
+        asked.pop()
+    return json.dumps([*asked, {"role": "assistant", "content": "-"}] if asked else [])
+
+
+def _is_answer(message: Any) -> bool:
+    said = (message.get("role") or message.get("from")) if isinstance(message, Mapping) else None
+    return isinstance(said, str) and ROLES.get(said) == "assistant"
 
 
 def conversations(rows: Dataset) -> list[Conversation]:

@@ -158,6 +158,37 @@ def on_tokens(
     return found, list(dict.fromkeys(crossing))
 
 
+def told(
+    text: str, offsets: Sequence[Span], tags: Sequence[str], probabilities: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The entities that the tags of a text's tokens tell, each with its mean probability.
+
+    Example:
+        >>> told("In New York", [(0, 2), (2, 6), (6, 11)], ["O", "B-LOC", "I-LOC"], [1, 0.5, 1])
+        [{'start': 3, 'end': 11, 'label': 'LOC', 'text': 'New York', 'probability': 0.75}]
+    """
+    found: list[tuple[str, list[Span], list[float]]] = []
+    last = OUTSIDE
+    for offset, tag, probability in zip(offsets, tags, probabilities, strict=True):
+        mark, _, kind = tag.partition("-")
+        if mark == "I" and last[1:] == tag[1:]:
+            found[-1][1].append(offset)
+            found[-1][2].append(probability)
+        elif mark != OUTSIDE:
+            found.append((kind, [_trimmed(text, offset)], [probability]))
+        last = tag
+    return [
+        {
+            "start": spans[0][0],
+            "end": spans[-1][1],
+            "label": kind,
+            "text": text[spans[0][0] : spans[-1][1]],
+            "probability": sum(p) / len(p),
+        }
+        for kind, spans, p in found
+    ]
+
+
 def _trimmed(text: str, offset: Span) -> Span:
     """Without the blanks that byte-level tokenizers count to the token after them."""
     start, end = offset

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fedex_lora.errors import DataError
 from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
+    Blank,
     Collate,
+    Encode,
+    Prediction,
     Task,
+    as_they_are,
     by_length,
     evaluating,
     pad,
     pad_inputs,
+    unasked,
 )
+from fedex_lora.tasks.generation import Decoding, generate
 from fedex_lora.tasks.lazy import (
     Dataset,
     PreTrainedTokenizerBase,
@@ -30,6 +38,7 @@ from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.packing import check_packing, packed
 
 NO_METRICS: Mapping[str, Metric] = {}
+GREEDY = Decoding(max_new_tokens=64)
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +48,9 @@ def language_task(
     columns: tuple[str, ...],
     metrics: Mapping[str, Metric] = NO_METRICS,
     packing: bool = False,
+    decoding: Decoding = GREEDY,
+    blank: Blank = as_they_are,
+    encode_prompts: Encode | None = None,
     **functions: Any,
 ) -> Task:
     """A task of a causal language model.
@@ -46,9 +58,13 @@ def language_task(
     Args:
         metrics: Those beside `perplexity` and `loss`. The first of all is the primary one.
         packing: Whether training batches are packed.
+        decoding: Of texts that are told for rows without answers.
+        blank: Of the task's `Prediction`.
+        encode_prompts: The same.
         functions: `check`, `encode`, `evaluate` and what else a task has.
     """
     metrics = {**metrics, "perplexity": PERPLEXITY, "loss": LOSS}
+    tell = partial(_tell, decoding)
     return Task(
         name=name,
         auto_model="AutoModelForCausalLM",
@@ -59,8 +75,26 @@ def language_task(
         metrics=metrics,
         collator=_packing_collator if packing else _collator,
         check_training=check_packing if packing else None,
+        prediction=Prediction(tell=tell, blank=blank, encode=encode_prompts),
         **functions,
     )
+
+
+def _tell(
+    decoding: Decoding,
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any] | None]:
+    """What the model says after each row's prompt; a row without one is the prompt."""
+    rows = [dict(row) for row in encoded]
+    there = [i for i, row in enumerate(rows) if not unasked(row)]
+    prompts = [prompt_of(rows[i]) or rows[i]["input_ids"] for i in there]
+    decoding = replace(decoding, max_new_tokens=max_new_tokens or decoding.max_new_tokens)
+    texts = dict(zip(there, generate(model, tokenizer, prompts, decoding, batch_size)))
+    return [{"prediction": texts[i]} if i in texts else None for i in range(len(rows))]
 
 
 def as_dataset(encoded: list[dict[str, Any]], rows: int, reason: str) -> Dataset:

@@ -88,6 +88,15 @@ class Renderer:
         spans = [span for span in found if span is not None]
         return Rendered(text, spans, len(found) - len(spans))
 
+    def prompt(self, conversation: Conversation) -> str:
+        """The text up to where the last answer begins.
+
+        Raises:
+            UserError: As of the whole.
+        """
+        self(conversation)
+        return self._text(conversation.turns[:-1], ask=True)
+
     def _text(self, turns: Sequence[Turn], ask: bool = False) -> str:
         if not turns:
             return ""

@@ -86,7 +86,13 @@ class Audit:
 
 
 def appended(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """At every `next` the lines that were written since the last one, or since this began."""
+    """At every `next` the lines that were written since the last one, or since the call."""
+    lines = _appended(path)
+    next(lines)
+    return lines
+
+
+def _appended(path: Path) -> Iterator[list[dict[str, Any]]]:
     file = path.open("rb") if path.exists() else None
     if file is not None:
         file.seek(0, os.SEEK_END)

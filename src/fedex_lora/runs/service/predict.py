@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
-import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
-from fedex_lora.data.read import SUFFIXES, kind, quiet, read
+from fedex_lora.data.load import Unlabelled, load_unlabelled
+from fedex_lora.data.read import SUFFIXES, kind, quiet
 from fedex_lora.disk import replace_atomic
 from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import DataError, RecipeError, StorageError
-from fedex_lora.recipe import Recipe, TaskSpec
+from fedex_lora.recipe import Recipe
 from fedex_lora.runs.evaluation import Subject
 from fedex_lora.tasks import Task
-from fedex_lora.tasks.base import evaluating
-from fedex_lora.tasks.generation import Decoding, generate
-from fedex_lora.tasks.language import prompt_of
+from fedex_lora.tasks.base import Encode, Prediction, with_columns
 
-PREDICTION, PROBABILITY = "prediction", "probability"
-_NEW_TOKENS = 64
-Encoded = list[dict[str, Any]]
-Answer = Callable[[Subject, Encoded], list[dict[str, Any]]]
+TOLD = ("prediction", "probability", "likeliest")  # the columns that tasks may add
 
 
 def predict(
-    subject: Subject, recipe: Recipe, rows: Dataset, max_new_tokens: int | None = None
+    subject: Subject, recipe: Recipe, rows: Unlabelled, max_new_tokens: int | None = None
 ) -> tuple[Dataset, int]:
-    """The rows with a column `prediction`, and `probability` where there are classes.
-
-    Classes by name, of several each whose probability is above one half; numbers; texts, which are
-    generated greedily. What a row has for a label is not looked at, and need not be there.
+    """The rows with a column `prediction`, and others that the task tells of them.
 
     Args:
         recipe: Its blocks task and evaluation (`batch_size`).
@@ -44,42 +36,74 @@ def predict(
         a prompt is longer than `task.max_length`.
 
     Raises:
-        UserError: A column is missing, or there is no prediction for models of this kind.
+        UserError: The task can make nothing of any of them.
     """
-    task, spec = recipe_task(recipe), recipe.task
-    clash = [name for name in (PREDICTION, PROBABILITY) if name in rows.column_names]
-    if clash:
-        raise DataError(f"data: there is a column {clash[0]!r} already; rename it")
-    way = _way(task, recipe, max_new_tokens)
-    encoded = _encoded(task, spec, rows, subject)
-    usable = [row for row in encoded if row is not None]
-    if not usable:
-        raise DataError(f"data: {task.name} can make nothing of any row; see task.max_length")
-    given = way(subject, usable)
-    answers = iter(given)
-    found = [None if row is None else next(answers) for row in encoded]
-    for name in given[0]:
-        rows = rows.add_column(name, [None if one is None else one[name] for one in found])
-    return rows, sum(one is None for one in found)
+    task, (model, tokenizer) = recipe_task(recipe), (subject.model.module, subject.model.tokenizer)
+    way = prediction_of(task)
+    encode = way.encode or task.encode_evaluation or task.encode
+    with quiet():
+        encoded, kept = _encoded(encode, rows.blank, tokenizer, recipe.task.evaluated_length)
+    told = way.tell(model, encoded, tokenizer, recipe.evaluation.batch_size, max_new_tokens)
+    answers: list[dict[str, Any] | None] = [None] * len(rows.own)
+    for i, answer in zip(kept, told, strict=True):
+        answers[i] = answer
+    names = next((list(answer) for answer in answers if answer is not None), [TOLD[0]])
+    columns = {name: [one and one[name] for one in answers] for name in names}
+    return with_columns(rows.own, columns), answers.count(None)
 
 
-def read_rows(file: Path, task: Task) -> Dataset:
-    """The rows of a file, their columns called as the task does."""
-    rows = read(file)
-    known = {theirs: ours for ours, theirs in task.renamed.items() if theirs in rows.column_names}
-    return rows.rename_columns(known)
+def read_rows(file: Path, task: Task) -> Unlabelled:
+    """The rows of a file, or of a folder of images; what they have for answers is not looked at.
+
+    Raises:
+        UserError: There is a row that the task cannot use, named by line, or no such file.
+    """
+    rows = load_unlabelled(file, task, prediction_of(task))
+    if clash := next((name for name in TOLD if name in rows.own.column_names), None):
+        raise DataError(f"{file}: there is a column {clash!r} already; rename it")
+    return rows
+
+
+def prediction_of(task: Task) -> Prediction:
+    """How the task answers rows without labels.
+
+    Raises:
+        UserError: It does not.
+    """
+    if task.prediction is None:
+        raise RecipeError(
+            f"task: {task.name} has no predictions: its Task names no `prediction`. Export the "
+            "run, and use transformers' pipeline"
+        )
+    return task.prediction
 
 
 def write_rows(rows: Dataset, file: Path) -> None:
-    """Writes rows as the file's suffix says.
+    """Writes rows as the file's suffix says; in CSV lists are JSON.
 
     Raises:
         UserError: The file is there, its suffix is none, or it cannot be written.
     """
     check_out(file)
-    write = {".csv": rows.to_csv, ".parquet": rows.to_parquet, ".json": _as_list(rows)}
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image):  # as it is stored: its path, if it has one
+            stored = rows.select_columns([name]).cast_column(name, Image(decode=False))
+            paths = [cell[name] and cell[name]["path"] for cell in map(dict, stored)]
+            rows = with_columns(rows, {name: paths})
+    write = {
+        ".csv": lambda path: rows.map(_flat).to_csv(path),
+        ".parquet": rows.to_parquet,
+        ".json": lambda path: rows.to_json(path, lines=False),
+    }
     with quiet():
         replace_atomic(file, lambda new: write.get(kind(file), rows.to_json)(str(new)))
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+        for name, value in row.items()
+    }
 
 
 def check_out(file: Path) -> None:
@@ -90,99 +114,19 @@ def check_out(file: Path) -> None:
         raise StorageError(f"`out`: {file} is there already; name another file")
 
 
-def _as_list(rows: Dataset) -> Callable[[str], object]:
-    return lambda path: rows.to_json(path, lines=False)
-
-
 def _encoded(
-    task: Task, spec: TaskSpec, rows: Dataset, subject: Subject
-) -> list[dict[str, Any] | None]:
-    """The rows as the model takes them; None for one that the task leaves out."""
-    whole = _with_labels(task, spec, rows)
-    task.check(whole, "data")
-    encode, length = task.encode_evaluation or task.encode, spec.evaluated_length
-    tokenizer = subject.model.tokenizer
-    with quiet():
-        together = encode(whole, tokenizer, length)
-        if len(together) == len(whole):
-            return [dict(row) for row in together]
-        return [_one(encode, whole.select([i]), tokenizer, length) for i in range(len(whole))]
+    encode: Encode, rows: Dataset, tokenizer: Any, length: int
+) -> tuple[Dataset, list[int]]:
+    """The rows as the model takes them, and which these are: the task leaves some out."""
+    together = encode(rows, tokenizer, length)
+    if len(together) == len(rows):
+        return together, list(range(len(rows)))
+    kept = [i for i in range(len(rows)) if _usable(encode, rows.select([i]), tokenizer, length)]
+    return together, kept
 
 
-def _one(encode: Any, row: Dataset, tokenizer: Any, length: int) -> dict[str, Any] | None:
+def _usable(encode: Encode, row: Dataset, tokenizer: Any, length: int) -> bool:
     try:
-        return dict(encode(row, tokenizer, length)[0])
+        return len(encode(row, tokenizer, length)) > 0
     except DataError:
-        return None
-
-
-def _with_labels(task: Task, spec: TaskSpec, rows: Dataset) -> Dataset:
-    """Rows that have something for a label, which encoding asks for and predicting does not."""
-    label: Any = 0.0 if task.regression else (task.labels or ("",))[0]
-    answers: dict[str, Any] = {task.stratify: label} if task.stratify else {}
-    asked, answered = (_fields(getattr(spec, key, None)) for key in ("prompt", "response"))
-    answers |= dict.fromkeys(answered - asked, "-")
-    for name, value in answers.items():
-        if name not in rows.column_names:
-            rows = rows.add_column(name, [value] * len(rows))
-    return rows
-
-
-def _fields(template: object) -> set[str]:
-    """The columns that a task's template asks for."""
-    if not isinstance(template, str):
-        return set()
-    return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-
-
-def _way(task: Task, recipe: Recipe, max_new_tokens: int | None) -> Answer:
-    size = recipe.evaluation.batch_size
-    kinds: Mapping[str, Answer] = {
-        "AutoModelForSequenceClassification": lambda s, rows: _classes(task, s, rows, size),
-        "AutoModelForImageClassification": lambda s, rows: _classes(task, s, rows, size),
-        "AutoModelForCausalLM": lambda s, rows: _texts(
-            s, rows, size, max_new_tokens or getattr(recipe.task, "max_new_tokens", _NEW_TOKENS)
-        ),
-    }
-    if task.auto_model not in kinds:
-        raise RecipeError(
-            f"task: {task.name} is a task of {task.auto_model}; there are predictions of "
-            f"{', '.join(kinds)}. Export the run, and use transformers' pipeline"
-        )
-    return kinds[task.auto_model]
-
-
-def _classes(task: Task, subject: Subject, rows: Encoded, size: int) -> list[dict[str, Any]]:
-    """Of each row the class, the classes or the number."""
-    model, collate = subject.model.module, task.collator(subject.model.tokenizer)
-    logits: list[torch.Tensor] = []
-    with evaluating(model) as device:
-        for first in range(0, len(rows), size):
-            batch = collate(rows[first : first + size])
-            inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-            logits += model(**inputs).logits.float().cpu()
-    if task.regression:
-        return [{PREDICTION: row[0].item()} for row in logits]
-    names = task.labels or tuple(map(str, range(len(logits[0]))))
-    if model.config.problem_type == "multi_label_classification":
-        told = [row.sigmoid().tolist() for row in logits]
-        return [
-            {
-                PREDICTION: [n for n, p in zip(names, row, strict=True) if p > 0.5],
-                PROBABILITY: row,
-            }
-            for row in told
-        ]
-    return [
-        {PREDICTION: names[int(p.argmax())], PROBABILITY: p.max().item()}
-        for p in (row.softmax(-1) for row in logits)
-    ]
-
-
-def _texts(subject: Subject, rows: Encoded, size: int, most: int) -> list[dict[str, Any]]:
-    """Of each row what the model says after its prompt; a row without one is the prompt."""
-    prompts = [prompt_of(row) or list(row["input_ids"]) for row in rows]
-    module, tokenizer = subject.model.module, subject.model.tokenizer
-    return [
-        {PREDICTION: text} for text in generate(module, tokenizer, prompts, Decoding(most), size)
-    ]
+        return False

@@ -11,12 +11,20 @@ from functools import partial
 from typing import Any
 
 from fedex_lora.recipe import TaskSpec, register_task
-from fedex_lora.tasks.base import IGNORED, LineOf, Task, check_columns, one_based, refuse_first
+from fedex_lora.tasks.base import (
+    IGNORED,
+    LineOf,
+    Task,
+    check_columns,
+    one_based,
+    refuse_first,
+)
 from fedex_lora.tasks.chat_templates import template_of
 from fedex_lora.tasks.conversations import (
     COLUMNS,
     Conversation,
     Unusable,
+    blank,
     conversation,
     conversations,
     form_of,
@@ -47,6 +55,8 @@ class Chat(TaskSpec):
             evaluate=evaluate_loss,
             chat_template=template,
             packing=self.packing,
+            blank=blank,
+            encode_prompts=partial(_encode_prompts, template),
         )
 
 
@@ -85,6 +95,18 @@ def _encode(
     _tell(found, [one.lost for one in rendered], sum(runs for _, runs in masks))
     reason = f"first answer lies beyond max_length ({max_length} tokens), or cannot be told apart"
     return as_dataset(encoded, len(rows), reason)
+
+
+def _encode_prompts(
+    template: str | None, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    """Up to where the assistant's last answer begins."""
+    render = Renderer(tokenizer, template)
+    texts = shortened([render.prompt(c) for c in conversations(rows)], tokenizer, max_length)
+    found: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    fitting = [{"input_ids": ids, "labels": ids} for ids in found if len(ids) < max_length]
+    reason = f"conversation alone fills max_length ({max_length} tokens)"
+    return as_dataset(fitting, len(rows), reason)
 
 
 def _row(ids: list[int], kept: list[bool]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from fedex_lora.tasks.base import (
     learned_positions,
     one_based,
     refuse_first,
+    with_columns,
 )
 from fedex_lora.tasks.encoding import encode_pairs
 from fedex_lora.tasks.generation import Decoding
@@ -124,6 +125,8 @@ class Commonsense(TaskSpec):
             encode_evaluation=_encode_evaluation,
             evaluate=evaluate,
             check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
+            decoding=Decoding(self.max_new_tokens),
+            blank=partial(_blank, self.name),
         )
         sets = (self.name,) if self.name else COMMONSENSE
         return replace(task, evaluation_splits=("validation", "test", *sets), average_over=sets)
@@ -163,6 +166,19 @@ def _check(name: str | None, rows: Dataset, where: str, line_of: LineOf = one_ba
     check_columns(rows, ("instruction", "output", "answer"), where)
     known = OPTIONS[name] if name else tuple(dict.fromkeys(sum(OPTIONS.values(), ())))
     refuse_first((_problem(known, row) for row in rows.to_list()), where, line_of)
+
+
+def _blank(name: str | None, rows: Dataset, where: str) -> Dataset:
+    """The rows with an answer: one of the options that the instruction names."""
+    check_columns(rows, ("instruction",), where)
+    kinds = [OPTIONS[name]] if name else list(OPTIONS.values())
+    answers = [_any_option(kinds, text) for text in rows["instruction"]]
+    return with_columns(rows, {"answer": answers, "output": ["-"] * len(rows)})
+
+
+def _any_option(kinds: Sequence[tuple[str, ...]], instruction: Any) -> str:
+    there = (o for kind in kinds for o in kind if o in str(instruction).lower())
+    return next(there, kinds[0][0])
 
 
 def _problem(known: Sequence[str], row: Mapping[str, Any]) -> str | None:

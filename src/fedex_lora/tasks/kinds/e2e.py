@@ -16,7 +16,7 @@ from pydantic import Field
 from fedex_lora.errors import shown
 from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks import nlg
-from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, refuse_first
+from fedex_lora.tasks.base import LineOf, Task, blanked, check_columns, one_based, refuse_first
 from fedex_lora.tasks.generation import Decoding, verdicts
 from fedex_lora.tasks.language import evaluate_loss, language_task
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
@@ -69,6 +69,8 @@ class E2E(TaskSpec):
             encode_evaluation=_encode_evaluation,
             evaluate=partial(_evaluate, decoding) if self.generate else evaluate_loss,
             check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
+            decoding=decoding,
+            blank=partial(blanked, columns=(MEANING,), answers={REFERENCE: "-"}),
         )
 
 

@@ -13,15 +13,26 @@ from typing import Any
 
 from fedex_lora.errors import DataError, check_installed
 from fedex_lora.recipe import Problem, TaskSpec, register_task
-from fedex_lora.tasks.base import Batch, Collate, LineOf, Task, check_columns, evaluating, one_based
+from fedex_lora.tasks.base import (
+    Batch,
+    Collate,
+    LineOf,
+    Prediction,
+    Task,
+    check_columns,
+    evaluating,
+    one_based,
+)
 from fedex_lora.tasks.classification import (
     Columns,
     agreed_labels,
+    blank,
     check_labels,
     codes,
     label_problems,
     read_as,
     scores,
+    told,
 )
 from fedex_lora.tasks.lazy import Dataset, datasets, nn, torch
 from fedex_lora.tasks.outputs import Outputs
@@ -72,6 +83,7 @@ class ImageClassification(TaskSpec):
             labels=names,
             stratify=self.label_column,
             image=image,
+            prediction=Prediction(blank=partial(blank, columns), tell=partial(_tell, image, names)),
         )
 
 
@@ -136,6 +148,26 @@ def _evaluate(
     batch_size: int,
     outputs: Outputs | None = None,
 ) -> dict[str, float]:
+    logits = _logits(column, model, encoded, tokenizer, batch_size)
+    return scores(METRICS, logits, torch.tensor(encoded["labels"][:]))
+
+
+def _tell(
+    column: str,
+    names: tuple[str, ...],
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: Any,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    return told(names, _logits(column, model, encoded, tokenizer, batch_size))
+
+
+def _logits(
+    column: str, model: nn.Module, encoded: Dataset, tokenizer: Any, batch_size: int
+) -> torch.Tensor:
+    """Rows × classes, float64 on the CPU."""
     collate, parts = _collator(column, tokenizer), []
     with evaluating(model) as device:
         for start in range(0, len(encoded), batch_size):
@@ -143,4 +175,4 @@ def _evaluate(
             batch = collate([encoded[i] for i in rows])
             logits = model(pixel_values=batch["pixel_values"].to(device)).logits
             parts.append(logits.double().cpu())
-    return scores(METRICS, torch.cat(parts), torch.tensor(encoded["labels"][:]))
+    return torch.cat(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from string import Formatter
@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import Field
 
 from fedex_lora.errors import RecipeError
-from fedex_lora.recipe import TaskSpec, register_task
-from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, refuse_first
+from fedex_lora.recipe import Problem, TaskSpec, register_task
+from fedex_lora.tasks import rouge
+from fedex_lora.tasks.base import LineOf, Task, blanked, check_columns, one_based, refuse_first
 from fedex_lora.tasks.encoding import bare_responses, encode_pairs, labelled
 from fedex_lora.tasks.generation import Decoding, generate, verdicts
 from fedex_lora.tasks.language import as_dataset, evaluate_loss, language_task, prompt_of
@@ -27,20 +28,28 @@ class Instruction(TaskSpec):
     response: str  # template with at least one such field
     max_new_tokens: int = Field(default=64, ge=1, le=10**7)
     generate: bool = False  # generate answers when evaluating, greedily, and count exact matches
+    rouge: bool = False  # ROUGE of these too, of which rougeL selects the best round
     packing: bool = False  # training batches without padding: rows in one sequence
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from rouge.problems(self.rouge, self.generate)
 
     def build(self, labels: Sequence[str] | None) -> Task:
         templates = templates_of(self.prompt, self.response)
-        answers = partial(_evaluate_answers, Decoding(self.max_new_tokens))
+        answers = partial(_evaluate_answers, Decoding(self.max_new_tokens), self.rouge)
+        exact = {"exact_match": SHARE} if self.generate else {}
         return language_task(
             "instruction",
             templates.columns,
-            {"exact_match": SHARE} if self.generate else {},
+            {**rouge.asked(self.rouge), **exact},
             check=partial(check_templates, templates),
             encode=partial(_encode, templates, self.generate),
             evaluate=answers if self.generate else evaluate_loss,
             check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
             packing=self.packing,
+            decoding=Decoding(self.max_new_tokens),
+            blank=partial(blank_templates, templates),
         )
 
 
@@ -106,6 +115,14 @@ def check_templates(
     refuse_first((_problem(templates, row) for row in found), where, line_of)
 
 
+def blank_templates(templates: Templates, rows: Dataset, where: str) -> Dataset:
+    """The rows with something for what only the response names."""
+    asked = fields(templates.prompt, "")
+    answers = dict.fromkeys(name for name in templates.columns if name not in asked)
+    keys = ["prompt"] * len(asked)
+    return blanked(rows, where, asked, dict.fromkeys(answers, "-"), keys)
+
+
 def _problem(templates: Templates, row: Mapping[str, Any]) -> str | None:
     for name, value in row.items():
         if not isinstance(value, str | int | float):
@@ -144,6 +161,7 @@ def _encode(
 
 def _evaluate_answers(
     decoding: Decoding,
+    with_rouge: bool,
     model: nn.Module,
     encoded: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -158,4 +176,5 @@ def _evaluate_answers(
         right = [exact_match([a], [r]) == 1 for a, r in zip(answers, references)]
         more = [{"reference": r, "correct": c} for r, c in zip(references, right)]
         outputs.verdicts(verdicts(tokenizer, prompts, answers, more))
-    return {"exact_match": exact_match(answers, references), **scores}
+    more_scores = rouge.rouge(answers, references) if with_rouge else {}
+    return {**more_scores, "exact_match": exact_match(answers, references), **scores}

@@ -16,7 +16,16 @@ from pydantic import Field
 
 from fedex_lora.errors import RecipeError, shown
 from fedex_lora.recipe import TaskSpec, register_task
-from fedex_lora.tasks.base import IGNORED, Batch, Collate, Task, by_length, evaluating, pad
+from fedex_lora.tasks.base import (
+    IGNORED,
+    Batch,
+    Collate,
+    Prediction,
+    Task,
+    by_length,
+    evaluating,
+    pad,
+)
 from fedex_lora.tasks.base import pad_inputs as padded
 from fedex_lora.tasks.encoding import encode_texts
 from fedex_lora.tasks.kinds.causal_lm import check_texts
@@ -51,6 +60,7 @@ class MaskedLM(TaskSpec):
             encode_evaluation=partial(_hidden, self.text_column, self.mask_probability),
             collator=partial(_collator, self.mask_probability),
             evaluate=_evaluate,
+            prediction=Prediction(encode=partial(_masked, self.text_column), tell=_tell),
         )
 
 
@@ -132,3 +142,40 @@ def _evaluate(
             count += len(wanted)
     loss = total / count
     return {"perplexity": perplexity(loss), "accuracy": right / count, "loss": loss}
+
+
+def _masked(
+    column: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    """The rows whose text has a mask token."""
+    encoded = _encode(column, rows, tokenizer, max_length).select_columns(["input_ids", "labels"])
+    there = [row for row in encoded.to_list() if tokenizer.mask_token_id in row["input_ids"]]
+    reason = f"text has no {tokenizer.mask_token} within max_length ({max_length} tokens)"
+    return as_dataset(there, len(rows), reason)
+
+
+def _tell(
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    """For each mask the likeliest token, and the five likeliest with their probabilities."""
+    answers: dict[int, dict[str, Any]] = {}
+    with evaluating(model) as device:
+        for indices, rows in by_length(encoded, batch_size):
+            batch = {key: value.to(device) for key, value in padded(rows, tokenizer).items()}
+            logits = model(**batch).logits
+            for i, one, ids in zip(indices, logits, batch["input_ids"]):
+                likely = one[ids == tokenizer.mask_token_id].float().softmax(dim=-1).topk(5)
+                pairs = zip(likely.indices.tolist(), likely.values.tolist())
+                told = [
+                    [
+                        {"token": str(tokenizer.decode([t])).strip(), "probability": p}
+                        for t, p in zip(*m)
+                    ]
+                    for m in pairs
+                ]
+                answers[i] = {"prediction": [m[0]["token"] for m in told], "likeliest": told}
+    return [answers[i] for i in range(len(encoded))]

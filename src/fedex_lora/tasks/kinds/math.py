@@ -18,7 +18,7 @@ from fedex_lora.errors import DataError, RecipeError
 from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks import answers, latex
 from fedex_lora.tasks.arithmetic import answer_of, same
-from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based
+from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, with_columns
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import evaluate_loss, language_task
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
@@ -109,6 +109,8 @@ class Math(TaskSpec):
             encode_evaluation=partial(_encode_evaluation, self.generate),
             evaluate=answering if self.generate else evaluate_loss,
             check_room=partial(check_room, self.max_new_tokens) if self.generate else None,
+            decoding=Decoding(self.max_new_tokens),
+            blank=_blank,
         )
         return replace(task, evaluation_splits=SPLITS)
 
@@ -156,6 +158,13 @@ def _check(needs_library: bool, rows: Dataset, where: str, line_of: LineOf = one
 
 _EXPECTED = "query and response (MetaMathQA), question and answer (GSM8K), or problem and solution \
 (MATH)"
+
+
+def _blank(rows: Dataset, where: str) -> Dataset:
+    """The rows with a solution to each problem."""
+    check_columns(rows, (), where)
+    solutions = [solved for asked, solved in FORMS.values() if asked in rows.column_names]
+    return with_columns(rows, {name: ["#### 0"] * len(rows) for name in solutions})
 
 
 def _problems(rows: Dataset) -> list[Problem]:

@@ -17,7 +17,9 @@ from fedex_lora.tasks.base import (
     Batch,
     Collate,
     LineOf,
+    Prediction,
     Task,
+    blanked,
     check_columns,
     one_based,
     pad_inputs,
@@ -81,6 +83,15 @@ class MultiLabelClassification(TaskSpec):
             evaluate=_evaluate,
             labels=names,
             multi_label=True,
+            prediction=Prediction(
+                blank=partial(
+                    blanked,
+                    columns=(self.text_column,),
+                    answers={self.label_column: ""},
+                    keys=("text_column",),
+                ),
+                tell=partial(_tell, names),
+            ),
         )
 
 
@@ -199,3 +210,19 @@ def _evaluate(
     }
     right = float((found == wanted).all(axis=1).mean())
     return {**scores, "exact_match": right, "loss": loss}
+
+
+def _tell(
+    names: tuple[str, ...],
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    """The classes whose probability is above one half, and the probabilities of all."""
+    found = row_logits(model, encoded, tokenizer, batch_size).sigmoid().tolist()
+    return [
+        {"prediction": [n for n, p in zip(names, row) if p > 0.5], "probability": row}
+        for row in found
+    ]

@@ -16,14 +16,18 @@ from fedex_lora.tasks.base import (
     Batch,
     Collate,
     LineOf,
+    Prediction,
     Task,
+    blanked,
     by_length,
     check_columns,
     evaluating,
     one_based,
     pad_inputs,
     refuse_first,
+    with_columns,
 )
+from fedex_lora.tasks.classification import told
 from fedex_lora.tasks.encoding import encode_texts
 from fedex_lora.tasks.lazy import (
     Dataset,
@@ -70,7 +74,15 @@ class MultipleChoice(TaskSpec):
             collator=_collator,
             evaluate=_evaluate,
             stratify=self.label_column,
+            prediction=Prediction(
+                blank=self._blank, encode=partial(_encode_choices, self), tell=_tell
+            ),
         )
+
+    def _blank(self, rows: Dataset, where: str) -> Dataset:
+        columns = (self.question_column, *self.choices)
+        keys = ("question_column", *(self.choice_columns or ["choices_column"]))
+        return blanked(rows, where, columns, {self.label_column: 0}, keys)
 
 
 register_task("multiple-choice", MultipleChoice)
@@ -182,12 +194,40 @@ def _evaluate(
     batch_size: int,
     outputs: Outputs | None = None,
 ) -> dict[str, float]:
-    collate, total, right = _collator(tokenizer), 0.0, 0
+    logits = _logits(model, encoded, tokenizer, batch_size)
+    labels = torch.tensor(encoded["labels"][:])
+    right = (logits.argmax(dim=1) == labels).double().mean().item()
+    return {"accuracy": right, "loss": functional.cross_entropy(logits, labels).item()}
+
+
+def _logits(
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> torch.Tensor:
+    """Rows × choices in the order of `encoded`, float64 on the CPU."""
+    collate, parts = _collator(tokenizer), dict[int, torch.Tensor]()
     with evaluating(model) as device:
-        for _, rows in by_length(encoded, batch_size):
-            batch = {key: value.to(device) for key, value in collate(rows).items()}
-            labels = batch.pop("labels")
-            logits = model(**batch).logits.double()
-            total += functional.cross_entropy(logits, labels, reduction="sum").item()
-            right += int((logits.argmax(dim=1) == labels).sum())
-    return {"accuracy": right / len(encoded), "loss": total / len(encoded)}
+        for indices, rows in by_length(encoded, batch_size):
+            batch = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}
+            parts |= zip(indices, model(**batch).logits.double().cpu())
+    return torch.stack([parts[i] for i in range(len(encoded))])
+
+
+def _encode_choices(
+    spec: MultipleChoice, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    """The encoded rows with the texts of their choices."""
+    texts = [choices for _, choices, _ in _records(spec, rows)]
+    return with_columns(_encode(spec, rows, tokenizer, max_length), {"texts": texts})
+
+
+def _tell(
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    """The likeliest choice, and its probability."""
+    logits = _logits(model, encoded, tokenizer, batch_size)
+    texts = encoded["texts"][:]
+    return [told(mine, row[None])[0] for mine, row in zip(texts, logits, strict=True)]

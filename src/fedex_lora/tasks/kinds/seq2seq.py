@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from pydantic import Field
 
 from fedex_lora.errors import check_installed
-from fedex_lora.recipe import TaskSpec, register_task
+from fedex_lora.recipe import Problem, TaskSpec, register_task
+from fedex_lora.tasks import rouge
 from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
     Collate,
+    Prediction,
     Task,
     by_length,
     evaluating,
@@ -25,7 +28,13 @@ from fedex_lora.tasks.base import (
 )
 from fedex_lora.tasks.encoding import encode_texts
 from fedex_lora.tasks.generation import Decoding, generate_from_encoded, verdicts
-from fedex_lora.tasks.kinds.instruction import Templates, check_templates, records, templates_of
+from fedex_lora.tasks.kinds.instruction import (
+    Templates,
+    blank_templates,
+    check_templates,
+    records,
+    templates_of,
+)
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, functional, nn
 from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, SHARE, exact_match, perplexity
 from fedex_lora.tasks.outputs import Outputs
@@ -38,16 +47,22 @@ class Seq2Seq(TaskSpec):
     generate: bool = (
         False  # generate responses when evaluating, and score BLEU, chrF, exact matches
     )
+    rouge: bool = False  # ROUGE of these too, of which rougeL selects the best round
     max_new_tokens: int = Field(default=64, ge=1, le=10**7)
     num_beams: int = Field(default=1, ge=1, le=1000)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from rouge.problems(self.rouge, self.generate)
 
     def build(self, labels: Sequence[str] | None) -> Task:
         templates = templates_of(self.prompt, self.response)
         metrics = {"perplexity": PERPLEXITY, "loss": LOSS}
-        decoding = Decoding(self.max_new_tokens, self.num_beams) if self.generate else None
-        if decoding is not None:
+        decoding = Decoding(self.max_new_tokens, self.num_beams)
+        if self.generate:
             check_installed("sacrebleu", "task.generate", "or set task.generate: false")
             metrics = {"bleu": SHARE, "chrf": SHARE, "exact_match": SHARE, **metrics}
+        metrics = {**rouge.asked(self.rouge), **metrics}
         return Task(
             name="seq2seq",
             auto_model="AutoModelForSeq2SeqLM",
@@ -59,7 +74,10 @@ class Seq2Seq(TaskSpec):
             check=partial(check_templates, templates),
             encode=partial(_encode, templates, self.max_target_length),
             collator=_collator,
-            evaluate=partial(_evaluate, decoding),
+            evaluate=partial(_evaluate, decoding if self.generate else None, self.rouge),
+            prediction=Prediction(
+                blank=partial(blank_templates, templates), tell=partial(_tell, decoding)
+            ),
         )
 
 
@@ -92,6 +110,7 @@ def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
 
 def _evaluate(
     decoding: Decoding | None,
+    with_rouge: bool,
     model: nn.Module,
     encoded: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -111,11 +130,26 @@ def _evaluate(
     from sacrebleu import corpus_bleu, corpus_chrf  # noqa: PLC0415 - optional
 
     return {
+        **(rouge.rouge(found, references) if with_rouge else {}),
         "bleu": corpus_bleu(found, [references]).score / 100,
         "chrf": corpus_chrf(found, [references]).score / 100,
         "exact_match": exact_match(found, references),
         **scores,
     }
+
+
+def _tell(
+    decoding: Decoding,
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    decoding = replace(decoding, max_new_tokens=max_new_tokens or decoding.max_new_tokens)
+    prompts = encoded["input_ids"][:]
+    texts = generate_from_encoded(model, tokenizer, prompts, decoding, batch_size)
+    return [{"prediction": text} for text in texts]
 
 
 def _loss(

@@ -19,7 +19,9 @@ from fedex_lora.tasks.base import (
     Batch,
     Collate,
     LineOf,
+    Prediction,
     Task,
+    blanked,
     by_length,
     check_columns,
     evaluating,
@@ -27,6 +29,7 @@ from fedex_lora.tasks.base import (
     pad,
     pad_inputs,
     refuse_first,
+    with_columns,
 )
 from fedex_lora.tasks.encoding import shortened
 from fedex_lora.tasks.entities import (
@@ -37,6 +40,7 @@ from fedex_lora.tasks.entities import (
     on_tokens,
     sequences,
     tags_of,
+    told,
 )
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, datasets, functional, nn, torch
 from fedex_lora.tasks.metrics import LOSS, SHARE
@@ -79,6 +83,11 @@ class TokenClassification(TaskSpec):
             collator=_collator,
             evaluate=partial(_evaluate, tags),
             labels=tags,
+            prediction=Prediction(
+                blank=partial(_blank, self),
+                encode=partial(_encode, self, tags, placed=True),
+                tell=partial(_tell, tags),
+            ),
         )
 
 
@@ -106,6 +115,15 @@ def _check(
     keys = ("text_column", "entities_column") if spans else ("tokens_column", "tags_column")
     check_columns(rows, columns, where, keys)
     refuse_first(map(partial(_problem, spec, tags), _records(spec, rows)), where, line_of)
+
+
+def _blank(spec: TokenClassification, rows: Dataset, where: str) -> Dataset:
+    """The rows without entities."""
+    if _columns(spec, rows)[0] == spec.text_column:
+        return blanked(rows, where, [spec.text_column], {spec.entities_column: []}, ["text_column"])
+    check_columns(rows, [spec.tokens_column], where, ["tokens_column"])
+    tags = [["O"] * len(words or []) for words in rows[spec.tokens_column]]
+    return with_columns(rows, {spec.tags_column: tags})
 
 
 def _problem(
@@ -148,7 +166,9 @@ def _encode(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    placed: bool = False,
 ) -> Dataset:
+    """The rows as tokens; `placed` says of each where it stands in the text, too."""
     if not tokenizer.is_fast:
         raise RecipeError(
             "task.kind: token-classification needs to know where tokens begin, and the tokenizer "
@@ -164,12 +184,17 @@ def _encode(
         )
     )
     offsets = encoding.pop("offset_mapping")
-    placed = [on_tokens(row, spans, tags) for row, spans in zip(found, offsets)]
-    _tell(found, offsets, [crossing for _, crossing in placed])
-    return Dataset.from_dict({**encoding, "labels": [labels for labels, _ in placed]})
+    on = [on_tokens(row, spans, tags) for row, spans in zip(found, offsets)]
+    _warn(found, offsets, [crossing for _, crossing in on])
+    encoding["labels"] = [labels for labels, _ in on]
+    if placed:
+        encoding["offsets"] = offsets
+        encoding["text"] = [row.text for row in found]
+        encoding["words"] = [None if row.words is None else len(row.words) for row in found]
+    return Dataset.from_dict(encoding)
 
 
-def _tell(found: Sequence[Annotated], offsets: Sequence[Any], crossing: Sequence[Any]) -> None:
+def _warn(found: Sequence[Annotated], offsets: Sequence[Any], crossing: Sequence[Any]) -> None:
     across = [(row, entity) for row, some in zip(found, crossing) for entity in some]
     if across:
         row, entity = across[0]
@@ -204,19 +229,15 @@ def _evaluate(
     from seqeval import metrics as seqeval_metrics  # noqa: PLC0415 - optional
 
     metrics: Any = seqeval_metrics  # whose types say that 0 is no value of zero_division
-    collate, told, total = _collator(tokenizer), dict[int, list[int]](), 0.0
-    with evaluating(model) as device:
-        for indices, rows in by_length(encoded, batch_size):
-            batch = {key: value.to(device) for key, value in collate(rows).items()}
-            labels = batch.pop("labels")
-            logits = model(**batch).logits.double()
-            total += functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-            ).item()
-            best = torch.where(labels == IGNORED, IGNORED, logits.argmax(dim=-1))
-            told |= zip(indices, best.tolist())
+    best, total = list[list[int]](), 0.0
+    for logits, row in zip(_logits(model, encoded, tokenizer, batch_size), encoded["labels"]):
+        labels = torch.tensor(row)
+        total += functional.cross_entropy(
+            logits, labels, ignore_index=IGNORED, reduction="sum"
+        ).item()
+        best.append(torch.where(labels == IGNORED, IGNORED, logits.argmax(dim=-1)).tolist())
     wanted = list(sequences(tags, encoded["labels"][:]))
-    found = list(sequences(tags, [told[i] for i in range(len(encoded))]))
+    found = list(sequences(tags, best))
     scores = {
         "f1": metrics.f1_score(wanted, found, zero_division=0),
         "precision": metrics.precision_score(wanted, found, zero_division=0),
@@ -228,3 +249,46 @@ def _evaluate(
         "accuracy": right,
         "loss": total / len(pairs),
     }
+
+
+def _logits(
+    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[torch.Tensor]:
+    """Of each row: tokens × tags, float64 on the CPU."""
+    collate, found = _collator(tokenizer), dict[int, torch.Tensor]()
+    with evaluating(model) as device:
+        for indices, rows in by_length(encoded, batch_size):
+            batch = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}
+            logits = model(**batch).logits.double().cpu()
+            found |= {i: one[: len(r["labels"])] for i, r, one in zip(indices, rows, logits)}
+    return [found[i] for i in range(len(encoded))]
+
+
+def _tell(
+    tags: tuple[str, ...],
+    model: nn.Module,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> list[dict[str, Any]]:
+    """Of a text its entities; of words a tag each and its probability, None beyond max_length."""
+    answers, cut = [], 0
+    for row, logits in zip(encoded, _logits(model, encoded, tokenizer, batch_size), strict=True):
+        row = dict(row)
+        asked = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+        best = logits.softmax(dim=-1).max(dim=-1)
+        numbers, values = best.indices.tolist(), best.values.tolist()
+        named, sure = [tags[numbers[i]] for i in asked], [values[i] for i in asked]
+        if row["words"] is not None:
+            missing = row["words"] - len(asked)
+            cut += missing > 0
+            answers.append({"prediction": named + [None] * missing})
+            answers[-1]["probability"] = sure + [None] * missing
+        else:
+            cut += bool(row["text"][max((end for _, end in row["offsets"]), default=0) :].strip())
+            places = [row["offsets"][i] for i in asked]
+            answers.append({"prediction": told(row["text"], places, named, sure)})
+    if cut:
+        _log.warning("%d of %d rows are told up to max_length only", cut, len(answers))
+    return answers

@@ -1,0 +1,222 @@
+"""Writes docs/claims.md and its plot from summaries of runs: `python docs/claims.py`.
+
+`python docs/claims.py add DIR...` first puts the finished runs below each DIR, as `grid` and
+`compare` leave them, into docs/runs.jsonl: a line a run, its text files without its tensors. Runs
+of several machines add up there; one that is there already is replaced.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import stdev
+from tempfile import TemporaryDirectory
+
+import matplotlib.pyplot as plt
+from results import claims, difference, environments, model_name, setting
+from results_why import EXACT, REFERENCE, share_missed
+from scipy import stats
+
+from fedex_lora.errors import UserError
+from fedex_lora.experiments.analysis.runs import Run, read_runs
+from fedex_lora.experiments.analysis.scores import (
+    arm_scores,
+    differences,
+    final_score,
+    judged_split,
+    paired,
+)
+from fedex_lora.experiments.analysis.statistics import spread
+from fedex_lora.experiments.analysis.study import Study, study
+from fedex_lora.experiments.compare import markdown_table
+
+HERE = Path(__file__).parent
+KEPT = HERE / "runs.jsonl"
+FILES = ("recipe.yaml", "metrics.jsonl", "results.json", "environment.json", "data.json")
+DIFFERENCE = 0.005  # of a score, that is to be seen
+POWER = 0.8  # the chance of seeing it where it is there
+
+ABOUT = """\
+# The claims on real models
+
+Written by `docs/claims.py` from [runs.jsonl](runs.jsonl), what runs say of themselves. Further
+runs, of any machine, add to it:
+
+    fedex-lora grid recipes/real/one-round.yaml --data DIR --out runs/real
+    python docs/claims.py add runs/real
+    python docs/claims.py
+"""
+PLAN = f"""\
+## What is tested, and how many seeds that takes
+
+Tested is the difference {EXACT} − {REFERENCE} of equal seeds, on the last split, after one round of
+10 local epochs: the setting of the paper's large models. First over all tasks of a group together,
+which was fixed before the runs; then by task. Of n seeds whose differences have the standard
+deviation s, a paired test at 5 % sees a difference d with a chance of {100 * POWER:.0f} % if
+n ≥ (t(n−1; .975) + t(n−1; {POWER:g}))²·s²/d². The table has the n for half a point,
+d = {DIFFERENCE:g}. Where fewer ran, "not seen" says little.
+"""
+PLOT = f"""\
+## Where exactness pays
+
+![Gain against deviation](claims.svg)
+
+Every pair of runs: what {EXACT} scores more than {REFERENCE}, against the share of the ideal update
+that averaging missed in the last round, ‖ideal − averaged‖ / ‖ideal‖.
+"""
+
+
+def kept(run: Run) -> dict[str, object]:
+    """A line of the file: the run's own text files; of paths, the last name alone."""
+    files: dict[str, str] = {}
+    for name in FILES:
+        path = run.path / name
+        if path.is_file():
+            files[name] = path.read_text()
+            for folder in filter(None, (run.recipe.data.path, run.recipe.model.name)):
+                if str(folder).startswith("/"):
+                    files[name] = files[name].replace(str(folder), Path(folder).name)
+    return {"run": "/".join(run.path.parts[-2:]), "files": files}
+
+
+def add(folders: Sequence[Path]) -> str:
+    runs, problems = read_runs(folders)
+    lines = {line["run"]: line for line in map(json.loads, KEPT.read_text().splitlines())}
+    new = {line["run"]: line for line in (kept(run) for run in runs if run.finished)}
+    lines |= new
+    text = "".join(json.dumps(lines[name], ensure_ascii=False) + "\n" for name in sorted(lines))
+    KEPT.write_text(text)
+    return "\n".join([f"{len(new)} runs added or replaced, {len(lines)} in all", *problems])
+
+
+def unpacked(root: Path) -> list[Run]:
+    """The runs of the file, written below a folder and read as any others."""
+    for line in map(json.loads, KEPT.read_text().splitlines()):
+        folder = root / line["run"]
+        folder.mkdir(parents=True)
+        for name, text in line["files"].items():
+            (folder / name).write_text(text)
+    return read_runs([root])[0]
+
+
+def groups(runs: Sequence[Run]) -> dict[str, Study]:
+    """Runs that may be taken together: one model, partition, number of rounds and epochs."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        r = run.recipe
+        dealt = "alike" if r.federation.partition.kind == "iid" else "uneven"
+        length = f"{r.federation.rounds} × {r.training.get('num_train_epochs')} epochs"
+        name = f"{model_name(r.model.name)}, clients {dealt}, {length}"
+        found.setdefault(name, []).append(run)
+    return {name: study(some) for name, some in found.items()}
+
+
+def seeds_needed(spread_: float, wanted: float = DIFFERENCE) -> int:
+    """The fewest pairs with which a two-sided paired t-test at 5 % sees `wanted` with `POWER`.
+
+    n ≥ (t(n−1; .975) + t(n−1; POWER))²·s²/d²; s is the standard deviation of the differences.
+
+    Example:
+        >>> seeds_needed(0.005), seeds_needed(0.01)
+        (10, 34)
+    """
+    n = 2
+    while n < (sum(stats.t.ppf([0.975, POWER], n - 1)) * spread_ / wanted) ** 2:
+        n += 1
+    return n
+
+
+def differs(part: Study, task: str) -> list[float]:
+    """fedex − fedit, a value a seed."""
+    found = differences(
+        part,
+        lambda p: p.run.recipe.method.name == EXACT and p.task == task,
+        lambda p: p.run.recipe.method.name == REFERENCE,
+    )
+    return [*found.get(task, [])]
+
+
+def group(name: str, part: Study) -> Iterator[str]:
+    """One table: a row a task, and what holds over all of them."""
+    yield f"## {name}\n"
+    yield setting(part.placed[0].run).split(" Data: ")[0] + "\n"
+    arms = {p.run.recipe.method.name: p.arm for p in part.placed}
+    others = [arms[m] for m in ("ffa", "centralized") if m in arms]
+    header = ["task, metric", "seeds", REFERENCE, EXACT, f"{EXACT} less {REFERENCE}"]
+    header += ["seeds for half a point", *(f"{arm} less {REFERENCE}" for arm in others), "missed"]
+    rows = []
+    for task in part.tasks:
+        scores = {row.arm: [*row.by_split.values()][-1] for row in arm_scores(part, task)}
+        pairs = differs(part, task)
+        missed = [share[-1] for p in part.of(task) if (share := share_missed(p.run))]
+        rows.append(
+            [f"{task}, {judged_split(part.of(task)[0].run)}", str(len(pairs))]
+            + [spread(scores[arms[m]]) for m in (REFERENCE, EXACT)]
+            + [difference(part, arms[EXACT], task, arms[REFERENCE])]
+            + [str(seeds_needed(stdev(pairs))) if len(pairs) > 1 else "-"]
+            + [difference(part, arm, task, arms[REFERENCE]) for arm in others]
+            + [spread(missed)]
+        )
+    yield markdown_table(header, rows)
+    if len(rows) > 1 and (over := paired(part, arms[EXACT], arms[REFERENCE])) is not None:
+        yield f"Over these tasks: {over.verdict()}\n"
+
+
+def draw(parts: Mapping[str, Study]) -> None:
+    """The gain of every pair of runs against what averaging missed, as claims.svg."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, part in parts.items():
+        ours, theirs = (
+            {
+                (p.task, p.seed): score
+                for p in part.placed
+                if p.run.recipe.method.name == method and (score := final_score(p.run)) is not None
+            }
+            for method in (EXACT, REFERENCE)
+        )
+        missed = {(p.task, p.seed): share for p in part.placed if (share := share_missed(p.run))}
+        both = ours.keys() & theirs.keys() & missed.keys()
+        points = [(missed[key][-1], ours[key] - theirs[key]) for key in sorted(both)]
+        axes.scatter([x for x, _ in points], [y for _, y in points], s=12, label=name)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(
+        xlabel="share of the ideal update that averaging misses", ylabel=f"{EXACT} − {REFERENCE}"
+    )
+    axes.legend(fontsize="small")
+    plt.rcParams["svg.hashsalt"] = "claims"  # the same file from the same runs
+    figure.savefig(HERE / "claims.svg", metadata={"Date": None})
+
+
+def page(runs: Sequence[Run]) -> Iterator[str]:
+    every = groups(runs)
+    compared = {
+        name: part
+        for name, part in every.items()
+        if {EXACT, REFERENCE} <= {p.run.recipe.method.name for p in part.placed}
+    }
+    yield ABOUT
+    yield f"{len(runs)} runs.\n"
+    yield PLAN
+    for name, part in compared.items():
+        yield from group(name, part)
+    yield PLOT
+    for model in dict.fromkeys(run.recipe.model.name for run in runs):
+        told = claims([run for run in runs if run.recipe.model.name == model])
+        yield from (text.replace("these runs", model_name(model)) for text in told)
+    yield from environments(runs)
+    draw(compared)
+
+
+if __name__ == "__main__":
+    try:
+        if sys.argv[1:2] == ["add"]:
+            print(add([*map(Path, sys.argv[2:])]))
+        elif sys.argv[1:]:
+            sys.exit(__doc__)
+        else:
+            with TemporaryDirectory() as folder:
+                parts = page(unpacked(Path(folder)))
+                text = "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
+            (HERE / "claims.md").write_text(text)
+    except UserError as error:
+        sys.exit(f"error: {error}")
