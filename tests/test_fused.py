@@ -9,13 +9,13 @@ import small_runs
 import torch
 from pydantic import ValidationError
 from small_runs import SIZES, recipe
-from tiny import TEXT, tiny
+from tiny import ENCODERS, TEXT, tiny
 from torch import nn
 from torch.nn import functional
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.engines.fused.batches import Rows, together
-from fedex_lora.engines.fused.losses import client_losses
+from fedex_lora.engines.fused.losses import client_losses, labelled_losses
 from fedex_lora.engines.fused.stack import Stack
 from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.setup import set_up
@@ -73,12 +73,20 @@ def assert_same(alone, fused):
 
 
 @pytest.mark.parametrize("kind", NO_DROPOUT)
-def test_each_client_ends_where_it_would_have_ended_by_itself(tmp_path, kind):
+def test_each_client_ends_where_it_would_have_ended_by_itself(tmp_path, kind, monkeypatch):
     """With batches of 2, the clients have 9, 3 and 5 rows: their last batches differ in size, and
     they take 10, 4 and 6 steps."""
     federation = set_up(made(tmp_path, kind))
+    counted: list[int] = []  # steps that took logits at labelled positions alone
+
+    def labelled(*given):
+        counted.append(1)
+        return labelled_losses(*given)
+
+    monkeypatch.setattr("fedex_lora.engines.fused.train.labelled_losses", labelled)
     alone, fused = both_ways(federation)
     assert_same(alone, fused)
+    assert len(counted) == (0 if kind in ENCODERS else 10)
     assert [u.metrics["steps"] for u in fused] == [10, 4, 6]
     start = federation.initial.layers
     ends = [(start[name].A, f.A) for u in fused for name, f in u.end.layers.items()]

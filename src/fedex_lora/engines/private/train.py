@@ -17,9 +17,7 @@ from datasets import Dataset
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.private.account import Steps
 from fedex_lora.engines.private.begin import Spending
-from fedex_lora.engines.private.gradients import (
-    per_example,
-)
+from fedex_lora.engines.private.gradients import per_example
 from fedex_lora.engines.private.losses import example_losses
 from fedex_lora.engines.private.optimizer import PrivateOptimizer
 from fedex_lora.engines.private.plan import shape_of
@@ -27,7 +25,8 @@ from fedex_lora.engines.training import Batches, make_trainer
 from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.federation.randomness import poisson_sample, rehearsed, secret
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.tasks.base import Batch
+from fedex_lora.tasks.base import IGNORED, Batch
+from fedex_lora.tasks.labelled import Head, frozen_head, token_losses
 
 
 class Predicting(Batches, Protocol):
@@ -86,6 +85,7 @@ class PrivateTrainer:
             args = {"train_sampling_strategy": "random", **self.training}
             trainer = make_trainer(model, self.task, rows, args, seed, directory)
             trainer.create_optimizer_and_scheduler(spent.count)
+            head = frozen_head(model.module, rows)
             model.module.train()
             with per_example(model):
                 inner: Any = trainer.optimizer
@@ -101,7 +101,7 @@ class PrivateTrainer:
                     ]
                     for part in parts:
                         batch = collate([rows[row] for row in part])
-                        _backward(model, batch, self.task.regression, smoothing)
+                        _backward(model, batch, self.task.regression, smoothing, head)
                         optimizer.accumulate()
                     optimizer.finish()
                     trainer.lr_scheduler.step()  # pyright: ignore
@@ -118,10 +118,18 @@ class PrivateTrainer:
         return Trained(metrics, model.read())
 
 
-def _backward(model: AdaptedModel, batch: Batch, regression: bool, smoothing: float) -> None:
+def _backward(
+    model: AdaptedModel, batch: Batch, regression: bool, smoothing: float, head: Head | None
+) -> None:
     labels = batch.pop("labels").to(model.device)
-    logits = model.module(**{k: v.to(model.device) for k, v in batch.items()}).logits
-    example_losses(logits, labels, regression, smoothing).sum().backward()
+    inputs = {k: v.to(model.device) for k, v in batch.items()}
+    if head is None:
+        logits = model.module(**inputs).logits
+        total = example_losses(logits, labels, regression, smoothing).sum()
+    else:
+        weights = 1 / labels[:, 1:].ne(IGNORED).sum(1).clamp(min=1)
+        total = token_losses(head, inputs, labels, smoothing, weights).total
+    total.backward()
 
 
 def _lengths(rows: Dataset) -> list[int]:
