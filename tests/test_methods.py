@@ -115,7 +115,7 @@ def test_an_assignment_that_contradicts_itself_is_refused_at_once(assignment, wh
         (replace(AVERAGE, assignment=Alone(), residual="exact"), "the server does not see"),
         (replace(AVERAGE, assignment=Keep(), residual="zero"), "a residual is not zero"),
         (replace(AVERAGE, assignment=OwnSvd(), trains="all"), "no factors that could be own"),
-        (replace(AVERAGE, trains="A"), "trains is 'A'; expected one of both, B, alternate, all"),
+        (replace(AVERAGE, trains="A"), "trains is 'A'; expected one of both, B, alternate, inn"),
         (replace(AVERAGE, residual="kept"), "residual is 'kept'; expected one of exact, trunc"),
         (replace(AVERAGE, source=""), "its `source` is missing"),
         (Average(), r"Average\(\) is no Method; expected Method\(trains, assignment, residual"),

@@ -38,6 +38,15 @@ def test_what_secure_aggregation_cannot_do_is_refused_by_name() -> None:
     assert "nobody sees an update" in _problems(records={"save_updates": True})
     assert "single clients' scores" in _problems(evaluation={"where": "both"})
     assert "a sum over 1 client" in _problems(federation={"clients": 4, "clients_per_round": 1})
+    assert "median needs every client's factors" in _problems(federation={"mean": "median"})
+    assert "align: needs every client's factors" in _problems(federation={"align": True})
+    assert "waits for all who took part" in _problems(federation={"oversample": 1.5})
+    level = {"noise_multiplier": 1.0, "delta": 1e-5, "clip": 1.0}
+    both = {"secure_aggregation": True, "client_level": level}
+    assert "does not go with privacy.client_level" in _problems(privacy=both)
+    level = {"epsilon": 8, "delta": 1e-5, "max_grad_norm": 1.0}
+    both = {"secure_aggregation": True, "example_level": level}
+    assert "does not go with privacy.example_level" in _problems(privacy=both)
     for threshold in (2, 5):
         block = {"secure_aggregation": {"threshold": threshold}}
         assert "more than half of the 4" in _problems(privacy=block, federation={"clients": 4})

@@ -22,7 +22,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from fedex_lora.aggregation.adapter import AdapterState, fresh, uniform
+from fedex_lora.aggregation.adapter import AdapterState, folded, fresh, uniform
 from fedex_lora.aggregation.methods import Method, get_method
 from fedex_lora.disk import new_directory
 from fedex_lora.engines.local import LocalEngine
@@ -283,7 +283,7 @@ class Federation:
             raise UserError(f"client: every client has a model of its own; name one of {names}")
         if client is not None:
             return start_of(self.state, self.settings, client)
-        return AdapterState(global_factors(self.state, self.settings), self.state.head)
+        return folded(AdapterState(global_factors(self.state, self.settings), self.state.head))
 
 
 def _plain(value: Any) -> Any:

@@ -41,7 +41,7 @@ class DataError(UserError):
 
 
 class ProtocolError(UserError):
-    """A message is none, is out of order, or says what cannot be."""
+    """A message is none, is out of order, or says what cannot be; no row is quoted."""
 
 
 class StorageError(UserError):
@@ -202,7 +202,7 @@ def for_others(error: BaseException) -> str:
     if any(isinstance(one, Withheld) for one in chain):
         return "its data cannot be used; its own log says why"
     others = foreign(error)
-    if not others:
+    if not others or isinstance(error, ProtocolError):
         return str(error)
     key = _KEY.match(str(error)) if isinstance(error, UserError) else None
     return f"{key[0] if key else ''}{type(others[-1]).__name__}; its own log says why"

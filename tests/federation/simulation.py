@@ -92,9 +92,7 @@ def simulate(s: Settings, rounds: int = 5, **kwargs) -> tuple[list[ServerState],
     """All states from the start on, the clients, and the records."""
     start = initial(s)
     state = begin(s, start)
-    clients = Clients(
-        s, {c: AdapterState(start_of(state, s, c).layers, start.head) for c in s.clients}, **kwargs
-    )
+    clients = Clients(s, {c: start_of(state, s, c) for c in s.clients}, **kwargs)
     states, records = [state], []
     for _ in range(rounds):
         state, record = run_round(state, s, clients)

@@ -12,8 +12,9 @@ from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Lost, Update, flat, only
-from fedex_lora.federation.secure.member import Member
+from fedex_lora.federation.secure.member import Added, Member
 from fedex_lora.federation.secure.messages import Answer, Ask
+from fedex_lora.federation.secure.sums import summand
 from fedex_lora.federation.settings import Secure, Settings
 from fedex_lora.federation.state import start_of
 
@@ -69,6 +70,9 @@ class Crowd:
         rows = s.examples[client]
         return start, Update(exchange.round, client, tensors, rows, {"loss": float(rows)})
 
+    def _added(self, exchange: Exchange, client: str) -> Added:
+        return lambda widths: summand(exchange.settings, widths, *self.trained(exchange, client))
+
     def train(self, exchange: Exchange) -> Iterator[Update | Lost]:
         for client in exchange.clients:
             if client in self.gone:
@@ -87,9 +91,9 @@ class Crowd:
                 continue
             member = Member(client) if ask.step == "keys" else Member.load(self.kept[client])
             try:
-                answer = member.answer(
-                    ask, exchange.settings, lambda c=client: self.trained(exchange, c)
-                )
+                secure = exchange.settings.secure
+                assert secure is not None
+                answer = member.answer(ask, secure, self._added(exchange, client))
                 self.seen.append((step, answer))
                 yield self.forged(step, answer)
             except UserError as error:

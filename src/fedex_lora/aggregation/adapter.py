@@ -79,6 +79,35 @@ class AdapterState:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def inner_name(layer: str) -> str:
+    """What R of a layer is called in the head, where one is trained between its A and B."""
+    return f"{layer}.inner"
+
+
+def weight_name(layer: str) -> str:
+    """What the gradient of a layer's whole weight is called in the head, where one is sent."""
+    return f"{layer}.weight"
+
+
+def folded(state: AdapterState) -> AdapterState:
+    """The same change with plain factors: B·R in the place of B where the head holds an R.
+
+    Example:
+        >>> f = Factors(torch.ones(2, 3), torch.ones(4, 2), 1.0)
+        >>> r = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+        >>> whole = folded(AdapterState({"q": f}, {"q.inner": r}))
+        >>> whole.layers["q"].B[0].tolist(), list(whole.head)
+        ([2.0, 3.0], [])
+    """
+    head = dict(state.head)
+    inner = {name: head.pop(inner_name(name), None) for name in state.layers}
+    layers = {
+        name: f if (r := inner[name]) is None else replace(f, B=f.B @ r)
+        for name, f in state.layers.items()
+    }
+    return AdapterState(layers, head)
+
+
 def uniform(layers: Mapping[str, Factors]) -> dict[str, Factors]:
     """The same changes at one rank for all layers, the largest, and at scale 1: padded with zeros.
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
+from fedex_lora.aggregation.adapter import (
+    AdapterState,
+    Factors,
+    LayerShape,
+    inner_name,
+    weight_name,
+)
 from fedex_lora.aggregation.assignment import Assigned
 from fedex_lora.aggregation.combining import Combining
 from fedex_lora.aggregation.delta import Delta
@@ -111,7 +117,7 @@ class Aggregator:
         self.method, self.eta, self.combining = method, eta, combining
         needs = method.assignment.needs
         seen = method.assignment.sent_up(trained)
-        self._sees_all = seen == trained
+        self._sees_all = seen == trained and method.trains != "inner"
         self._layers = {
             name: LayerSums(layer, needs, seen, eta, clients) for name, layer in layers.items()
         }
@@ -187,7 +193,8 @@ class Aggregator:
 
         Args:
             norms: Whether to measure `deviation` and `ideal`, which takes longer than the rest.
-                They are of products, so not where clients keep a factor that they trained.
+                They are of products, so not where clients keep a factor that they trained, or
+                train what lies between the factors.
         """
         missed = self._take_robustly() if self.combining.robust else {}
         self._take_waiting()
@@ -215,11 +222,14 @@ def concluded(
     Args:
         norms: Whether to measure `deviation` and `ideal`.
     """
-    factors, increment, measured = {}, {}, {}
+    factors, increment, measured, head = {}, {}, {}, dict(head)
     for name, statistics in layers:
         if norms:
             measured[name] = statistics.norms()
-        assigned = assign(method, statistics)
+        gradient = head.pop(weight_name(name), None)
+        assigned = assign(method, replace(statistics, gradient=gradient))
+        if assigned.inner is not None:
+            head[inner_name(name)] = assigned.inner
         if assigned.factors is not None:
             factors[name] = assigned.factors
         if assigned.left_out is not None and method.in_ledger:

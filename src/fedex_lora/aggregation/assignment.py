@@ -15,6 +15,8 @@ from itertools import chain, combinations
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedex_lora.aggregation.adapter import Factors
     from fedex_lora.aggregation.delta import Delta
     from fedex_lora.aggregation.statistics import Statistics
@@ -34,10 +36,12 @@ class Assigned:
             where no factor comes from the server.
         left_out: The residual: what of G' − base the factors do not express. None if nothing is
             left, or nobody asks.
+        inner: R (r × r) between B and A from now on, if it is new; it goes into the head.
     """
 
     factors: Factors | None
     left_out: Delta | None = None
+    inner: Tensor | None = None
 
 
 @dataclass(frozen=True)

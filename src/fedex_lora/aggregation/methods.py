@@ -29,6 +29,7 @@ from fedex_lora.aggregation.assignment import (
 from fedex_lora.aggregation.assignments.by_norm import ByNorm
 from fedex_lora.aggregation.assignments.corrected import CorrectedB
 from fedex_lora.aggregation.assignments.fitted import Fitted
+from fedex_lora.aggregation.assignments.inner import Inner
 from fedex_lora.aggregation.assignments.robust_pca import RobustPca
 from fedex_lora.aggregation.assignments.shared_a import SharedA
 from fedex_lora.aggregation.assignments.thresholded import Thresholded
@@ -37,7 +38,7 @@ from fedex_lora.errors import RecipeError, UserError, did_you_mean
 
 GROUP = "fedex_lora.methods"  # of entry points
 
-Trains = Literal["both", "B", "alternate", "all"]
+Trains = Literal["both", "B", "alternate", "inner", "all"]
 Residual = Literal["exact", "truncated", "partial", "dropped", "zero"]
 Option = float | int | bool | str
 
@@ -47,8 +48,9 @@ class Method:
     """One method: three choices, and for the baselines whose data it trains on.
 
     Attributes:
-        trains: "both" factors; "B" only; "alternate": B in odd rounds, A in even ones; "all"
-            parameters of the model, without LoRA.
+        trains: "both" factors; "B" only; "alternate": B in odd rounds, A in even ones; "inner": an
+            r × r matrix between them, once round 1 has brought the factors; "all" parameters of the
+            model, without LoRA. The last two are trained as a head is.
         assignment: Which factors the clients get next.
         residual: "exact": all of it goes into the base; "truncated" to a rank; "partial": as much
             as the assignment gives of it; "dropped"; "zero": there is none by construction.
@@ -98,6 +100,8 @@ class Method:
         assignment = self.assignment
         if self.pooled or not self.exchanges:
             return "exchanges nothing, so there is nothing to sum"
+        if self.trains == "inner":
+            return "makes its factors from gradients, which go without secure aggregation so far"
         if "ends" in assignment.needs:
             return "reads each client's factors by themselves, which no sum holds"
         if assignment.private:
@@ -118,8 +122,24 @@ class Method:
             (['B'], ['A'])
         """
         alternate = "B" if round % 2 else "A"
-        choice = {"both": "AB", "B": "B", "alternate": alternate, "all": ""}[self.trains]
-        return frozenset(choice)
+        choices = {"both": "AB", "B": "B", "alternate": alternate, "inner": "", "all": ""}
+        return frozenset(choices[self.trains])
+
+    def sends_gradients(self, round: int) -> bool:
+        """Whether clients send the gradients of the adapted layers' whole weights in a round, and
+        the server makes all factors from them."""
+        return self.trains == "inner" and round == 1
+
+    def sent_down(self, round: int) -> frozenset[str]:
+        """Factors that are new for all clients after a round, of "A" and "B".
+
+        Example:
+            >>> sorted(METHODS["fed-sb"].sent_down(1)), sorted(METHODS["fed-sb"].sent_down(2))
+            (['A', 'B'], [])
+        """
+        if self.sends_gradients(round):
+            return self.assignment.shared
+        return self.assignment.sent_down(self.trained(round))
 
     def sent(self, round: int) -> frozenset[str]:
         """What updates hold in a round, of "A", "B" and "head". Of a client that is alone it is all
@@ -205,6 +225,7 @@ _OWN: dict[str, Method] = {
     "flora-na": Method("both", Fitted(), "dropped", "Nguyen et al., arXiv 2509.26399"),
     "hetlora": Method("both", ByNorm(), "dropped", "Cho et al., arXiv 2401.06432"),
     "fedrpca": Method("both", RobustPca(), "dropped", "Jhunjhunwala et al., arXiv 2506.01194"),
+    "fed-sb": Method("inner", Inner(), "zero", "Singhal et al., arXiv 2502.15436"),
     "full": Method("all", Average(), "zero", "McMahan et al., federated full fine-tuning"),
     "centralized": Method("both", Average(), "exact", "one client with all the data", pooled=True),
     "centralized-full": Method(

@@ -44,6 +44,7 @@ class Statistics:
         product: Σ wᵢsᵢ·(Bᵢ⁰Aᵢ⁰ + η(BᵢAᵢ − Bᵢ⁰Aᵢ⁰)), if asked for.
         increment: η·Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰), if asked for.
         ends: Every client in the order in which they were added, if asked for.
+        gradient: Σ wᵢGᵢ of the layer's whole weight (out × in), in a round in which that is sent.
     """
 
     layer: LayerShape
@@ -55,6 +56,7 @@ class Statistics:
     product: Delta | None = None
     increment: Delta | None = None
     ends: tuple[End, ...] = ()
+    gradient: Tensor | None = None
 
     @property
     def hollow(self) -> bool:

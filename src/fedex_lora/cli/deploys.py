@@ -91,6 +91,7 @@ def add_command(
     add(folder, names, say)
     _say_hand_over(folder, names)
     say("Where the recipe names the institutions (federation.names), name these there too.")
+    say("For secure aggregation the others put clients/NAME/key.pub into FOLDER/roster/NAME.pub.")
 
 
 @deploys.command("revoke")
@@ -188,6 +189,8 @@ def client_command(
         raise RecipeError(f"--epsilon: expected a number above 0, got {epsilon:g}")
     spec = read_recipe(recipe, [])
     account = own_account(spec, own / PRIVACY, data, "", epsilon)
+    if spec.privacy.secure_aggregation is not None and not deployment.insecure:
+        _show_roster(own)
     if check:
         from fedex_lora.engines.setup import client_rows, recipe_task
 
@@ -211,6 +214,56 @@ def client_command(
         programs = [node, commands.client_superexec(own, port)]
         _attend(programs, own, name, spec.federation.rounds, Asking(consent, say), monitor)
     _say_ended()
+
+
+def _show_roster(own: Path) -> None:
+    """Whose signatures this institution believes under secure aggregation."""
+    from fedex_lora.flower.deploy.roster import fingerprints, signer
+
+    signer(own)
+    for name, text in fingerprints(own).items():
+        say(f"{name}: {text}")
+    say(f"these keys are believed ({own / 'roster'}); compare them with the institutions")
+
+
+@deploys.command("roster")
+def roster_command(
+    folder: ClientFolder,
+    name: Annotated[str, typer.Option(help="The institution's, in a folder of several.")] = "",
+) -> None:
+    """Show the keys by which this institution knows the others under secure aggregation."""
+    from fedex_lora.flower.deploy.init import client_folder, read_deployment
+
+    own = client_folder(folder, name)
+    read_deployment(own)
+    _show_roster(own)
+
+
+@deploys.command("key")
+def key_command(
+    folder: Annotated[Path, typer.Argument(help="The institution's folder, or the deployment.")],
+    name: Annotated[str, typer.Option(help="The institution's name.")],
+    public: Annotated[
+        Path | None, typer.Option(help="At the coordinator: the key.pub that it sent.")
+    ] = None,
+) -> None:
+    """Make this institution's own key pair; or, with --public, take what another one has made."""
+    from fedex_lora.flower.deploy.changes import tell_server
+    from fedex_lora.flower.deploy.init import client_folder, read_deployment
+    from fedex_lora.flower.deploy.roster import own_pair, take_public
+
+    deployment = read_deployment(folder)
+    if name not in deployment.clients or deployment.insecure:
+        raise RecipeError(f"--name: {name!r} has no key here; {some(deployment.clients)} may have")
+    if public is not None:
+        take_public(folder, name, public)
+        tell_server(folder, say)
+        say(f"{name} is known by {public} now")
+        return
+    own = client_folder(folder, name)
+    own_pair(own, name)
+    say(f"Send {own / 'key.pub'} to the coordinator: deploy key DEPLOYMENT --name {name} --public")
+    say(f"and to the other institutions, who put it into FOLDER/roster/{name}.pub.")
 
 
 def _attend(

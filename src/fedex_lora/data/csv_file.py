@@ -3,10 +3,13 @@
 import csv
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset
 
+from fedex_lora.data.stored import AT_ONCE, stored
 from fedex_lora.data.text_file import kind, open_text
 from fedex_lora.errors import DataError, shown
 
@@ -15,8 +18,8 @@ SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", ":": "col
 _SAID = re.compile(r'"?sep=([,;\t|:])"?[\r\n]*', re.IGNORECASE)
 
 
-def read_csv(file: Path) -> Dataset:
-    """The rows of a comma- or (.tsv) tab-separated file with a header, as texts, in memory.
+def read_csv(file: Path, on_disk: bool = False) -> Dataset:
+    """The rows of a comma- or (.tsv) tab-separated file with a header, as texts.
 
     A first line `sep=;`, as Excel reads it, names another separator. Nothing is guessed: `2024`,
     `True` and `NA` are texts, an empty field is an empty text, and it is for the task to read a
@@ -30,16 +33,22 @@ def read_csv(file: Path) -> Dataset:
     line, header = next(records, (1, []))
     separator = _separator(file)[0]
     _check_header(header, separator, f"{file}, line {line}")
-    columns: list[list[str]] = [[] for _ in header]
-    for line, fields in records:
-        if len(fields) != len(header):
-            raise DataError(
-                f"{file}, line {line}: {len(fields)} field(s), where the header has {len(header)}. "
-                + _expected(separator)
-            )
-        for column, field in zip(columns, fields):
-            column.append(field)
-    return Dataset.from_dict({name: column for name, column in zip(header, columns) if name})
+    schema = pa.schema([(name, pa.string()) for name in header if name])
+
+    def tables() -> Iterator[pa.Table]:
+        while part := list(islice(records, AT_ONCE)):
+            for line, fields in part:
+                if len(fields) != len(header):
+                    raise DataError(
+                        f"{file}, line {line}: {len(fields)} field(s), where the header has "
+                        f"{len(header)}. {_expected(separator)}"
+                    )
+            columns = dict(zip(header, zip(*(fields for _, fields in part))))
+            yield pa.table({name: columns[name] for name in schema.names}, schema)
+
+    if on_disk:
+        return stored(tables(), schema)
+    return Dataset(pa.concat_tables([schema.empty_table(), *tables()]))
 
 
 def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:

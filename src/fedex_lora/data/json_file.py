@@ -11,18 +11,18 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from fedex_lora.data.stored import AT_ONCE, stored
 from fedex_lora.data.text_file import open_text
 from fedex_lora.errors import DataError, StorageError, shown
 
 DEEPEST = 30  # objects and lists within each other
-AT_ONCE = 10_000  # rows that are values of Python before they are columns
 Row = dict[str, Any]
 
 _BLANK = " \t\r\n"
 
 
-def read_json(file: Path) -> Dataset:
-    """The rows of a file of objects, in memory: one a line, one after the other, or in one list.
+def read_json(file: Path, on_disk: bool = False) -> Dataset:
+    """The rows of a file of objects: one a line, one after the other, or in one list.
 
     Nothing is guessed: a text that looks like a date is a text. A key that a row lacks is None
     there. A column with values of several kinds keeps them as they are.
@@ -31,15 +31,20 @@ def read_json(file: Path) -> Dataset:
         UserError: Something is no JSON object, a key is given twice in one, a text is no Unicode,
             or a whole number has more than 64 bits; the line is named.
     """
-    columns: dict[str, list[pa.Array]] = {}
-    records, count = json_records(file), 0
+    if on_disk:
+        schema = pa.schema({})
+        for part in _tables(file):  # what all columns hold shows at the end
+            schema = _joined([schema.empty_table(), part]).schema
+        return stored((_joined([schema.empty_table(), part]) for part in _tables(file)), schema)
+    return Dataset(_joined(list(_tables(file))))
+
+
+def _tables(file: Path) -> Iterator[pa.Table]:
+    """The rows, some at a time."""
+    records = json_records(file)
     while part := list(islice(records, AT_ONCE)):
-        for name in dict.fromkeys(name for _, row in part for name in row):
-            columns.setdefault(name, [pa.nulls(count)])
-        for name, arrays in columns.items():
-            arrays.append(_array(file, name, part))
-        count += len(part)
-    return Dataset(pa.table({name: _joined(arrays) for name, arrays in columns.items()}))
+        names = dict.fromkeys(name for _, row in part for name in row)
+        yield pa.table({name: _array(file, name, part) for name in names})
 
 
 def json_records(file: Path) -> Iterator[tuple[int, Row]]:
@@ -198,8 +203,17 @@ def _check_numbers(file: Path, name: str, part: Sequence[tuple[int, Row]]) -> No
             pass
 
 
-def _joined(arrays: Sequence[pa.Array]) -> pa.ChunkedArray | pa.Array:
+def _joined(parts: Sequence[pa.Table]) -> pa.Table:
+    """One after the other; what a part lacks is None there."""
+    names = dict.fromkeys(name for part in parts for name in part.column_names)
+    return pa.table({name: _column(name, parts) for name in names})
+
+
+def _column(name: str, parts: Sequence[pa.Table]) -> pa.ChunkedArray | pa.Array:
     """One column; where parts differ in kind, of the kind that holds all."""
+    arrays = [
+        part.column(name) if name in part.column_names else pa.nulls(len(part)) for part in parts
+    ]
     try:
         tables = [pa.table({"column": array}) for array in arrays]
         return pa.concat_tables(tables, promote_options="permissive").column(0)

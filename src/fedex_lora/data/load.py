@@ -118,7 +118,7 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
     if spec.clients is not None:
         _check_names(spec)
         clients = {
-            name: of_files(files, task, spec.train_examples, seed, name)
+            name: of_files(files, task, spec.train_examples, seed, name, spec.on_disk)
             for name, files in spec.files()
         }
     else:
@@ -150,7 +150,7 @@ def load_evaluation(
 
 def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) -> dict[str, Dataset]:
     if spec.path is not None and spec.path.is_file():
-        splits = {name_of(spec.path): _file_split(spec.path, task)}
+        splits = {name_of(spec.path): _file_split(spec.path, task, spec.on_disk)}
         found = list(splits)
     else:
         splits = _splits(spec, task, (*task.evaluation_splits, *([only] if only else [])))
@@ -177,7 +177,7 @@ def load_client(spec: DataSpec, task: Task, seed: int, name: str, file: Path) ->
     Raises:
         UserError: As for `load`.
     """
-    return _checked(_file_split(file, task), task, spec.train_examples, seed, name)
+    return _checked(_file_split(file, task, spec.on_disk), task, spec.train_examples, seed, name)
 
 
 @_readable()
@@ -188,7 +188,7 @@ def load_validation(spec: DataSpec, task: Task, seed: int, name: str) -> Dataset
     Raises:
         UserError: As for `load`.
     """
-    return of_files(several(spec.validation[name]), task, None, seed, name)
+    return of_files(several(spec.validation[name]), task, None, seed, name, spec.on_disk)
 
 
 @_readable()
@@ -218,10 +218,12 @@ def _splits(spec: DataSpec, task: Task, wanted: tuple[str, ...]) -> dict[str, Sp
         return {k: Split(_named(v, task), f"{spec.source}, {k}") for k, v in rows.items()}
     if spec.name is not None:
         return _hub_splits(spec, wanted, task)
-    return {} if spec.path is None else _directory_splits(spec.path, wanted, task)
+    return {} if spec.path is None else _directory_splits(spec.path, wanted, task, spec.on_disk)
 
 
-def _directory_splits(folder: Path, wanted: tuple[str, ...], task: Task) -> dict[str, Split]:
+def _directory_splits(
+    folder: Path, wanted: tuple[str, ...], task: Task, on_disk: bool
+) -> dict[str, Split]:
     if not folder.is_dir():
         raise RecipeError(f"data.path: {folder} is no directory.")
     files = {split: _split_file(folder, split, task) for split in wanted}
@@ -230,7 +232,9 @@ def _directory_splits(folder: Path, wanted: tuple[str, ...], task: Task) -> dict
         raise RecipeError(
             f"data.path: {folder} has no file train ({', '.join(SUFFIXES)}); there is: {there}."
         )
-    return {split: _file_split(file, task) for split, file in files.items() if file is not None}
+    return {
+        split: _file_split(file, task, on_disk) for split, file in files.items() if file is not None
+    }
 
 
 def _split_file(folder: Path, split: str, task: Task) -> Path | None:
@@ -247,10 +251,10 @@ def _split_file(folder: Path, split: str, task: Task) -> Path | None:
     return found[0] if found else None
 
 
-def _file_split(file: Path, task: Task) -> Split:
+def _file_split(file: Path, task: Task, on_disk: bool = False) -> Split:
     if task.image and file.is_dir():
         return Split(_named(read_folder(file), task), str(file), folder=file)
-    return Split(_named(read(file), task), str(file), partial(line_of, file), file.parent)
+    return Split(_named(read(file, on_disk), task), str(file), partial(line_of, file), file.parent)
 
 
 def _named(rows: Dataset, task: Task) -> Dataset:
@@ -276,15 +280,21 @@ def _check_names(spec: DataSpec) -> None:
 
 
 def of_files(
-    files: Sequence[Path], task: Task, examples: int | None, seed: int, name: str
+    files: Sequence[Path],
+    task: Task,
+    examples: int | None,
+    seed: int,
+    name: str,
+    on_disk: bool = False,
 ) -> Dataset:
     """The rows of one or several files, in order, checked, or a seeded sample of them.
 
     Args:
         files: Patterns, too, of files in the order of their names.
+        on_disk: Whether the rows are mapped into memory, not held there.
     """
     found = [one for file in files for one in _matching(file)]
-    parts = [_usable(_file_split(file, task), task) for file in found]
+    parts = [_usable(_file_split(file, task, on_disk), task) for file in found]
     return _sampled(_together(parts, found, task), examples, seed, name)
 
 
@@ -335,12 +345,14 @@ def _further_splits(spec: DataSpec, task: Task) -> dict[str, Split]:
                 f"data.evaluation.{name}: no evaluation split of the task, which has "
                 f"{', '.join(task.evaluation_splits)}{did_you_mean(name, task.evaluation_splits)}"
             )
-    return {name: _further(source, name, task) for name, source in spec.evaluation.items()}
+    return {
+        name: _further(source, name, task, spec.on_disk) for name, source in spec.evaluation.items()
+    }
 
 
-def _further(source: str, name: str, task: Task) -> Split:
+def _further(source: str, name: str, task: Task, on_disk: bool) -> Split:
     if kind(Path(source)) in SUFFIXES:
-        return _file_split(Path(source), task)
+        return _file_split(Path(source), task, on_disk)
     whole, _, split = source.partition("@")
     hub, _, config = whole.partition(":")
     try:

@@ -5,7 +5,7 @@ import gzip
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from datasets.utils import logging
 
 from fedex_lora.data.csv_file import csv_records, read_csv
 from fedex_lora.data.json_file import json_records, read_json
+from fedex_lora.data.stored import folder
 from fedex_lora.data.text_file import TEXTS, check_text, kind
 from fedex_lora.disk import reason
 from fedex_lora.errors import DataError, StorageError
@@ -26,8 +27,8 @@ _UNREADABLE = (DatasetGenerationError, pa.ArrowException, ValueError, TypeError,
 NO_ROWS = "corresponds to no data"  # what datasets says of a file without rows
 
 
-def read(file: Path) -> Dataset:
-    """The rows of a file, in memory.
+def read(file: Path, on_disk: bool = False) -> Dataset:
+    """The rows of a file, in memory, or some at a time on their way to a file on disk.
 
     In CSV every field is a text: `2024`, `True`, `None` and nothing at all. Capitals in a suffix
     make no difference.
@@ -48,7 +49,7 @@ def read(file: Path) -> Dataset:
             raise DataError(f"{file}: the file is empty.")
         if kind(file) != ".parquet":
             check_text(file)
-        rows = _READERS[kind(file)](file)
+        rows = _READERS[kind(file)](file, on_disk)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise StorageError(f"{file}: damaged, or not made by gzip: {error}") from None
     except OSError as error:
@@ -67,12 +68,12 @@ def line_of(file: Path, row: int) -> int:
     return row + 1
 
 
-def _read_parquet(file: Path) -> Dataset:
+def _read_parquet(file: Path, on_disk: bool) -> Dataset:
     try:
         # a cache of its own, thrown away: a file that was changed is always read again
-        with tempfile.TemporaryDirectory() as cache, quiet():
+        with _cache(on_disk) as cache, quiet():
             path = glob.escape(str(file))  # datasets takes a path for a pattern
-            rows = Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=True)
+            rows = Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=not on_disk)
             assert isinstance(rows, Dataset)
             rows.data.table.validate(full=True)  # texts are UTF-8, among others
             return rows
@@ -81,6 +82,12 @@ def _read_parquet(file: Path) -> Dataset:
         if NO_ROWS in cause:
             return Dataset.from_dict({})
         raise StorageError(f"{file}: cannot be read: {cause}") from error
+
+
+def _cache(on_disk: bool) -> AbstractContextManager[str]:
+    if on_disk:
+        return nullcontext(tempfile.mkdtemp(dir=folder()))
+    return tempfile.TemporaryDirectory()
 
 
 @contextmanager

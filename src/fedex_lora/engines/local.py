@@ -14,12 +14,14 @@ from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Broadcast, Lost, Scores, Update, receive, replaced
-from fedex_lora.federation.secure.member import Member, Trained
+from fedex_lora.federation.secure.member import Member
 from fedex_lora.federation.secure.messages import Answer, Ask
+from fedex_lora.federation.secure.sums import Summand, summand
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import cut
+from fedex_lora.federation.state import first_start
 
 NOTHING = -1  # the version that a client holds who has no memory
+Trained = tuple[AdapterState, Update]  # where a client started from, and its update
 
 
 class LocalEngine:
@@ -94,7 +96,7 @@ class LocalEngine:
         """Every client's answer, in sorted order. Who trains keeps what it came to until it is
         asked for it in the sizes that all have agreed on."""
         names = sorted(asks)
-        if any(ask.step == "train" for ask in asks.values()):
+        if any(ask.trains for ask in asks.values()):
             vanished = self._vanished(exchange)
             for client in sorted(vanished):
                 yield Lost(client, "rehearsed failure (federation.failure_rate)")
@@ -108,9 +110,14 @@ class LocalEngine:
             yield self._answer(client, asks)
 
     def _answer(self, client: str, asks: Mapping[str, Ask]) -> Answer | Lost:
-        member = self._members.setdefault(client, Member(client))
+        member, secure = self._members.setdefault(client, Member(client)), self.settings.secure
+        assert secure is not None
+
+        def added(widths: Mapping[str, int]) -> Summand:
+            return summand(self.settings, widths, *self._trained[client])
+
         try:
-            return member.answer(asks[client], self.settings, lambda: self._trained[client])
+            return member.answer(asks[client], secure, added)
         except UserError as error:
             return Lost(client, str(error), refused=True)
 
@@ -132,7 +139,7 @@ class LocalEngine:
         """What the message makes of the initial adapter, and what the client kept: of clients in
         this process that lies in the run's state, so that the run can be resumed."""
         layers = self.settings.layers_of(client)
-        first = AdapterState(cut(self.initial.layers, self.settings, client), self.initial.head)
+        first = first_start(self.settings, self.initial, client)
         own = exchange.state.own.get(client, {})
         return replaced(receive(first, message, layers, self.settings.seed), dict(own.items()))
 

@@ -33,6 +33,11 @@ class OwnLoop:
         return [self._train(model, turn) for turn in turns]
 
     def _train(self, model: AdaptedModel, turn: Turn) -> Trained:
+        if turn.gradients:
+            raise UserError(
+                "method: makes its factors from gradients, which HFTrainer computes; a train "
+                "function cannot be asked for them"
+            )
         model.write(turn.start)
         model.freeze(turn.trained)
         module, seed = model.module, derive(turn.seed, "train", turn.round, turn.client)

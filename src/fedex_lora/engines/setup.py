@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fedex_lora.data.counts import Counts, scored_on, trained_on
 from fedex_lora.data.load import known_labels, load, load_client, load_evaluation, load_validation
 from fedex_lora.data.partition import partition, split_validation
 from fedex_lora.data.read import quiet
+from fedex_lora.data.stored import encoded as encoded_on_disk
 from fedex_lora.engines.fits import check_image, check_length, check_ranks
 from fedex_lora.engines.private.begin import check_model
 from fedex_lora.engines.training import try_settings
@@ -200,7 +202,10 @@ def _bring_to_life(
 
     _phase.info("preparing the rows")
     spec = recipe.task
-    clients = encode(rows.train, task.encode, spec.max_length)
+    training = task.encode
+    if recipe.data.on_disk and task.image is None:  # images are not made into pixels yet
+        training = partial(encoded_on_disk, task.encode)
+    clients = encode(rows.train, training, spec.max_length)
     evaluating = task.encode_evaluation or task.encode
     validation, evaluation = (
         encode(r, evaluating, spec.evaluated_length) for r in (rows.validation, rows.evaluation)
@@ -341,7 +346,7 @@ def federation_settings(
         max_norm=fed.max_norm,
         norm_ratio=fed.max_norm_ratio,
         max_share=fed.max_share,
-        secure=_secure(recipe),
+        secure=secure_settings(recipe),
         mean=fed.mean,
         liars=fed.liars,
         align=fed.align,
@@ -349,8 +354,12 @@ def federation_settings(
     )
 
 
-def _secure(recipe: Recipe) -> Secure | None:
+def secure_settings(recipe: Recipe) -> Secure | None:
+    """How updates are summed, if only sums are to be seen. By default more than half of a round's
+    clients must stay, by everybody's own recipe: nobody sums over fewer because a server says so.
+    """
     asked = recipe.privacy.secure_aggregation
     if asked is None:
         return None
-    return Secure(asked.threshold, asked.bits, None if asked.rank == "exact" else asked.rank)
+    least = asked.threshold or recipe.federation.sampled // 2 + 1
+    return Secure(least, asked.bits, None if asked.rank == "exact" else asked.rank)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
+from statistics import fmean
 from time import perf_counter
 from typing import Any, Protocol, cast, get_type_hints
 
@@ -23,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.trainer import LabelledTrainer, OnStep
 from fedex_lora.engines.training_log import TrainingLog, named, reported
@@ -46,6 +49,9 @@ _REFUSED = (
     LookupError,
     OSError,
 )
+
+
+GRADIENT_BATCHES = 8  # of a client, over which a gradient is taken that factors are made from
 
 
 def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
@@ -186,6 +192,8 @@ class HFTrainer:
 
     def _train(self, model: AdaptedModel, turn: Turn) -> Trained:
         began = perf_counter()
+        if turn.gradients:
+            return self._first_gradients(model, turn)
         model.write(turn.start)
         model.freeze(turn.trained)
         log = self.log.turn(turn.client, turn.round) if self.log else None
@@ -204,6 +212,25 @@ class HFTrainer:
             "seconds": perf_counter() - began,
         }
         return Trained(metrics, model.read())
+
+    def _first_gradients(self, model: AdaptedModel, turn: Turn) -> Trained:
+        """The mean gradient of every adapted layer's whole weight over the first batches, in the
+        place of a training; all else ends where it began."""
+        began, losses, trainer = perf_counter(), [], None
+        model.write(turn.plain_start)
+        with model.gradients() as found:
+            trainer = self._trainer(model, turn, None, None)
+            module = model.module.train()
+            batches = islice(trainer.get_train_dataloader(), GRADIENT_BATCHES)
+            for batch in batches:
+                loss = trainer.compute_loss(module, trainer._prepare_inputs(batch))
+                loss.backward()
+                losses.append(loss.item())
+        _release(trainer, model)
+        head = {weight_name(name): g / len(losses) for name, g in found.items()}
+        end = AdapterState(turn.start.layers, {**turn.start.head, **head})
+        seconds = perf_counter() - began
+        return Trained({"loss": fmean(losses), "steps": 0.0, "seconds": seconds}, end)
 
     def _trainer(
         self, model: AdaptedModel, turn: Turn, on_step: OnStep | None, log: TrainingLog | None

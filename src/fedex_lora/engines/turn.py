@@ -14,7 +14,7 @@ from typing import Protocol
 from datasets import Dataset
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError
@@ -43,6 +43,19 @@ class Turn:
     start: AdapterState
     trained: frozenset[str]
     seed: int
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients of the adapted layers' whole weights are asked for in the place of a
+        training."""
+        return any(weight_name(name) in self.start.head for name in self.start.layers)
+
+    @property
+    def plain_start(self) -> AdapterState:
+        """The start without the places of those gradients."""
+        asked = {weight_name(name) for name in self.start.layers}
+        head = {name: value for name, value in self.start.head.items() if name not in asked}
+        return AdapterState(self.start.layers, head)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,12 @@ from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.federation.header import Limit, read_header, reading
 from fedex_lora.federation.messages import Broadcast, Tensors, Update, flat
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 _HEADER = 1024  # metadata is filled up to a multiple: bytes do not depend on how a time is written
 _NAME = re.compile(r"[A-Za-z0-9_.@/ -]{1,60}")
 _MOST_NUMBERS = 50
@@ -126,6 +131,27 @@ def most_up(start: AdapterState) -> Limit:
 def encode_about(about: Mapping[str, Any]) -> bytes:
     """A message without tensors: JSON in the header of an empty blob."""
     return b"".join(pieces({}, {"about": about}))
+
+
+def encode_masked(about: Mapping[str, Any], vector: Tensor) -> bytes:
+    """JSON in the header, and a vector of integers modulo 2⁶⁴, as int64."""
+    return b"".join(pieces({"vector": vector}, {"about": about}))
+
+
+def decode_masked(blob: bytes, limit: Limit) -> Tensor | None:
+    """The vector of a message; None if it holds none.
+
+    Raises:
+        UserError: It is larger than `limit`, or no such message.
+
+    Example:
+        >>> blob = encode_masked({"kind": "secure"}, torch.tensor([1, -1]))
+        >>> decode_masked(blob, Limit(2000, 4000, masked=True)).tolist()
+        [1, -1]
+    """
+    read_header(blob, limit)
+    with reading(blob):
+        return load(blob).get("vector")
 
 
 def read_about(blob: bytes, limit: Limit) -> dict[str, Any]:

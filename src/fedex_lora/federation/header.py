@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from fedex_lora.errors import UserError
 
-_WIDTHS = {"F32": 4, "BF16": 2}  # bytes of the dtypes that may cross
+_FLOATS = {"F32": 4, "BF16": 2}  # bytes of the dtypes that may cross
+_MASKED = {"I64": 8}  # of numbers under masks
 _SLACK = 1 << 16  # bytes of a header besides what it says of tensors
 _ENTRY = 512  # bytes of a header for each tensor
 _METADATA, _FIRST = b'{"__metadata__":', 1 << 20
@@ -34,10 +35,17 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes above which a message is refused unread: of its header, and of the whole."""
+    """What a message may be: another one is refused unread.
+
+    Attributes:
+        header: Bytes of its header, at most.
+        whole: Bytes of all of it, at most.
+        masked: Whether its numbers are integers under masks.
+    """
 
     header: int
     whole: int
+    masked: bool = field(default=False, repr=False)
 
     @classmethod
     def of(cls, numbers: int, tensors: int) -> Limit:
@@ -84,7 +92,8 @@ def read_header(blob: bytes, limit: Limit) -> Header:
     with reading(blob):
         found = _parsed(blob[8 : 8 + length])
         meta = _parsed(found.pop("__metadata__")["fedex"])
-        return Header({name: _shape(name, entry) for name, entry in found.items()}, meta)
+        shapes = {name: _shape(name, entry, limit.masked) for name, entry in found.items()}
+        return Header(shapes, meta)
 
 
 def first_of(blob: bytes) -> Mapping[str, Any]:
@@ -135,11 +144,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
-def _shape(name: str, entry: Mapping[str, Any]) -> tuple[int, ...]:
+def _shape(name: str, entry: Mapping[str, Any], masked: bool) -> tuple[int, ...]:
     """The shape of one tensor, if dtype, shape and place fit together."""
-    width, shape = _WIDTHS.get(entry["dtype"]), tuple(entry["shape"])
+    width, shape = (_MASKED if masked else _FLOATS).get(entry["dtype"]), tuple(entry["shape"])
     if width is None:
-        raise ValueError(f"{name!r} has dtype {entry['dtype']}; expected float32 or bfloat16")
+        expected = "int64" if masked else "float32 or bfloat16"
+        raise ValueError(f"{name!r} has dtype {entry['dtype']}; expected {expected}")
     begin, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"the shape or place of {name!r} is none")

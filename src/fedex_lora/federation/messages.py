@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape, fresh
+from fedex_lora.aggregation.adapter import (
+    AdapterState,
+    Factors,
+    LayerShape,
+    fresh,
+    weight_name,
+)
 from fedex_lora.aggregation.ledger import Ledger
 
 Tensors = Mapping[str, Tensor]
@@ -125,4 +131,8 @@ def receive(
     """
     if message.fresh is not None:
         held = AdapterState(fresh(layers, seed, message.fresh), held.head)
+    if message.round > 1:  # gradients of whole weights are of the first round alone
+        gradients = {weight_name(name) for name in layers}
+        head = {name: t for name, t in held.head.items() if name not in gradients}
+        held = AdapterState(held.layers, head)
     return replaced(held, message.tensors)

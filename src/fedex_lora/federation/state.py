@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, fresh
+from fedex_lora.aggregation.adapter import (
+    AdapterState,
+    Factors,
+    fresh,
+    inner_name,
+    weight_name,
+)
 from fedex_lora.aggregation.aggregator import Aggregate
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Increment, Ledger
@@ -63,7 +69,21 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
     if not settings.method.shared_base:  # own increments are subtracted, so G must hold them
         started = {n: f.delta() for n, f in initial.layers.items() if f.B.any()}
         ledger = Ledger((), started, 0)
-    return ServerState(0, dict(initial.layers), dict(initial.head), ledger, own)
+    return ServerState(0, dict(initial.layers), first_head(settings, initial), ledger, own)
+
+
+def first_head(settings: Settings, initial: AdapterState) -> dict[str, Tensor]:
+    """The head before round 1: with R = 0 where one is trained, so that G is as loaded."""
+    head = dict(initial.head)
+    if settings.method.trains == "inner":
+        head |= {inner_name(n): torch.zeros(s.rank, s.rank) for n, s in settings.layers.items()}
+    return head
+
+
+def first_start(settings: Settings, initial: AdapterState, client: str) -> AdapterState:
+    """The factors and head that a client starts round 1 from, its own factors apart."""
+    shared = ServerState(0, initial.layers, first_head(settings, initial))
+    return start_of(shared, settings, client)
 
 
 def admit(
@@ -81,8 +101,13 @@ def own_part(settings: Settings, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def start_of(state: ServerState, settings: Settings, client: str) -> AdapterState:
-    """The factors and head this client starts the next round from."""
-    shared = AdapterState(cut(state.factors, settings, client), state.head)
+    """The factors and head this client starts the next round from. Where gradients of whole weights
+    are to be sent, they are part of that head, and zero."""
+    head = state.head
+    if settings.method.sends_gradients(state.version + 1):
+        zeros = {weight_name(n): torch.zeros(s.out, s.inp) for n, s in settings.layers.items()}
+        head = {**head, **zeros}
+    shared = AdapterState(cut(state.factors, settings, client), head)
     own = state.own.get(client)
     return shared if own is None else replaced(shared, dict(own.items()))
 
@@ -210,10 +235,9 @@ def cut(factors: Mapping[str, Factors], settings: Settings, client: str) -> dict
 
 def _changed(state: ServerState, settings: Settings, dtype: torch.dtype) -> set[str]:
     """What is new for all clients; a lossless message also brings what lossy ones left."""
-    trained = settings.method.trained(state.version + 1)
     late = {name[0] for name in state.late if name[:2] in ("A/", "B/")}
     lossless = late if dtype == torch.float32 else set()
-    return {"head"} | settings.method.assignment.sent_down(trained) | lossless
+    return {"head"} | settings.method.sent_down(state.version + 1) | lossless
 
 
 def _round_off(
@@ -235,7 +259,7 @@ def _send_factors(
     method, assignment = settings.method, settings.method.assignment
     if assignment.drawn:
         return fresh(settings.layers, settings.seed, state.version + 1), {}, {}
-    means = not assignment.needs
+    means = bool(method.trained(state.version + 1)) and not assignment.needs
     late = state.late if means and not method.in_ledger else {}
     parts, new_late = {}, {}
     for x in "AB":

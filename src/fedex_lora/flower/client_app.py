@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedex_lora.data.partition import client_names
 from fedex_lora.engines.private.begin import PRIVACY, own_account
+from fedex_lora.engines.remote.asked import run_of
 from fedex_lora.engines.remote.audit import FILE as AUDIT
 from fedex_lora.engines.remote.audit import Audit
 from fedex_lora.engines.remote.consent import FILE as RUNS
@@ -25,20 +26,25 @@ from fedex_lora.engines.remote.site import (
     Institution,
     bring_to_life,
     handle,
+    handle_without_model,
     refused,
-    run_of,
     unable,
     undecided,
 )
-from fedex_lora.engines.setup import roster, set_up_client, surroundings
+from fedex_lora.engines.remote.summing import Keeper, needs_model
+from fedex_lora.engines.setup import roster, secure_settings, set_up_client, surroundings
 from fedex_lora.errors import ProtocolError, show_rows
 from fedex_lora.federation.header import first_of
+from fedex_lora.federation.secure.messages import MESSAGES
+from fedex_lora.flower.deploy.roster import signer
 from fedex_lora.flower.grid import pack, unpack
+from fedex_lora.flower.memory import SealedMemory
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import load_recipe
 from fedex_lora.runs.rundir import versions
 
 app = ClientApp()
+ROUND_KEY = "round.key"  # in a client's folder, see `memory`
 log = logging.getLogger("fedex_lora")
 
 
@@ -50,7 +56,7 @@ def answer(message: Message, context: Context) -> Message:
             blob = unpack(message.content)
         except ProtocolError:
             blob = b""  # of a program that is not run here; it is logged as any other message
-        reply = reply_to(blob, context.node_config, context.run_config)
+        reply = reply_to(blob, context.node_config, context.run_config, context.state)
         return Message(pack(reply), reply_to=message)
 
 
@@ -70,13 +76,19 @@ def in_time(message: Message, context: Context) -> Iterator[None]:
         signal.alarm(0)
 
 
-def reply_to(blob: bytes, node: Mapping[str, Any], run: Mapping[str, Any]) -> bytes:
+def reply_to(
+    blob: bytes,
+    node: Mapping[str, Any],
+    run: Mapping[str, Any],
+    state: RecordDict | None = None,
+) -> bytes:
     """The reply of the client that this node's own configuration describes.
 
     Args:
         node: `client` (its name), `recipe`, `data`, `home`, `runs`, `ask`, `show-rows`,
             `epsilon`: all from this node's own disk and its own command line.
         run: What the coordinator configured; heard only in a simulation, where both are one.
+        state: Flower's, of this run at this node.
     """
     place = dict(node) if "client" in node else _simulated(node, run)
     name, home = str(place["client"]), Path(str(place["home"]))
@@ -87,7 +99,8 @@ def reply_to(blob: bytes, node: Mapping[str, Any], run: Mapping[str, Any]) -> by
             raise ProtocolError("a message of another program than fedex-lora")
         about = dict(first_of(blob)["about"])
         _note(audit, "in", about, about, blob)
-        reply = _reply(blob, about, place, None if "partition-id" in node else _consent(place))
+        consent = None if "partition-id" in node else _consent(place)
+        reply = _reply(blob, about, place, consent, RecordDict() if state is None else state)
     except Exception as error:
         if not about:
             _note(audit, "in", about, about, blob)
@@ -101,7 +114,8 @@ def _note(
 ) -> None:
     """A line of the audit log; `asked` is the coordinator's message, `said` this one."""
     version, kind = asked.get("version"), asked.get("kind")
-    round = version + 1 if type(version) is int and kind == "round" else version
+    trains = kind in ("round", "secure")
+    round = version + 1 if type(version) is int and trains else version
     round = 0 if kind == "hello" else round
     outcome = str(said.get("reason", "received" if direction == "in" else "answered"))
     run = asked.get("federation")
@@ -109,7 +123,11 @@ def _note(
 
 
 def _reply(
-    blob: bytes, about: Mapping[str, Any], place: Mapping[str, Any], consent: Consent | None
+    blob: bytes,
+    about: Mapping[str, Any],
+    place: Mapping[str, Any],
+    consent: Consent | None,
+    state: RecordDict,
 ) -> bytes:
     """The reply to one message, if this client's operator wants it to be answered.
 
@@ -138,7 +156,11 @@ def _reply(
         return undecided(about, name, str(error))
     with surroundings(recipe):
         run = str(about.get("federation"))  # looked at when the message is
-        reply = handle(blob, institution(place, recipe, run))
+        keeper = _keeper(place, recipe, state)
+        if keeper is None or needs_model(about):
+            reply = handle(blob, institution(place, recipe, run, keeper))
+        else:
+            reply = handle_without_model(blob, keeper)
     if consent is not None and kind == "final" and not consent.ask and not consent.left():
         log.info(
             "took part in %d, which is as many runs as it was told; for another one: "
@@ -151,8 +173,10 @@ def _reply(
 
 def most_turns(recipe: Recipe) -> int:
     """How many messages of a run are answered: its rounds and the scores of their models, both
-    repeated where the coordinator or a connection failed, and the last model."""
-    return 4 * recipe.federation.rounds + 10
+    repeated where the coordinator or a connection failed, and the last model. A round in which only
+    sums are seen takes more of them."""
+    each = 1 if recipe.privacy.secure_aggregation is None else MESSAGES
+    return 4 * each * recipe.federation.rounds + 10
 
 
 def _consent(place: Mapping[str, Any]) -> Consent:
@@ -160,11 +184,24 @@ def _consent(place: Mapping[str, Any]) -> Consent:
     return Consent(path, int(place.get("runs", 1)), bool(place.get("ask")))
 
 
-def institution(place: Mapping[str, Any], recipe: Recipe, run: str = "") -> Institution:
+def _keeper(place: Mapping[str, Any], recipe: Recipe, state: RecordDict) -> Keeper | None:
+    """Of this client's secrets, where only sums are to be seen. In a simulation nobody has keys."""
+    secure, name, home = secure_settings(recipe), str(place["client"]), Path(str(place["home"]))
+    if secure is None:
+        return None
+    memory = SealedMemory(state, home / f"{name}-{ROUND_KEY}")
+    rounds, signs = recipe.federation.rounds, signer(home)
+    return Keeper(name, home / "cache", rounds, secure, memory, signs)
+
+
+def institution(
+    place: Mapping[str, Any], recipe: Recipe, run: str = "", keeper: Keeper | None = None
+) -> Institution:
     """The client, brought to life.
 
     Args:
         run: The run that it takes a turn in.
+        keeper: Of its secrets.
 
     Raises:
         UserError: Its model or rows cannot be used.
@@ -175,7 +212,7 @@ def institution(place: Mapping[str, Any], recipe: Recipe, run: str = "") -> Inst
     most = float(place["epsilon"]) if "epsilon" in place else None
     account = own_account(recipe, home / str(place.get("account", PRIVACY)), file, run, most)
     federation = set_up_client(recipe, name, file)
-    return bring_to_life(federation, name, home / "cache", versions(), account)
+    return bring_to_life(federation, name, home / "cache", versions(), account, keeper)
 
 
 def _simulated(node: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:

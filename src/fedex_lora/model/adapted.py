@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fedex_lora.aggregation.adapter import AdapterState, LayerShape, fresh
+from fedex_lora.aggregation.adapter import (
+    AdapterState,
+    LayerShape,
+    folded,
+    fresh,
+    inner_name,
+)
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import RecipeError
@@ -94,15 +101,19 @@ class AdaptedModel:
         return _plain_state(self._base.model, self._head)
 
     def write(self, state: AdapterState) -> None:
-        """Makes `state` the model's factors and head; ranks may differ from the present ones.
+        """Makes `state` the model's factors and head; ranks may differ from the present ones, and
+        where the head has an R between a layer's factors, the layer gets one.
 
         Raises:
             UserError: If `state` is not one of this model.
         """
         _check_keys("factors", set(state.layers), set(self._layers))
-        _check_keys("head", set(state.head), set(self._head))
+        inner = {name: state.head.get(inner_name(name)) for name in self._layers}
+        own = {inner_name(name) for name, value in inner.items() if value is not None}
+        _check_keys("head", set(state.head), set(self._head) | own)
         for name, layer in self._layers.items():
             layer.write(state.layers[name])
+            layer.write_inner(inner[name])
         with torch.no_grad():
             for name, parameter in self._head.items():
                 if parameter.shape != state.head[name].shape:
@@ -120,8 +131,39 @@ class AdaptedModel:
             a, b = layer.factors()
             a.requires_grad_("A" in trained)
             b.requires_grad_("B" in trained)
+            if layer.inner is not None:
+                layer.inner.requires_grad_(True)
         for parameter in self._head.values():
             parameter.requires_grad_(True)
+
+    @contextmanager
+    def gradients(self) -> Iterator[dict[str, Tensor]]:
+        """Within it the adapted layers' whole weights take gradients, which are in the mapping by
+        layer afterwards, out × in and float32; nothing else does.
+
+        Raises:
+            UserError: The base is quantised, so that its weights have no gradients.
+        """
+        for parameter in self._base.model.parameters():
+            parameter.requires_grad_(False)
+        for layer in self._layers.values():
+            if layer.quantised:
+                raise RecipeError(
+                    f"model.quantisation: {layer.name} is quantised, and has no gradient of its "
+                    "weight; leave it out, or take another method"
+                )
+            layer.base.weight.requires_grad_(True)
+        found: dict[str, Tensor] = {}
+        try:
+            yield found
+            for name, layer in self._layers.items():
+                weight = layer.base.weight
+                grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                found[name] = copy_of(layer.oriented(grad))
+        finally:
+            for layer in self._layers.values():
+                layer.base.weight.grad = None
+                layer.base.weight.requires_grad_(False)
 
     def trained_layers(self) -> list[nn.Linear]:
         """The linear maps that hold the factors and the head, of a model with LoRA.
@@ -180,6 +222,7 @@ class AdaptedModel:
             directory: Made if needed.
             base_name: Hub id or path of the pretrained model, for the adapter's config.
         """
+        state = folded(state)
         if not self._layers:
             raise RecipeError("a fully fine-tuned model has no adapter; export it as a model")
         config = self.module.peft_config[ADAPTER]
@@ -197,7 +240,7 @@ class AdaptedModel:
             increment: As for `place`.
             dtype: Of the result; the model's own by default.
         """
-        base = self._base.model
+        base, state = self._base.model, folded(state)
         to: torch.dtype = dtype or base.dtype
         weights = {k: _cast(t, to) for k, t in _plain_state(base, self._head).items()}
         for name, layer in self._layers.items():
@@ -224,7 +267,9 @@ class AdaptedModel:
             self._side[layer.name] = attach(layer, increment)
 
     def _read_head(self) -> dict[str, Tensor]:
-        return {name: copy_of(parameter) for name, parameter in self._head.items()}
+        found = {name: copy_of(parameter) for name, parameter in self._head.items()}
+        inner = {inner_name(name): layer.inner for name, layer in self._layers.items()}
+        return found | {name: copy_of(r) for name, r in inner.items() if r is not None}
 
     def _plain_model(self, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
         base = self._base.model

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora.aggregation.adapter import Factors, LayerShape
 from fedex_lora.errors import RecipeError
+from fedex_lora.model.inner import with_inner
 from fedex_lora.model.load import is_quantised
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
@@ -59,6 +60,25 @@ class Layer:
         if self.embedding:
             return self.module.lora_embedding_A[ADAPTER], self.module.lora_embedding_B[ADAPTER]
         return self.module.lora_A[ADAPTER].weight, self.module.lora_B[ADAPTER].weight
+
+    @property
+    def inner(self) -> nn.Parameter | None:
+        """R (r × r) between B and A, where there is one."""
+        return None if self.embedding else getattr(self.module.lora_B[ADAPTER], "inner", None)
+
+    def write_inner(self, inner: Tensor | None) -> None:
+        """Puts R between B and A, or takes it away.
+
+        Raises:
+            UserError: An adapted embedding, whose factors are no modules.
+        """
+        if self.embedding and inner is not None:
+            raise RecipeError(
+                f"lora.target_modules: {self.name} is an embedding, where no matrix can be trained "
+                "between A and B; leave it out"
+            )
+        if not self.embedding:
+            self.module.lora_B[ADAPTER] = with_inner(self.module.lora_B[ADAPTER], inner)
 
     def maps(self) -> list[Any]:
         """The modules that multiply by A and B; the layer itself where it does that."""

@@ -42,8 +42,15 @@ class DataSpec(Part):
     evaluation: dict[str, str] = Field(
         default={}
     )  # further evaluation splits: a file, or NAME[:CONFIG][@SPLIT]
+    # false: rows of files, and what they become, are on disk, some at a time in memory
+    keep_in_memory: bool = True
     train_examples: int | None = Field(default=None, ge=1)  # a seeded sample of the training rows
     evaluation_examples: int | None = Field(default=None, ge=1)  # of each evaluation split
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether rows of files are mapped into memory from disk."""
+        return not self.keep_in_memory
 
     def files(self) -> list[tuple[str, list[Path]]]:
         """The clients' names and their files, in the order given; none without `clients`."""

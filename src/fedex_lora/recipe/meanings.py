@@ -252,6 +252,7 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
         "name, in place of a share of their rows."),
     "data.evaluation": ("{other: other.csv}", "Further rows to score on: a file, or "
         "NAME[:CONFIG][@SPLIT] of the hub."),
+    "data.keep_in_memory": ("false", "Whether files' rows are in memory, or mapped from disk."),
     "data.train_examples": ("1000", "Only so many training rows, chosen by the seed."),
     "data.evaluation_examples": ("500", "Only so many rows of each evaluation split."),
     "training": ("{learning_rate: 1.0e-3, num_train_epochs: 1}", "Any of transformers' "

@@ -39,8 +39,6 @@ def secure_problems(recipe: Recipe) -> Iterator[Problem]:
         yield "federation.mean", f"{fed.mean} needs every client's factors; {_SUMS}"
     if fed.align:
         yield "federation.align", f"needs every client's factors; {_SUMS}"
-    if recipe.engine.kind != "local":
-        yield key, "is for engine: local so far; leave it out"
     if secure.rank != "exact" and method.residual != "truncated":
         having = listed(n for n, m in METHODS.items() if m.residual == "truncated")
         yield f"{key}.rank", f"a sketch that loses something is for {having}; set it to exact"

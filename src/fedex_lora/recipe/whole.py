@@ -93,6 +93,7 @@ class Recipe(Part):
         yield from self._engine()
         yield from self._fused()
         yield from self._combining()
+        yield from self._inner()
         yield from self._privacy()
         if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
@@ -184,6 +185,26 @@ class Recipe(Part):
         if fed.optimizer is not None:
             for option, why in fed.optimizer.problems(method, fed.server_learning_rate):
                 yield f"federation.{option}", f"{self.method.name}: {why}"
+
+    def _inner(self) -> Iterator[Problem]:
+        """What a method cannot do whose factors come from the clients' first gradients."""
+        if METHODS[self.method.name].trains != "inner":
+            return
+        name = self.method.name
+        if self.model.quantisation:
+            yield (
+                "model.quantisation",
+                f"{name} begins with gradients of whole weights, which have none",
+            )
+        if self.lora.init is not None:
+            yield "lora.init", f"{name} makes its own factors in round 1; leave it out"
+        if self.fused > 1:
+            yield "engine.fuse", f"{name} has a matrix between the factors; set engine.fuse: 1"
+        if self.privacy.example_level is not None:
+            told = "which privacy.example_level does not hide"
+            yield "method.name", f"{name} begins with gradients of whole weights, {told}"
+        if self.records.save_updates:
+            yield "records.save_updates", f"{name}'s first updates are gradients, no adapters"
 
     def _privacy(self) -> Iterator[Problem]:
         """What a run that is to be private cannot do."""

@@ -22,6 +22,7 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.runs import private
 from fedex_lora.runs.here import Assemble, stage_of
 from fedex_lora.runs.rundir import RunDir, versions
+from fedex_lora.runs.secure import lacking
 from fedex_lora.runs.watch import Watcher
 
 FILE = "federation.json"
@@ -45,7 +46,7 @@ def across_machines(courier: Courier, audit: Audit = Audit()) -> Assemble:  # no
         check_shares(settings)
         engine.guests.began = True
         engine.settings = settings
-        for note in _notes(engine):
+        for note in _notes(engine, recipe):
             watcher.note(note)
         description = f"{federation.description} ({tally(engine.examples)} rows)"
         held = {name: _Rows(rows) for name, rows in engine.examples.items()}
@@ -115,12 +116,14 @@ def remember(out: Path, known: Identity, examples: Mapping[str, int]) -> None:
     write_atomic(out / FILE, json.dumps(value).encode())
 
 
-def _notes(engine: RemoteEngine) -> list[str]:
+def _notes(engine: RemoteEngine, recipe: Recipe) -> list[str]:
     """What those who run it should know before round 1."""
     absent = [name for name in engine.settings.clients if name not in engine.guests.known]
     notes = [f"not here yet: {some(absent)}"] if absent else []
     count = len(engine.settings.clients)
-    if count <= FEW:
+    if recipe.privacy.secure_aggregation is not None:
+        notes.append(lacking(recipe))
+    elif count <= FEW:
         notes.append(
             f"with {count} clients what one of them sends can be worked out, or nearly, from the "
             "averages that the others receive; see the privacy statement in docs/deploy.md"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors, uniform
+from fedex_lora.aggregation.adapter import AdapterState, Factors, folded, uniform
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.disk import new_directory
@@ -63,7 +63,8 @@ def final_state(trained: Trained, client: str | None) -> AdapterState:
                 f"`client`: {trained.recipe.method.name} trains one global model, no client has "
                 "its own; leave `client` out"
             )
-        return AdapterState(global_factors(trained.state, trained.settings), trained.state.head)
+        factors = global_factors(trained.state, trained.settings)
+        return folded(AdapterState(factors, trained.state.head))
     if trained.recipe.engine.kind != "local" and client not in trained.state.own:
         raise RecipeError(
             f"{trained.recipe.method.name}: every client has its own model, a part of which never "

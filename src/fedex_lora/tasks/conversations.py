@@ -7,7 +7,7 @@ system, user and assistant, as chat templates take them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +119,10 @@ def _own_form(row: Mapping[str, Any], form: str) -> str:
     return form if row[form] is not None else next(there, form)
 
 
-def records(rows: Dataset) -> list[dict[str, Any]]:
+def records(rows: Dataset) -> Iterator[dict[str, Any]]:
     """The rows, with what a conversation is made of."""
     names = [name for name in COLUMNS if name in rows.column_names]
-    return [dict(zip(names, values)) for values in zip(*(rows[name] for name in names))]
+    return (dict(zip(names, values)) for values in zip(*(rows[name] for name in names)))
 
 
 def conversation(row: Mapping[str, Any], form: str) -> Conversation:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from fedex_lora.engines.remote.courier import Failed
 from fedex_lora.engines.remote.guests import Guests
 from fedex_lora.engines.remote.replies import (
@@ -25,12 +27,15 @@ from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError, some
 from fedex_lora.federation.codec import (
     broadcast_nbytes,
+    decode_masked,
     decode_update,
+    encode_about,
     encode_broadcast,
     most_up,
 )
 from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Broadcast, Lost, Scores, Update
+from fedex_lora.federation.secure.messages import Answer, Ask, limit
 from fedex_lora.federation.settings import Settings
 
 OFTEN = 0.5  # seconds between two looks for replies
@@ -53,10 +58,11 @@ class _Run:
     """One exchange under way, and what came of it.
 
     Attributes:
-        kind: Of its messages: round, evaluate or final.
+        kind: Of its messages: round, evaluate, final or secure.
         messages: What the server counts on sending, by client.
         counted: Bytes of those that were sent as they are.
         spent: Bytes of all that was sent.
+        asks: Under secure aggregation, what each client is asked.
     """
 
     exchange: Exchange
@@ -68,10 +74,15 @@ class _Run:
     spent: dict[str, int] = field(default_factory=dict)
     good: int = 0
     told: int = -1
+    asks: Mapping[str, Ask] = field(default_factory=dict)
 
     @property
     def trains(self) -> bool:
-        return self.kind == "round"
+        return self.kind in ("round", "secure")
+
+    def brings(self, client: str) -> bool:
+        """Whether a broadcast goes with what this client is sent."""
+        return client not in self.asks or self.asks[client].trains
 
     @property
     def number(self) -> int:
@@ -79,7 +90,7 @@ class _Run:
         return self.exchange.round - (not self.trains)
 
 
-Reply = Update | Scores | Lost
+Reply = Update | Scores | Answer | Lost
 
 
 class _Patience:
@@ -142,7 +153,15 @@ class RemoteEngine:
         starts = (exchange.start(client) for client in exchange.clients)
         self.courier.bound(max(most_up(start).whole for start in starts))
         for reply in self._replies(exchange, "round"):
-            assert not isinstance(reply, Scores)
+            assert isinstance(reply, Update | Lost)
+            yield reply
+
+    def ask(self, exchange: Exchange, asks: Mapping[str, Ask]) -> Iterator[Answer | Lost]:
+        """One step of a round in which only sums are seen."""
+        self._remember(self.guests.identity, self.examples)
+        self.courier.bound(max(limit(ask.numbers).whole for ask in asks.values()))
+        for reply in self._replies(exchange, "secure", asks):
+            assert isinstance(reply, Answer | Lost)
             yield reply
 
     def evaluate(self, exchange: Exchange) -> Iterator[Scores | Lost]:
@@ -150,14 +169,21 @@ class RemoteEngine:
         yields their scores. Nobody is waited for who is not here."""
         self.guests.greet()
         for reply in self._replies(exchange, "final" if exchange.final else "evaluate"):
-            assert not isinstance(reply, Update)
+            assert isinstance(reply, Scores | Lost)
             yield reply
 
-    def _replies(self, exchange: Exchange, kind: str) -> Iterator[Reply]:
+    def _replies(
+        self, exchange: Exchange, kind: str, asks: Mapping[str, Ask] | None = None
+    ) -> Iterator[Reply]:
         names = [c for c in exchange.clients if kind != "evaluate" or self.validation.get(c, 1)]
-        run = _Run(exchange, kind, {client: exchange.message(client) for client in names})
-        needed = self.settings.min_clients if run.trains else 0
-        enough = self.settings.sample_size if run.trains else len(names)
+        messages = {client: exchange.message(client) for client in names}
+        run = _Run(exchange, kind, messages, asks=asks or {})
+        needed = self.settings.min_clients if kind == "round" else 0
+        if all(ask.step == "keys" for ask in run.asks.values()) and run.asks:
+            assert self.settings.secure is not None  # later on who comes back has lost its keys
+            half = len(names) // 2 + 1
+            needed = max(self.settings.min_clients, self.settings.secure.threshold or half)
+        enough = self.settings.sample_size if kind == "round" else len(names)
         patience = _Patience(self.waits.clients)
         for client in names:
             self._offer(run, client)
@@ -172,10 +198,10 @@ class RemoteEngine:
                 for client in list(run.waiting):
                     self._offer(run, client)
             for reply in self._collect(run):
-                run.good += isinstance(reply, Update)
+                run.good += isinstance(reply, Update | Answer)
                 yield reply
             self._tell(run)
-            if run.trains and run.good >= enough:
+            if kind == "round" and run.good >= enough:
                 for sent in run.under_way.values():
                     yield Lost(sent.client, f"slower than the first {enough} (oversample)")
                 self._late |= run.under_way
@@ -226,7 +252,12 @@ class RemoteEngine:
             "held": held,
             "evaluate": exchange.scored and not run.trains,
         }
-        blob = encode_broadcast(message, self.settings.wire_dtype, about)
+        if run.asks:
+            about |= {"step": run.asks[client].step, "ask": run.asks[client].about}
+        if run.brings(client):
+            blob = encode_broadcast(message, self.settings.wire_dtype, about)
+        else:
+            blob = encode_about(about)
         round = run.number + exchange.final  # so messages of a round are told from the last one
         ticket = self.courier.send(node, blob, round, self.waits.round)
         self.guests.sent(run.kind, run.number, blob, ticket, client)
@@ -234,7 +265,7 @@ class RemoteEngine:
             run.waiting[client] = ticket.reason
             return
         run.spent[client] = run.spent.get(client, 0) + len(blob)
-        if held == believed:
+        if held == believed and not run.asks:
             run.counted[client] = len(blob)
         expires = time.monotonic() + self.waits.round
         run.under_way[ticket] = _Sent(client, node, expires, len(blob), again)
@@ -242,8 +273,9 @@ class RemoteEngine:
     def _resent(self, run: _Run, client: str) -> int:
         """Bytes beyond the broadcast that the round loop counts; negative if nothing was sent."""
         if client not in run.counted:
-            message = run.messages[client]
-            run.counted[client] = broadcast_nbytes(message, self.settings.wire_dtype)
+            message, asked = run.messages[client], run.asks.get(client)
+            sent = broadcast_nbytes(message, self.settings.wire_dtype) if run.brings(client) else 0
+            run.counted[client] = sent + (0 if asked is None else asked.nbytes)
         return run.spent.get(client, 0) - run.counted[client]
 
     def _collect(self, run: _Run) -> Iterator[Reply]:
@@ -271,7 +303,7 @@ class RemoteEngine:
 
     def _audit(self, run: _Run, sent: _Sent, reply: bytes | Failed, found: Reply | None) -> None:
         """A line on a reply: what was made of it."""
-        kind, outcome = "update" if run.trains else "scores", "taken"
+        kind, outcome = "secure" if run.asks else "update" if run.trains else "scores", "taken"
         if isinstance(reply, Failed):
             kind, outcome, reply = None, reply.reason, b""
         elif found is None:
@@ -299,8 +331,10 @@ class RemoteEngine:
 
     def _read(self, run: _Run, sent: _Sent, reply: bytes) -> Reply | None:
         client = sent.client
+        asked = run.asks.get(client)
         start = run.exchange.start(client)
-        about = about_reply(reply, self.guests.identity, client, most_up(start))
+        most = most_up(start) if asked is None else limit(asked.numbers)
+        about = about_reply(reply, self.guests.identity, client, most)
         kind = about.get("kind")
         if kind in ("failed", "undecided"):
             return self._lost(run, client, text(said(Failure, about).reason))
@@ -316,10 +350,17 @@ class RemoteEngine:
             known[client] = replace(known[client], held=None)
         if kind == "scores" and not run.trains:
             found = check_scores(said(Scored, about).scores, self.stage.task)
-            asked = run.exchange.scored and self.guests.known[client].validation
-            counted = found if asked else {}
+            wanted = run.exchange.scored and self.guests.known[client].validation
+            counted = found if wanted else {}
             return Scores(client, counted, self._resent(run, client))
-        if kind == "update" and run.trains:
+        if kind == "secure" and asked is not None:
+            if about.get("step") != asked.step:
+                raise UserError(f"an answer to {text(about.get('step'))[:40]!r}, not {asked.step}")
+            vector = decode_masked(reply, most)
+            numbers = None if vector is None else vector.numpy().view(np.uint64)
+            resent = self._resent(run, client)
+            return Answer(client, about["answer"], numbers, len(reply), resent)
+        if kind == "update" and run.kind == "round":
             update = decode_update(reply, start, client)
             return replace(update, resent=self._resent(run, client))
         raise UserError(f"a reply of kind {text(kind)[:40]!r}, which was not asked for")

@@ -1,9 +1,9 @@
 """What is said across machines besides tensors: who speaks, about which run, and what must agree.
 
 Every message is one safetensors blob (`federation.codec`) with a JSON object `about` in its header.
-Requests are of kind hello, round, evaluate, final or refused; replies of kind hello, unfit,
-undecided, update, lacks, scores, failed. Nothing of it is ever used as a path, as a format or as
-code.
+Requests are of kind hello, round, secure, evaluate, final or refused; replies of kind hello, unfit,
+undecided, update, secure, lacks, scores, failed. Nothing of it is ever used as a path, as a format
+or as code.
 """
 
 from __future__ import annotations
@@ -122,6 +122,9 @@ def agreed(recipe: Recipe, task: Task) -> dict[str, Any]:
         "privacy": raw["privacy"],
         "labels": list(task.labels or ()),
     }
+    if recipe.privacy.secure_aggregation is not None:  # of which clients do their part themselves
+        names = ("clients", "clients_per_round", "weights", "server_learning_rate", "max_norm")
+        parts["federation"] |= _only(raw["federation"], *names)
     return dict(_dotted(json.loads(json.dumps(parts))))
 
 

@@ -14,17 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.errors import ProtocolError
-from fedex_lora.federation.messages import Update, replaced
-from fedex_lora.federation.secure import fixed, sums
-from fedex_lora.federation.secure.identity import Identity
+from fedex_lora.federation.secure import fixed
 from fedex_lora.federation.secure.messages import SUMS, Answer, Ask
 from fedex_lora.federation.secure.session import Session
-from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.secure.signer import Signer
+from fedex_lora.federation.secure.sums import Summand
+from fedex_lora.federation.settings import Secure
 
-Trained = tuple[AdapterState, Update]
-"""Where a client started from, and its update."""
+Added = Callable[[Mapping[str, int]], Summand]
+"""What a client adds, by the widths of the sketches; see `sums.summand`."""
 
 _HALVINGS = 40  # of weights, at most
 
@@ -58,99 +57,75 @@ class Member:
         return cls(**{**value, "sessions": sessions})
 
     def answer(
-        self,
-        ask: Ask,
-        settings: Settings,
-        trained: Callable[[], Trained],
-        identity: Identity | None = None,
+        self, ask: Ask, secure: Secure, added: Added, signer: Signer | None = None
     ) -> Answer:
         """The answer to one message.
 
         Args:
-            settings: As this client knows them from its own recipe.
-            trained: Trains, or gives what was trained before in this round.
-            identity: Signs, and knows the others' signatures; None where nobody has keys.
+            secure: As in this client's own recipe.
+            added: Trains, or gives what came of that before in this round.
+            signer: Signs, and knows the others' signatures; None where nobody has keys.
 
         Raises:
             UserError: What is asked would show more than a sum, or cannot be done.
         """
         about = ask.about
         if ask.step == "keys":
-            return self._keys(_text(about, "context"), identity)
+            return self._keys(_text(about, "context"), signer)
         if not self.sessions:
             raise ProtocolError("what this client knew of the round is gone; it sits this one out")
         if ask.step == "shares":
-            return self._shares(about, settings, identity)
+            return self._shares(about, secure.threshold, signer)
         if ask.step == "open":
             present = about.get("present")
             if about.get("sum") not in SUMS or not isinstance(present, list):
                 raise ProtocolError("asked to open a sum that is none")
             return self._told(shares=self.sessions[about["sum"]].reveal(map(str, present)))
         if ask.step == "train":
-            self._letters(about, settings)
-            votes = fixed.votes(self._contribution(settings, trained))
+            for label, session in self.sessions.items():
+                session.receive(about["letters"][label], about["commitments"][label])
+            self.widths = {str(name): width for name, width in about["widths"].items()}
+            votes = fixed.votes(added(self.widths).tensors)
             self.sessions["sizes"].mask(votes)
             return Answer(self.name, vector=votes)
         if ask.step != "send":
             raise ProtocolError(f"asked for {str(ask.step)[:40]!r}, which is no step of a round")
-        return self._send(about, settings, trained)
+        return self._send(about, secure.bits, added(self.widths))
 
-    def _keys(self, context: str, identity: Identity | None) -> Answer:
+    def _keys(self, context: str, signer: Signer | None) -> Answer:
         """A new round: new secrets, and those of the one before are forgotten."""
         self.context = context
         self.sessions = {label: Session(self.name, f"{context} {label}") for label in SUMS}
         keys = {label: session.keys() for label, session in self.sessions.items()}
-        signature = None if identity is None else identity.sign(context, self.name, keys)
+        signature = None if signer is None else signer.sign(context, self.name, keys)
         return self._told(keys=keys, signature=signature)
 
     def _shares(
-        self, about: Mapping[str, Any], settings: Settings, identity: Identity | None
+        self, about: Mapping[str, Any], threshold: int | None, signer: Signer | None
     ) -> Answer:
         everybody = about["everybody"]
         for name, told in everybody.items():
-            if identity is not None:
-                identity.check(self.context, name, told["keys"], told["signature"])
-        assert settings.secure is not None
+            if signer is not None:
+                signer.check(self.context, name, told["keys"], told["signature"])
         self.everybody = len(everybody)
-        found = {
-            label: session.share(
-                {name: told["keys"][label] for name, told in everybody.items()},
-                settings.secure.threshold,
-            )
-            for label, session in self.sessions.items()
-        }
+        found = {}
+        for label, session in self.sessions.items():
+            keys = {name: told["keys"][label] for name, told in everybody.items()}
+            found[label] = session.share(keys, threshold)
         return self._told(dealt=found)
 
-    def _letters(self, about: Mapping[str, Any], settings: Settings) -> None:
-        for label, session in self.sessions.items():
-            session.receive(about["letters"][label], about["commitments"][label])
-        self.widths = {str(name): width for name, width in about["widths"].items()}
-        needed = sums.products(settings.method, about["round"])
-        wrong = self.widths.keys() != (settings.layers.keys() if needed else set())
-        if wrong or any(type(w) is not int or w < 1 for w in self.widths.values()):
-            raise ProtocolError("asked for sketches that do not fit the layers")
-
-    def _send(
-        self, about: Mapping[str, Any], settings: Settings, trained: Callable[[], Trained]
-    ) -> Answer:
+    def _send(self, about: Mapping[str, Any], bits: int, added: Summand) -> Answer:
         exponents, halvings = about.get("exponents"), about.get("halvings")
         if type(halvings) is not int or not 0 <= halvings <= _HALVINGS:
             raise ProtocolError("asked for weights in a strange unit")
-        start, update = trained()
-        found = self._contribution(settings, lambda: (start, update))
-        if not isinstance(exponents, list) or len(exponents) != len(found):
+        if not isinstance(exponents, list) or len(exponents) != len(added.tensors):
             raise ProtocolError("the sizes that were agreed on are not those of its tensors")
-        assert settings.secure is not None
-        rows = 1 if settings.weights == "uniform" else update.examples
-        weight, bits = rows * 2.0**-halvings, settings.secure.bits
-        vector = fixed.encode(found, list(map(int, exponents)), weight, bits, self.everybody)
+        weight = added.weight * 2.0**-halvings
+        vector = fixed.encode(
+            added.tensors, list(map(int, exponents)), weight, bits, self.everybody
+        )
         self.sessions["numbers"].mask(vector)
         return Answer(self.name, vector=vector)
-
-    def _contribution(self, settings: Settings, trained: Callable[[], Trained]) -> dict[str, Any]:
-        start, update = trained()
-        end, loss = replaced(start, update.tensors), update.metrics.get("loss")
-        return sums.contribution(settings, update.round, self.widths, start, end, loss)
 
     def _told(self, **about: Any) -> Answer:
         return Answer(self.name, about)

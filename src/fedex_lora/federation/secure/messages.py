@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from fedex_lora.federation.header import Limit
 from fedex_lora.federation.loop import Exchange, Transport
 from fedex_lora.federation.messages import Lost
 from fedex_lora.federation.secure.primitives import Vector, canonical
@@ -13,6 +14,8 @@ from fedex_lora.federation.secure.primitives import Vector, canonical
 Step = Literal["keys", "shares", "train", "open", "send"]
 Sum = Literal["sizes", "numbers"]
 SUMS: tuple[Sum, Sum] = ("sizes", "numbers")
+MESSAGES = len(get_args(Step)) + 1  # that a client is sent in a round: it opens two sums
+_WORDS = 1 << 20  # bytes of a header: of letters and shares, at most
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,17 @@ class Ask:
     Attributes:
         step: What is asked for. Where it is to train, the round's broadcast goes with it.
         about: JSON.
+        numbers: How many numbers the answer holds under masks.
     """
 
     step: Step
     about: Mapping[str, Any]
+    numbers: int = 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the round's broadcast goes with it."""
+        return self.step == "train"
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +60,11 @@ class Answer:
     vector: Vector | None = None
     nbytes: int | None = None
     resent: int = 0
+
+
+def limit(numbers: int = 0) -> Limit:
+    """Of a message with so many numbers under masks; letters and shares stand in its header."""
+    return Limit(header=_WORDS, whole=8 + _WORDS + 8 * numbers, masked=True)
 
 
 class SecureTransport(Transport, Protocol):

@@ -169,7 +169,7 @@ class _Round:
                 raise UserError(f"sent no vector of {count} numbers")
             np.add(total, vector, out=total)
 
-        present = self._ask(what, asks, take)
+        present = self._ask(what, asks, take, count)
         self._enough(present)
         return total, sorted(present)
 
@@ -197,11 +197,12 @@ class _Round:
         what: Step,
         asks: Mapping[str, Mapping[str, Any]],
         take: Callable[[Answer], None],
+        numbers: int = 0,
     ) -> list[str]:
         """Asks all, takes each answer as it comes, and says whose could be used."""
         names, useful = sorted(asks), []
         exchange = Exchange(self.state, self.settings, names)
-        messages = {client: Ask(what, asks[client]) for client in names}
+        messages = {client: Ask(what, asks[client], numbers) for client in names}
         for client, message in messages.items():
             self.down[client] += message.nbytes
         replies = self.transport.ask(exchange, messages)

@@ -171,7 +171,7 @@ class Session:
                 share was revealed before.
         """
         present = set(present)
-        if self.name not in present:
+        if self.name not in present or not self.masked:
             raise ProtocolError("asked to open a sum without its own numbers in it")
         self._check_enough(present & self.held.keys())
         shares = {}

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,11 +32,24 @@ from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.statistics import Statistics, padded
-from fedex_lora.federation.messages import Tensors
+from fedex_lora.errors import ProtocolError
+from fedex_lora.federation.messages import Tensors, Update, replaced
 from fedex_lora.federation.settings import Settings
 
 MORE = 8  # rows that Ψ has beyond p
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Summand:
+    """What a client adds: weight·tensors.
+
+    Attributes:
+        weight: n of the weights.
+    """
+
+    tensors: Tensors
+    weight: float
 
 
 def products(method: Method, round: int) -> frozenset[str]:
@@ -112,16 +126,24 @@ def shapes(settings: Settings, round: int, width: Mapping[str, int], head: Tenso
     return found | {f"head/{name}": tuple(head[name].shape) for name in sorted(head)}
 
 
-def contribution(
-    settings: Settings,
-    round: int,
-    width: Mapping[str, int],
-    start: AdapterState,
-    end: AdapterState,
-    loss: float | None = None,
-) -> dict[str, Tensor]:
-    """What one client adds, before its weight, as `shapes` lists it."""
-    told = [0.0, 0.0] if loss is None or not math.isfinite(loss) else [loss, 1.0]
+def summand(
+    settings: Settings, width: Mapping[str, int], start: AdapterState, update: Update
+) -> Summand:
+    """What one client adds, as `shapes` lists it.
+
+    Args:
+        width: Of the sketches, as the server gives them.
+        start: Where the client started from.
+
+    Raises:
+        ProtocolError: The widths do not fit the layers.
+    """
+    round, end = update.round, replaced(start, update.tensors)
+    wanted = settings.layers.keys() if products(settings.method, round) else set()
+    if width.keys() != wanted or any(type(w) is not int or w < 1 for w in width.values()):
+        raise ProtocolError("asked for sketches that do not fit the layers")
+    loss = update.metrics.get("loss", math.nan)
+    told = [loss, 1.0] if math.isfinite(loss) else [0.0, 0.0]
     found = {"count": torch.ones(1), "loss": torch.tensor(told)}
     method = settings.method
     for name, layer in settings.layers.items():
@@ -149,7 +171,8 @@ def contribution(
             rank = start.layers[name].rank
             found[f"ranks/{name}"] = (torch.arange(layer.rank) < rank).double()
     moved = {n: end.head[n].double() - t.double() for n, t in sorted(start.head.items())}
-    return found | {f"head/{n}": t for n, t in moved.items()}
+    weight = 1 if settings.weights == "uniform" else update.examples
+    return Summand(found | {f"head/{n}": t for n, t in moved.items()}, weight)
 
 
 def aggregate(

@@ -16,6 +16,7 @@ from fedex_lora.flower.deploy.init import (
     new_folders,
     read_deployment,
     write_deployment,
+    write_rosters,
     writing,
 )
 from fedex_lora.flower.deploy.keys import renew_certificate
@@ -41,6 +42,7 @@ def add(path: Path, names: Sequence[str], say: Callable[[str], object]) -> list[
         with writing(path):
             for name in names:
                 init_client(path, deployment, name)
+            write_rosters(path, names)
             write_deployment(path, replace(deployment, clients=(*deployment.clients, *names)))
     except UserError:
         for folder in folders:  # nobody has them yet

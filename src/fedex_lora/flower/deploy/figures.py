@@ -14,7 +14,10 @@ from fedex_lora.flower.deploy.words import ANSWERS, CONNECTED, REFUSES, SILENT
 STATES = (
     "connecting", "unreachable", "waiting", "training", "scoring", "undecided", "refused",
 )  # fmt: skip
-_AT_WORK = {"round": "training", "evaluate": "scoring", "final": "scoring", "refused": "refused"}
+_AT_WORK = {
+    "round": "training", "secure": "training", "evaluate": "scoring", "final": "scoring",
+    "refused": "refused",
+}  # fmt: skip
 _REFUSALS = ("refused", "unfit", "failed")
 
 
@@ -77,7 +80,7 @@ class Figures:
                 self._seconds.labels(self._client, asked).inc(spent)
                 kind = "refused" if asked == "refused" else kind
                 self._asked = None
-            if kind == "update":
+            if kind in ("update", "secure"):
                 self._last = line["round"] or self._last
                 self._round.set(self._last)
             if kind in _REFUSALS:

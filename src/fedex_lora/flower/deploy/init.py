@@ -8,7 +8,7 @@ import json
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from fedex_lora.flower.deploy.keys import write_certificates, write_key_pair
 from fedex_lora.flower.deploy.names import check_client_names
 
 FILE = "deployment.json"
+ROSTER = "roster"  # in an institution's folder, with a NAME.pub of every one
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _write(path: Path, deployment: Deployment) -> None:
     )
     for name in deployment.clients:
         init_client(path, deployment, name)
+    write_rosters(path, deployment.clients)
     blocks = "".join(templates.COMPOSE_CLIENT.format(name=name) for name in deployment.clients)
     (path / "compose.yaml").write_text(
         templates.COMPOSE.format(port=deployment.port, clients=blocks)
@@ -183,6 +185,16 @@ def init_client(path: Path, deployment: Deployment, name: str) -> None:
     (folder / "fedex-lora-client.service").write_text(unit)
     readme = templates.CLIENT_README.format(name=name, version=__version__)
     (folder / "README.txt").write_text(readme)
+
+
+def write_rosters(path: Path, names: Sequence[str]) -> None:
+    """Gives these institutions the public keys of all that there are, by which they know each
+    other; see `deploy.roster`."""
+    for name in names:
+        folder = path / "clients" / name / ROSTER
+        for key in sorted(path.glob("clients/*/key.pub")):
+            new_folders(folder)
+            shutil.copy(key, folder / f"{key.parent.name}.pub")
 
 
 def _check(path: Path, deployment: Deployment) -> None:

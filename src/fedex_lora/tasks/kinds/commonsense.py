@@ -165,7 +165,7 @@ def _kind(answer: str) -> tuple[str, ...]:
 def _check(name: str | None, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
     check_columns(rows, ("instruction", "output", "answer"), where)
     known = OPTIONS[name] if name else tuple(dict.fromkeys(sum(OPTIONS.values(), ())))
-    refuse_first((_problem(known, row) for row in rows.to_list()), where, line_of)
+    refuse_first((_problem(known, row) for row in map(dict, rows)), where, line_of)
 
 
 def _blank(name: str | None, rows: Dataset, where: str) -> Dataset:

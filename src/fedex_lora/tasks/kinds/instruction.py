@@ -135,9 +135,9 @@ def _problem(templates: Templates, row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def records(rows: Dataset, columns: Sequence[str]) -> list[dict[str, Any]]:
+def records(rows: Dataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows' values of these columns."""
-    return [dict(zip(columns, values)) for values in zip(*(rows[name] for name in columns))]
+    return (dict(zip(columns, values)) for values in zip(*(rows[name] for name in columns)))
 
 
 def _encode(
@@ -147,7 +147,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Dataset:
-    found = records(rows, templates.columns)
+    found = list(records(rows, templates.columns))
     asked = [templates.prompt.format_map(row) for row in found]
     answers = bare_responses([templates.response.format_map(row) for row in found], tokenizer)
     pairs = encode_pairs(asked, answers, tokenizer, max_length)

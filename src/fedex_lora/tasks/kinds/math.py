@@ -148,7 +148,7 @@ def _check(needs_library: bool, rows: Dataset, where: str, line_of: LineOf = one
             f"{where}: there are the columns {', '.join(rows.column_names)}; expected {_EXPECTED}. "
             "Rename them, or name yours: task.columns, e.g. {question: NAME, answer: NAME}."
         )
-    for index, row in enumerate(rows.to_list()):
+    for index, row in enumerate(map(dict, rows)):
         if problem(row) is None:
             raise DataError(
                 f"{where}, line {line_of(index)}: no problem with a solution, both texts that "

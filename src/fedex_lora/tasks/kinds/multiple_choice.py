@@ -93,9 +93,9 @@ def _check(spec: MultipleChoice, rows: Dataset, where: str, line_of: LineOf = on
     keys = ("question_column", *choices, "label_column")
     columns = (spec.question_column, *spec.choices, spec.label_column)
     check_columns(rows, columns, where, keys)
-    records = list(_records(spec, rows))
-    most = len(records[0][1]) if isinstance(records[0][1], list) else 0
-    refuse_first((_problem(spec, row, most) for row in records), where, line_of)
+    first = next(_records(spec, rows))[1]
+    most = len(first) if isinstance(first, list) else 0
+    refuse_first((_problem(spec, row, most) for row in _records(spec, rows)), where, line_of)
 
 
 Record = tuple[Any, Any, Any]  # question, choices, label

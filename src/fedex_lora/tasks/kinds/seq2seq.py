@@ -91,7 +91,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Dataset:
-    found = records(rows, templates.columns)
+    found = list(records(rows, templates.columns))
     asked = [templates.prompt.format_map(row) for row in found]
     answers = [templates.response.format_map(row) for row in found]
     encoding = encode_texts(asked, None, tokenizer, max_length)

@@ -24,7 +24,7 @@ _HASH = ECDSA(hashes.SHA384())
 
 
 @dataclass(frozen=True)
-class Identity:
+class Signer:
     """A client's own signature, and those that it knows.
 
     Attributes:
