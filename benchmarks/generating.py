@@ -22,7 +22,7 @@ from fedex_lora.tasks.kinds.e2e import E2E, LENGTH_PENALTY, NO_REPEAT_NGRAM
 from fedex_lora.tasks.kinds.math import Math
 from fedex_lora.tasks.language import prompt_of
 
-STEPS, TRAINED, ASKED, BATCH = 25, 8, 12, 32
+STEPS, TRAINED, LENGTH, ASKED, BATCH = 15, 4, 256, 8, 32
 KINDS: Mapping[str, tuple[str, TaskSpec, Mapping[str, Decoding]]] = {
     "E2E": (
         "e2e_nlg",
@@ -32,7 +32,7 @@ KINDS: Mapping[str, tuple[str, TaskSpec, Mapping[str, Decoding]]] = {
             "4 beams": Decoding(64, 4, LENGTH_PENALTY, NO_REPEAT_NGRAM),
         },
     ),
-    "GSM8K": ("gsm8k", Math(kind="math"), {"greedy": Decoding(128)}),
+    "GSM8K": ("gsm8k", Math(kind="math"), {"greedy": Decoding(96)}),
 }
 
 
@@ -61,7 +61,7 @@ def tuned(folder: Path, rows: Dataset, spec: TaskSpec) -> tuple[Any, Any, list[l
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
     task = spec.build(None)
-    encoded = task.encode(rows.select(range(STEPS * TRAINED + ASKED)), tokenizer, 512)
+    encoded = task.encode(rows.select(range(STEPS * TRAINED + ASKED)), tokenizer, LENGTH)
     asked = [prompt_of(encoded[i]) for i in range(len(encoded) - ASKED, len(encoded))]
     given = {
         "max_steps": STEPS,
