@@ -53,6 +53,8 @@ def _chosen(key: str, value: Any, rows: Tensor) -> Any:
     if hasattr(value, "reorder_cache"):
         value.reorder_cache(rows)
         return value
+    if isinstance(value, tuple):  # the cache of an older model
+        return tuple(_chosen(key, part, rows) for part in value)
     if key == "encoder_outputs":
         return type(value)(**{name: part[rows] for name, part in value.items()})
     if isinstance(value, torch.Tensor):  # positions may have a dimension of their own before
