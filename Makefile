@@ -75,7 +75,7 @@ chaos: setup
 
 # Real Flower processes on this machine, with TLS and keys: minutes.
 deployment: setup
-	$(BIN)/python -m pytest -m deployment tests/engines tests/flower
+	$(BIN)/python -m pytest -m deployment tests/engines tests/flower tests/test_docs.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -74,7 +74,9 @@ class Act(Silent):
     act: Callable[[], object] | None
     stop: bool = False
 
-    def turn(self, round: int, client: str, done: int, total: int) -> None:
+    def turn(
+        self, round: int, client: str, done: int, total: int, loss: float | None = None
+    ) -> None:
         act = self.act
         if act is not None and round == self.round:
             self.act = None

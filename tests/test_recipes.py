@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -268,3 +269,17 @@ def test_the_small_gpt2_is_made_with_its_real_tokenizer(shared, tmp_path):
     federation = set_up(small(recipe, tmp_path / "gpt2", tmp_path / "data"))
     assert len(federation.model.tokenizer) == 50257
     assert len(federation.model.layers) == 2 * 4  # c_attn and attn.c_proj of four layers
+
+
+def test_every_file_of_recipes_goes_into_the_wheel():
+    """setuptools knows no folders within folders: each is a line of its own."""
+    root = Path(__file__).resolve().parents[1]
+    named = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    sent = {
+        f"{folder}/{path.name}"
+        for folder, patterns in named.items()
+        for pattern in patterns
+        for path in root.glob(pattern)
+    }
+    there = [path for path in (root / "recipes").rglob("*.*") if path.suffix in (".yaml", ".py")]
+    assert {f"share/fedex-lora/{path.relative_to(root).as_posix()}" for path in there} == sent

@@ -42,18 +42,21 @@ def numbers(found: Trained) -> dict[str, Any]:
 )
 def test_a_trainer_that_begins_anew_is_a_new_one(federation, training):
     given = {**federation.recipe.trainer_arguments, **training, "lr_scheduler_type": "cosine"}
-    steps: list[tuple[str, int, int]] = []
+    steps: list[tuple[str, int, int, float]] = []
     lasting = HFTrainer(
         federation.task, given, lambda *step: steps.append((step[0].client, *step[1:]))
     )
     with quick_collections():
         for turn in turns(federation):
+            before = len(steps)
             again = lasting(federation.model, [turn])[0]
+            losses = [loss for *_, loss in steps[before:]]  # of every step, as it was made
+            assert sum(losses) / len(losses) == pytest.approx(again.metrics["loss"], rel=1e-5)
             anew = HFTrainer(federation.task, given)(federation.model, [turn])[0]
             assert numbers(again) == numbers(anew)
             expected = flat(anew.end)
             assert expected and any(not v.equal(flat(turn.start)[n]) for n, v in expected.items())
             assert all(value.equal(expected[name]) for name, value in flat(again.end).items())
     taken = [turn.client for turn in turns(federation)]
-    assert list(dict.fromkeys(steps)) and [c for c, done, _ in steps if done == 1] == taken
+    assert list(dict.fromkeys(steps)) and [c for c, done, *_ in steps if done == 1] == taken
     assert len(lasting._last) == 1

@@ -38,6 +38,7 @@ from fedex_lora.federation.settings import Settings, check_options
 from fedex_lora.federation.state import ServerState, begin, global_factors, start_of
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.given import Model
+from fedex_lora.runs.bar import Barred
 from fedex_lora.runs.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fedex_lora.runs.export import as_adapter, check_finite
 from fedex_lora.runs.records import Round, Rounds
@@ -160,22 +161,25 @@ class Federation:
         The last of them sends whole what a truncated residual still carries.
 
         Args:
-            progress: Whether to show a bar, by `tqdm.auto`.
+            progress: Whether to show rounds, clients, loss and time left: a bar of tqdm's in a
+                notebook and on a terminal, else a line a round.
 
         Raises:
             QuorumLost: Fewer than `min_clients` updates can be used; each reason is named.
         """
         settings = replace(self.settings, rounds=self.state.version + count)
         self.settings = self.engine.settings = settings
-        numbers: Iterator[int] = iter(range(count))
-        if progress:
-            from tqdm.auto import tqdm  # noqa: PLC0415 (only who asks for it needs it)
-
-            numbers = iter(tqdm(numbers, total=count, unit="round"))
-        for _ in numbers:
-            self.state, record = run_round(self.state, settings, self.engine)
-            self.history.append(Round(self.state.version, record))
-            yield self.history[-1]
+        bar = Barred(self.engine, count, len(settings.sample(1))) if progress else None
+        try:
+            for _ in range(count):
+                self.state, record = run_round(self.state, settings, bar or self.engine)
+                if bar is not None:
+                    bar.round_done()
+                self.history.append(Round(self.state.version, record))
+                yield self.history[-1]
+        finally:
+            if bar is not None:
+                bar.close()
 
     def show(self, client: str | None = None) -> nn.Module:
         """The module as the global model; or `client`'s, where every client has a model alone."""

@@ -114,7 +114,7 @@ def test_it_is_the_local_run_bit_for_bit_though_the_coordinator_is_killed(federa
     deployment, spec = federation
 
     class Kills(Silent):
-        def turn(self, round, client, done, total):
+        def turn(self, round, client, done, total, loss=None):
             if round == 2 and done:
                 deployment.await_at_work()
                 assert deployment.kill_app("server") > 0
@@ -148,7 +148,7 @@ def test_a_node_that_is_killed_in_a_round_costs_its_update_of_that_round(federat
     class Kills(Silent):
         killed = 0
 
-        def turn(self, round, client, done, total):
+        def turn(self, round, client, done, total, loss=None):
             if not self.killed:
                 deployment.await_at_work()
                 deployment.freeze(NAMES[1], True)

@@ -7,6 +7,7 @@ mistyped options and lists come at once.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 import site
@@ -48,7 +49,13 @@ def common(
     log_json(False)  # until an option says otherwise
 
 
-console = Console()
+def make_console() -> Console:
+    """For what is asked for. Below a notebook's kernel there seems to be a terminal, but one that
+    knows no cursor: it gets lines, as a file does."""
+    return Console(force_terminal=False if "JPY_PARENT_PID" in os.environ else None)
+
+
+console = make_console()
 errors = Console(stderr=True, soft_wrap=True)
 
 
@@ -143,12 +150,19 @@ def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display | Eve
     made: list[Display | Events] = []
 
     def show(label: str) -> Display | Events:
+        for before in made:
+            before.close()
         phases.display = Events(label) if logs_json() else Display(console, label)
         made.append(phases.display)
         return phases.display
 
     try:
-        yield show
+        try:
+            yield show
+        finally:
+            phases.display = None
+            for display in made:
+                display.close()
     except KeyboardInterrupt:
         complain(f"interrupted; this goes on after the last finished round:\n  {go_on()}")
         raise typer.Exit(130) from None
@@ -159,10 +173,6 @@ def displays(go_on: Callable[[], str]) -> Iterator[Callable[[str], Display | Eve
             f"learning rate, in a new run), then go on:\n  {go_on()}"
         )
         raise typer.Exit(2) from None
-    finally:
-        phases.display = None
-        for display in made:
-            display.close()
 
 
 def shipped_recipes() -> Path | None:

@@ -108,7 +108,10 @@ def plain(name: str, model: Shapes, compared: Sequence[Cost]) -> dict[str, objec
 
 def table8(out: Path | None) -> None:
     if out is not None:
-        _check_ours(out)
+        if not out.parent.is_dir():
+            raise StorageError(f"--out: there is no directory {out.parent}; make it first")
+        if out.is_dir() or (out.exists() and not out.read_bytes().startswith(_HEADING.encode())):
+            raise RecipeError(f"--out: {out} is there and is something else; name another file")
     rows = [compare_row(row) for row in ROWS]
     say(CONVENTION.replace("`", ""))
     show_table(console, *ratio_table(rows))
@@ -128,14 +131,6 @@ Written by `fedex-lora cost --table8 --out FILE`.
 """
     write_atomic(out, text.encode())
     say(f"Written: {out}")
-
-
-def _check_ours(file: Path) -> None:
-    """Raises a `UserError` if a file is there that this command did not write."""
-    if not file.parent.is_dir():
-        raise StorageError(f"--out: there is no directory {file.parent}; make it first")
-    if file.is_dir() or (file.exists() and not file.read_bytes().startswith(_HEADING.encode())):
-        raise RecipeError(f"--out: {file} is there and is something else; name another file")
 
 
 def plot(directory: Path, name: str, model: Shapes, clients: str, methods: list[str]) -> None:

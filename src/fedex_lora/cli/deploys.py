@@ -136,7 +136,9 @@ def server_command(folder: Folder, log_json: LogJson = False) -> None:
     deployment = read_deployment(folder)
     if deployment.insecure:
         say(INSECURE)
-    elif (soon := check_certificate(folder / "server", deployment.hosts)) is not None:
+    elif (
+        soon := check_certificate(folder / "server", (*deployment.hosts, "127.0.0.1"))
+    ) is not None:
         say(f"warning: {soon}")
     with alone(folder, "deploy server"):
         serve(folder.resolve(), deployment, tell)
@@ -162,6 +164,12 @@ def client_command(
     ] = None,
     check: Annotated[bool, typer.Option(help="Read all rows before connecting.")] = True,
     port: Annotated[int, typer.Option(help="A free port of this machine; 0 finds one.")] = 0,
+    ca: Annotated[
+        Path | None, typer.Option(help="Certificates to trust in place of the folder's ca.crt.")
+    ] = None,
+    proxy: Annotated[
+        str | None, typer.Option(help="http://HOST:PORT; by default as HTTPS_PROXY says.")
+    ] = None,
     monitor: Address = None,
     log_json: LogJson = False,
     show_rows: ShowRows = False,
@@ -174,6 +182,7 @@ def client_command(
     from fedex_lora.flower.deploy.init import client_folder, new_folders, read_deployment
     from fedex_lora.flower.deploy.keys import check_private_key
     from fedex_lora.flower.deploy.names import host_name
+    from fedex_lora.flower.deploy.proxy import proxy_for, trusted
 
     own = client_folder(folder, name)
     deployment = read_deployment(own)
@@ -198,9 +207,12 @@ def client_command(
         say("the rows can be used")
     if port:
         processes.check_port(port)
+    if deployment.insecure and (proxy or ca):
+        raise RecipeError("`proxy`, `ca`: this deployment is on one machine, without TLS")
+    certificates, by = None, proxy_for(deployment.host, proxy)
     with processes.alone(own, "deploy client"):
         if not deployment.insecure:
-            processes.check_server(deployment, own / "ca.crt", say)
+            processes.check_server(deployment, certificates := trusted(own, ca), say, by)
         new_folders(own, own / "cache", own / "flower")
         consent = Consent(own / FILE, runs, ask)
         say(said_so_far(consent, folder))
@@ -210,7 +222,9 @@ def client_command(
         rows, port = None if data is None else data.resolve(), port or processes.free_port()
         settings: dict[str, float] = {"runs": runs, "ask": int(ask), "show-rows": int(show_rows)}
         settings |= {} if epsilon is None else {"epsilon": float(epsilon)}
-        node = commands.supernode(own, deployment, name, recipe.resolve(), rows, port, **settings)
+        node = commands.supernode(
+            own, deployment, name, recipe.resolve(), rows, port, certificates, by, **settings
+        )
         programs = [node, commands.client_superexec(own, port)]
         _attend(programs, own, name, spec.federation.rounds, Asking(consent, say), monitor)
     _say_ended()

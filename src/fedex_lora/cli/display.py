@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.status import Status
+from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from fedex_lora.cli.spoken import spoken
 from fedex_lora.errors import number, size, some, tally
+from fedex_lora.runs.pace import Pace
 from fedex_lora.runs.spent import line
 
 if TYPE_CHECKING:
@@ -22,92 +25,97 @@ if TYPE_CHECKING:
     from fedex_lora.runs.watch import Start
 
 _WIDEST = 10_000  # characters in a line
+_SELDOM = 30.0  # seconds between two lines on how far it is, where there is no terminal
 
 
 class Display:
-    """A line for each round and, on a terminal, a bar for the client whose turn it is."""
+    """A line for each round, and how far the run is: on a terminal a line that changes; elsewhere,
+    as in a file, a line now and then.
 
-    def __init__(self, console: Console, label: str = "") -> None:
-        self.console, self.label = console, label
-        self._bar = Progress(
-            TextColumn("  {task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._turn: tuple[int, str] | None = None
-        self._task: TaskID | None = None
-        self._status: Status | None = None
+    Args:
+        clock: Seconds.
+    """
+
+    def __init__(
+        self, console: Console, label: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console, self.label, self._clock = console, label, clock
+        self._pace: Pace | None = None
+        self._phase: Spinner | None = None
+        self._live: Live | None = None
+        self._told = clock()
 
     def started(self, start: Start) -> None:
-        self._clear()
+        now, per_round = self._clock(), start.per_round or len(start.examples)
+        self._pace, self._phase = Pace(start.rounds, per_round, start.done, now), None
         examples = tally(start.examples)
-        self.console.print(
+        self._print(
             f"{self.label or start.name}: {start.method}, seed {start.seed}, "
             f"{start.rounds} rounds, training examples {examples}  →  {start.out}",
             style="bold",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
+        self._show()
 
     def phase(self, text: str) -> None:
         """What the run is at before its first round."""
-        if not self.console.is_terminal:
-            self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
-            return
-        self._clear()
-        self._status = self.console.status(escape(text))
-        self._status.start()
+        self._phase = Spinner("dots", escape(text))
+        if self.console.is_terminal:
+            self._show()
+        else:
+            self._print(f"  {text}")
 
-    def turn(self, round: int, client: str, done: int, total: int) -> None:
-        if self._turn != (round, client):
-            self._clear()
-            self._bar.start()
-            self._turn = (round, client)
-            self._task = self._bar.add_task(f"round {round}  {client}", total=total)
-        assert self._task is not None
-        self._bar.update(self._task, completed=done)
+    def turn(
+        self, round: int, client: str, done: int, total: int, loss: float | None = None
+    ) -> None:
+        if self._pace is None:  # a turn of a run whose rounds are played elsewhere
+            self._pace = Pace(0, 1, round - 1, self._clock())
+        self._phase = None
+        self._pace.turn(client, done, total, loss)
+        self._show()
 
     def round_done(self, record: Record) -> None:
-        self._clear()
-        self.console.print("  " + round_line(record), highlight=False, markup=False, soft_wrap=True)
+        if self._pace is not None:
+            self._pace.round_done(record["round"])
+        self._print("  " + round_line(record))
         by_reason: dict[str, list[str]] = {}
         for name, why in {**record["refused"], **record["lost"]}.items():
             by_reason.setdefault(why, []).append(name)
         for why, names in by_reason.items():
-            self.console.print(
-                f"    without {some(names)}: {spoken(why)}",
-                style="yellow",
-                highlight=False,
-                markup=False,
-            )
+            self._print(f"    without {some(names)}: {spoken(why)}", style="yellow", wrap=False)
 
     def scored(self, record: Record) -> None:
-        self._clear()
-        text = f"  round {record['round']}; clients' own rows: {number(record['score'], 3)}"
-        self.console.print(text, highlight=False, markup=False)
+        self._print(f"  round {record['round']}; clients' own rows: {number(record['score'], 3)}")
 
     def note(self, text: str) -> None:
-        self._clear()
-        self.console.print(
-            f"note: {spoken(text)}", style="yellow", highlight=False, markup=False, soft_wrap=True
-        )
+        self._print(f"note: {spoken(text)}", style="yellow")
 
     def close(self) -> None:
-        """Takes the bar away, whatever happened."""
-        self._clear()
+        """Takes the line that changes away, whatever happened."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _clear(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task, self._turn = None, None
-        self._bar.stop()
+    def _print(self, text: str, style: str | None = None, wrap: bool = True) -> None:
+        self._told = self._clock()
+        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=wrap)
+
+    def _show(self) -> None:
+        """How far it is."""
+        if self.console.is_terminal:
+            if self._live is None:
+                self._live = Live(
+                    console=self.console, transient=True, get_renderable=self._renderable
+                )
+                self._live.start()
+        elif self._pace is not None and self._clock() - self._told >= _SELDOM:
+            self._print("  " + self._pace.line(self._clock(), _WIDEST, bar=False))
+
+    def _renderable(self) -> RenderableType:
+        if self._phase is not None:
+            return self._phase
+        width = self.console.width - 2
+        text = "" if self._pace is None else self._pace.line(self._clock(), width)
+        return Text(f"  {text}", no_wrap=True, overflow="crop")
 
 
 def round_line(record: Record) -> str:

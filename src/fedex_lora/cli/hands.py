@@ -126,7 +126,7 @@ def turn(
             data,
             key=key,
             sets=set,
-            on_step=lambda turn, done, total: display.turn(turn.round, turn.client, done, total),
+            on_step=lambda turn, *step: display.turn(turn.round, turn.client, *step),
         )
     one, loss = taken.turn, taken.metrics.get("loss")
     told = "" if loss is None else f", training loss {loss:.3f}"

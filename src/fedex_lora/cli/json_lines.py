@@ -74,12 +74,15 @@ class Events:
     def phase(self, text: str) -> None:
         emit("phase", **self._of, text=text)
 
-    def turn(self, round: int, client: str, done: int, total: int) -> None:
+    def turn(
+        self, round: int, client: str, done: int, total: int, loss: float | None = None
+    ) -> None:
         """The first and the last step of a client's turn, and some between."""
         turn, now = (round, client), time.monotonic()
         if turn != self._turn or done == total or now - self._when > _SELDOM:
             self._turn, self._when = turn, now
-            emit("turn", **self._of, round=round, client=client, step=done, steps=total)
+            about = {"round": round, "client": client, "step": done, "steps": total, "loss": loss}
+            emit("turn", **self._of, **about)
 
     def round_done(self, record: Record) -> None:
         level = "warning" if record["refused"] or record["lost"] else "info"

@@ -35,7 +35,12 @@ def new(
     ] = [],  # noqa: B006
 ) -> None:
     """Write a commented recipe for your own files; what no option says is asked."""
-    _check_free(recipe)
+    if recipe.suffix.lower() not in (".yaml", ".yml"):
+        raise RecipeError(f"{recipe}: expected the name of a recipe, e.g. {recipe}.yaml")
+    if recipe.exists():
+        raise StorageError(f"{recipe}: exists already and stays as it is; name a new file")
+    if not recipe.parent.is_dir():
+        raise StorageError(f"{recipe}: there is no folder {recipe.parent}")
     chosen = _answer("--model", model, "Model, a hub id or local path", _model)
     kind = _answer("--task", task, "Task", _kind, "text-classification")
     phase.info("loading libraries")
@@ -55,26 +60,13 @@ def new(
     text = commented(
         values, f"Written by fedex-lora new. What a run takes: fedex-lora plan {recipe}"
     )
-    _write(recipe, text)
-    load_recipe(recipe)
-    say(f"Written: {recipe}\nNext: fedex-lora plan {recipe}, then fedex-lora run {recipe}")
-
-
-def _check_free(file: Path) -> None:
-    if file.suffix.lower() not in (".yaml", ".yml"):
-        raise RecipeError(f"{file}: expected the name of a recipe, e.g. {file}.yaml")
-    if file.exists():
-        raise StorageError(f"{file}: exists already and stays as it is; name a new file")
-    if not file.parent.is_dir():
-        raise StorageError(f"{file}: there is no folder {file.parent}")
-
-
-def _write(file: Path, text: str) -> None:
     try:
-        with file.open("x", encoding="utf-8") as opened:
+        with recipe.open("x", encoding="utf-8") as opened:
             opened.write(text)
     except OSError as error:
-        raise StorageError(f"{file}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"{recipe}: cannot be written: {error.strerror}") from error
+    load_recipe(recipe)
+    say(f"Written: {recipe}\nNext: fedex-lora plan {recipe}, then fedex-lora run {recipe}")
 
 
 def _answer(

@@ -75,7 +75,12 @@ def stdlib_docs() -> dict[str, Dataset]:
     Raises:
         UserError: This Python has no sources of its standard library.
     """
-    found = _unambiguous([_sentences_of(area) for area in LABELS])
+    found = _unambiguous(
+        [
+            [s for file in _files(area) for text in _docstrings(file) for s in sentences(text)]
+            for area in LABELS
+        ]
+    )
     count = min(len(sentences) for sentences in found)
     if count < FEWEST_PER_CLASS:
         raise RecipeError(
@@ -84,7 +89,17 @@ def stdlib_docs() -> dict[str, Dataset]:
             f"{sysconfig.get_path('stdlib')}; this Python seems to come without the source files "
             "of its standard library. Use another Python, or data of your own (data.path)."
         )
-    return _split([random.Random(SEED).sample(s, count) for s in found])
+    chosen = [random.Random(SEED).sample(s, count) for s in found]
+    held_out = max(1, int(HELD_OUT * count))
+    bounds = {
+        "train": slice(2 * held_out, None),
+        "validation": slice(0, held_out),
+        "test": slice(held_out, 2 * held_out),
+    }
+    return {
+        name: _dataset([(s, label) for label, group in enumerate(chosen) for s in group[part]])
+        for name, part in bounds.items()
+    }
 
 
 def sentences(docstring: str) -> list[str]:
@@ -109,11 +124,6 @@ def _is_prose(sentence: str) -> bool:
     ends = sentence[:1].isupper() and sentence.endswith((".", "!", "?"))
     fits = 5 <= len(words) <= 40 and plain >= 0.8 * len(words)
     return ends and fits and not _NOT_PROSE.search(sentence)
-
-
-def _sentences_of(area: str) -> list[str]:
-    texts = (text for file in _files(area) for text in _docstrings(file))
-    return [sentence for text in texts for sentence in sentences(text)]
 
 
 def _files(area: str) -> list[Path]:
@@ -155,19 +165,6 @@ def _unambiguous(found: list[list[str]]) -> list[list[str]]:
     unique = [{s.lower(): s for s in reversed(sentences)} for sentences in found]
     areas = Counter(key for by_key in unique for key in by_key)
     return [[s for key, s in sorted(by_key.items()) if areas[key] == 1] for by_key in unique]
-
-
-def _split(chosen: list[list[str]]) -> dict[str, Dataset]:
-    held_out = max(1, int(HELD_OUT * len(chosen[0])))
-    bounds = {
-        "train": slice(2 * held_out, None),
-        "validation": slice(0, held_out),
-        "test": slice(held_out, 2 * held_out),
-    }
-    return {
-        name: _dataset([(s, label) for label, group in enumerate(chosen) for s in group[part]])
-        for name, part in bounds.items()
-    }
 
 
 def _dataset(rows: list[tuple[str, int]]) -> Dataset:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from fedex_lora.tasks.labelled import head_of, is_causal, token_losses
 
-OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+OnStep = Callable[[int, int, float | None], None]
+"""(steps done, steps in all, the last step's loss; None where it was not read)"""
+_OFTEN = 0.5  # seconds between two looks at a loss on a device, which wait for it
+
+
+class Looks:
+    """Reads losses for people: on a device that has to be waited for, seldom."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def read(self, loss: Tensor) -> float | None:
+        """The value, or None where it was read just before."""
+        now = time.monotonic()
+        if loss.device.type != "cpu" and now - self._last < _OFTEN:
+            return None
+        self._last = now
+        return float(loss)
 
 
 class LabelledTrainer(Trainer):
@@ -89,8 +107,18 @@ class LabelledTrainer(Trainer):
     def tell(self, on_step: OnStep | None) -> None:
         """Who is told of steps from now on."""
         self.remove_callback(_Steps)
+        self._losses = None
         if on_step is not None:
-            self.add_callback(_Steps(on_step))
+            self._losses = []
+            self.add_callback(_Steps(on_step, self._losses))
+
+    def training_step(self, *args: Any, **given: Any) -> Any:
+        loss = super().training_step(*args, **given)
+        if self._losses is not None:
+            self._losses.append(loss)
+        return loss
+
+    _losses: list[Tensor] | None = None  # of the step's batches
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         return model if self.plain else super()._wrap_model(model, training, dataloader)
@@ -105,8 +133,10 @@ class LabelledTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    def __init__(self, on_step: OnStep) -> None:
-        self._on_step = on_step
+    def __init__(self, on_step: OnStep, losses: list[Tensor]) -> None:
+        self._on_step, self._losses, self._looks = on_step, losses, Looks()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._on_step(state.global_step, state.max_steps)
+        loss = self._looks.read(torch.stack(self._losses).sum()) if self._losses else None
+        self._losses.clear()
+        self._on_step(state.global_step, state.max_steps, loss)

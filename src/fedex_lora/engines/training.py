@@ -29,7 +29,7 @@ from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.trainer import LabelledTrainer, OnStep
 from fedex_lora.engines.training_log import TrainingLog, named, reported
-from fedex_lora.engines.turn import Trained, Turn
+from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.errors import UserError, shown
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Problem, did_you_mean
@@ -170,7 +170,7 @@ class HFTrainer:
     Attributes:
         task: How rows become batches.
         training: Arguments of TrainingArguments, as in a recipe's block of that name.
-        on_step: Is told (turn, steps done, steps in all).
+        on_step: Is told (turn, steps done, steps in all, loss).
         log: Where the Trainer's own reports go, if the arguments ask for any.
         proximal: μ of FedProx (Li et al., arXiv 1812.06127): the loss is that of the rows and
             μ/2·‖x − x⁰‖², where x is all that is trained, factors by themselves and head, and x⁰
@@ -179,7 +179,7 @@ class HFTrainer:
 
     task: Batches
     training: Mapping[str, Any]
-    on_step: Callable[[Turn, int, int], None] | None = None
+    on_step: OnTurn | None = None
     log: TrainingLog | None = None
     proximal: float = 0.0
     together: int = 1

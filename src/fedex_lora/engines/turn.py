@@ -90,6 +90,9 @@ class Train(Protocol):
         ...
 
 
+OnTurn = Callable[[Turn, int, int, float | None], None]
+"""Is told (turn, steps done, steps in all, the last step's loss or None)."""
+
 Transform = Callable[[Tensors, Turn], Mapping[str, Tensor]]
 """(the update as a drift from the start, the turn) → the drift that is sent instead."""
 

@@ -75,9 +75,11 @@ def compare(
     known = RunDir(out).comparison()
     results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}
     assemble = Once() if train_once else in_this_process
-    settled: dict[str, Any] = {}
+    settled: dict[str, Any] = {}  # what an earlier run has measured in place of "auto"
     for method, seed in sorted(variants, key=lambda v: seeds.index(v[1])):
-        one = _settle(variants[method, seed], settled)
+        one = variants[method, seed]
+        engine = {k: v for k, v in settled.items() if getattr(one.engine, k) == "auto"}
+        one = one.model_copy(update={"engine": one.engine.model_copy(update=engine)})
         path = out / f"{method.replace(':', '-')}-seed{seed}"
         watcher = watcher_for(method, seed)
         if RunDir(path).is_run():
@@ -91,13 +93,6 @@ def compare(
         results[method] = sorted([*others, result], key=lambda r: r["seed"])
         save_results(out, results)
     return results
-
-
-def _settle(recipe: Recipe, settled: dict[str, Any]) -> Recipe:
-    """The recipe with what an earlier run has measured in place of "auto"."""
-    engine = recipe.engine
-    named = {key: value for key, value in settled.items() if getattr(engine, key) == "auto"}
-    return recipe.model_copy(update={"engine": engine.model_copy(update=named)})
 
 
 def save_results(out: Path, results: Results) -> None:

@@ -251,7 +251,12 @@ def _next_state(
     An update that would make the state one that nobody can train from is left out and named.
     """
     while True:
-        _check_quorum(tally, exchange)
+        if len(tally.taken) < (least := exchange.settings.min_clients):
+            reasons = [f"{c}: {why}" for c, why in {**tally.lost, **tally.refused}.items()]
+            raise QuorumLost(
+                f"round {exchange.round}: {len(tally.taken)} valid updates, "
+                f"federation.min_clients is {least}. " + "; ".join(reasons)
+            )
         try:
             after, result = _aggregated(exchange, sorted(tally.taken), spool, shelve, noise)
             if (broken := too_large(after)) is None:
@@ -299,17 +304,6 @@ def _aggregated(
                 kept[client] = shelve(exchange.round, own)
     result = aggregator.finish() if method.exchanges else None
     return step(exchange.state, settings, result, clients, kept), result
-
-
-def _check_quorum(tally: Tally, exchange: Exchange) -> None:
-    least = exchange.settings.min_clients
-    if len(tally.taken) >= least:
-        return
-    reasons = [f"{c}: {why}" for c, why in {**tally.lost, **tally.refused}.items()]
-    raise QuorumLost(
-        f"round {exchange.round}: {len(tally.taken)} valid updates, federation.min_clients is "
-        f"{least}. " + "; ".join(reasons)
-    )
 
 
 def count_down(exchange: Exchange) -> dict[str, int]:

@@ -26,8 +26,10 @@ class Recorder:
     def started(self, start: Start) -> None:
         self._write("started", asdict(start))
 
-    def turn(self, round: int, client: str, done: int, total: int) -> None:
-        self._write("turn", [round, client, done, total])
+    def turn(
+        self, round: int, client: str, done: int, total: int, loss: float | None = None
+    ) -> None:
+        self._write("turn", [round, client, done, total, loss])
 
     def round_done(self, record: Record) -> None:
         self._write("round_done", record)

@@ -81,7 +81,14 @@ def merge_into_base(
     with new_directory(out, "the merged model", "merge again") as new:
         _copy_files(target, new)
         notes = _copy_tokenizer(plan, new) if target.enlarged else []
-        _write_shards(values, new)
+        shards, total = values.shards(), 0
+        for file, names in shards.items():
+            with tensor_file(new / file, names) as made:
+                total += _write_tensors(values, made, names)
+        if (values.target.folder / INDEX).is_file() and INDEX not in shards:
+            where = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _write_config(target, new, values, dtype)
     if values.untied:
         notes.append(f"{', '.join(values.untied)} shared one weight; each has its own now")
@@ -91,17 +98,6 @@ def merge_into_base(
     if False in packed:
         notes.append("its 8-bit layers rounded their inputs too, which the written model does not")
     return Written(target.auto_model, len(plan.layers), *values.losses(), notes)
-
-
-def _write_shards(values: Values, new: Path) -> None:
-    shards, total = values.shards(), 0
-    for file, names in shards.items():
-        with tensor_file(new / file, names) as made:
-            total += _write_tensors(values, made, names)
-    if (values.target.folder / INDEX).is_file() and INDEX not in shards:
-        where = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tensors(values: Values, made: TensorFile, names: Sequence[str]) -> int:

@@ -51,12 +51,23 @@ def open_target(
             quantised in a way that is not known here, or the tensors do not fit it.
     """
     named = adapter.config.get("base_model_name_or_path")
-    folder = _locate(name, adapter.config.get("revision") if named == name else None)
+    folder = Path(name).expanduser()
+    if not folder.exists() and not is_local(name):
+        revision = adapter.config.get("revision") if named == name else None
+        folder = download(name, _FILES, revision)
+    if not (config := folder / "config.json").is_file():
+        raise StorageError(f"{name}: there is no {config}; expected a model's folder")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except _CANNOT_BUILD as error:
         raise _unknown(folder, error) from None
-    _check_quantisation(folder, config)
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
+    if found and method != "bitsandbytes":
+        raise DataError(
+            f"`into_base`: {folder} is quantised by {method}, which is not undone here "
+            "(bitsandbytes' 4 and 8 bits are); name the model that it was made from"
+        )
     stored = checkpoint(folder, getattr(config, "dtype", None))
     unknown: list[UserError] = []
     unfit: list[UserError] = []
@@ -77,28 +88,9 @@ def open_target(
     raise [*unfit, *unknown][0]
 
 
-def _locate(name: str, revision: str | None) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists() and not is_local(name):
-        path = download(name, _FILES, revision)
-    if not (path / "config.json").is_file():
-        raise StorageError(f"{name}: there is no {path / 'config.json'}; expected a model's folder")
-    return path
-
-
 def _unknown(folder: Path, error: Exception) -> UserError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return DataError(f"`into_base`: {folder} is no model that transformers knows: {first}")
-
-
-def _check_quantisation(folder: Path, config: Any) -> None:
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
-    if found and method != "bitsandbytes":
-        raise DataError(
-            f"`into_base`: {folder} is quantised by {method}, which is not undone here "
-            "(bitsandbytes' 4 and 8 bits are); name the model that it was made from"
-        )
 
 
 def _classes(adapter: Mapping[str, Any], config: Any) -> list[str]:

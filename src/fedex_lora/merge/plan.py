@@ -161,7 +161,9 @@ def make_plan(
     layers = sorted(set.intersection(*(set(a.places) for a in adapters)))
     if not layers:
         raise DataError("no layer is adapted by all of the adapters; there is nothing to merge")
-    shared = [key for key in sorted(adapters[0].others) if _shared(adapters, key)]
+    shared = [
+        key for key in sorted(adapters[0].others) if len({a.others.get(key) for a in adapters}) == 1
+    ]
     heads = [k for k in shared if embeddings == "mean" or all(_trained(a, k) for a in adapters)]
     copies: dict[str, Adapter | None] = dict.fromkeys(k for k in shared if k not in heads)
     if source is not None:
@@ -302,10 +304,6 @@ def _check_shapes(adapters: Sequence[Adapter]) -> None:
                     "they belong to different base models"
                     + (", or to vocabularies of different sizes" if tokens else "")
                 )
-
-
-def _shared(adapters: Sequence[Adapter], key: str) -> bool:
-    return len({a.others.get(key) for a in adapters}) == 1
 
 
 def _trained(adapter: Adapter, key: str) -> bool:

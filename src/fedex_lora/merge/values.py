@@ -116,7 +116,14 @@ class Values:
             if key not in self._waiting:
                 self._waiting |= self._update_of(self._group_of[key])
             wide += self._waiting.pop(key)
-        return self._rounded(wide, key, to)
+        rounded = wide.to(to)
+        if not finite(rounded):
+            raise DataError(f"{key}: is not finite in {to} once changed; choose another `dtype`")
+        if rounded.dtype != wide.dtype:
+            self._norm += wide.norm().item() ** 2
+            pairs = zip(wide.split(_ROWS), rounded.split(_ROWS))
+            self._lost += sum((w - r).norm().item() ** 2 for w, r in pairs)
+        return rounded
 
     def _before(self, key: str, name: str | None) -> Tensor:
         """What the updates of a tensor are added to."""
@@ -201,16 +208,6 @@ class Values:
             self._missed += found.missed**2
             self._change += found.norm**2
             yield found.factors
-
-    def _rounded(self, wide: Tensor, key: str, to: torch.dtype) -> Tensor:
-        rounded = wide.to(to)
-        if not finite(rounded):
-            raise DataError(f"{key}: is not finite in {to} once changed; choose another `dtype`")
-        if rounded.dtype != wide.dtype:
-            self._norm += wide.norm().item() ** 2
-            pairs = zip(wide.split(_ROWS), rounded.split(_ROWS))
-            self._lost += sum((w - r).norm().item() ** 2 for w, r in pairs)
-        return rounded
 
     def losses(self) -> tuple[float, float]:
         """What cutting lost of the update and rounding of the weights, both relative."""

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,13 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
     options = options or Options()
     check_place(out, [adapter.folder for adapter in plan.adapters], _bytes(plan, options))
     check_memory(max(working_bytes(plan, name) for name in plan.layers))
-    _check_task(plan)
+    first = plan.adapters[0]
+    task = first.config.get("task_type")
+    if task is not None and task not in _TASKS:
+        raise DataError(
+            f"{first.folder / CONFIG}: PEFT does not take task_type {task!r}; expected one of "
+            f"{', '.join(_TASKS)}"
+        )
     with new_directory(out, "the merged adapter", "merge again") as new:
         names = [key for name in plan.layers for key in plan.adapters[0].places[name].keys]
         with tensor_file(new / WEIGHTS, [*names, *plan.heads, *plan.copies]) as file:
@@ -144,12 +149,11 @@ def merge_adapters(plan: Plan, out: Path, options: Options | None = None) -> Mer
         misled = [f"`tight`: {who}" for who in misread(new)]
         same = max(ranks.values()) if len(set(ranks.values())) == 1 else None
         merged = Merged(out, layers, same, plan.left_out, misled)
-    at = {r: merged.relative(partial(_missed_at, r)) for r in SERVER_LIMITS}
+    at = {
+        r: merged.relative(lambda layer, r=r: layer.at_limit.get(r, layer.missed))
+        for r in SERVER_LIMITS
+    }
     return replace(merged, notes=[*above_limits(max(ranks.values()), at), *merged.notes])
-
-
-def _missed_at(rank: int, layer: Layer) -> float:
-    return layer.at_limit.get(rank, layer.missed)
 
 
 def _write_layer(plan: Plan, layer: str, options: Options, file: TensorFile) -> Layer:
@@ -244,17 +248,6 @@ def _averaging(plan: Plan, layer: str) -> float:
                 end = Factors(a.float(), b.float(), scale)
                 aggregator.add(weight, start, AdapterState({layer: end}))
     return math.hypot(*(a.finish().deviation[layer] for a in aggregators))
-
-
-def _check_task(plan: Plan) -> None:
-    """Raises a `UserError` if PEFT would not read what the first adapter says its task is."""
-    first = plan.adapters[0]
-    task = first.config.get("task_type")
-    if task is not None and task not in _TASKS:
-        raise DataError(
-            f"{first.folder / CONFIG}: PEFT does not take task_type {task!r}; expected one of "
-            f"{', '.join(_TASKS)}"
-        )
 
 
 def _config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:

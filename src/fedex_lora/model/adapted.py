@@ -61,7 +61,10 @@ class AdaptedModel:
         self.layers: dict[str, LayerShape] = {layer.name: layer.shape for layer in layers}
         self._base = base
         self._layers = {layer.name: layer for layer in layers}
-        self._head = _head_parameters(base.model, layers)
+        self._head = dict(base.model.named_parameters())
+        if layers:
+            parts = heads(base.model)
+            self._head = {f"{n}.{p}": v for n, part in parts for p, v in part.named_parameters()}
         self._init = init
         self._side: dict[str, RemovableHandle] | None = {} if side else None
         self._w0 = Pretrained(layers, base.where, getattr(base.model, "config", None), workdir)
@@ -356,12 +359,6 @@ def _check_no_statistics(model: nn.Module, name: str) -> None:
                 f"model.name: {name!r} normalises batches by running statistics ({module_name}), "
                 "which are neither averaged nor reset; take a model with layer normalisation"
             )
-
-
-def _head_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, nn.Parameter]:
-    if not layers:
-        return dict(model.named_parameters())
-    return {f"{n}.{p}": param for n, m in heads(model) for p, param in m.named_parameters()}
 
 
 def _plain_state(model: nn.Module, head: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -190,7 +190,12 @@ def architecture(
         parameters = {n: p.shape for n, p in model.named_parameters()}
         if lora is None:
             return Architecture(config, {}, parameters, parameters, 0)
-        linear = _linear(model, ["lm_head", *head_names(lora, peft_task_type)])
+        kept = ["lm_head", *head_names(lora, peft_task_type)]  # as `load_base` asks bitsandbytes
+        linear = sum(
+            module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and not any(k in name for k in kept)
+        )
         _, found = inject(Base(model, None, name, missing, False), lora, peft_task_type, seed=0)
     layers = {layer.name: layer.shape for layer in found}
     head = {f"{n}.{p}": v.shape for n, m in heads(model) for p, v in m.named_parameters()}
@@ -236,12 +241,3 @@ def _build(
         raise RecipeError(
             f"model.name: {name!r} cannot be built as {auto_model}: {reason}"
         ) from error
-
-
-def _linear(model: nn.Module, kept: list[str]) -> int:
-    """Numbers in the layers that bitsandbytes stores in fewer bits, as `load_base` asks it to."""
-    return sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not any(k in name for k in kept)
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,24 +49,56 @@ def inject(
     _check_names(
         "lora.modules_to_save", lora.modules_to_save, [n for n, _ in model.named_modules()]
     )
-    tied = _tied(model)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    tied = {i for i, names in owners.items() if names > 1}
     new = _untrained_modules(base.missing, head_names(lora, task_type))
     if new:
         log.warning("not in the checkpoint, so trained with the head: %s", ", ".join(new))
     kinds = _kinds(model)
     try:
-        config = _config(lora, task_type, [*(lora.modules_to_save or []), *new])
+        fields = lora.model_dump(exclude={"init", "ranks"})
+        alpha = fields["lora_alpha"]
+        fields["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+        fields["modules_to_save"] = [*(lora.modules_to_save or []), *new] or None
+        # PEFT needs to be told that Conv1D is transposed, and only warns if it was told wrongly
+        config = LoraConfig(**fields, task_type=task_type)
         with quiet(), seeded(seed):
             peft_model = get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
         raise RecipeError(
             f"lora: this model cannot be adapted so: {error} It has these layers: {kinds}"
         ) from error
-    layers = _layers(model, lora)
-    _check_targets(lora, layers, kinds)
-    _check_untied(layers, tied)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    layers = [
+        make_layer(
+            name,
+            module,
+            rslora=lora.use_rslora,
+            gaussian=lora.init_lora_weights == "gaussian",
+            fixed_rank=get_pattern_key(list(lora.rank_pattern), name) in lora.rank_pattern,
+        )
+        for name, module in sorted(found, key=lambda nm: nm[0])
+    ]
+    names = [layer.name for layer in layers]
+    if not names:
+        raise RecipeError(
+            f"lora.target_modules: {lora.target_modules!r} matches no layer; the model has: {kinds}"
+        )
+    if isinstance(lora.target_modules, list):
+        _check_names("lora.target_modules", lora.target_modules, names, kinds)
+    for layer in layers:
+        if id(layer.base.weight) in tied:
+            raise RecipeError(
+                f"lora.target_modules: the weight of {layer.name} is shared with another layer "
+                "(tied embeddings), which adapting it would change as well; leave it out"
+            )
     for name, module in heads(model):
-        _check_head(name, model, tied)
+        original: Any = model.get_submodule(name)
+        if any(id(p) in tied for p in original.original_module.parameters()):
+            raise RecipeError(
+                f"lora.modules_to_save: {name} shares its weight with another layer (tied "
+                "embeddings), which training it would separate; leave it out"
+            )
         _hold_in_float32(module, base.dtype)
     return peft_model, layers
 
@@ -76,39 +109,6 @@ def heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, wrapper.modules_to_save[ADAPTER]) for name, wrapper in wrappers]
 
 
-def _config(lora: LoraSpec, task_type: str | None, modules_to_save: list[str]) -> LoraConfig:
-    fields = lora.model_dump(exclude={"init", "ranks"})
-    alpha = fields["lora_alpha"]
-    fields["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    fields["modules_to_save"] = modules_to_save or None
-    # PEFT needs to be told that Conv1D is transposed, and only warns if it was told wrongly
-    return LoraConfig(**fields, task_type=task_type)
-
-
-def _layers(model: nn.Module, lora: LoraSpec) -> list[Layer]:
-    def layer(name: str, module: Any) -> Layer:
-        return make_layer(
-            name,
-            module,
-            rslora=lora.use_rslora,
-            gaussian=lora.init_lora_weights == "gaussian",
-            fixed_rank=get_pattern_key(list(lora.rank_pattern), name) in lora.rank_pattern,
-        )
-
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    return [layer(name, module) for name, module in sorted(found, key=lambda nm: nm[0])]
-
-
-def _check_targets(lora: LoraSpec, layers: list[Layer], kinds: str) -> None:
-    names = [layer.name for layer in layers]
-    if not names:
-        raise RecipeError(
-            f"lora.target_modules: {lora.target_modules!r} matches no layer; the model has: {kinds}"
-        )
-    if isinstance(lora.target_modules, list):
-        _check_names("lora.target_modules", lora.target_modules, names, kinds)
-
-
 def _check_names(field: str, wanted: list[str] | None, names: list[str], kinds: str = "") -> None:
     for want in wanted or []:
         if not any(name == want or name.endswith(f".{want}") for name in names):
@@ -116,39 +116,11 @@ def _check_names(field: str, wanted: list[str] | None, names: list[str], kinds: 
             raise RecipeError(f"{field}: {want!r} matches nothing; the model has: {has}")
 
 
-def _check_untied(layers: list[Layer], tied: set[int]) -> None:
-    for layer in layers:
-        if id(layer.base.weight) in tied:
-            raise RecipeError(
-                f"lora.target_modules: the weight of {layer.name} is shared with another layer "
-                "(tied embeddings), which adapting it would change as well; leave it out"
-            )
-
-
-def _check_head(name: str, model: nn.Module, tied: set[int]) -> None:
-    original: Any = model.get_submodule(name)
-    if any(id(p) in tied for p in original.original_module.parameters()):
-        raise RecipeError(
-            f"lora.modules_to_save: {name} shares its weight with another layer (tied embeddings), "
-            "which training it would separate; leave it out"
-        )
-
-
-def _tied(model: nn.Module) -> set[int]:
-    """Identities of the parameters that go by more than one name."""
-    ids = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return {i for i, names in ids.items() if names > 1}
-
-
 def _untrained_modules(missing: frozenset[str], trained: list[str]) -> list[str]:
     """Modules that own missing parameters and do not lie in one of the trained ones."""
     modules = sorted({name.rpartition(".")[0] for name in missing})
-    return [m for m in modules if not any(a.endswith(t) for a in _ancestors(m) for t in trained)]
-
-
-def _ancestors(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    above = {m: list(accumulate(m.split("."), "{}.{}".format)) for m in modules}
+    return [m for m in modules if not any(a.endswith(t) for a in above[m] for t in trained)]
 
 
 def _kinds(model: nn.Module) -> str:

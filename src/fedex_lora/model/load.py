@@ -94,7 +94,10 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if not images:
-        _set_padding(model, tokenizer)
+        had_none = tokenizer.pad_token_id is None
+        with_padding(tokenizer)
+        if had_none or getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
     use_cache = bool(getattr(model.config, "use_cache", False))
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
@@ -257,13 +260,6 @@ def _check_found(model: nn.Module, missing: set[str], name: str) -> None:
             f"model.name: most of the weights of a {type(model).__name__} are not in {name!r}, "
             f"{min(missing)} for one; expected pretrained weights that go with its config.json"
         )
-
-
-def _set_padding(model: Any, tokenizer: Any) -> None:
-    had_none = tokenizer.pad_token_id is None
-    with_padding(tokenizer)
-    if had_none or getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _cannot_load(name: str, auto_model: str, images: bool, error: Exception) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,6 @@ from fedex_lora.model.layer import Layer
 from fedex_lora.model.load import dequantised
 
 _SPILL = "pretrained.safetensors"
-
-
-@dataclass(frozen=True)
-class _Place:
-    file: Path
-    key: str
-
-    def read(self) -> Tensor:
-        with safe_open(self.file, framework="pt") as f:
-            return f.get_tensor(self.key)
 
 
 class Pretrained:
@@ -62,7 +51,7 @@ class Pretrained:
         layer = self.layers[name]
         if layer.quantised:
             return dequantised(layer.base)
-        weight = layer.oriented(self.places[name].read())
+        weight = layer.oriented(_read(*self.places[name]))
         return weight.to(torch.float32, copy=True).contiguous()
 
     def _spill(self, layers: list[Layer], workdir: Path | None) -> None:
@@ -74,16 +63,21 @@ class Pretrained:
         file = workdir / _SPILL
         weights = {la.name: la.base.weight.detach().cpu().contiguous() for la in layers}
         save_file(weights, file)
-        self.places.update({la.name: _Place(file, la.name) for la in layers})
+        self.places.update({la.name: (file, la.name) for la in layers})
 
 
-def _find(layer: Layer, keys: Mapping[str, Path]) -> _Place | None:
+def _read(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as f:
+        return f.get_tensor(key)
+
+
+def _find(layer: Layer, keys: Mapping[str, Path]) -> tuple[Path, str] | None:
+    """The file that has W0 of a layer, and its key there."""
     weight = layer.base.weight.detach()
     for key in _candidates(f"{layer.name}.weight", keys):
-        place = _Place(keys[key], key)
-        found = place.read()
+        found = _read(keys[key], key)
         if found.shape == weight.shape and torch.equal(found.to(weight.dtype), weight.cpu()):
-            return place
+            return keys[key], key
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedex_lora.recipe.part import LocalPath, Part, Problem, listed
+from fedex_lora.recipe.part import LocalPath, Part, Problem
 
 
 def several(given: Path | list[Path]) -> list[Path]:
@@ -61,7 +61,7 @@ class DataSpec(Part):
     def problems(self) -> Iterator[Problem]:
         given = {k for k in ("name", "path", "clients", "source") if getattr(self, k) is not None}
         if len(given) != 1 and given != {"clients", "path"}:
-            got = listed(sorted(given)) or "none"
+            got = ", ".join(sorted(given)) or "none"
             sources = "name, path, clients, source (or clients with path)"
             yield "", f"expected exactly one of {sources}, got {got}"
         if self.clients is not None:

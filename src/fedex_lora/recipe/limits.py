@@ -98,8 +98,13 @@ def limits(recipe: Recipe) -> Iterator[Problem]:
         if SECONDS < values["federation"][key] < math.inf:
             yield f"federation.{key}", f"expected at most {SECONDS} seconds"
     for key, value in recipe.training.items():
-        if problem := _training(key, value):
-            yield f"training.{key}", problem
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if key == "max_steps" and value != -1 and value not in _STEPS:
+            text = f"expected {_STEPS}, or -1 (as many as there are epochs), got {value}"
+            yield "training.max_steps", text
+        elif key in TRAINING and value not in TRAINING[key]:
+            yield f"training.{key}", f"expected {TRAINING[key]}, got {value}"
     yield from _names(recipe)
 
 
@@ -114,16 +119,6 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
             yield from _numbers(inner, key)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield key, value
-
-
-def _training(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return ""
-    if key == "max_steps" and value != -1 and value not in _STEPS:
-        return f"expected {_STEPS}, or -1 (as many as there are epochs), got {value}"
-    if key in TRAINING and value not in TRAINING[key]:
-        return f"expected {TRAINING[key]}, got {value}"
-    return ""
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:

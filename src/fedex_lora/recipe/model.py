@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fedex_lora.aggregation.methods import METHODS, Method, Option, get_method
 from fedex_lora.errors import UserError
-from fedex_lora.recipe.part import LocalPath, Part, Problem, listed
+from fedex_lora.recipe.part import LocalPath, Part, Problem
 
 
 class ModelSpec(Part):
@@ -85,7 +85,7 @@ class MethodSpec(Part):
         if truncated and self.rank is None:
             yield "rank", f"missing; {self.name} needs the rank its residual is cut to"
         if self.rank is not None and not truncated:
-            having = listed(name for name, m in METHODS.items() if m.residual == "truncated")
+            having = ", ".join(name for name, m in METHODS.items() if m.residual == "truncated")
             yield "rank", f"{self.name} does not cut its residual; only {having} takes a rank"
         for name, value in self.options.items():
             try:

@@ -44,8 +44,3 @@ def fault(found: list[Problem]) -> PydanticCustomError:
     """What pydantic reports as an error, with these problems."""
     text = "; ".join(f"{path}: {what}" for path, what in found)
     return PydanticCustomError("fields", "{text}", {"text": text, "found": found})
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message."""
-    return ", ".join(names)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import RecipeError, StorageError
-from fedex_lora.recipe import LoraSpec, Problem, Recipe, did_you_mean, limits
+from fedex_lora.recipe import LoraSpec, Problem, Recipe, limits
 from fedex_lora.recipe.wording import Keys, describe
 
 _log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def recipe_of(
     for check in (None if stored else limits, also, further):
         if recipe is None or check is None or (check is further and not lines):
             continue
-        found = [(_keys(key), text) for key, text in check(recipe)]
+        found = [(tuple(key.split(".")) if key else (), text) for key, text in check(recipe)]
         found = [(keys, text) for keys, text in found if keys not in wrong]
         lines += [places.line(keys, text) if keys else text for keys, text in found]
         wrong |= {keys for keys, _ in found if keys}
@@ -188,15 +188,12 @@ def whole(
         except ValidationError as error:
             found = list(describe(error, rest))
         # what is said of a block without its wrong keys may be due to that
-        found = [(keys, text) for keys, text in found if keys not in _with_blocks(known)]
+        blocks = {keys[:n] for keys in known for n in range(len(keys) + 1)}
+        found = [(keys, text) for keys, text in found if keys not in blocks]
         if not found:
             return None, problems
         problems += found
         known |= {keys for keys, _ in found}
-
-
-def _with_blocks(wrong: Iterable[Keys]) -> set[Keys]:
-    return {keys[:n] for keys in wrong for n in range(len(keys) + 1)}
 
 
 def _without(raw: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
@@ -209,30 +206,6 @@ def _without(raw: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
             block.pop(keys[-1], None)
     _complete(rest, Places(""))
     return rest
-
-
-def _keys(dotted: str) -> Keys:
-    return tuple(dotted.split(".")) if dotted else ()
-
-
-def unknown_keys(
-    given: Iterable[str], valid: Iterable[str], block: str, places: Places | None = None
-) -> list[str]:
-    """A line for every key of a block that is not among the valid ones.
-
-    For blocks whose keys are another library's, e.g. `training`: those are known only where that
-    library is imported.
-
-    Example:
-        >>> unknown_keys(["optim", "lerning_rate"], ["optim", "learning_rate"], "training")
-        ["training.lerning_rate: unknown key; did you mean 'learning_rate'?"]
-    """
-    valid = list(valid)
-    return [
-        (places or Places("")).line((block, key), "unknown key" + did_you_mean(key, valid))
-        for key in given
-        if key not in valid
-    ]
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedex_lora.aggregation.methods import METHODS
-from fedex_lora.recipe.part import Problem, listed
+from fedex_lora.recipe.part import Problem
 
 if TYPE_CHECKING:
     from fedex_lora.recipe.whole import Recipe
@@ -40,7 +40,7 @@ def secure_problems(recipe: Recipe) -> Iterator[Problem]:
     if fed.align:
         yield "federation.align", f"needs every client's factors; {_SUMS}"
     if secure.rank != "exact" and method.residual != "truncated":
-        having = listed(n for n, m in METHODS.items() if m.residual == "truncated")
+        having = ", ".join(n for n, m in METHODS.items() if m.residual == "truncated")
         yield f"{key}.rank", f"a sketch that loses something is for {having}; set it to exact"
     if recipe.records.save_updates:
         yield "records.save_updates", "under secure aggregation nobody sees an update"

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from fedex_lora.aggregation.registry import OURS, loaded, points, twice, who
 from fedex_lora.errors import UserError
-from fedex_lora.recipe.part import Part, Problem, did_you_mean, fault, listed
+from fedex_lora.recipe.part import Part, Problem, did_you_mean, fault
 
 GROUP = "fedex_lora.tasks"  # of entry points
 _HOME = "fedex_lora.tasks.kinds"
@@ -82,7 +82,7 @@ class TaskSpec(Part):
         for column in self.columns:
             if column not in known:
                 near = did_you_mean(column, known)
-                yield f"columns.{column}", f"expected one of {listed(known)}{near}"
+                yield f"columns.{column}", f"expected one of {', '.join(known)}{near}"
         if len(set(self.columns.values())) < len(self.columns):
             yield "columns", "two of them name the same column"
 
@@ -193,7 +193,7 @@ def _read(value: Any) -> Any:
     """The block of a kind, from plain values."""
     if not isinstance(value, Mapping):
         return value
-    kind, kinds = value.get("kind"), listed(task_kinds())
+    kind, kinds = value.get("kind"), ", ".join(task_kinds())
     if "kind" not in value:
         raise fault([("kind", f"missing; expected one of {kinds}")])
     try:

@@ -13,7 +13,7 @@ from fedex_lora.recipe.differential import differential_problems
 from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
-from fedex_lora.recipe.part import Part, Problem, check, did_you_mean, listed
+from fedex_lora.recipe.part import Part, Problem, check, did_you_mean
 from fedex_lora.recipe.privacy import Privacy
 from fedex_lora.recipe.refused import REFUSED_TRAINING
 from fedex_lora.recipe.secure import secure_problems
@@ -108,7 +108,7 @@ class Recipe(Part):
         for name in self.data.validation:
             if known and name not in known:
                 near = did_you_mean(name, known)
-                yield f"data.validation.{name}", f"expected one of {listed(known)}{near}"
+                yield f"data.validation.{name}", f"expected one of {', '.join(known)}{near}"
         if self.data.validation and self.evaluation.where == "server":
             yield "data.validation", "clients are not scored; set evaluation.where: clients or both"
         if self.data.clients is None:
@@ -215,7 +215,7 @@ class Recipe(Part):
         if self.lora.ranks is None:
             return
         if not METHODS[self.method.name].ranks_may_differ:
-            able = listed(name for name, method in METHODS.items() if method.ranks_may_differ)
+            able = ", ".join(name for name, method in METHODS.items() if method.ranks_may_differ)
             yield "lora.ranks", f"{self.method.name} needs equal ranks; these do not: {able}"
         if self.lora.init is not None:
             yield "lora.ranks", "an adapter to start from (lora.init) has one rank for all clients"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,8 +113,11 @@ def load_subject(
         )
         # the names in the config of an adapter's base are the task's, just given
         named = folder is None and _check_classes(what, model, task)
-        notes = () if named or task.labels is None else (_nameless(what, task.labels),)
-        subject = Subject(model, what, {}, notes)
+        notes: list[str] = []
+        if task.labels is not None and not named:
+            order = ", ".join(task.labels)
+            notes.append(f"{what} has no names for its classes; taken as {order}, in this order")
+        subject = Subject(model, what, {}, tuple(notes))
     check_length(recipe, task, subject.model)
     return subject
 
@@ -187,10 +191,6 @@ def _check_classes(what: str, model: AdaptedModel, task: Task) -> bool:
     return True
 
 
-def _nameless(what: str, labels: Sequence[str]) -> str:
-    return f"{what} has no names for its classes; taken as {', '.join(labels)}, in this order"
-
-
 def evaluate(
     subject: Subject,
     recipe: Recipe,
@@ -222,7 +222,8 @@ def evaluate(
     check_image(task, subject.model, next(iter(encoded.values())))
     counts = scored_on(rows, encoded)
     key = _digest(subject, recipe, encoded)
-    directory = RunDir(out or Path("runs") / _name(subject, task, key))
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", f"evaluate-{subject.name}-{task.name}")
+    directory = RunDir(out or Path("runs") / f"{name[-100:].strip('-')}-{key[:8]}")
     asked = {
         "model": subject.name,
         "task": recipe.task.model_dump(mode="json", exclude_none=True),
@@ -232,37 +233,22 @@ def evaluate(
     }
     if (done := _begin(directory, asked)) is not None:
         return directory.path, done
-    scores = {
-        name: _score(subject, task, name, part, recipe, directory, key, on_progress)
-        for name, part in encoded.items()
-    }
+    model, scores = subject.model, {}
+    for name, part in encoded.items():
+        tell = None if on_progress is None else partial(on_progress, name)
+        outputs = OutputFile(directory.path / f"outputs-{name}.jsonl", key, tell)
+        size = recipe.evaluation.batch_size
+        scores[name] = task.evaluate(model.module, part, model.tokenizer, size, outputs)
     scores |= task.average(scores)
-    where = environment(subject.model.device)
     results = {
         **asked,
         "counts": counts,
         "scores": scores,
-        "environment": where,
+        "environment": environment(model.device),
         "notes": subject.notes,
     }
     directory.write_json(SCORES, results)
     return directory.path, plain(results)
-
-
-def _score(
-    subject: Subject,
-    task: Task,
-    split: str,
-    rows: Dataset,
-    recipe: Recipe,
-    directory: RunDir,
-    key: str,
-    on_progress: OnProgress | None,
-) -> dict[str, float]:
-    tell = (lambda done, total: on_progress(split, done, total)) if on_progress else None
-    outputs = OutputFile(directory.path / f"outputs-{split}.jsonl", key, tell)
-    model, size = subject.model, recipe.evaluation.batch_size
-    return task.evaluate(model.module, rows, model.tokenizer, size, outputs)
 
 
 def _begin(directory: RunDir, asked: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -271,32 +257,19 @@ def _begin(directory: RunDir, asked: Mapping[str, Any]) -> dict[str, Any] | None
     stored = directory.read_json(ASKED)
     if stored is None:
         directory.check_free()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"{path}: cannot be made: {error.strerror}; name a directory that you may write "
-                "with `out`"
-            ) from None
+        directory.make(path)
         directory.write_json(ASKED, asked)
         return None
-    if not isinstance(stored, dict) or stored.get("digest") != asked["digest"]:
-        differ = [k for k in ("model", "task", "data", "rows") if _other(stored, asked, k)]
+    then = stored if isinstance(stored, dict) else {}
+    if then.get("digest") != asked["digest"]:
+        now = json.loads(json.dumps(asked))
+        differ = [k for k in ("model", "task", "data", "rows") if then.get(k) != now[k]]
         raise RecipeError(
             f"{path}: holds another evaluation (of another "
             f"{' and '.join(differ) or 'state of the model or the rows'}); name another directory "
             "with `out`"
         )
     return directory.evaluated()
-
-
-def _other(stored: Any, asked: Mapping[str, Any], key: str) -> bool:
-    return not isinstance(stored, dict) or stored.get(key) != json.loads(json.dumps(asked[key]))
-
-
-def _name(subject: Subject, task: Task, key: str) -> str:
-    text = f"evaluate-{subject.name}-{task.name}"
-    return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', text)[-100:].strip('-')}-{key[:8]}"
 
 
 def _digest(subject: Subject, recipe: Recipe, encoded: Mapping[str, Dataset]) -> str:

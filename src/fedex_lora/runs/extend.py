@@ -7,7 +7,6 @@ from typing import Any
 
 from fedex_lora.disk import reason, write_atomic
 from fedex_lora.errors import RecipeError, StorageError
-from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.rundir import EXTENDED, RunDir
 
@@ -45,7 +44,9 @@ def extend(directory: RunDir, rounds: int) -> int:
         taken = [part for part in directory.extensions() if part["to"] <= before]
         part = {"from": before, "to": before + rounds}
         directory.write_json(EXTENDED, [*taken, part])
-        write_atomic(path / "recipe.yaml", dump_recipe(_longer(recipe, part["to"])).encode())
+        federation = recipe.federation.model_copy(update={"rounds": part["to"]})
+        longer = recipe.model_copy(update={"federation": federation})
+        write_atomic(path / "recipe.yaml", dump_recipe(longer).encode())
         aside = path / f"after-round-{before}"
         try:
             aside.mkdir(exist_ok=True)
@@ -66,8 +67,3 @@ def extended(record: Mapping[str, Any], parts: Sequence[Mapping[str, int]]) -> d
     """
     ends = [part["from"] for part in parts if part["from"] < record["round"]]
     return {"extends": ends[-1]} if ends else {}
-
-
-def _longer(recipe: Recipe, rounds: int) -> Recipe:
-    federation = recipe.federation.model_copy(update={"rounds": rounds})
-    return recipe.model_copy(update={"federation": federation})

@@ -59,9 +59,9 @@ def local_engine(
         name = f"{recipe.name}-{recipe.method.name}-seed{recipe.seed}"
         log = TrainingLog(out / "logs", recipe.training.get("run_name") or name)
 
-    def tell(turn: Turn, done: int, total: int) -> None:
+    def tell(turn: Turn, done: int, total: int, loss: float | None = None) -> None:
         if watcher is not None:
-            watcher.turn(turn.round, turn.client, done, total)
+            watcher.turn(turn.round, turn.client, done, total, loss)
 
     task, training, on_step = federation.task, recipe.trainer_arguments, tell if watcher else None
     plan = plan_of(recipe, federation.settings, federation.examples)

@@ -39,16 +39,13 @@ def locked(directory: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         raise StorageError(f"{directory}: cannot be locked: {reason(error)}") from None
     try:
-        write_atomic(directory / OWNER, json.dumps(_self()).encode())
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        owner = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+        write_atomic(directory / OWNER, json.dumps(owner).encode())
         yield
     finally:
         (directory / OWNER).unlink(missing_ok=True)
         lock.release()
-
-
-def _self() -> dict[str, object]:
-    since = datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"process": os.getpid(), "host": socket.gethostname(), "since": since}
 
 
 def _owner(directory: Path) -> str:

@@ -53,9 +53,11 @@ class Monitor:
         self._tell(status="training", run=start.out, rounds=start.rounds, round=0)
         self.inner.started(start)
 
-    def turn(self, round: int, client: str, done: int, total: int) -> None:
+    def turn(
+        self, round: int, client: str, done: int, total: int, loss: float | None = None
+    ) -> None:
         self._tell(training=client, step=done, steps=total)
-        self.inner.turn(round, client, done, total)
+        self.inner.turn(round, client, done, total, loss)
 
     def round_done(self, record: Record) -> None:
         self._round.set(record["round"])

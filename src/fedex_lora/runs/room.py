@@ -60,8 +60,9 @@ def check_room(federation: Federation, out: Path) -> None:
     """
     recipe, settings, device = federation.recipe, federation.settings, federation.model.device
     head = sum(value.numel() for value in federation.initial.head.values())
+    factors = sum(s.rank * (s.out + s.inp) for s in settings.layers.values())
     ledger = _FLOAT32 * ledger_numbers(settings)
-    exchanged = _FLOAT32 * (_factors(settings) + head)
+    exchanged = _FLOAT32 * (factors + head)
     checkpoint = ledger + exchanged
     elsewhere = settings.method.assignment.private and recipe.engine.kind != "local"
     own = 0 if elsewhere else _FLOAT32 * own_numbers(settings, head)
@@ -128,10 +129,6 @@ def own_numbers(settings: Settings, head: int) -> int:
         for layer in settings.layers_of(client).values()
     )
     return factors + len(taken) * head * assignment.head_private
-
-
-def _factors(settings: Settings) -> int:
-    return sum(layer.rank * (layer.out + layer.inp) for layer in settings.layers.values())
 
 
 def _check_memory(needed: int, device: torch.device, what: str) -> None:

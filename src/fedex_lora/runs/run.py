@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, dump_recipe
 from fedex_lora.runs import private
-from fedex_lora.runs.background import Background
 from fedex_lora.runs.by_client import begin_round
 from fedex_lora.runs.checkpoint import NAME, load_checkpoint, prune, save_checkpoint, shelve
 from fedex_lora.runs.export import export_adapter, export_model
@@ -157,10 +157,13 @@ class Run:
         directory.write_records(self.records)
         directory.write_json(DATA, {"description": federation.description, **federation.counts})
         names = recipe.name, recipe.method.name, recipe.seed
-        self.watcher.started(Start(*names, rounds, federation.examples, str(directory.path)))
+        per_round, done = len(federation.settings.sample(1)), self.state.version
+        out = str(directory.path)
+        self.watcher.started(Start(*names, rounds, federation.examples, out, per_round, done))
         if recipe.records.save_updates and self.state.version == 0:
             self._save_global({})
-        with quick_collections(), Background() as background:  # written while the next one trains
+        saved: Future[None] | None = None  # a round is written while the next one trains
+        with quick_collections(), ThreadPoolExecutor(1, "saving") as saving:
             while self.state.version < until and not self._exhausted():
                 self._admit()
                 state, record = self._round()
@@ -168,11 +171,14 @@ class Run:
                 if told is not None:
                     record["privacy"] = told
                 record |= extended(record, directory.extensions())
-                background.wait()
+                if saved is not None:
+                    saved.result()
                 self.state = state
                 self.records.append(record)
-                background.do(partial(self._save, state, self._saved_beside(record)))
+                saved = saving.submit(self._save, state, self._saved_beside(record))
                 self.watcher.round_done(record)
+        if saved is not None:
+            saved.result()
         if self.state.version < rounds and not self._exhausted():
             return {}
         return self._close()

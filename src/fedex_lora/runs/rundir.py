@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.disk import parsed, reason, write_atomic
-from fedex_lora.errors import StorageError, UserError
+from fedex_lora.errors import StorageError
 from fedex_lora.federation.codec import ledger_tensors
 from fedex_lora.federation.loop import Record
 from fedex_lora.federation.settings import Settings
@@ -72,14 +72,12 @@ class RunDir:
                 f"{self.path}: holds another run; name another directory with `out`, or continue "
                 f"that run with `fedex-lora resume {self.path}`"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(map(_precious, self._files()))):
-            raise StorageError(f"{self.path}: is in use; name a new or empty directory with `out`")
-
-    def _files(self) -> list[Path]:
         try:
-            return list(self.path.iterdir())
+            there = list(self.path.iterdir()) if self.path.is_dir() else []
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read: {reason(error)}") from None
+        if any(map(_precious, there)) or (self.path.exists() and not self.path.is_dir()):
+            raise StorageError(f"{self.path}: is in use; name a new or empty directory with `out`")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -88,10 +86,7 @@ class RunDir:
         Raises:
             UserError: Another one does, which is named; or it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unmade(error) from None
+        self.make(self.path)
         with locked(self.path):
             yield
 
@@ -102,10 +97,7 @@ class RunDir:
             UserError: It exists and is not empty, or cannot be written.
         """
         self.check_free()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unmade(error) from None
+        self.make(self.path)
         write_atomic(self.path / "recipe.yaml", dump_recipe(recipe).encode())
         self.prepare()
 
@@ -115,16 +107,21 @@ class RunDir:
         Raises:
             UserError: It cannot be made.
         """
-        try:
-            self.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise self._unmade(error) from None
+        self.make(self.checkpoints)
 
-    def _unmade(self, error: OSError) -> UserError:
-        return StorageError(
-            f"{self.path}: cannot be made: {reason(error)}; name a directory that you may write "
-            "with `out`"
-        )
+    def make(self, folder: Path) -> None:
+        """Makes the directory, or a folder in it, if it is not there.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot be made: {reason(error)}; name a directory that you may "
+                "write with `out`"
+            ) from None
 
     def is_run(self) -> bool:
         return (self.path / "recipe.yaml").is_file()
@@ -339,18 +336,12 @@ def save_state(model: AdaptedModel, folder: Path, base: str, state: AdapterState
     Raises:
         UserError: A full disk, or a directory that cannot be written.
     """
-    with _saving(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         if state.layers:
             model.save_adapter(state, folder, base_name=base)
         else:
             write_atomic(folder / "parameters.safetensors", save(dict(state.head)))
-
-
-@contextmanager
-def _saving(folder: Path) -> Iterator[None]:
-    try:
-        yield
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{folder}: cannot be written: {reason(error)}. Free some space or choose another "
@@ -371,14 +362,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of this package and of those its numbers depend on."""
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -40,7 +40,10 @@ def server_scores(
             split: had[split] if split in had else stage.score(rows, state.version, *whose, split)
             for split, rows in splits.items()
         }
-    scores = {split: _means([m[split] for m in by_model.values()]) for split in splits}
+    scores = {}
+    for split in splits:
+        each = [m[split] for m in by_model.values()]
+        scores[split] = {key: sum(s[key] for s in each) / len(each) for key in each[0]}
     scores |= federation.task.average(scores)
     return scores, {str(c): m for c, m in by_model.items()} if alone else {}
 
@@ -49,10 +52,6 @@ def _scored(record: Record, client: str | None) -> Mapping[str, Scores]:
     """Splits whose scores are all numbers: a record has null for what is none."""
     found = record.get("scores_alone", {}).get(client, {}) if client else record.get("scores", {})
     return {split: told for split, told in found.items() if None not in told.values()}
-
-
-def _means(scores: list[Scores]) -> Scores:
-    return {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
 
 
 def selected(

@@ -115,7 +115,13 @@ def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_ba
 
 def check_labels(columns: Columns, rows: Dataset, where: str, line_of: LineOf) -> None:
     """Raise a `UserError` that names the line of the first label that is none of the task's."""
-    _check_class_names(columns, rows, where)
+    feature, known = rows.features[columns.label], columns.labels
+    if isinstance(feature, datasets.ClassLabel) and known and set(feature.names) != set(known):
+        # the numbers would mean something else
+        raise DataError(
+            f"{where}: the classes of column '{columns.label}' are {', '.join(feature.names)}; "
+            f"the task's labels are {', '.join(known)}. Set task.labels to the former."
+        )
     code = codes(columns, rows)
     bad = next((i for i, value in enumerate(rows[columns.label]) if code(value) is None), None)
     if bad is not None:
@@ -135,18 +141,6 @@ def check_texts(names: tuple[str, ...], rows: Dataset, where: str, line_of: Line
         # one side of a pair may be empty: the official data have such rows
         if not any(text.strip() for text in texts):
             raise DataError(f"{where}, line {line_of(row)}: {' and '.join(names)} is empty.")
-
-
-def _check_class_names(columns: Columns, rows: Dataset, where: str) -> None:
-    """Refuse data that name their classes otherwise: the numbers would mean something else."""
-    feature = rows.features[columns.label]
-    if not isinstance(feature, datasets.ClassLabel) or columns.labels is None:
-        return
-    if set(feature.names) != set(columns.labels):
-        raise DataError(
-            f"{where}: the classes of column '{columns.label}' are {', '.join(feature.names)}; "
-            f"the task's labels are {', '.join(columns.labels)}. Set task.labels to the former."
-        )
 
 
 def _expected(columns: Columns) -> str:

@@ -32,8 +32,9 @@ def encode_texts(
     ids = cast(list[list[int]], encoding["input_ids"])
     twice = _begun_twice(firsts, ids, tokenizer)
     kept = [slice(int(first), len(row)) for first, row in zip(twice, ids)]
+    ends = _specials(tokenizer, "eos_token", "sep_token")
     for i, text in enumerate(firsts if seconds is None else seconds):
-        if _ended_twice(text, ids[i], tokenizer):
+        if any(text.endswith(end) and ids[i][-2:] == [number] * 2 for end, number in ends):
             kept[i], twice[i] = slice(kept[i].start, len(ids[i]) - 1), True
     _say(sum(twice), len(texts))
     return {k: [row[part] for row, part in zip(rows, kept)] for k, rows in encoding.items()}
@@ -55,7 +56,12 @@ def encode_pairs(
     Raises:
         UserError: The tokenizer has no end-of-text token.
     """
-    end = _end_of_text(tokenizer)
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise RecipeError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, which is "
+            "needed to end a response; add an eos_token to its configuration."
+        )
     prompts = shortened(prompts, tokenizer, max_length)
     responses = shortened(bare_responses(responses, tokenizer), tokenizer, max_length)
     asked = tokenizer(prompts, verbose=False)["input_ids"]  # silent on what is too long
@@ -64,7 +70,7 @@ def encode_pairs(
     _say(sum(twice), len(prompts))
     asked = [ids[int(first) :] for first, ids in zip(twice, asked)]
     asked = [ids[:-1] if ids and ids[-1] == end else ids for ids in asked]
-    return [(prompt, [*response, end]) for prompt, response in zip(asked, answered)]
+    return [(prompt, [*response, cast(int, end)]) for prompt, response in zip(asked, answered)]
 
 
 def bare_responses(responses: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -116,12 +122,6 @@ def _begun_twice(
     ]
 
 
-def _ended_twice(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the special token that ends a text was put after it once more."""
-    tokens = _specials(tokenizer, "eos_token", "sep_token")
-    return any(text.endswith(end) and ids[-2:] == [number] * 2 for end, number in tokens)
-
-
 def _specials(tokenizer: PreTrainedTokenizerBase, *names: str) -> list[tuple[str, int]]:
     """Those special tokens that the tokenizer has, as texts and as numbers."""
     pairs = [(getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")) for name in names]
@@ -136,12 +136,3 @@ def _say(count: int, of: int) -> None:
             count,
             of,
         )
-
-
-def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise RecipeError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token, which is "
-            "needed to end a response; add an eos_token to its configuration."
-        )
-    return cast(int, tokenizer.eos_token_id)

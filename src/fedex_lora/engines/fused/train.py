@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -17,6 +17,7 @@ from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.fused.batches import Rows, batches, together
 from fedex_lora.engines.fused.losses import client_losses, items, labelled_losses
 from fedex_lora.engines.fused.stack import Stack
+from fedex_lora.engines.trainer import Looks
 from fedex_lora.engines.training import (
     HFTrainer,
     OnStep,
@@ -26,7 +27,7 @@ from fedex_lora.engines.training import (
     training_arguments,
 )
 from fedex_lora.engines.training_log import TrainingLog
-from fedex_lora.engines.turn import Trained, Turn
+from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
@@ -67,7 +68,7 @@ class Fused:
     task: Task
     training: Mapping[str, Any]
     together: int
-    on_step: Callable[[Turn, int, int], None] | None = None
+    on_step: OnTurn | None = None
     log: TrainingLog | None = None
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
@@ -123,6 +124,7 @@ def _train(
 ) -> list[float]:
     """Trains all to their ends; returns the sum of each one's losses."""
     sums = torch.zeros(len(members), device=model.device)
+    looks = Looks()
     collate, last = task.collator(model.tokenizer), members[0].steps
     head = frozen_head(model.module, members[0].turn.rows)
     model.module.train()
@@ -130,9 +132,10 @@ def _train(
         for done in range(last):
             active = [m for m in members if m.steps > done]
             stack.active = len(active)
-            sums[: len(active)] += _step(model, task, stack, active, collate, head)
+            losses = _step(model, task, stack, active, collate, head)
+            sums[: len(active)] += losses
             if on_step is not None:
-                on_step(done + 1, last)
+                on_step(done + 1, last, looks.read(losses.mean()))
     return sums.tolist()
 
 

@@ -5,7 +5,7 @@ What needs Opacus or dp-accounting is imported when a recipe asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from fedex_lora.aggregation.adapter import AdapterState
-from fedex_lora.engines.turn import Train, Turn
+from fedex_lora.engines.turn import OnTurn, Train
 from fedex_lora.errors import RecipeError, check_installed
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.adapted import AdaptedModel
@@ -104,7 +104,7 @@ def private_trainer(
     task: Task,
     plan: Plan,
     account: Spending | None = None,
-    on_step: Callable[[Turn, int, int], None] | None = None,
+    on_step: OnTurn | None = None,
 ) -> Train:
     """The training that a plan is about.
 

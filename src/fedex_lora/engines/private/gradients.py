@@ -166,13 +166,10 @@ def check_gradients(
             )
         single = torch.cat([one[name] for one in alone])  # pyright: ignore
         off = (found - single).norm().item()
-        most = COARSE if _coarse(model) else TOLERANCE
+        coarse = any(p.dtype != torch.float32 for p in model.module.parameters())
+        most = COARSE if coarse else TOLERANCE
         if not off <= most * single.norm().item():
             raise RecipeError(
                 f"privacy.example_level: the gradient of a row's {name} depends on the other rows "
                 f"of its batch ({off / (single.norm().item() or 1):.2g} off); {remedy}"
             )
-
-
-def _coarse(model: AdaptedModel) -> bool:
-    return any(p.dtype != torch.float32 for p in model.module.parameters())

@@ -7,23 +7,25 @@ every method keeps its guarantee.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
 from datasets import Dataset
+from opacus.optimizers import DPOptimizer
+from torch.optim import Optimizer
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.private.account import Steps
 from fedex_lora.engines.private.begin import Spending
 from fedex_lora.engines.private.gradients import per_example
 from fedex_lora.engines.private.losses import example_losses
-from fedex_lora.engines.private.optimizer import PrivateOptimizer
 from fedex_lora.engines.private.plan import shape_of
 from fedex_lora.engines.training import Batches, make_trainer
-from fedex_lora.engines.turn import Trained, Turn
-from fedex_lora.federation.randomness import poisson_sample, rehearsed, secret
+from fedex_lora.engines.turn import OnTurn, Trained, Turn
+from fedex_lora.federation.randomness import Bits, normal, poisson_sample, rehearsed, secret
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks.base import IGNORED, Batch
 from fedex_lora.tasks.labelled import Head, frozen_head, token_losses
@@ -56,7 +58,7 @@ class PrivateTrainer:
         noise: σ by client.
         account: Where every turn is taken down before it begins.
         rehearsal: Draws and noise are functions of the run's seed: for tests, and not private.
-        on_step: Is told (turn, steps done, steps in all).
+        on_step: Is told (turn, steps done, steps in all, loss).
     """
 
     task: Predicting
@@ -65,7 +67,7 @@ class PrivateTrainer:
     noise: Mapping[str, float]
     account: Spending
     rehearsal: bool = False
-    on_step: Callable[[Turn, int, int], None] | None = None
+    on_step: OnTurn | None = None
     together: int = 1
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
@@ -106,7 +108,7 @@ class PrivateTrainer:
                     optimizer.finish()
                     trainer.lr_scheduler.step()  # pyright: ignore
                     if self.on_step is not None:
-                        self.on_step(turn, done + 1, spent.count)
+                        self.on_step(turn, done + 1, spent.count, None)
         model.module.zero_grad(set_to_none=True)
         model.release()
         metrics = {
@@ -137,3 +139,44 @@ def _lengths(rows: Dataset) -> list[int]:
     if "input_ids" not in rows.column_names:
         return [0] * len(rows)
     return [len(ids) for ids in rows["input_ids"]]
+
+
+class PrivateOptimizer(DPOptimizer):
+    """An optimizer whose gradients are Σ clipped + σ·C·N(0, 1), over the expected batch size.
+
+    Args:
+        inner: Takes the step.
+        noise: σ.
+        bound: C.
+        expected: L.
+        bits: Where the noise is drawn from.
+    """
+
+    def __init__(
+        self, inner: Optimizer, noise: float, bound: float, expected: int, bits: Bits
+    ) -> None:
+        super().__init__(
+            inner, noise_multiplier=noise, max_grad_norm=bound, expected_batch_size=expected
+        )
+        self.bits = bits
+
+    def accumulate(self) -> None:
+        """Adds what a backward pass left, clipped row by row, to the sum."""
+        self.signal_skip_step(True)
+        self.step()
+        self.zero_grad(set_to_none=True)
+
+    def finish(self) -> None:
+        """Noises the sum, which may be one of no rows at all, and takes the step."""
+        for p in self.params:
+            p.grad_sample = p.new_zeros((0, *p.shape))  # pyright: ignore
+        self.signal_skip_step(False)
+        self.step()
+        self.zero_grad(set_to_none=True)
+
+    def add_noise(self) -> None:
+        """p.grad = sum + σ·C·N(0, 1)."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        for p in self.params:
+            total: torch.Tensor = p.summed_grad  # pyright: ignore
+            p.grad = (total + deviation * normal(self.bits, total)).view_as(p)

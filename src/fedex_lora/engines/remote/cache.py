@@ -82,7 +82,14 @@ class Cache:
             ) from None
         there = self._files()
         files = {part: self._write(part, t, there) for part, t in _parts(held).items()}
-        index = {"files": files, "meta": _meta(held)}
+        meta = {
+            "version": held.version,
+            "mark": held.mark,
+            "scales": {name: f.scale for name, f in held.adapter.layers.items()},
+            "ledger": ledger_meta(held.ledger),
+            "ends": sorted(held.ends),
+        }
+        index = {"files": files, "meta": meta}
         index["digest"] = _digest(index)
         _replace(self.path / _INDEX, [json.dumps(index).encode()])
         used = {_name(part, digest) for part, digest in files.items()}
@@ -145,16 +152,6 @@ def _parts(held: Held) -> dict[str, Tensors]:
     for version, increment in ledger.entries:
         parts[f"ledger-{version}"] = ledger_tensors(Ledger(((version, increment),)))
     return parts | {f"end-{round}": end for round, end in held.ends.items()}
-
-
-def _meta(held: Held) -> dict[str, Any]:
-    return {
-        "version": held.version,
-        "mark": held.mark,
-        "scales": {name: f.scale for name, f in held.adapter.layers.items()},
-        "ledger": ledger_meta(held.ledger),
-        "ends": sorted(held.ends),
-    }
 
 
 def _held(meta: Mapping[str, Any], parts: Mapping[str, dict[str, Tensor]]) -> Held:

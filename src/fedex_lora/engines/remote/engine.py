@@ -73,6 +73,7 @@ class _Run:
     counted: dict[str, int] = field(default_factory=dict)
     spent: dict[str, int] = field(default_factory=dict)
     good: int = 0
+    losses: list[float] = field(default_factory=list)
     told: int = -1
     asks: Mapping[str, Ask] = field(default_factory=dict)
 
@@ -114,7 +115,8 @@ class RemoteEngine:
         guests: Who is there.
         settings: The federation's; its clients are those of the roster.
         stage: The coordinator's own model.
-        progress: Is told (round, what for, replies so far, replies in all).
+        progress: Is told (round, "", clients that have answered, clients in all, mean loss of those
+            who told theirs).
         remember: Keeps the identity and the declared rows, before a round's messages are sent.
     """
 
@@ -123,7 +125,7 @@ class RemoteEngine:
         guests: Guests,
         settings: Settings,
         stage: Stage,
-        progress: Callable[[int, str, int, int], None] | None = None,
+        progress: Callable[[int, str, int, int, float | None], None] | None = None,
         remember: Callable[[Identity, Mapping[str, int]], None] = lambda identity, rows: None,
     ) -> None:
         self.guests, self.settings, self.stage = guests, settings, stage
@@ -199,6 +201,8 @@ class RemoteEngine:
                     self._offer(run, client)
             for reply in self._collect(run):
                 run.good += isinstance(reply, Update | Answer)
+                if isinstance(reply, Update) and "loss" in reply.metrics:
+                    run.losses.append(reply.metrics["loss"])
                 yield reply
             self._tell(run)
             if kind == "round" and run.good >= enough:
@@ -212,9 +216,11 @@ class RemoteEngine:
     def _tell(self, run: _Run) -> None:
         total = len(run.messages)
         done = total - len(run.under_way) - len(run.waiting)
-        if self.progress is not None and done != run.told:
+        trained = run.trains and any(map(run.brings, run.messages))
+        if self.progress is not None and trained and done != run.told:
             run.told = done
-            self.progress(run.number, "replies", done, total)
+            loss = sum(run.losses) / len(run.losses) if run.losses else None
+            self.progress(run.number, "", done, total, loss)
 
     def _tell_waiting(self, run: _Run, needed: int) -> None:
         why = some([f"{client} ({reason})" for client, reason in run.waiting.items()])

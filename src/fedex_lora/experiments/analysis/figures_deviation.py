@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from fedex_lora.experiments.analysis import deviation as dev
 from fedex_lora.experiments.analysis.drawn import MOST, Drawn, banded, drawn_arms, heading
-from fedex_lora.experiments.analysis.plots import Series, lines
+from fedex_lora.experiments.analysis.plots import lines
 from fedex_lora.experiments.analysis.study import Study, deviates
 
 _WIDE = 10.0  # largest over smallest, from which on an axis is logarithmic
@@ -92,22 +92,11 @@ def _by_round(
     title = (
         f"{heading(study, task)}: {'relative ' * (scaling == 'relative')}deviation by round, {what}"
     )
-    spread = _spread(series)
+    values = [y for one in series for y in one.y]
+    spread = max(values) / min(values) if min(values, default=0) > 0 else 1.0
     figure = lines(title, "round", _unit(scaling), series, whole=True, log_y=spread > _WIDE)
     caption = f"Figures 3 and 6 to 9 of the paper, ({'a' if first else 'b'}). {_told(scaling)}"
     return Drawn(name, figure, caption)
-
-
-def _spread(series: Iterable[Series]) -> float:
-    """The largest value over the smallest; 1 if there are zeros, which a log axis cannot show, or
-    no values.
-
-    Example:
-        >>> _spread([Series("a", [1, 2], [0.5, 4.0])]), _spread([Series("b", [], [])])
-        (8.0, 1.0)
-    """
-    values = [y for one in series for y in one.y]
-    return max(values) / min(values) if min(values, default=0) > 0 else 1.0
 
 
 def _unit(scaling: dev.Scaling) -> str:

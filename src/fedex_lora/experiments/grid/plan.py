@@ -79,23 +79,23 @@ def plan(path: Path, sets: Sequence[str] = (), data: Path | None = None, only: s
         UserError: Anything wrong with the file, a recipe of it, or how they go together.
     """
     grid = load_grid(path)
-    _check_sets(grid, path, sets)
+    lists = {name for name, given in grid.vary.items() if isinstance(given, list)}
+    for text in sets:
+        key = text.partition("=")[0].strip()
+        if key in ("seed", "method", "method.name", *lists):
+            raise RecipeError(f"`set={text}`: {path} has its own list of them; change it there")
     runs = [
         replace(run, seed=seed, recipe=run.recipe.model_copy(update={"seed": seed}))
         for run in _first_seeds(grid, path, sets, data)
         for seed in grid.seeds
     ]
-    _check_names(path, runs)
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise RecipeError(f"{path}: two runs would be called {name}; choose other labels")
     found = tuple(run for run in runs if fnmatch(run.name, only))
     if not found:
         raise RecipeError(f"`only`: {only!r} fits none of {len(runs)} runs, e.g. {runs[0].name}")
     return Plan(grid, found)
-
-
-def _check_names(path: Path, runs: Sequence[Run]) -> None:
-    for name, count in Counter(run.name for run in runs).items():
-        if count > 1:
-            raise RecipeError(f"{path}: two runs would be called {name}; choose other labels")
 
 
 def _first_seeds(grid: Grid, path: Path, sets: Sequence[str], data: Path | None) -> Iterator[Run]:
@@ -162,14 +162,6 @@ def override(key: str, value: Any) -> str:
         ('lora.r=4', 'method={"name": "fedex"}')
     """
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-def _check_sets(grid: Grid, path: Path, sets: Sequence[str]) -> None:
-    lists = {name for name, given in grid.vary.items() if isinstance(given, list)}
-    for text in sets:
-        key = text.partition("=")[0].strip()
-        if key in ("seed", "method", "method.name", *lists):
-            raise RecipeError(f"`set={text}`: {path} has its own list of them; change it there")
 
 
 def standing(run: Run, out: Path) -> Standing:

@@ -56,11 +56,23 @@ def build(study: Study, problems: Sequence[str] = (), refresh: int | None = None
     for one in findings(study):
         if one.outcome != "not tested":
             tested.setdefault(one.claim, []).append(one)
-    page = _template().render(
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=visible,
+    )
+    done = sum(p.run.finished for p in study.placed)
+    runs = f"{len(study.placed)} run{'s' * (len(study.placed) > 1)}, {done} finished"
+    models = ", ".join(dict.fromkeys(p.run.recipe.model.name for p in study.placed))
+    made = f"{datetime.now().astimezone():%Y-%m-%d %H:%M}"
+    page = environment.get_template("page.html").render(
         marker=f"{MARKER} {__version__}",
         refresh=refresh,
         title=_title(study),
-        subtitle=_subtitle(study),
+        subtitle=f"{runs}; model {models}; fedex-lora {__version__}, {made}",
         notes=[*study.notes, *_run_notes(study), *problems],
         single=len(study.placed) == 1,
         verdict=verdict(study),
@@ -71,18 +83,6 @@ def build(study: Study, problems: Sequence[str] = (), refresh: int | None = None
         commands=tables.commands(study),
     )
     return Report(page, plots)
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=visible,
-    )
-    return environment.get_template("page.html")
 
 
 def visible(value: Any) -> Any:
@@ -100,14 +100,6 @@ def _title(study: Study) -> str:
     return ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")
 
 
-def _subtitle(study: Study) -> str:
-    done = sum(p.run.finished for p in study.placed)
-    runs = f"{len(study.placed)} run{'s' * (len(study.placed) > 1)}, {done} finished"
-    models = ", ".join(dict.fromkeys(p.run.recipe.model.name for p in study.placed))
-    made = f"{datetime.now().astimezone():%Y-%m-%d %H:%M}"
-    return f"{runs}; model {models}; fedex-lora {__version__}, {made}"
-
-
 def _run_notes(study: Study) -> Iterator[str]:
     for p in study.placed:
         yield from (f"{p.run.path}: {note}" for note in p.run.notes)
@@ -117,7 +109,8 @@ def _run_notes(study: Study) -> Iterator[str]:
 
 def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> dict[str, Any]:
     """What the page says of one task; its figures' files go into `plots`."""
-    many = f"{number + 1}-{_slug(task)}-" if len(study.tasks) > 1 else ""
+    slug = re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-")[:40]
+    many = f"{number + 1}-{slug}-" if len(study.tasks) > 1 else ""
     figures: dict[str, list[dict[str, str]]] = {}
     for i, drawn in enumerate(of_task(study, task)):
         name = f"{many}{drawn.name}"
@@ -136,10 +129,6 @@ def _task(study: Study, task: str, number: int, plots: dict[str, bytes]) -> dict
         "absent": tables.absent(study, task),
         "recipe": tables.recipe(study, task),
     }
-
-
-def _slug(task: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-")[:40]
 
 
 def saved(figure: Figure, name: str, kind: str) -> bytes:

@@ -44,7 +44,19 @@ def verdict(study: Study) -> Iterator[Part]:
     if len(study.tasks) > 1:
         yield from _compared(study, None)
     for task in study.tasks:
-        yield "soft", _what(study, task)
+        placed = study.of(task)
+        recipes = [p.run.recipe for p in placed]
+        parts = [
+            _values((r.federation.clients for r in recipes), "client"),
+            _values((r.federation.rounds for r in recipes), "round"),
+            _values((r.training.get("num_train_epochs") for r in recipes), "local epoch"),
+            _values((p.seed for p in placed), "seed", count=True),
+        ]
+        rows = next((p.run.description for p in placed if p.run.description), None)
+        every = study.of_arms(task)
+        arms = ", ".join(every) if len(every) <= _MOST else f"{len(every)} arms"
+        told = f" on {without_folder(rows)}" if rows else ""
+        yield "soft", f"{task}: {arms}{told}; {', '.join(filter(None, parts))}."
         yield from _compared(study, task)
     seeds = [one.difference.seeds for task in study.tasks for one in comparisons(study, task)]
     if seeds:  # the fewest of what has an interval; one if nothing has
@@ -66,23 +78,6 @@ def _one_run(placed: Placed) -> Iterator[Part]:
     sent = f"{size(results.get('bytes_up', 0))} up, {size(results.get('bytes_down', 0))} down"
     yield "", f"Best round {results['best_round']} of {results['rounds']}; {sent}."
     yield "soft", "One run: nothing here tells a method from chance."
-
-
-def _what(study: Study, task: str) -> str:
-    """The methods, the data, the federation and the seeds of a task's runs, in a sentence."""
-    placed = study.of(task)
-    recipes = [p.run.recipe for p in placed]
-    parts = [
-        _values((r.federation.clients for r in recipes), "client"),
-        _values((r.federation.rounds for r in recipes), "round"),
-        _values((r.training.get("num_train_epochs") for r in recipes), "local epoch"),
-        _values((p.seed for p in placed), "seed", count=True),
-    ]
-    rows = next((p.run.description for p in placed if p.run.description), None)
-    every = study.of_arms(task)
-    arms = ", ".join(every) if len(every) <= _MOST else f"{len(every)} arms"
-    told = f" on {without_folder(rows)}" if rows else ""
-    return f"{task}: {arms}{told}; {', '.join(filter(None, parts))}."
 
 
 def _values(values: Iterable[Any], what: str, count: bool = False) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedex_lora.errors import RecipeError
 from fedex_lora.flower.deploy.init import Deployment, is_loopback
+from fedex_lora.flower.deploy.proxy import Proxy, past_proxies, through
 
 CONNECTION = "fedex"  # of Flower's config.toml
 EXECUTOR = "fedex_lora.flower.superexec"
@@ -81,11 +82,15 @@ def supernode(
     recipe: Path,
     data: Path | None,
     port: int,
+    certificates: Path | None = None,
+    proxy: Proxy | None = None,
     **own: float,
 ) -> Command:
     """One institution's SuperNode; what its client app needs comes from its own configuration.
 
     Args:
+        certificates: Those it trusts; the folder's ca.crt by default.
+        proxy: By which it reaches the server.
         own: `runs`, `ask`, `show-rows` and `epsilon` of `fedex_lora.flower.client_app.reply_to`.
     """
     place = {"client": name, "recipe": str(recipe), "home": str(path)}
@@ -95,13 +100,14 @@ def supernode(
     config += "".join(f" {key}={value}" for key, value in own.items())
     argv = [sys.executable, "-m", "fedex_lora.flower.supernode"]
     argv += ["--superlink", deployment.address]
-    argv += _trust(deployment, path)
+    argv += _trust(deployment, path, certificates)
     if not deployment.insecure:
         argv += ["--auth-supernode-private-key", str(path / "key")]
     argv += ["--isolation", "process"]
     argv += ["--superexec-auth-secret-file", str(path / "runtime.secret")]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
-    return Command("SuperNode", tuple(argv), environment(path / "flower"))
+    env = {**environment(path / "flower"), **through(proxy, deployment.host)}
+    return Command("SuperNode", tuple(argv), env)
 
 
 def members(path: Path, deployment: Deployment) -> Command:
@@ -142,6 +148,7 @@ def stop(path: Path, run: int) -> Command:
 def environment(home: Path) -> dict[str, str]:
     """Flower keeps to its folder, asks nobody outside, and installs nothing."""
     return {
+        **past_proxies(),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -168,10 +175,10 @@ def _bind(deployment: Deployment) -> str:
     return "::" if six else "0.0.0.0"
 
 
-def _trust(deployment: Deployment, folder: Path) -> list[str]:
+def _trust(deployment: Deployment, folder: Path, own: Path | None = None) -> list[str]:
     if deployment.insecure:
         return ["--insecure"]
-    return ["--root-certificates", str(folder / "ca.crt")]
+    return ["--root-certificates", str(own or folder / "ca.crt")]
 
 
 def _quoted(value: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -25,6 +26,7 @@ from fedex_lora.errors import DeploymentError, StorageError
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.commands import Command
 from fedex_lora.flower.deploy.init import Deployment
+from fedex_lora.flower.deploy.proxy import Proxy, client_context
 from fedex_lora.flower.deploy.words import Log
 
 
@@ -293,7 +295,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_server(deployment: Deployment, certificates: Path, say: Callable[[str], object]) -> None:
+def check_server(
+    deployment: Deployment,
+    certificates: Path,
+    say: Callable[[str], object],
+    proxy: Proxy | None = None,
+) -> None:
     """That the server's certificate is good from here, and the clocks agree; a server that is down
     is only said so.
 
@@ -301,24 +308,40 @@ def check_server(deployment: Deployment, certificates: Path, say: Callable[[str]
         UserError: It is expired, for another name, or by another authority; or a clock is off by
             more than Flower's signatures allow.
     """
-    context = ssl.create_default_context(cafile=str(certificates))
-    server = HTTPSConnection(deployment.host, deployment.port, timeout=5, context=context)
+    context = client_context(certificates)
+    if proxy is None:
+        server = HTTPSConnection(deployment.host, deployment.port, timeout=5, context=context)
+    else:
+        proxy.check()
+        server = HTTPSConnection(proxy.host, proxy.port, timeout=5, context=context)
+        server.set_tunnel(deployment.host, deployment.port, proxy.headers())
+    way = "" if proxy is None else f" by the proxy {proxy}"
     try:
         server.request("HEAD", "/health")
         date = server.getresponse().getheader("Date")
     except ssl.SSLCertVerificationError as error:
         raise DeploymentError(
-            f"{deployment.address}: its certificate is not accepted: {error.verify_message}. "
+            f"{deployment.address}{way}: its certificate is not accepted: {error.verify_message}. "
             "Is this machine's clock right, is ca.crt the coordinator's, and is that the address "
-            "the certificate was made for?"
+            "the certificate was made for? Where an authority of your own signs it, as for proxies "
+            "that look into TLS, name its certificate with `ca`"
         ) from None
     except (OSError, HTTPException) as error:
-        say(f"{deployment.address} does not answer yet ({error}); waiting for it")
+        if refused := re.match(r"Tunnel connection failed: (403|405|407) ?(.*)", str(error)):
+            raise DeploymentError(
+                f"the proxy {proxy} does not let through to {deployment.address}: {refused[1]} "
+                f"{refused[2]}. It has to allow CONNECT to that port; user and password go into "
+                "its address, http://USER:PASSWORD@HOST:PORT"
+            ) from None
+        say(f"{deployment.address}{way} does not answer yet ({error}); waiting for it")
         return
     finally:
         server.close()
-    if date is not None:
-        _check_clock(time.time() - parsedate_to_datetime(date).timestamp())
+    try:
+        theirs = parsedate_to_datetime(date or "").timestamp()
+    except ValueError:  # what stands between may send no date, or an odd one
+        return
+    _check_clock(time.time() - theirs)
 
 
 def _check_clock(ahead: float) -> None:

@@ -21,7 +21,12 @@ def signer(path: Path) -> Ed25519PrivateKey:
     """
     if not path.exists():
         key = Ed25519PrivateKey.generate()
-        write_secret(path, _pem(key))
+        pem = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        write_secret(path, pem)
         return key
     try:
         found = serialization.load_pem_private_key(path.read_bytes(), None)
@@ -56,11 +61,3 @@ def verify(content: bytes, signature: bytes, pem: bytes, whose: str) -> None:
             f"{whose}: its signature is not by the coordinator's key {fingerprint(pem)}: it was "
             "changed, or is another's. Ask the coordinator for the folder once more"
         ) from None
-
-
-def _pem(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )

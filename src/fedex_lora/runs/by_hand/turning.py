@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,6 @@ from fedex_lora.recipe.reader import load_recipe
 from fedex_lora.runs.by_hand import share
 from fedex_lora.runs.by_hand.folder import BROADCAST, INFO, RECIPE, TURN, UPDATE, Turn, read_turn
 
-OnStep = Callable[[engine.Turn, int, int], None]
-
 
 @dataclass(frozen=True)
 class Taken:
@@ -54,7 +52,7 @@ def take_turn(
     *,
     key: Path | None = None,
     sets: Sequence[str] = (),
-    on_step: OnStep | None = None,
+    on_step: engine.OnTurn | None = None,
 ) -> Taken:
     """Trains a client's turn as a run on one machine would, and writes the update beside it.
 

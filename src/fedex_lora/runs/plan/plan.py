@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 
@@ -19,7 +19,7 @@ from fedex_lora.engines.setup import (
     set_up,
 )
 from fedex_lora.federation.settings import Settings
-from fedex_lora.model.architectures import Architecture, count, local_folder
+from fedex_lora.model.architectures import count, local_folder
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.plan.memory import Part, client_memory, server_memory
 from fedex_lora.runs.plan.timing import Timing, measure
@@ -104,26 +104,25 @@ def plan(recipe: Recipe, measured: bool = True) -> Plan:
     libraries = psutil.Process().memory_info().rss
     task = recipe_task(recipe)
     model = architecture_of(recipe, task)
-    why = _not_measurable(recipe) if measured else "not asked for"
+    folder = local_folder(recipe.model.name, recipe.model.revision)
+    why = elsewhere(recipe)
+    if folder is None:
+        why = f"unknown without the model: the weights of {recipe.model.name} are not here"
+    if not measured:
+        why = "not asked for"
     if why:
         examples, about = _examples(recipe, task)
         timing = None
     else:
-        federation = set_up(_offline(recipe))
+        # a cached model by its folder, so that no hub is asked
+        here = recipe.model.model_copy(update={"name": str(folder), "revision": None})
+        federation = set_up(recipe.model_copy(update={"model": here}))
         examples, about = federation.examples, federation.description
         timing = measure(federation)
-    return replace(_plan(recipe, model, examples, about, timing, why), libraries=libraries)
-
-
-def _plan(
-    recipe: Recipe,
-    model: Architecture,
-    examples: Mapping[str, int] | None,
-    about_examples: str,
-    timing: Timing | None,
-    about_time: str,
-) -> Plan:
-    settings = federation_settings(recipe, model, _clients(recipe, examples))
+    clients = list(examples or roster(recipe) or client_names(recipe.federation.clients))
+    if METHODS[recipe.method.name].pooled:
+        clients = [POOLED]
+    settings = federation_settings(recipe, model, clients)
     run = DryRun(settings, model.head, recipe.lora.init is not None)
     rounds = [_round(run) for _ in range(settings.rounds)]
     delivery = summed(run.down(client) for client in settings.clients)
@@ -139,15 +138,15 @@ def _plan(
         head,
         len(settings.layers),
         examples,
-        about_examples,
+        about,
         rounds,
         delivery,
         client_memory(recipe, settings, model, max(r.ledger for r in rounds)),
         server_memory(settings, head, checkpoint, max(messages)),
-        0,
+        libraries,
         KEPT * max(r.checkpoint + r.own for r in rounds) + _saved(recipe, rounds, settings),
         timing,
-        about_time,
+        why,
     )
 
 
@@ -177,12 +176,6 @@ def _saved(recipe: Recipe, rounds: Iterable[Round], settings: Settings) -> int:
     return sum(summed([*r.up.values(), *r.down.values()]).bytes + made for r in rounds)
 
 
-def _clients(recipe: Recipe, examples: Mapping[str, int] | None) -> list[str]:
-    if METHODS[recipe.method.name].pooled:
-        return [POOLED]
-    return list(examples or roster(recipe) or client_names(recipe.federation.clients))
-
-
 def _examples(recipe: Recipe, task: Task) -> tuple[dict[str, int] | None, str]:
     """Training rows by client, and what is to be said of them."""
     if why := elsewhere(recipe):
@@ -193,17 +186,3 @@ def _examples(recipe: Recipe, task: Task) -> tuple[dict[str, int] | None, str]:
     if METHODS[recipe.method.name].pooled:
         found = {POOLED: sum(found.values())}
     return found, rows.description
-
-
-def _not_measurable(recipe: Recipe) -> str:
-    """Why no time can be measured; "" if it can."""
-    if local_folder(recipe.model.name, recipe.model.revision) is None:
-        return f"unknown without the model: the weights of {recipe.model.name} are not here"
-    return elsewhere(recipe)
-
-
-def _offline(recipe: Recipe) -> Recipe:
-    """The same recipe with a cached model named by its folder, so that no hub is asked."""
-    folder = local_folder(recipe.model.name, recipe.model.revision)
-    model = recipe.model.model_copy(update={"name": str(folder), "revision": None})
-    return recipe.model_copy(update={"model": model})
