@@ -36,6 +36,7 @@ KINDS = {  # of tiny models, by what a recipe's model is called
     "istral": "mistral",
     "gemma": "gemma2",
     "vit": "vit",
+    "llava": "llava",
     "t5": "t5",
     "mpnet": "mpnet",
 }
@@ -45,6 +46,7 @@ LONGEST = {
     "mpnet": 128,
     "gpt2": 128,
     "vit": 128,
+    "llava": 128,
     "llama": 512,
     "mistral": 512,
 }
@@ -110,7 +112,7 @@ def write_rows(recipe: Recipe, folder: Path) -> dict[str, Any]:
         splits = {"train": ROWS, "validation_matched": 4, "validation_mismatched": 4}
     clients = [folder / file.name for _, (file,) in spec.files()]
     further = {split: str(folder / f"{split}.jsonl") for split in spec.evaluation}
-    if recipe.task.kind == "image-classification":
+    if recipe.task.kind.startswith("image-"):
         pytest.importorskip("PIL.Image").new("RGB", (16, 16), "red").save(folder / "x.png")
     counts = {**splits, **dict.fromkeys(further, ROWS // 2)}
     counts |= {file.stem: ROWS for file in clients}
@@ -164,6 +166,8 @@ def rows(recipe: Recipe, split: str, count: int) -> Iterator[dict[str, Any]]:
             case "image-classification":
                 labels = task.labels or ["yes", "no"]
                 yield {task.image_column or "image": "x.png", task.label_column: labels[i % 2]}
+            case "image-text":
+                yield {"image": "x.png", "question": f"What is {i}?", "answer": f"It is {i}."}
             case _:
                 raise AssertionError(f"no rows for {task.kind}; add some here")
 

@@ -22,6 +22,12 @@ ENCODERS = ("roberta", "bert", "mpnet")
 VISION = ("vit",)
 DECODERS = ("gpt2", "llama", "mistral", "gemma2")
 BOTH = ("t5", "bart")
+SEEING = ("llava",)  # which answer questions about images
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part.type == 'image' %}"
+    "<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def tiny(
@@ -42,13 +48,16 @@ def tiny(
     """
     encoder = kind in (*ENCODERS, *VISION)
     framed = (*ENCODERS, *BOTH)
-    tokenizer = _tokenizer(pad=kind in (*framed, "gemma2"), cls=kind in framed)
+    tokenizer = _tokenizer(pad=kind in (*framed, *SEEING, "gemma2"), cls=kind in framed)
+    if kind in SEEING:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         config = _config(kind, len(tokenizer), tokenizer)
         config.update({"num_labels": num_labels, **overrides})
         usual = "AutoModel" if encoder else "AutoModelForCausalLM"
         usual = "AutoModelForSeq2SeqLM" if kind in BOTH else usual
+        usual = "AutoModelForImageTextToText" if kind in SEEING else usual
         model = getattr(transformers, auto or usual).from_config(config)
         for parameter in model.parameters():  # norms and biases away from ones and zeros
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -56,6 +65,18 @@ def tiny(
     if kind in VISION:
         size = {"height": config.image_size, "width": config.image_size}
         transformers.ViTImageProcessorPil(size=size).save_pretrained(path)
+    elif kind in SEEING:
+        pixels = transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        )
+        transformers.LlavaProcessor(
+            image_processor=pixels,
+            tokenizer=tokenizer,
+            patch_size=8,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=CHAT,
+        ).save_pretrained(path)
     else:
         tokenizer.save_pretrained(path)
     return path
@@ -136,6 +157,22 @@ def _config(
                 **sides,
                 **ids,
             )
+        case "llava":
+            vision = transformers.CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=16,
+                patch_size=8,
+            )
+            return transformers.LlavaConfig(
+                vision_config=vision,
+                text_config=_config("llama", vocab, tokenizer),
+                image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+                image_seq_length=4,
+                vision_feature_layer=-1,
+            )
         case "vit":
             return transformers.ViTConfig(
                 hidden_size=16,
@@ -145,4 +182,4 @@ def _config(
                 image_size=16,
                 patch_size=4,
             )
-    raise ValueError(f"no tiny {kind!r}; there are {ENCODERS + DECODERS + BOTH + VISION}")
+    raise ValueError(f"no tiny {kind!r}; there are {ENCODERS + DECODERS + BOTH + VISION + SEEING}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tiny import tiny, tokenizer_of
 from fedex_lora.data import csv_file, json_file, stored
 from fedex_lora.data.read import read
 from fedex_lora.engines.setup import set_up
-from fedex_lora.errors import DataError
+from fedex_lora.errors import DataError, StorageError
 from fedex_lora.recipe import Recipe, task_spec
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.tasks import build_task
@@ -66,6 +67,16 @@ def test_damage_is_named_by_line(few, tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{name}, line 5"):
             read(tmp_path / name, on_disk=True)
+
+
+def test_a_damaged_file_is_not_taken_for_a_full_disk(few, tmp_path, monkeypatch):
+    """Nor the other way round."""
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 9)[:-5])
+    with pytest.raises(StorageError, match=r"a\.csv\.gz: damaged"):
+        read(tmp_path / "a.csv.gz", on_disk=True)
+    monkeypatch.setattr(stored, "folder", lambda: tmp_path / "nowhere")
+    with pytest.raises(StorageError, match=r"rows cannot be kept there: .* Set TMPDIR"):
+        stored.stored([pa.table({"a": [1]})])
 
 
 def test_neither_rows_nor_tokens_are_held(tmp_path, monkeypatch):

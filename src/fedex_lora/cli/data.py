@@ -34,8 +34,10 @@ def data_command(
     What is learned stands between ⟦ and ⟧: the tokens that the loss is over, or the label.
     """
     from fedex_lora.data.counts import trained_on
+    from fedex_lora.data.places import places
     from fedex_lora.engines.setup import load_rows, recipe_task, surroundings
     from fedex_lora.model.load import load_processor
+    from fedex_lora.tasks.base import placed
     from fedex_lora.tasks.preview import pieces
 
     spec = read_recipe(recipe, set)
@@ -47,11 +49,12 @@ def data_command(
         shown = client or next(iter(parts))
         if shown not in parts:
             raise RecipeError(f"`client`: {shown!r} has no rows; these have: {some(parts)}")
-        tokenizer = load_processor(spec.model, task.image is not None)
+        tokenizer = load_processor(spec.model, task.processor)
         scored = (task.encode_evaluation or task.encode, spec.task.evaluated_length)
         for name, part in parts.items():
             encode, length = (task.encode, spec.task.max_length) if name in rows.train else scored
-            encoded, told = _encoded(encode, part, tokenizer, length)
+            with placed(places(part, spec.data, task)):
+                encoded, told = _encoded(encode, part, tokenizer, length)
             counts = trained_on({name: part}, {name: encoded})[name]
             say(f"{name}: {counts['rows']} rows, {counts['left_out']} left out")
             for line in told:

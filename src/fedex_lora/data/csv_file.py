@@ -48,7 +48,7 @@ def read_csv(file: Path, on_disk: bool = False) -> Dataset:
 
     if on_disk:
         return stored(tables(), schema)
-    return Dataset(pa.concat_tables([schema.empty_table(), *tables()]))
+    return Dataset(pa.concat_tables(list(tables()) or [schema.empty_table()]))
 
 
 def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:

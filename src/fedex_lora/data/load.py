@@ -22,7 +22,7 @@ from fedex_lora.errors import DataError, RecipeError, StorageError, shown, tally
 from fedex_lora.recipe import DataSpec, did_you_mean
 from fedex_lora.recipe.data import name_of, several
 from fedex_lora.tasks import Task
-from fedex_lora.tasks.base import Prediction, one_based
+from fedex_lora.tasks.base import one_based
 
 SOURCES = {  # built in, by `data.source`: the classes, and the rows by split
     "stdlib-docs": (stdlib_docs.LABELS, stdlib_docs.stdlib_docs),
@@ -61,14 +61,9 @@ class Split:
     line_of: Callable[[int], int] = one_based
     folder: Path | None = None
 
-
-@dataclass(frozen=True)
-class Unlabelled:
-    """Rows to be told answers of: as they stand in their file, and as the task takes them, with
-    something in place of every answer."""
-
-    own: Dataset
-    blank: Dataset
+    def place(self, row: int) -> str:
+        """Where a row stands, as errors say it."""
+        return f"{self.where}, line {self.line_of(row)}"
 
 
 def known_labels(spec: DataSpec) -> tuple[str, ...] | None:
@@ -77,7 +72,7 @@ def known_labels(spec: DataSpec) -> tuple[str, ...] | None:
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
+def readable() -> Iterator[None]:
     """A path that the system refuses, as too long or not to be read, is an error that says so."""
     try:
         yield
@@ -85,7 +80,7 @@ def _readable() -> Iterator[None]:
         raise StorageError(f"data: {shown(str(error.filename))}: {reason(error)}") from None
 
 
-@_readable()
+@readable()
 @about_rows()
 def load(spec: DataSpec, task: Task, seed: int) -> Data:
     """Read, check and sample what the recipe's `data` block names.
@@ -128,7 +123,7 @@ def load(spec: DataSpec, task: Task, seed: int) -> Data:
     return Data(train, clients, validation, evaluation, description)
 
 
-@_readable()
+@readable()
 @about_rows()
 def load_evaluation(
     spec: DataSpec, task: Task, seed: int, only: str | None = None
@@ -144,13 +139,13 @@ def load_evaluation(
     Raises:
         UserError: As for `load`, or there are no such rows.
     """
-    with _readable():
+    with readable():
         return _load_evaluation(spec, task, seed, only)
 
 
 def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) -> dict[str, Dataset]:
     if spec.path is not None and spec.path.is_file():
-        splits = {name_of(spec.path): _file_split(spec.path, task, spec.on_disk)}
+        splits = {name_of(spec.path): file_split(spec.path, task, spec.on_disk)}
         found = list(splits)
     else:
         splits = _splits(spec, task, (*task.evaluation_splits, *([only] if only else [])))
@@ -169,7 +164,7 @@ def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) ->
     }
 
 
-@_readable()
+@readable()
 @about_rows()
 def load_client(spec: DataSpec, task: Task, seed: int, name: str, file: Path) -> Dataset:
     """One client's own rows, checked and sampled as `load` does for a client of that name.
@@ -177,10 +172,10 @@ def load_client(spec: DataSpec, task: Task, seed: int, name: str, file: Path) ->
     Raises:
         UserError: As for `load`.
     """
-    return _checked(_file_split(file, task, spec.on_disk), task, spec.train_examples, seed, name)
+    return _checked(file_split(file, task, spec.on_disk), task, spec.train_examples, seed, name)
 
 
-@_readable()
+@readable()
 @about_rows()
 def load_validation(spec: DataSpec, task: Task, seed: int, name: str) -> Dataset:
     """The rows of `data.validation` that a client is scored on, checked as `load` does.
@@ -189,21 +184,6 @@ def load_validation(spec: DataSpec, task: Task, seed: int, name: str) -> Dataset
         UserError: As for `load`.
     """
     return of_files(several(spec.validation[name]), task, None, seed, name, spec.on_disk)
-
-
-@_readable()
-@about_rows()
-def load_unlabelled(file: Path, task: Task, way: Prediction) -> Unlabelled:
-    """The rows of a file, or of a folder of images, whatever they have for answers.
-
-    Raises:
-        UserError: There is a row that the task cannot use, named by line, or no such file.
-    """
-    split = _file_split(file, task)
-    rows = with_images(split.rows, task.image, split.folder, split.where) if task.image else None
-    blank = way.blank(split.rows if rows is None else rows, split.where)
-    task.check(blank, split.where, split.line_of)
-    return Unlabelled(_unnamed(split.rows, task), blank)
 
 
 def _labelled(splits: Mapping[str, Split], task: Task) -> list[str]:
@@ -233,7 +213,7 @@ def _directory_splits(
             f"data.path: {folder} has no file train ({', '.join(SUFFIXES)}); there is: {there}."
         )
     return {
-        split: _file_split(file, task, on_disk) for split, file in files.items() if file is not None
+        split: file_split(file, task, on_disk) for split, file in files.items() if file is not None
     }
 
 
@@ -251,9 +231,10 @@ def _split_file(folder: Path, split: str, task: Task) -> Path | None:
     return found[0] if found else None
 
 
-def _file_split(file: Path, task: Task, on_disk: bool = False) -> Split:
+def file_split(file: Path, task: Task, on_disk: bool = False) -> Split:
     if task.image and file.is_dir():
         return Split(_named(read_folder(file), task), str(file), folder=file)
+    on_disk = on_disk and task.image is None  # of these datasets takes no column from a mapped file
     return Split(_named(read(file, on_disk), task), str(file), partial(line_of, file), file.parent)
 
 
@@ -262,11 +243,6 @@ def _named(rows: Dataset, task: Task) -> Dataset:
     new = {theirs: ours for ours, theirs in task.renamed.items() if theirs in rows.column_names}
     hidden = [name for name in new.values() if name in rows.column_names and name not in new]
     return rows.remove_columns(hidden).rename_columns(new) if new else rows
-
-
-def _unnamed(rows: Dataset, task: Task) -> Dataset:
-    """The rows with `task.renamed` columns under their own names."""
-    return rows.rename_columns({k: v for k, v in task.renamed.items() if k in rows.column_names})
 
 
 def _check_names(spec: DataSpec) -> None:
@@ -293,12 +269,12 @@ def of_files(
         files: Patterns, too, of files in the order of their names.
         on_disk: Whether the rows are mapped into memory, not held there.
     """
-    found = [one for file in files for one in _matching(file)]
-    parts = [_usable(_file_split(file, task, on_disk), task) for file in found]
+    found = [one for file in files for one in matching(file)]
+    parts = [_usable(file_split(file, task, on_disk), task) for file in found]
     return _sampled(_together(parts, found, task), examples, seed, name)
 
 
-def _matching(file: Path) -> list[Path]:
+def matching(file: Path) -> list[Path]:
     """The files that a pattern (*, ?, [...]) names; any other path as it is."""
     if file.exists() or not set("*?[") & set(str(file)):
         return [file]
@@ -352,7 +328,7 @@ def _further_splits(spec: DataSpec, task: Task) -> dict[str, Split]:
 
 def _further(source: str, name: str, task: Task, on_disk: bool) -> Split:
     if kind(Path(source)) in SUFFIXES:
-        return _file_split(Path(source), task, on_disk)
+        return file_split(Path(source), task, on_disk)
     whole, _, split = source.partition("@")
     hub, _, config = whole.partition(":")
     try:

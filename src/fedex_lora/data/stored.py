@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
@@ -16,8 +17,8 @@ import pyarrow as pa
 from datasets import Dataset, Features
 
 from fedex_lora.disk import reason
-from fedex_lora.errors import DataError, StorageError
-from fedex_lora.tasks.base import Encode
+from fedex_lora.errors import StorageError
+from fedex_lora.tasks.base import Encode, NoneLeft, shifted
 
 AT_ONCE = 10_000  # rows that are in memory at a time, as values of Python, on their way
 ENCODED = 1_000  # the same of rows of tokens, which are long
@@ -50,11 +51,21 @@ def stored(tables: Iterable[pa.Table], schema: pa.Schema | None = None) -> Datas
         first = next(parts, pa.table({}))
         parts, schema = chain([first], parts), first.schema
     file = folder() / f"{next(_numbers)}.arrow"
-    try:
-        with pa.ipc.new_stream(file, schema) as out:
-            for part in parts:
-                out.write_table(part.cast(schema), max_chunksize=AT_ONCE)
+    with _room(file):
+        out = pa.ipc.new_stream(file, schema)
+    for part in parts:
+        with _room(file):
+            out.write_table(part.cast(schema), max_chunksize=AT_ONCE)
+    with _room(file):
+        out.close()
         return Dataset.from_file(str(file))
+
+
+@contextmanager
+def _room(file: Path) -> Iterator[None]:
+    """Of what is written: what is read on the way has errors of its own."""
+    try:
+        yield
     except OSError as error:
         raise StorageError(
             f"{file}: rows cannot be kept there: {reason(error)}. Set TMPDIR to a folder with more "
@@ -72,13 +83,14 @@ def encoded(encode: Encode, rows: Dataset, tokenizer: Any, max_length: int) -> D
 
 
 def _encoded(encode: Encode, rows: Dataset, tokenizer: Any, max_length: int) -> Iterator[pa.Table]:
-    nothing: DataError | None = None
+    nothing: NoneLeft | None = None
     features: Features | None = None
     for start in range(0, len(rows), ENCODED):
         part = rows.select(range(start, min(start + ENCODED, len(rows))))
         try:
-            found = encode(part, tokenizer, max_length)
-        except DataError as error:  # it leaves all of them out
+            with shifted(start):
+                found = encode(part, tokenizer, max_length)
+        except NoneLeft as error:
             nothing = error
             continue
         features = features or found.features

@@ -15,8 +15,15 @@ from datasets import Dataset, concatenate_datasets
 from fedex_lora.aggregation.adapter import AdapterState, fresh
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.counts import Counts, scored_on, trained_on
-from fedex_lora.data.load import known_labels, load, load_client, load_evaluation, load_validation
+from fedex_lora.data.load import (
+    known_labels,
+    load,
+    load_client,
+    load_evaluation,
+    load_validation,
+)
 from fedex_lora.data.partition import partition, split_validation
+from fedex_lora.data.places import places
 from fedex_lora.data.read import quiet
 from fedex_lora.data.stored import encoded as encoded_on_disk
 from fedex_lora.engines.fits import check_image, check_length, check_ranks
@@ -30,7 +37,7 @@ from fedex_lora.model.architectures import Architecture, architecture
 from fedex_lora.model.load import unheard
 from fedex_lora.recipe import LoraSpec, Recipe
 from fedex_lora.tasks import Task, build_task
-from fedex_lora.tasks.base import Encode
+from fedex_lora.tasks.base import Encode, placed
 
 POOLED = "all"  # the one client of a method that pools the data
 
@@ -75,6 +82,7 @@ class Rows:
     validation: Mapping[str, Dataset]
     evaluation: Mapping[str, Dataset]
     description: str
+    files: tuple[Path, ...] = ()  # that the recipe does not name
 
 
 @contextmanager
@@ -147,7 +155,7 @@ def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None)
             held = [n for n in mine if n in recipe.data.validation]
             own = {n: load_validation(recipe.data, task, recipe.seed, n) for n in held}
             train, validation = _split(recipe, mine, own)
-            return Rows(train, validation, {}, "")
+            return Rows(train, validation, {}, "", (file,))
         whole = load_rows(recipe, task)
     except UserError as error:
         raise Withheld(str(error)) from error
@@ -197,8 +205,11 @@ def _bring_to_life(
         initial = replace(initial, layers=fresh(settings.layers, recipe.seed))
 
     def encode(part: Mapping[str, Dataset], encoder: Encode, length: int) -> dict[str, Dataset]:
-        with quiet():
-            return {n: encoder(r, model.tokenizer, length) for n, r in part.items()}
+        found: dict[str, Dataset] = {}
+        for name, own in part.items():
+            with quiet(), placed(places(own, recipe.data, task, rows.files)):
+                found[name] = encoder(own, model.tokenizer, length)
+        return found
 
     _phase.info("preparing the rows")
     spec = recipe.task
@@ -258,7 +269,7 @@ def recipe_model(recipe: Recipe, task: Task, workdir: Path | None = None) -> Ada
         model_kwargs=task.model_kwargs(),
         seed=recipe.seed,
         workdir=workdir,
-        images=task.image is not None,
+        processor=task.processor,
     )
 
 

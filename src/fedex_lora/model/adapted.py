@@ -25,7 +25,14 @@ from fedex_lora.errors import RecipeError
 from fedex_lora.model.files import read_adapter, save_adapter
 from fedex_lora.model.inject import head_names, heads, inject
 from fedex_lora.model.layer import ADAPTER, Layer, copy_of
-from fedex_lora.model.load import Base, dequantised, is_quantised, load_base, quiet
+from fedex_lora.model.load import (
+    TOKENIZER,
+    Base,
+    dequantised,
+    is_quantised,
+    load_base,
+    quiet,
+)
 from fedex_lora.model.pretrained import Pretrained
 from fedex_lora.model.side import attach
 from fedex_lora.recipe import LoraSpec, ModelSpec
@@ -300,7 +307,7 @@ def load_model(
     model_kwargs: dict[str, Any],
     seed: int,
     workdir: Path | None = None,
-    images: bool = False,
+    processor: str = TOKENIZER,
 ) -> AdaptedModel:
     """Loads a pretrained model and adapts it.
 
@@ -313,14 +320,14 @@ def load_model(
         seed: The run's seed; what the checkpoint lacks (a new head) is a function of it alone.
         workdir: Where pretrained weights go that no file of the model's holds as such; a
             temporary folder by default.
-        images: Whether it has an image processor in place of a tokenizer.
+        processor: Name of the Auto class of its tokenizer, or what it has in place of it.
 
     Raises:
         UserError: If there is no such model, or LoRA as asked for cannot be aggregated exactly.
     """
     head_seed = derive(seed, "head")
     keep = [] if lora is None else head_names(lora, peft_task_type)
-    base = load_base(model, auto_model, model_kwargs, head_seed, keep, images)
+    base = load_base(model, auto_model, model_kwargs, head_seed, keep, processor)
     _check_no_statistics(base.model, model.name)
     if lora is None:
         return AdaptedModel(base, base.model, [], workdir=workdir)

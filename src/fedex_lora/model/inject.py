@@ -60,6 +60,8 @@ def inject(
         alpha = fields["lora_alpha"]
         fields["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
         fields["modules_to_save"] = [*(lora.modules_to_save or []), *new] or None
+        if not isinstance(lora.target_modules, str) and lora.exclude_modules is None:
+            fields["exclude_modules"] = _beside_language(model)
         # PEFT needs to be told that Conv1D is transposed, and only warns if it was told wrongly
         config = LoraConfig(**fields, task_type=task_type)
         with quiet(), seeded(seed):
@@ -107,6 +109,16 @@ def heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules trained in full, by their names in the plain model."""
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     return [(name, wrapper.modules_to_save[ADAPTER]) for name, wrapper in wrappers]
+
+
+def _beside_language(model: Any) -> str | None:
+    """All modules of a vision-language model but those of its language model, as a pattern; names
+    of layers are mostly the same in both. None of other models."""
+    if not hasattr(getattr(model, "config", None), "vision_config"):
+        return None
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return rf"(?!{re.escape(name)}\.|lm_head$).*" if name else None
 
 
 def _check_names(field: str, wanted: list[str] | None, names: list[str], kinds: str = "") -> None:

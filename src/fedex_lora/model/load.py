@@ -26,6 +26,10 @@ _NO_MODEL = (OSError, ValueError, RuntimeError, ImportError, LookupError, Safete
 _NO_MODEL += (TypeError, AttributeError, ArithmeticError, AssertionError, StrictDataclassError)
 
 
+TOKENIZER, IMAGES = "AutoTokenizer", "AutoImageProcessor"
+_FILES = {TOKENIZER: "the tokenizer's files", IMAGES: "preprocessor_config.json"}
+
+
 @dataclass(frozen=True)
 class Base:
     """A plain pretrained model.
@@ -58,7 +62,7 @@ def load_base(
     model_kwargs: dict[str, Any],
     seed: int,
     keep: list[str],
-    images: bool = False,
+    processor: str = TOKENIZER,
 ) -> Base:
     """Loads model and tokenizer.
 
@@ -68,10 +72,10 @@ def load_base(
         model_kwargs: Passed to its `from_pretrained`, e.g. `{"num_labels": 3}`.
         seed: Of the parameters that the checkpoint lacks; nothing else influences them.
         keep: Names of modules that stay unquantised because they are trained.
-        images: Whether it has an image processor in place of a tokenizer.
+        processor: Name of the Auto class of its tokenizer, or what it has in place of it.
 
     Raises:
-        UserError: If there is no such model, or it has no tokenizer (image processor).
+        UserError: If there is no such model, or it has no tokenizer (processor).
     """
     where = locate(spec.name)
     device = pick_device(spec.device)
@@ -80,12 +84,12 @@ def load_base(
     hub = {"revision": spec.revision} if spec.revision else {}
     try:
         with quiet(), seeded(seed):
-            tokenizer = _processor(where, images, hub)
+            tokenizer = _processor(where, processor, hub)
             model, info = getattr(transformers, auto_model).from_pretrained(
                 where, **hub, **kwargs, output_loading_info=True
             )
     except _NO_MODEL as error:
-        raise RecipeError(_cannot_load(spec.name, auto_model, images, error)) from error
+        raise RecipeError(_cannot_load(spec.name, auto_model, processor, error)) from error
     _check_found(model, info["missing_keys"], spec.name)
     if spec.quantisation is None:
         model.to(device)
@@ -93,19 +97,25 @@ def load_base(
         # bitsandbytes on some CPUs repacks, and rounds, the weight at the first evaluation
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if not images:
-        had_none = tokenizer.pad_token_id is None
-        with_padding(tokenizer)
+    if processor != IMAGES:
+        inner = text_tokenizer(tokenizer)
+        had_none = inner.pad_token_id is None
+        with_padding(inner)
         if had_none or getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+            model.config.pad_token_id = inner.pad_token_id
     use_cache = bool(getattr(model.config, "use_cache", False))
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return Base(model, tokenizer, where, frozenset(info["missing_keys"]), use_cache)
 
 
-def load_processor(spec: ModelSpec, images: bool = False) -> Any:
-    """A model's tokenizer, with a padding token, or its image processor, without the model.
+def text_tokenizer(processor: Any) -> Any:
+    """The tokenizer, also of a processor of images and texts."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def load_processor(spec: ModelSpec, processor: str = TOKENIZER) -> Any:
+    """A model's tokenizer, with a padding token, or its processor, without the model.
 
     Raises:
         UserError: It has none.
@@ -113,23 +123,22 @@ def load_processor(spec: ModelSpec, images: bool = False) -> Any:
     try:
         with quiet():
             hub = {"revision": spec.revision} if spec.revision else {}
-            found = _processor(locate(spec.name), images, hub)
+            found = _processor(locate(spec.name), processor, hub)
     except RecipeError:
         raise
     except _NO_MODEL as error:
-        what = "AutoImageProcessor" if images else "AutoTokenizer"
-        raise RecipeError(_cannot_load(spec.name, what, images, error)) from error
-    return found if images else with_padding(found)
+        raise RecipeError(_cannot_load(spec.name, processor, processor, error)) from error
+    if processor != IMAGES:
+        with_padding(text_tokenizer(found))
+    return found
 
 
-def _processor(where: str, images: bool, hub: dict[str, Any]) -> Any:
-    if not images:
-        return transformers.AutoTokenizer.from_pretrained(where, **hub)
+def _processor(where: str, kind: str, hub: dict[str, Any]) -> Any:
     # with Pillow, so that pixels do not depend on whether torchvision is installed; earlier
     # versions of transformers know `use_fast` and pass over `backend`
-    return transformers.AutoImageProcessor.from_pretrained(
-        where, **hub, backend="pil", use_fast=False
-    )
+    options = {TOKENIZER: {}, IMAGES: {"backend": "pil", "use_fast": False}}
+    given: dict[str, Any] = options.get(kind, {"backend": "pil"})
+    return getattr(transformers, kind).from_pretrained(where, **hub, **given)
 
 
 def locate(name: str) -> str:
@@ -262,8 +271,8 @@ def _check_found(model: nn.Module, missing: set[str], name: str) -> None:
         )
 
 
-def _cannot_load(name: str, auto_model: str, images: bool, error: Exception) -> str:
-    files = "preprocessor_config.json" if images else "the tokenizer's files"
+def _cannot_load(name: str, auto_model: str, processor: str, error: Exception) -> str:
+    files = _FILES.get(processor, "the processor's files")
     return (
         f"model.name: {name!r} cannot be loaded as {auto_model}: {_first_line(error)} Expected a "
         "hub id (without a network: one in its cache, and HF_HUB_OFFLINE=1) or a folder with "

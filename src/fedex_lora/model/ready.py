@@ -14,7 +14,7 @@ from fedex_lora.errors import DataError
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty
 from fedex_lora.model.keys import PREFIX, adapter_keys
-from fedex_lora.model.load import load_base, quiet
+from fedex_lora.model.load import TOKENIZER, load_base, quiet
 from fedex_lora.recipe import ModelSpec
 
 
@@ -25,7 +25,7 @@ def load_ready(
     auto_model: str,
     model_kwargs: dict[str, Any],
     seed: int,
-    images: bool = False,
+    processor: str = TOKENIZER,
 ) -> AdaptedModel:
     """Loads a model with nothing left to train: every weight comes from a file.
 
@@ -35,7 +35,7 @@ def load_ready(
         auto_model: Name of a transformers Auto class, e.g. "AutoModelForSequenceClassification".
         model_kwargs: For its `from_pretrained`; used with an adapter, which may bring a head.
         seed: For whatever transformers draws while it builds the model.
-        images: Whether it has an image processor in place of a tokenizer.
+        processor: Name of the Auto class of its tokenizer, or what it has in place of it.
 
     Raises:
         UserError: If there is no such model or adapter, they do not go together, or weights that
@@ -43,7 +43,7 @@ def load_ready(
     """
     adapter = None if adapter is None else adapter_folder(adapter)
     keys = set() if adapter is None else _keys(adapter)
-    base = load_base(spec, auto_model, {} if adapter is None else model_kwargs, seed, [], images)
+    base = load_base(spec, auto_model, {} if adapter is None else model_kwargs, seed, [], processor)
     if absent := sorted(base.missing - {key.removeprefix(PREFIX) for key in keys}):
         neither = f"{spec.name!r}" + (f" nor {adapter}" if adapter else "")
         raise DataError(

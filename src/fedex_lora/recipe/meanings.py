@@ -231,6 +231,7 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "task.text_column": ("text", "The column with the text."),
     "task.text_pair_column": ("hypothesis", "A second text, for tasks on pairs."),
     "task.label_column": ("label", "The column with the class."),
+    "task.answer_column": ("answer", "The column with the answer."),
     "task.image_column": ("image", "The column with the image, or its file's path."),
     "task.prompt": ('"Question: {question}\\nAnswer:"', "What the model is given; your columns in "
         "braces."),

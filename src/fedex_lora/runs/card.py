@@ -31,8 +31,8 @@ def loading_lines(
     """
     task, spec = recipe_task(recipe), recipe.model
     here = _literal(shown or str(path))
-    processor = ("processor", "ImageProcessor") if task.image else ("tokenizer", "Tokenizer")
-    first = "{} = transformers.Auto{}.from_pretrained({})".format(*processor, here)
+    name = "processor" if task.image else "tokenizer"
+    first = f"{name} = transformers.{task.processor}.from_pretrained({here})"
     load = f"transformers.{task.auto_model}.from_pretrained"
     if not (path / CONFIG).is_file():
         return ["import transformers", first, f"model = {load}({here})"]

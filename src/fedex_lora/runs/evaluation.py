@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedex_lora.data.counts import scored_on
 from fedex_lora.data.load import load_evaluation
+from fedex_lora.data.places import places
 from fedex_lora.data.read import quiet
 from fedex_lora.engines.fits import check_image, check_length
 from fedex_lora.engines.setup import recipe_task
@@ -30,6 +31,7 @@ from fedex_lora.runs.export import final_state
 from fedex_lora.runs.reopened import Which, open_run
 from fedex_lora.runs.rundir import SCORES, RunDir, environment, plain
 from fedex_lora.tasks import Task
+from fedex_lora.tasks.base import placed
 from fedex_lora.tasks.outputs import OutputFile
 
 Kind = Literal["run", "adapter", "model"]
@@ -109,7 +111,7 @@ def load_subject(
             auto_model=task.auto_model,
             model_kwargs=task.model_kwargs(),
             seed=recipe.seed,
-            images=task.image is not None,
+            processor=task.processor,
         )
         # the names in the config of an adapter's base are the task's, just given
         named = folder is None and _check_classes(what, model, task)
@@ -217,8 +219,10 @@ def evaluate(
     task = recipe_task(recipe)
     rows = load_evaluation(recipe.data, task, recipe.seed, split)
     encode, length = task.encode_evaluation or task.encode, recipe.task.evaluated_length
-    with quiet():
-        encoded = {n: encode(r, subject.model.tokenizer, length) for n, r in rows.items()}
+    encoded: dict[str, Dataset] = {}
+    for name, part in rows.items():
+        with quiet(), placed(places(part, recipe.data, task)):
+            encoded[name] = encode(part, subject.model.tokenizer, length)
     check_image(task, subject.model, next(iter(encoded.values())))
     counts = scored_on(rows, encoded)
     key = _digest(subject, recipe, encoded)

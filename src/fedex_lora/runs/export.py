@@ -22,6 +22,7 @@ from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import RecipeError
 from fedex_lora.federation.state import base_increment, global_factors, start_of
 from fedex_lora.model.config import CONFIG, SERVER_LIMITS, above_limits, misread, published
+from fedex_lora.model.load import text_tokenizer
 from fedex_lora.runs.card import base_options, loading_lines, model_card
 from fedex_lora.runs.reopened import Trained
 
@@ -320,13 +321,13 @@ def is_export(path: Path) -> bool:
 
 
 def _save_tokenizer(trained: Trained, new: Path) -> None:
-    """Or the image processor. Without the truncation and padding of the last batch, which others
+    """Or the processor. Without the truncation and padding of the last batch, which others
     than transformers would keep to."""
     tokenizer: Any = trained.model.tokenizer
     template = recipe_task(trained.recipe).chat_template
     if template is not None:
         tokenizer.chat_template = template
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = getattr(text_tokenizer(tokenizer), "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
@@ -341,7 +342,7 @@ def _write_loading(trained: Trained, new: Path, base_name: str) -> None:
     """What the base has to be loaded with: an adapter's own config has no place for it."""
     task = recipe_task(trained.recipe)
     options = {"class": task.auto_model, "base": base_name, **base_options(trained.recipe, task)}
-    pad = getattr(trained.model.tokenizer, "pad_token_id", None)
+    pad = getattr(text_tokenizer(trained.model.tokenizer), "pad_token_id", None)
     options |= {} if pad is None else {"pad_token_id": pad}
     text = json.dumps(options, indent=1, ensure_ascii=False) + "\n"
     (new / LOADING).write_text(text, encoding="utf-8")

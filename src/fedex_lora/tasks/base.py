@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +23,44 @@ IGNORED = -100  # the label PyTorch's and Hugging Face's losses pass over
 def one_based(row: int) -> int:
     """The line of a row where every line of the file is a row."""
     return row + 1
+
+
+_place: ContextVar[Callable[[int], str]] = ContextVar("place")
+
+
+def place(row: int) -> str:
+    """Where a row that is being encoded stands, for messages: its file and line, where known.
+
+    Example:
+        >>> with placed(lambda row: f"a.csv, line {row + 2}"), shifted(1):
+        ...     place(0)
+        'a.csv, line 3'
+        >>> place(0)
+        'row 1'
+    """
+    return _place.get(_by_number)(row)
+
+
+def _by_number(row: int) -> str:
+    return f"row {row + 1}"
+
+
+@contextmanager
+def placed(where: Callable[[int], str]) -> Iterator[None]:
+    """Runs a block in which this says where rows stand."""
+    token = _place.set(where)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+@contextmanager
+def shifted(start: int) -> Iterator[None]:
+    """Runs a block for the rows from `start` on, which count from 0 there."""
+    outer = _place.get(_by_number)
+    with placed(lambda row: outer(start + row)):
+        yield
 
 
 class Check(Protocol):
@@ -101,8 +140,8 @@ class Task:
         multi_label: Whether a row may have any number of the classes.
         regression: Whether the label is a number to be predicted.
         stratify: The label column, by which rows can be dealt out unevenly.
-        image: The column that holds images, if there is one. In place of a tokenizer such a task
-            has the model's image processor, and encoded rows have that column, not `input_ids`.
+        image: The column that holds images, if there is one. Encoded rows have that column, not
+            `input_ids`, and there is a processor in place of a tokenizer.
         check: `check(rows, where, line_of)` raises a `UserError` that names `where` and the line
             of the first row that this task cannot use; `line_of` maps a row's index to its line.
         encode: `encode(rows, tokenizer, max_length)` tokenises once, in memory, without padding:
@@ -162,6 +201,15 @@ class Task:
     def higher_is_better(self) -> bool:
         """Whether `primary` is to grow."""
         return self.metrics[self.primary].higher_is_better
+
+    @property
+    def processor(self) -> str:
+        """The transformers class that loads the tokenizer, or what is in its place: the image
+        processor, or both in one."""
+        if self.image is None:
+            return "AutoTokenizer"
+        both = self.auto_model == "AutoModelForImageTextToText"
+        return "AutoProcessor" if both else "AutoImageProcessor"
 
     @property
     def fusable(self) -> bool:
@@ -255,6 +303,10 @@ def with_columns(rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> Dataset
     for name, values in columns.items():
         rows = rows.add_column(name, list(values))  # type: ignore[call-arg]
     return rows
+
+
+class NoneLeft(DataError):
+    """A task makes nothing of any of the rows: each is too long, or has nothing to learn."""
 
 
 def refuse_first(problems: Iterable[str | None], where: str, line_of: LineOf) -> None:

@@ -143,7 +143,7 @@ def conversation(row: Mapping[str, Any], form: str) -> Conversation:
     found = _alpaca(row) if form == "instruction" else _messages(row[form], form)
     turns, tools = [turn for turn in found if turn], sum(turn is None for turn in found)
     if row.get("system"):
-        turns.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+        turns.insert(0, {"role": "system", "content": content_of(row["system"], "system")})
     last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=None)
     if last is None:
         raise Unusable("a conversation without an assistant: there is nothing to learn from it.")
@@ -151,10 +151,10 @@ def conversation(row: Mapping[str, Any], form: str) -> Conversation:
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[Turn | None]:
-    asked = _text(row["instruction"], "instruction")
+    asked = content_of(row["instruction"], "instruction")
     if row.get("input") not in (None, ""):
-        asked = f"{asked}\n\n{_text(row['input'], 'input')}"
-    answered = _text(row["output"], "output")
+        asked = f"{asked}\n\n{content_of(row['input'], 'input')}"
+    answered = content_of(row["output"], "output")
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
@@ -187,10 +187,13 @@ def _turn(number: int, message: Any) -> Turn | None:
     content = message.get("value") if content is None else content
     if role == "system" and content in (None, ""):
         return {}
-    return {"role": role, "content": _text(content, f"the content of message {number} ({role})")}
+    return {
+        "role": role,
+        "content": content_of(content, f"the content of message {number} ({role})"),
+    }
 
 
-def _text(value: Any, what: str) -> str:
+def content_of(value: Any, what: str) -> str:
     """A text that is not empty: as it is, a number's, or the texts of a list of parts."""
     if isinstance(value, list):
         value = "".join(_part(part, what) for part in value)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from fedex_lora.errors import RecipeError
@@ -55,8 +55,11 @@ def generate(
         UserError: The model has not enough positions for a prompt and what is to follow.
     """
     check_positions(model, prompts, decoding.max_new_tokens)
-    # on the left, so that every prompt ends where its text begins
-    return _batches(model, tokenizer, prompts, decoding, batch_size, outputs, "left")
+
+    def generated(rows: Sequence[int], device: torch.device) -> list[str]:
+        return _generate(model, tokenizer, [prompts[i] for i in rows], decoding, device)
+
+    return batches(generated, model, prompts, decoding, batch_size, outputs)
 
 
 def generate_from_encoded(
@@ -73,26 +76,29 @@ def generate_from_encoded(
         UserError: The model has not enough positions for the texts.
     """
     check_positions(model, [], decoding.max_new_tokens)
-    return _batches(model, tokenizer, prompts, decoding, batch_size, outputs, "right")
+
+    def generated(rows: Sequence[int], device: torch.device) -> list[str]:
+        return _decode(model, tokenizer, [prompts[i] for i in rows], decoding, device)
+
+    return batches(generated, model, prompts, decoding, batch_size, outputs)
 
 
-def _batches(
+def batches(
+    generated: Callable[[Sequence[int], torch.device], list[str]],
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     batch_size: int,
     outputs: Outputs | None,
-    side: str,
 ) -> list[str]:
-    """The texts, longest prompts first; `side` is where prompts are padded."""
+    """What `generated` makes of the prompts, which it is given by number, longest first."""
     texts = outputs.begin(asdict(decoding), prompts) if outputs else {}
     left = [i for i in range(len(prompts)) if i not in texts]
     lengths = [len(prompts[i]) for i in left]
     with evaluating(model) as device, _without_own_settings(model):
         for batch in longest_first(lengths, max(1, batch_size // decoding.num_beams)):
             rows = [left[i] for i in batch]
-            found = _generate(model, tokenizer, [prompts[i] for i in rows], decoding, device, side)
+            found = generated(rows, device)
             texts |= (new := dict(zip(rows, found, strict=True)))
             if outputs:
                 outputs.add(new)
@@ -143,41 +149,75 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     device: torch.device,
-    side: str,
 ) -> list[str]:
     rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
-    ids = pad(rows, "input_ids", padding(tokenizer), side=side).to(device)
-    length, end = decoding.max_new_tokens, cast("int | None", tokenizer.eos_token_id)
+    # on the left, so that every prompt ends where its text begins
+    ids = pad(rows, "input_ids", padding(tokenizer), side="left").to(device)
     more: dict[str, Any] = {}
     if decoding.no_repeat_ngram:
         ban = NoRepeatNgram(decoding.no_repeat_ngram, start=ids.shape[1])
         more["logits_processor"] = transformers.LogitsProcessorList([ban])
-    found = cast(Any, model).generate(
+    generated = cast(Any, model).generate(
         input_ids=ids,
-        attention_mask=pad(rows, "attention_mask", 0, side=side).to(device),
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=length,
-            use_cache=True,
-            pad_token_id=padding(tokenizer),
-            eos_token_id=end,
-            decoder_start_token_id=getattr(model, "config", None)
-            and getattr(model.config, "decoder_start_token_id", None),
-        ),
-        custom_generate=(
-            beams(length, end, decoding.num_beams, decoding.length_penalty)
-            if decoding.num_beams > 1
-            else greedy(length, end)
-        ),
+        attention_mask=pad(rows, "attention_mask", 0, side="left").to(device),
+        **_search(decoding, tokenizer),
         **more,
     )
-    start = ids.shape[1] if side == "left" else 1  # a decoder's texts begin with one token
-    return [_text(text, tokenizer) for text in found[:, start:].tolist()]
+    return [text_of(text, tokenizer) for text in generated[:, ids.shape[1] :].tolist()]
 
 
-def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _decode(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    device: torch.device,
+) -> list[str]:
+    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
+    given = _search(decoding, tokenizer)
+    given["generation_config"].decoder_start_token_id = cast(
+        Any, model
+    ).config.decoder_start_token_id
+    generated = cast(Any, model).generate(
+        input_ids=pad(rows, "input_ids", padding(tokenizer)).to(device),
+        attention_mask=pad(rows, "attention_mask", 0).to(device),
+        **given,
+    )
+    return [text_of(ids, tokenizer) for ids in generated[:, 1:].tolist()]
+
+
+def _search(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What makes transformers' `generate` use our searches, which make beams themselves."""
+    length, width = decoding.max_new_tokens, decoding.num_beams
+    end = cast("int | None", tokenizer.eos_token_id)
+    search = beams(length, end, width, decoding.length_penalty) if width > 1 else None
+    return {
+        "generation_config": settings(replace(decoding, num_beams=1), tokenizer),
+        "custom_generate": search or greedy(length, end),
+    }
+
+
+def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Generated tokens up to the end-of-text token, as a text."""
     end = tokenizer.eos_token_id
     kept = ids[: ids.index(end)] if end in ids else ids
     return cast(str, tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def settings(
+    decoding: Decoding, tokenizer: PreTrainedTokenizerBase
+) -> transformers.GenerationConfig:
+    """The same, as transformers takes it."""
+    more = {"length_penalty": decoding.length_penalty, "early_stopping": False}
+    return transformers.GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        num_beams=decoding.num_beams,
+        use_cache=True,
+        pad_token_id=padding(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        **(more if decoding.num_beams > 1 else {}),
+    )
 
 
 @contextmanager

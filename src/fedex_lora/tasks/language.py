@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fedex_lora.errors import DataError
 from fedex_lora.tasks.base import (
     IGNORED,
     Batch,
     Blank,
     Collate,
     Encode,
+    NoneLeft,
     Prediction,
     Task,
     as_they_are,
@@ -105,7 +105,7 @@ def as_dataset(encoded: list[dict[str, Any]], rows: int, reason: str) -> Dataset
     """
     dropped = rows - len(encoded)
     if not encoded:
-        raise DataError(f"none of the {rows} rows can be used: in each the {reason}.")
+        raise NoneLeft(f"none of the {rows} rows can be used: in each the {reason}.")
     if dropped:
         logger.warning("%d of %d rows left out: their %s", dropped, rows, reason)
     return Dataset.from_list([{**e, "attention_mask": [1] * len(e["input_ids"])} for e in encoded])
@@ -147,14 +147,14 @@ def row_losses(
             labels = batch.pop("labels")
             head = labelled.head_of(model, batch["input_ids"])
             if head is None:
-                found = _nll(model(**batch).logits, labels)
+                found = nll(model(**batch).logits, labels)
             else:
                 found = labelled.token_losses(head, batch, labels).by_row(len(rows))
             sums |= zip(indices, zip(*found))
     return sums
 
 
-def _nll(logits: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:
+def nll(logits: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:
     """Per row: the sum of −log p(token | tokens before it) over its labels, and their number.
 
     Row by row, as a float32 copy of all logits may not fit into memory beside them.

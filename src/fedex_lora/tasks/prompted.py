@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedex_lora.errors import DataError
-from fedex_lora.tasks.base import unasked
+from fedex_lora.tasks.base import NoneLeft, unasked
 from fedex_lora.tasks.encoding import encode_pairs, labelled
 from fedex_lora.tasks.generation import Decoding, check_positions, generate, verdicts
 from fedex_lora.tasks.language import as_dataset, evaluate_loss, prompt_of
@@ -68,7 +67,7 @@ def evaluation_rows(
     long = sum(not asked(row) for row in rows)
     reason = f"prompt alone fills max_length ({max_length} tokens)"
     if long == len(rows):
-        raise DataError(
+        raise NoneLeft(
             f"none of the {len(rows)} rows can be evaluated: in each the {reason}. Raise "
             "task.max_length, or task.evaluation_max_length."
         )

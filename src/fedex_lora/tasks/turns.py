@@ -16,6 +16,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from fedex_lora.errors import DataError, RecipeError, shown
+from fedex_lora.tasks.base import place
 from fedex_lora.tasks.conversations import Conversation, Turn
 from fedex_lora.tasks.lazy import PreTrainedTokenizerBase
 
@@ -60,15 +61,18 @@ class Renderer:
         self._template = template
         self._lost = cache(self._first_lost)
 
-    def __call__(self, conversation: Conversation) -> Rendered:
+    def __call__(self, conversation: Conversation, row: int = 0) -> Rendered:
         """The text and where the assistant speaks.
+
+        Args:
+            row: Whose it is; see `place`.
 
         Raises:
             UserError: The template refuses the conversation, or leaves turns of it out.
         """
         turns = conversation.turns
         try:
-            self._check(conversation.roles)
+            self._check(conversation.roles, row)
             text = self._text(turns)
             found = [
                 self._span(text, turns, i)
@@ -82,19 +86,20 @@ class Renderer:
                 raise
             begin = shown(turns[0]["content"])
             raise DataError(
-                f"the chat template refuses a conversation ({', '.join(conversation.roles)}) that "
-                f"begins {begin}: {error}. Mend it, or name another task.template."
+                f"{place(row)}: the chat template refuses a conversation "
+                f"({', '.join(conversation.roles)}) that begins {begin}: {error}. Mend it, or name "
+                "another task.template."
             ) from error
         spans = [span for span in found if span is not None]
         return Rendered(text, spans, len(found) - len(spans))
 
-    def prompt(self, conversation: Conversation) -> str:
+    def prompt(self, conversation: Conversation, row: int = 0) -> str:
         """The text up to where the last answer begins.
 
         Raises:
             UserError: As of the whole.
         """
-        self(conversation)
+        self(conversation, row)
         return self._text(conversation.turns[:-1], ask=True)
 
     def _text(self, turns: Sequence[Turn], ask: bool = False) -> str:
@@ -107,12 +112,12 @@ class Renderer:
             add_generation_prompt=ask,
         )
 
-    def _check(self, roles: tuple[str, ...]) -> None:
+    def _check(self, roles: tuple[str, ...], row: int) -> None:
         lost = self._lost(roles)
         if lost is not None:
             raise RecipeError(
-                f"task.template: the chat template leaves out turn {lost + 1}, the {roles[lost]}'s,"
-                f" of a conversation of {', '.join(roles)}; name another one"
+                f"task.template: {place(row)}: the chat template leaves out turn {lost + 1}, the "
+                f"{roles[lost]}'s, of a conversation of {', '.join(roles)}; name another one"
             )
 
     def _first_lost(self, roles: tuple[str, ...]) -> int | None:

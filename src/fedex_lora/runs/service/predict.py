@@ -9,15 +9,15 @@ from typing import Any
 
 from datasets import Dataset, Image
 
-from fedex_lora.data.load import Unlabelled, load_unlabelled
 from fedex_lora.data.read import SUFFIXES, kind, quiet
+from fedex_lora.data.unlabelled import Unlabelled, load_unlabelled
 from fedex_lora.disk import replace_atomic
 from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import DataError, RecipeError, StorageError
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.evaluation import Subject
 from fedex_lora.tasks import Task
-from fedex_lora.tasks.base import Encode, Prediction, with_columns
+from fedex_lora.tasks.base import Encode, NoneLeft, Prediction, placed, with_columns
 
 TOLD = ("prediction", "probability", "likeliest")  # the columns that tasks may add
 
@@ -41,7 +41,7 @@ def predict(
     task, (model, tokenizer) = recipe_task(recipe), (subject.model.module, subject.model.tokenizer)
     way = prediction_of(task)
     encode = way.encode or task.encode_evaluation or task.encode
-    with quiet():
+    with quiet(), placed(rows.place):
         encoded, kept = _encoded(encode, rows.blank, tokenizer, recipe.task.evaluated_length)
     told = way.tell(model, encoded, tokenizer, recipe.evaluation.batch_size, max_new_tokens)
     answers: list[dict[str, Any] | None] = [None] * len(rows.own)
@@ -128,5 +128,5 @@ def _encoded(
 def _usable(encode: Encode, row: Dataset, tokenizer: Any, length: int) -> bool:
     try:
         return len(encode(row, tokenizer, length)) > 0
-    except DataError:
+    except NoneLeft:
         return False

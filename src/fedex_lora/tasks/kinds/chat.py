@@ -17,6 +17,7 @@ from fedex_lora.tasks.base import (
     Task,
     check_columns,
     one_based,
+    place,
     refuse_first,
 )
 from fedex_lora.tasks.chat_templates import template_of
@@ -82,7 +83,7 @@ def _encode(
 ) -> Dataset:
     found = conversations(rows)
     render = Renderer(tokenizer, template)
-    rendered = [render(one) for one in found]
+    rendered = [render(one, row) for row, one in enumerate(found)]
     encoding: Any = tokenizer(
         shortened([one.text for one in rendered], tokenizer, max_length),
         add_special_tokens=False,  # the template has written them
@@ -102,7 +103,9 @@ def _encode_prompts(
 ) -> Dataset:
     """Up to where the assistant's last answer begins."""
     render = Renderer(tokenizer, template)
-    texts = shortened([render.prompt(c) for c in conversations(rows)], tokenizer, max_length)
+    texts = shortened(
+        [render.prompt(c, row) for row, c in enumerate(conversations(rows))], tokenizer, max_length
+    )
     found: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     fitting = [{"input_ids": ids, "labels": ids} for ids in found if len(ids) < max_length]
     reason = f"conversation alone fills max_length ({max_length} tokens)"
@@ -132,7 +135,7 @@ def _told(found: Sequence[Conversation], lost: Sequence[int], runs: int) -> Iter
         yield (
             f"{sum(lost)} answers in {sum(map(bool, lost))} of {len(found)} conversations are not "
             "learned: the chat template writes what comes before them otherwise once more turns "
-            "follow"
+            f"follow, e.g. in {place(next(i for i, count in enumerate(lost) if count))}"
         )
     if runs:
         yield (

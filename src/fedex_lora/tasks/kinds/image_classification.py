@@ -93,6 +93,12 @@ register_task("image-classification", ImageClassification)
 def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_based) -> None:
     (column,) = columns.texts
     check_columns(rows, (column, columns.label), where, columns.keys)
+    check_images(rows, column, where, line_of)
+    check_labels(columns, rows, where, line_of)
+
+
+def check_images(rows: Dataset, column: str, where: str, line_of: LineOf) -> None:
+    """Raise a `UserError` that names the line of the first row without an image to be read."""
     if not isinstance(rows.features[column], datasets.Image):
         raise DataError(
             f"{where}: column '{column}' holds no images; name the column that does "
@@ -101,7 +107,6 @@ def _check(columns: Columns, rows: Dataset, where: str, line_of: LineOf = one_ba
     for row, cell in enumerate(_stored(rows, column)):
         if problem := _problem(cell):
             raise DataError(f"{where}, line {line_of(row)}: {column} {problem}.")
-    check_labels(columns, rows, where, line_of)
 
 
 def _stored(rows: Dataset, column: str) -> Iterator[dict[str, Any] | None]:

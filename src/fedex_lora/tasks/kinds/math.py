@@ -18,7 +18,7 @@ from fedex_lora.errors import DataError, RecipeError
 from fedex_lora.recipe import TaskSpec, register_task
 from fedex_lora.tasks import answers, latex
 from fedex_lora.tasks.arithmetic import answer_of, same
-from fedex_lora.tasks.base import LineOf, Task, check_columns, one_based, with_columns
+from fedex_lora.tasks.base import LineOf, NoneLeft, Task, check_columns, one_based, with_columns
 from fedex_lora.tasks.generation import Decoding
 from fedex_lora.tasks.language import evaluate_loss, language_task
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
@@ -191,7 +191,7 @@ def _encode_evaluation(
     references = [p.reference if generate else "" for p in problems]
     known = [p for p, r in zip(problems, references) if r is not None]
     if not known:
-        raise DataError(f"none of the {len(problems)} solutions names its final answer: {_ANSWER}.")
+        raise NoneLeft(f"none of the {len(problems)} solutions names its final answer: {_ANSWER}.")
     if len(known) < len(problems):
         count = len(problems) - len(known)
         _log.warning("%d of %d rows left out: no final answer", count, len(problems))

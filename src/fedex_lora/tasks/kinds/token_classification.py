@@ -28,6 +28,7 @@ from fedex_lora.tasks.base import (
     one_based,
     pad,
     pad_inputs,
+    place,
     refuse_first,
     with_columns,
 )
@@ -195,14 +196,16 @@ def _encode(
 
 
 def _warn(found: Sequence[Annotated], offsets: Sequence[Any], crossing: Sequence[Any]) -> None:
-    across = [(row, entity) for row, some in zip(found, crossing) for entity in some]
+    across = [(i, entity) for i, some in enumerate(crossing) for entity in some]
     if across:
-        row, entity = across[0]
+        first, entity = across[0]
         _log.warning(
-            "%d of %d entities begin or end within a token, which is theirs as a whole, e.g. %s",
+            "%d of %d entities begin or end within a token, which is theirs as a whole, e.g. %s "
+            "in %s",
             len(across),
             sum(len(row.entities) for row in found),
-            shown(row.text[entity.start : entity.end]),
+            shown(found[first].text[entity.start : entity.end]),
+            place(first),
         )
     cut = [max((end for _, end in spans), default=0) for spans in offsets]
     lost = sum(e.end > end for row, end in zip(found, cut) for e in row.entities)
