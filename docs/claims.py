@@ -201,7 +201,7 @@ def page(runs: Sequence[Run]) -> Iterator[str]:
         yield from group(name, part)
     yield PLOT
     for model in dict.fromkeys(run.recipe.model.name for run in runs):
-        told = claims([run for run in runs if run.recipe.model.name == model])
+        told = claims([run for run in runs if run.recipe.model.name == model], tested=True)
         yield from (text.replace("these runs", model_name(model)) for text in told)
     yield from environments(runs)
     draw(compared)

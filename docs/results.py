@@ -272,8 +272,12 @@ def nearest(part: Study, compared_in: Mapping[Path, Study]) -> Path | None:
     return min(distances, key=lambda folder: distances[folder], default=None)
 
 
-def claims(runs: Sequence[Run]) -> Iterator[str]:
-    """The paper's claims, held against these runs; tasks of one kind are taken together."""
+def claims(runs: Sequence[Run], tested: bool = False) -> Iterator[str]:
+    """The paper's claims, held against these runs; tasks of one kind are taken together.
+
+    Args:
+        tested: Whether to leave out what these runs do not test.
+    """
     if not runs:
         return
     yield "## The paper's claims, held against these runs\n"
@@ -283,7 +287,8 @@ def claims(runs: Sequence[Run]) -> Iterator[str]:
         whole = study([run for run in runs if run.recipe.task.kind == kind])
         if len(kinds) > 1:
             yield f"### {kind}: {', '.join(whole.tasks)}\n"
-        found = [f for f in findings(whole) if len(kinds) == 1 or f.outcome != "not tested"]
+        tested = tested or len(kinds) > 1
+        found = [f for f in findings(whole) if f.outcome != "not tested" or not tested]
         for number, text in texts.items():
             parts = [f for f in found if f.claim == number]
             told = "".join(f"   - {f.part}: **{f.outcome}**. {f.evidence}\n" for f in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -303,9 +304,16 @@ def test_messages_bring_the_bits_of_one_process(method: str, tmp_path: Path) -> 
     start_run(spec, tmp_path / "local")
     courier = steps(institutions(spec, tmp_path / "cache"))
     lost = {"ann": "send", "cleo": "send"}
-    begins_to_lose = type("", (Silent,), {"round_done": lambda self, _: courier.lose(lost)})()
-    with pytest.raises(QuorumLost):
-        start_run(remote(spec), tmp_path / "remote", begins_to_lose, across_machines(courier))
+
+    class AfterOne(Silent):
+        def round_done(self, record: dict[str, Any]) -> None:
+            courier.lose(lost)
+            (forgets,) = (tmp_path / "cache").glob("*/bob")  # and is sent all once more
+            shutil.rmtree(forgets)
+
+    with pytest.raises(QuorumLost, match="1 clients are left") as error:
+        start_run(remote(spec), tmp_path / "remote", AfterOne(), across_machines(courier))
+    assert "bob" not in str(error.value)
     courier = steps(institutions(spec, tmp_path / "cache"))
     resume_run(tmp_path / "remote", None, None, across_machines(courier))
     same_bits(tmp_path / "local", tmp_path / "remote")

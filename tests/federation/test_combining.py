@@ -19,7 +19,10 @@ from fedex_lora.aggregation.aggregator import Aggregator
 from fedex_lora.aggregation.combining import Combining
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import UserError
+from fedex_lora.federation.loop import run_round
+from fedex_lora.federation.noise import MeanNoise
 from fedex_lora.federation.server import Server
+from fedex_lora.federation.state import begin
 from fedex_lora.runs.plan.traffic import DryRun
 
 MEDIAN, TRIMMED, KRUM = (Combining(x, 1) for x in ("median", "trimmed-mean", "krum"))  # type: ignore
@@ -206,3 +209,10 @@ def test_rounds_with_options_restore_starts_and_send_the_bytes_foretold(name, op
 def test_options_that_do_not_compose_are_refused_by_name(name, options, why):
     with pytest.raises(UserError, match=f"^{why}"):
         Server(name, SITES, "abcde", **{"min_clients": 5, **options})
+
+
+def test_noise_on_the_mean_is_refused_beside_another_mean():
+    for options in ({"mean": "median", "liars": 1, "min_clients": 3}, {"align": True}):
+        s = federation_settings("fedit", **options)
+        with pytest.raises(UserError, match="the noise is on the weighted mean alone"):
+            run_round(begin(s, initial(s)), s, None, noise=MeanNoise(1.0, 4))  # type: ignore[arg-type]

@@ -125,6 +125,14 @@ def test_a_run_is_resumed_with_its_bound_and_its_account_and_tells_nothing_of_si
     [
         ({"method": {"name": "fedex"}}, r"method.name: fedex publishes more .* fedit, ffa"),
         ({"federation": {"weights": "examples"}}, "set uniform"),
+        (
+            {"federation": {"mean": "median", "liars": 1, "min_clients": 3, "weights": "uniform"}},
+            "federation.mean: the noise is on the weighted mean, which median is not",
+        ),
+        (
+            {"federation": {"align": True, "weights": "uniform"}},
+            "federation.align: what is rotated may be larger than the bound",
+        ),
         ({"evaluation": {"where": "both"}}, "evaluation.where"),
         ({"records": {"save_updates": True}}, "records.save_updates"),
         ({"engine": {"kind": "flower"}}, "client_level.adaptive"),

@@ -32,6 +32,9 @@ def cost(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the model when it is handed out.")] = "float32",
     wire_dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "float32",
+    secure: Annotated[
+        bool, typer.Option("--secure", help="Under privacy.secure_aggregation.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers only, as JSON.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw cost against clients into this directory.")
@@ -62,14 +65,16 @@ def cost(
         methods = chosen or comma_separated(_PLOTTED)
         cost_tables.plot(plot, model, found, plot_clients, methods)
         return
+    fit = [name for name, m in METHODS.items() if not secure or m.unfit_for_sums() is None]
     compared = costs(
         found,
-        [*(chosen or METHODS), reference()],
+        [*(chosen or fit), reference()],
         clients=clients,
         rounds=rounds,
         residual_rank=residual_rank,
         wire_dtype=getattr(torch, wire_dtype),
         model_dtype=getattr(torch, dtype),
+        secure=secure,
     )
     if as_json:
         typer.echo(json.dumps(cost_tables.plain(model, found, compared), indent=1))

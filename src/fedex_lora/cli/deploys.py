@@ -234,7 +234,8 @@ def _show_roster(own: Path) -> None:
     """Whose signatures this institution believes under secure aggregation."""
     from fedex_lora.flower.deploy.roster import fingerprints, signer
 
-    signer(own)
+    if signer(own) is None:
+        raise RecipeError(f"{own}: no keys there; `deploy init` with --insecure makes none")
     for name, text in fingerprints(own).items():
         say(f"{name}: {text}")
     say(f"these keys are believed ({own / 'roster'}); compare them with the institutions")

@@ -13,8 +13,9 @@ import torch
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
+from fedex_lora.aggregation.combining import Combining
 from fedex_lora.aggregation.ledger import Increment
-from fedex_lora.errors import QuorumLost, UpdateRefused
+from fedex_lora.errors import QuorumLost, UpdateRefused, UserError
 from fedex_lora.federation.checks import check, outliers, too_large
 from fedex_lora.federation.codec import (
     broadcast_nbytes,
@@ -144,7 +145,10 @@ def run_round(
 
     Raises:
         QuorumLost: Fewer than `min_clients` valid updates; `state` still stands.
+        UserError: Noise, and another mean than the weighted one.
     """
+    if noise is not None and settings.combining != Combining():
+        raise UserError("mean, align: the noise is on the weighted mean alone; leave them out")
     exchange = Exchange(state, settings, settings.sample(state.version + 1))
     down = count_down(exchange)
     tally = Tally()

@@ -112,6 +112,18 @@ def _client_level(recipe: Recipe) -> Iterator[Problem]:
             f"{name} publishes more of the updates than their mean, on which the noise is ({key}). "
             f"Take one of {able}; or privacy.example_level, which goes with every method",
         )
+    if recipe.federation.combining.robust:
+        yield (
+            "federation.mean",
+            f"the noise is on the weighted mean, which {recipe.federation.mean} is not ({key}); "
+            "set weighted",
+        )
+    if recipe.federation.align:
+        yield (
+            "federation.align",
+            f"what is rotated may be larger than the bound that it was clipped to ({key}); leave "
+            "it out",
+        )
     if recipe.federation.weights != "uniform":
         yield (
             "federation.weights",

@@ -8,15 +8,16 @@ round, is counted apart.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fedex_lora.aggregation.methods import METHODS, Method, get_method
 from fedex_lora.data.partition import client_names
 from fedex_lora.engines.setup import POOLED
+from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis.study import is_exact_average
-from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.settings import Secure, Settings
 from fedex_lora.model.architectures import Architecture, architecture, natural_task, read_config
 from fedex_lora.recipe import LoraSpec
 from fedex_lora.runs.plan.traffic import DryRun, Size, summed
@@ -117,15 +118,17 @@ def costs(
     residual_rank: int | None = None,
     wire_dtype: torch.dtype = torch.float32,
     model_dtype: torch.dtype = torch.float32,
+    secure: bool = False,
 ) -> list[Cost]:
     """The cost of several methods, each played by a `DryRun`.
 
     Args:
         residual_rank: See `settings`.
         model_dtype: Of the pretrained model when it is handed out.
+        secure: Whether the server is to see sums alone.
 
     Raises:
-        UserError: A method is unknown.
+        UserError: A method is unknown, or sums do not suffice for it.
 
     Example:
         >>> model = shapes("roberta-large", LoraSpec(r=4, target_modules=["query", "value"]))
@@ -144,6 +147,10 @@ def costs(
             residual_rank=residual_rank,
             wire_dtype=wire_dtype,
         )
+        if secure:
+            if (why := method.unfit_for_sums()) is not None:
+                raise UserError(f"method: {name} {why}")
+            federation = replace(federation, secure=Secure())
         run = DryRun(federation, trained(method, model).head)
         played = [run.round() for _ in range(rounds)]
         up, down = (summed(s for r in played for s in r[way].values()) for way in (0, 1))

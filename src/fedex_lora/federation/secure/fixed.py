@@ -33,7 +33,8 @@ def exponent(tensor: Tensor) -> int:
         >>> exponent(torch.tensor([0.3, -1.0])), exponent(torch.zeros(2))
         (1, -88)
     """
-    largest = torch.linalg.vector_norm(tensor, math.inf).item() if tensor.numel() else 0.0
+    ends = torch.aminmax(tensor.detach()) if tensor.numel() else ()
+    largest = max((abs(end.item()) for end in ends), default=0.0)
     found = math.frexp(largest)[1] if largest else LEAST
     if not math.isfinite(largest) or found > MOST:
         raise UpdateRefused(f"an entry of {largest:.3g}; at most {2.0**MOST:.3g} can be summed")
@@ -81,13 +82,14 @@ def encode(
             f"a weight of {weight:g} among {clients} clients could overflow the sum at "
             f"{bits} bits; lower privacy.secure_aggregation.bits"
         )
-    parts = []
-    for (name, tensor), e in zip(tensors.items(), exponents, strict=True):
+    vector = torch.empty(sum(t.numel() for t in tensors.values()), dtype=torch.int64)
+    parts = vector.split([t.numel() for t in tensors.values()])
+    for (name, tensor), e, part in zip(tensors.items(), exponents, parts, strict=True):
         if exponent(tensor) > e:
             raise UpdateRefused(f"{name}: the size that was agreed on is too small for it")
         units = tensor.detach().to(torch.float64).reshape(-1) * (weight * 2.0 ** (bits - e))
-        parts.append(units.round().to(torch.int64).numpy().view(np.uint64))
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+        part.copy_(units.round_())
+    return vector.numpy().view(np.uint64)
 
 
 def decode(

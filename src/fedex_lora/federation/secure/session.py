@@ -35,6 +35,8 @@ Keys = Mapping[str, str]
 """A client's public keys: `mask`, `channel`, and `seed`, the commitment to it; all in hex."""
 
 _SHARE = 66  # bytes of a number below the prime
+SHARE = 2 * _SHARE  # hex digits of one that is revealed, and
+LETTER = 2 * (2 * _SHARE + 16)  # of two in a letter, with what tells that they are whole
 
 
 @dataclass

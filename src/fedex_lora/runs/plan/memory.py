@@ -64,13 +64,15 @@ def turn_memory(recipe: Recipe, settings: Settings, head: int, ledger: int) -> l
     """
     exchanged, k, layers = _exchanged(settings, head), recipe.fused, settings.layers.values()
     held = k * exchanged if layers else head * _itemsize(recipe)  # LoRA trains in float32
-    largest = max((s.out * s.inp for s in layers), default=0)
+    sizes = [s.out * s.inp for s in layers]
+    largest, dense = max(sizes, default=0), sum(sizes) * settings.method.sends_gradients(1)
     moments, sure = _moments(str(recipe.training.get("optim", "adamw_torch")))
     parts = [
         Part("adapter and head", held if layers else 0),
         Part("gradients", held),
         Part("optimizer", int(held * moments), not sure),
         Part("start and end of a turn", (1 + k) * exchanged),
+        Part("gradients of whole weights, twice", 2 * dense * _FLOAT32),
         Part("a layer's pretrained weights, twice", 2 * largest * _FLOAT32),
         Part("increments beside the layers", ledger if recipe.model.placement == "side" else 0),
     ]

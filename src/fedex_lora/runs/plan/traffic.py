@@ -21,6 +21,8 @@ from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.aggregation.statistics import End, Statistics
 from fedex_lora.federation.codec import broadcast_nbytes, ledger_tensors, update_nbytes
 from fedex_lora.federation.messages import Tensors, Update, flat, only
+from fedex_lora.federation.secure import sums
+from fedex_lora.federation.secure.sums import is_dense
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import (
     ServerState,
@@ -30,6 +32,7 @@ from fedex_lora.federation.state import (
     start_of,
     step,
 )
+from fedex_lora.runs.plan import secure as planned
 
 Shapes = Mapping[str, torch.Size]
 
@@ -106,6 +109,8 @@ class DryRun:
         down = {client: self.down(client) for client in asked}
         taken = asked[: self.settings.sample_size]  # the others come too late
         up = {client: self._up(client) for client in taken}
+        if self.settings.secure is not None:
+            up, down = self._summed(asked, down)
         result = self._aggregate(taken) if self.settings.method.exchanges else None
         kept = {client: self._kept(client) for client in taken} if self._keeps else {}
         self._state = self._in_wire_dtype(step(self._state, self.settings, result, taken, kept))
@@ -173,6 +178,20 @@ class DryRun:
             self._sizes[key] = Size(_numbers(tensors), bytes)
         return self._sizes[key]
 
+    def _begun(self, clients: Sequence[str]) -> bool:
+        """Whether what they add under secure aggregation has a term of what they started from."""
+        own = self.settings.method.assignment.own and self.version > 0
+        return bool(own) or any(map(self._has_begun, clients))
+
+    def _summed(
+        self, asked: Sequence[str], down: Mapping[str, Size]
+    ) -> tuple[dict[str, Size], dict[str, Size]]:
+        """Messages up and down where the server sees sums alone."""
+        args = (self.settings, self.version + 1, asked, self._begun(asked), self._state.head)
+        sent, told = planned.extra(*args)
+        up = Size(planned.numbers(*args), sent)
+        return dict.fromkeys(asked, up), {c: s + Size(0, told) for c, s in down.items()}
+
     @property
     def _keeps(self) -> bool:
         """Whether clients go on from factors that they trained themselves."""
@@ -188,8 +207,12 @@ class DryRun:
         factors, increment = {}, {}
         taken = taken[:1] if self.settings.combining.mean == "krum" else taken
         began = sum(map(self._has_begun, taken))
+        widths = {}
+        if self.settings.secure is not None:
+            widths = sums.widths(self.settings, self.version + 1, taken, self._begun(taken))
         for name, layer in self.settings.layers.items():
-            shapes = statistics(self.settings, layer, self.version + 1, len(taken), began)
+            dense = name in widths and is_dense(layer, widths[name])
+            shapes = statistics(self.settings, layer, self.version + 1, len(taken), began, dense)
             assigned = assign(method, shapes)
             if assigned.factors is not None:
                 factors[name] = assigned.factors
@@ -227,18 +250,25 @@ class DryRun:
 
 
 def statistics(
-    settings: Settings, layer: LayerShape, round: int, clients: int, began: int = 0
+    settings: Settings,
+    layer: LayerShape,
+    round: int,
+    clients: int,
+    began: int = 0,
+    summed: bool = False,
 ) -> Statistics:
     """What the updates of so many clients amount to in one layer: shapes without numbers.
 
     Args:
         began: How many of them start from B ≠ 0, whose B⁰A⁰ is a term of its own.
+        summed: Whether it is the products themselves that are summed, under secure aggregation.
     """
     assignment, k = settings.method.assignment, clients
     both = assignment.sent_up(settings.method.trained(round)) == {"A", "B"}
     combining = settings.combining
     exact = settings.method.residual != "zero" and k > 1
-    dense = Delta(_empty(layer.out, layer.inp)) if combining.by_coordinate and exact else None
+    whole = combining.by_coordinate or summed
+    dense = Delta(_empty(layer.out, layer.inp)) if whole and exact else None
     k = 1 if combining.by_coordinate else k
 
     def terms(count: int) -> Delta:
