@@ -9,24 +9,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import (
-    fusing,
-    generating,
-    gpu,
-    language,
-    memory,
-    merging,
-    residual,
-    rounds,
-    scaling,
-    tree,
-)
+from benchmarks import fusing, gpu, language, memory, merging, residual, rounds, scaling, tree
 from benchmarks.results import Row, store
 
 NEEDS_DATA = "--data: name the directory with local copies of GLUE's cola and mrpc"
 
 
-def rows(data: Path | None, model: Path | None = None) -> dict[str, Callable[[], Row]]:
+def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
     """What measures each row, by name."""
     return {
         "residual": residual.row,
@@ -41,7 +30,6 @@ def rows(data: Path | None, model: Path | None = None) -> dict[str, Callable[[],
         "round": _with(data, rounds.parts),
         "memory": memory.row,
         "language": language.row,
-        "generation": _with(data, lambda path: generating.row(path, model)),
         "fused": _with(data, fusing.row),
         "gpu": gpu.row,
     }
@@ -53,12 +41,12 @@ def _with(data: Path | None, measure: Callable[[Path], Row]) -> Callable[[], Row
     return partial(measure, data)
 
 
-def measure(name: str, data: Path | None, model: Path | None, threads: int, results: Path) -> None:
+def measure(name: str, data: Path | None, threads: int, results: Path) -> None:
     """One row, in a process of its own: what ran before leaves memory and caches behind."""
     torch.set_num_threads(threads)
     console = Console()
     console.print(f"{name} ...", style="dim")
-    row = rows(data, model)[name]()
+    row = rows(data)[name]()
     if row.skipped:
         console.print(f"{name}: skipped: {row.skipped}")
     store(name, row, results, rows(None))
