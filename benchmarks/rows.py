@@ -9,7 +9,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import fusing, gpu, language, memory, merging, residual, rounds, scaling, tree
+from benchmarks import (
+    fusing,
+    gpu,
+    language,
+    liars,
+    memory,
+    merging,
+    residual,
+    rounds,
+    scaling,
+    tree,
+)
 from benchmarks.results import Row, store
 
 NEEDS_DATA = "--data: name the directory with local copies of GLUE's cola and mrpc"
@@ -31,6 +42,7 @@ def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
         "memory": memory.row,
         "language": language.row,
         "fused": _with(data, fusing.row),
+        "liars": liars.row,
         "gpu": gpu.row,
     }
 
