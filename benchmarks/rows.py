@@ -13,6 +13,7 @@ from benchmarks import (
     fusing,
     gpu,
     language,
+    liars,
     masking,
     memory,
     merging,
@@ -43,6 +44,7 @@ def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
         "language": language.row,
         "fused": _with(data, fusing.row),
         "masking": masking.row,
+        "liars": liars.row,
         "gpu": gpu.row,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import hypothesis
@@ -28,6 +29,13 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data in {path}; set FEDEX_LORA_SHARED")
     return path
+
+
+@pytest.fixture(autouse=True)
+def forgetful(tmp_path_factory, monkeypatch):
+    """No test knows what another one, or the user of this machine, has measured."""
+    folder = tmp_path_factory.getbasetemp() / "measured" / secrets.token_hex(8)
+    monkeypatch.setenv("FEDEX_LORA_CACHE", str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,13 @@ import small_runs
 import torch
 from pydantic import ValidationError
 from small_runs import SIZES, recipe
-from tiny import TEXT, tiny
+from tiny import ENCODERS, TEXT, tiny
 from torch import nn
 from torch.nn import functional
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.engines.fused.batches import Rows, together
-from fedex_lora.engines.fused.losses import client_losses
+from fedex_lora.engines.fused.losses import client_losses, labelled_losses
 from fedex_lora.engines.fused.stack import Stack
 from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.setup import set_up
@@ -73,12 +73,20 @@ def assert_same(alone, fused):
 
 
 @pytest.mark.parametrize("kind", NO_DROPOUT)
-def test_each_client_ends_where_it_would_have_ended_by_itself(tmp_path, kind):
+def test_each_client_ends_where_it_would_have_ended_by_itself(tmp_path, kind, monkeypatch):
     """With batches of 2, the clients have 9, 3 and 5 rows: their last batches differ in size, and
     they take 10, 4 and 6 steps."""
     federation = set_up(made(tmp_path, kind))
+    counted: list[int] = []  # steps that took logits at labelled positions alone
+
+    def labelled(*given):
+        counted.append(1)
+        return labelled_losses(*given)
+
+    monkeypatch.setattr("fedex_lora.engines.fused.train.labelled_losses", labelled)
     alone, fused = both_ways(federation)
     assert_same(alone, fused)
+    assert len(counted) == (0 if kind in ENCODERS else 10)
     assert [u.metrics["steps"] for u in fused] == [10, 4, 6]
     start = federation.initial.layers
     ends = [(start[name].A, f.A) for u in fused for name, f in u.end.layers.items()]
@@ -238,7 +246,7 @@ def test_a_client_with_fewer_rows_is_filled_up_with_rows_that_do_not_count():
         ({"engine": {"fuse": 2}, "method": {"name": "full"}}, "engine.fuse"),
         ({"engine": {"fuse": 2}, "method": {"name": "fedex-keep"}}, "engine.fuse"),
         ({"engine": {"fuse": 2}, "training": {"gradient_accumulation_steps": 2}}, "training.grad"),
-        ({"engine": {"fuse": "auto"}, "training": {"gradient_checkpointing": True}}, "training.g"),
+        ({"engine": {"fuse": 2}, "training": {"gradient_checkpointing": True}}, "training.g"),
         ({"engine": {"fuse": 2}, "training": {"report_to": "tensorboard"}}, "training.report_to"),
         ({"engine": {"fuse": 2}, "method": {"name": "flexlora"}, "lora": {"ranks": [1, 2, 3]}},
          "engine.fuse"),
@@ -252,6 +260,22 @@ def test_what_cannot_be_fused_is_refused(tmp_path, blocks, wrong):
 def test_an_adapted_embedding_cannot_be_fused(tmp_path):
     with pytest.raises(UserError, match=r"engine.fuse: .* Embedding is trained"):
         set_up(recipe(tmp_path, "bert", engine={"fuse": 3}))
+    assert set_up(recipe(tmp_path, "bert", engine={"fuse": "auto"})).recipe.engine.fuse == 1
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"training": {"gradient_checkpointing": True}},
+        {"method": {"name": "fedex-keep"}},
+        {"method": {"name": "fedex-hetero"}, "lora": {"ranks": [1, 2, 3]}},
+        {"federation": {"proximal": 0.1}},
+        {"method": {"name": "full"}},
+    ],
+)
+def test_auto_is_one_by_one_where_one_pass_cannot_be_had(tmp_path, blocks):
+    assert recipe(tmp_path, engine={"fuse": "auto"}, **blocks).fused == 1
+    assert recipe(tmp_path, engine={"fuse": "auto"}).fused == 3
 
 
 def test_auto_takes_what_is_faster(tmp_path, monkeypatch):
@@ -265,6 +289,7 @@ def test_auto_takes_what_is_faster(tmp_path, monkeypatch):
     monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda _: next(measured))
     auto = made(tmp_path, engine={"fuse": "auto"})
     for name, chosen in (("faster", 3), ("no-faster", 1)):
+        monkeypatch.setenv("FEDEX_LORA_CACHE", str(tmp_path / "measured" / name))
         start_run(auto, tmp_path / name, Notes())
         assert RunDir(tmp_path / name).recipe().engine.fuse == chosen
     assert told[0] == "fuse: 3 (seconds a client's step: alone 0.3, 3 in one pass 0.1)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ from adapted import CASES, path, random_state
 from tiny import TEXT
 from torch import Tensor
 
-from fedex_lora.engines.private.gradients import check_gradients, gradients
+from fedex_lora.engines.private.gradients import check_gradients, gradients, per_example
 from fedex_lora.engines.private.losses import example_losses
+from fedex_lora.engines.private.train import _backward
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks.base import IGNORED
+from fedex_lora.tasks.labelled import frozen_head
 
 __all__ = ["path"]  # a fixture
 
@@ -67,6 +69,30 @@ def test_gradients_of_a_batch_are_those_of_its_rows_by_themselves(name: str, pat
     check = [batch(model, [row], causal) for row in rows], batch(model, rows, causal)
     check_gradients(model, *check, False)
     assert not any(hasattr(p, "grad_sample") for p in model.module.parameters())
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if "Causal" in c.task["auto_model"]])
+def test_so_they_are_at_labelled_positions_alone(name: str, path: Any) -> None:
+    case = CASES[name]
+    model = case.load(path(case.kind))
+    model.write(random_state(model))
+    model.freeze(frozenset("AB"))
+    given = batch(model, [0, 1, 2, 3], True)
+    given["labels"][:, :4] = IGNORED
+    found = []
+    for head in (None, frozen_head(model.module, [{"input_ids": given["input_ids"][0].tolist()}])):
+        model.module.train()
+        for module in model.module.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        with per_example(model):
+            _backward(model, dict(given), False, 0.1, head)
+            trained = [p for p in model.module.parameters() if p.requires_grad]
+            found.append([cast(Any, p).grad_sample.clone() for p in trained])
+        model.module.zero_grad(set_to_none=True)
+    assert head is not None
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm() and one.norm() > 0
 
 
 def test_an_examples_loss_is_averaged_within_it() -> None:

@@ -162,6 +162,21 @@ def assert_as_trainer(model: Any, folder: Any, chunks: list[int], **training: An
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=name)
 
 
+def test_a_score_that_is_a_loss_alone_needs_no_other_logits(tmp_path, chunks):
+    model = model_of("Llama")
+    args = training_arguments({"per_device_eval_batch_size": 3}, 0, torch.device("cpu"), tmp_path)
+
+    def loss(kind: type[Trainer], **more: Any) -> float:
+        trainer = kind(model=model, args=args, data_collator=collate, **more)
+        return trainer.evaluate(rows())["eval_loss"]
+
+    own = loss(Trainer)
+    assert loss(LabelledTrainer) == pytest.approx(own, rel=1e-5)
+    assert sum(chunks[1:]) == LABELLED
+    chunks.clear()
+    assert loss(LabelledTrainer, compute_metrics=lambda _: {}) == own and not chunks
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_losses_and_gradients_are_the_trainers(kind, tmp_path, chunks):
     assert_as_trainer(model_of(kind), tmp_path, chunks)

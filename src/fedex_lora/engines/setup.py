@@ -174,6 +174,15 @@ def roster(recipe: Recipe) -> list[str] | None:
     return recipe.federation.names
 
 
+def _check_fusable(task: Task, model: AdaptedModel, kind: str) -> None:
+    if not task.fusable:
+        raise RecipeError(
+            f"engine.fuse: losses of a task of kind {kind} are not told apart by client; leave "
+            "it out"
+        )
+    model.trained_layers()
+
+
 def _bring_to_life(
     recipe: Recipe, task: Task, rows: Rows, names: list[str], workdir: Path | None
 ) -> Federation:
@@ -181,12 +190,13 @@ def _bring_to_life(
     model = recipe_model(recipe, task, workdir)
     check_length(recipe, task, model)
     if recipe.fused > 1:
-        if not task.fusable:
-            raise RecipeError(
-                f"engine.fuse: losses of a task of kind {recipe.task.kind} are not told apart by "
-                "client; leave it out"
-            )
-        model.trained_layers()
+        try:
+            _check_fusable(task, model, recipe.task.kind)
+        except UserError:
+            if recipe.engine.fuse != "auto":
+                raise
+            engine = recipe.engine.model_copy(update={"fuse": 1})
+            recipe = recipe.model_copy(update={"engine": engine})
     pooled = METHODS[recipe.method.name].pooled
     settings = federation_settings(recipe, model, names)
     check_ranks(recipe.lora, settings.layers)

@@ -59,6 +59,21 @@ class LabelledTrainer(Trainer):
             len(losses.each) if num_items_in_batch is None else num_items_in_batch
         )
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """Where the loss alone is asked for, it is that of labelled positions, as in training."""
+        if not prediction_loss_only or inputs.get("labels") is None or not is_causal(model):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        prepared = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, prepared)
+        return loss.mean().detach(), None, None
+
     @property
     def plain(self) -> bool:
         """Whether accelerate puts nothing on the model: one device, one precision."""

@@ -90,7 +90,7 @@ def _example_level(recipe: Recipe) -> Iterator[Problem]:
             yield f"training.{name}", f"{_WHY.get(name, 'leave it out')} ({key})"
     if recipe.engine.precision != "float32":
         yield "engine.precision", f"{_HALF} ({key})"
-    if recipe.engine.fuse != 1:
+    if recipe.engine.fuse not in (1, "auto"):
         yield (
             "engine.fuse",
             f"clients in one pass have no gradients by example ({key}); leave it out",

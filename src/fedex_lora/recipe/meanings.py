@@ -287,8 +287,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "records.save_updates": ("true", "Keep every update, so that anybody can recompute the mean."),
     "engine.kind": ("flower", "Clients in this process, on machines of their own, or simulated."),
     "engine.threads": ("4", "Of the CPU. Runs with equal numbers repeat bit for bit."),
-    "engine.precision": ("auto", "What training computes in; auto measures what is faster."),
-    "engine.fuse": ("auto", "How many clients train in one pass; auto measures."),
+    "engine.precision": ("auto", "What training computes in; auto measures what is faster, once."),
+    "engine.fuse": ("auto", "How many clients train in one pass; auto measures, once."),
     "engine.client_cpus": ("2", "flower-simulation: of each client that trains."),
     "engine.client_gpus": ("0.5", "flower-simulation: the same of GPUs."),
 }  # fmt: skip

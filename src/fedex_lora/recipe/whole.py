@@ -78,11 +78,14 @@ class Recipe(Part):
 
     @property
     def fused(self) -> int:
-        """How many clients train in one pass, at most."""
+        """How many clients train in one pass, at most; "auto" is one where more cannot."""
         if METHODS[self.method.name].pooled:
             return 1
-        wanted = MOST_FUSED if self.engine.fuse == "auto" else self.engine.fuse
-        return min(wanted, self.federation.sampled)
+        if self.engine.fuse != "auto":
+            return min(self.engine.fuse, self.federation.sampled)
+        if self.privacy.example_level is not None or any(self._unfusable()):
+            return 1
+        return min(MOST_FUSED, self.federation.sampled)
 
     def problems(self) -> Iterator[Problem]:
         yield from self._clients()
@@ -149,8 +152,11 @@ class Recipe(Part):
             yield "records.save_updates", f"{why}; for engine: local"
 
     def _fused(self) -> Iterator[Problem]:
-        if self.fused == 1:
-            return
+        if self.fused > 1:
+            yield from self._unfusable()
+
+    def _unfusable(self) -> Iterator[Problem]:
+        """What cannot be had in one pass."""
         if self.engine.kind != "local":
             yield "engine.fuse", "clients are in processes of their own; it is for engine: local"
         if METHODS[self.method.name].trains == "all":
@@ -164,13 +170,13 @@ class Recipe(Part):
         for name, value in self.training.items():
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
+        if self.federation.proximal:
+            yield "federation.proximal", "fused clients train without it; set engine.fuse: 1"
 
     def _combining(self) -> Iterator[Problem]:
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
-        if fed.proximal and self.fused > 1:
-            yield "federation.proximal", "fused clients train without it; set engine.fuse: 1"
         if fed.proximal and self.privacy.example_level is not None:
             told = "would be added to gradients that privacy.example_level clips row by row"
             yield "federation.proximal", f"{told}; leave one of them out"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from fedex_lora.errors import RecipeError
 from fedex_lora.tasks.base import evaluating, learned_positions, longest_first, pad, padding
 from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, Tensor, nn, torch, transformers
 from fedex_lora.tasks.outputs import Outputs
+from fedex_lora.tasks.searching import beams, greedy
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,20 @@ def _generate(
     decoding: Decoding,
     device: torch.device,
 ) -> list[str]:
-    batch = _left_padded(prompts, padding(tokenizer))
-    start = batch["input_ids"].shape[1]
+    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
+    # on the left, so that every prompt ends where its text begins
+    ids = pad(rows, "input_ids", padding(tokenizer), side="left").to(device)
     more: dict[str, Any] = {}
     if decoding.no_repeat_ngram:
-        ban = NoRepeatNgram(decoding.no_repeat_ngram, start)
+        ban = NoRepeatNgram(decoding.no_repeat_ngram, start=ids.shape[1])
         more["logits_processor"] = transformers.LogitsProcessorList([ban])
     generated = cast(Any, model).generate(
-        **{key: value.to(device) for key, value in batch.items()},
-        generation_config=settings(decoding, tokenizer),
+        input_ids=ids,
+        attention_mask=pad(rows, "attention_mask", 0, side="left").to(device),
+        **_search(decoding, tokenizer),
         **more,
     )
-    return [text_of(ids, tokenizer) for ids in generated[:, start:].tolist()]
+    return [text_of(text, tokenizer) for text in generated[:, ids.shape[1] :].tolist()]
 
 
 def _decode(
@@ -171,22 +174,26 @@ def _decode(
     device: torch.device,
 ) -> list[str]:
     rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
-    given = settings(decoding, tokenizer)
-    given.decoder_start_token_id = cast(Any, model).config.decoder_start_token_id
+    given = _search(decoding, tokenizer)
+    given["generation_config"].decoder_start_token_id = cast(
+        Any, model
+    ).config.decoder_start_token_id
     generated = cast(Any, model).generate(
         input_ids=pad(rows, "input_ids", padding(tokenizer)).to(device),
         attention_mask=pad(rows, "attention_mask", 0).to(device),
-        generation_config=given,
+        **given,
     )
     return [text_of(ids, tokenizer) for ids in generated[:, 1:].tolist()]
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
-    """Padded on the left, so that every prompt ends where its answer begins."""
-    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
+def _search(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What makes transformers' `generate` use our searches, which make beams themselves."""
+    length, width = decoding.max_new_tokens, decoding.num_beams
+    end = cast("int | None", tokenizer.eos_token_id)
+    search = beams(length, end, width, decoding.length_penalty) if width > 1 else None
     return {
-        "input_ids": pad(rows, "input_ids", padding, side="left"),
-        "attention_mask": pad(rows, "attention_mask", 0, side="left"),
+        "generation_config": settings(replace(decoding, num_beams=1), tokenizer),
+        "custom_generate": search or greedy(length, end),
     }
 
 
@@ -201,7 +208,7 @@ def settings(
     decoding: Decoding, tokenizer: PreTrainedTokenizerBase
 ) -> transformers.GenerationConfig:
     """The same, as transformers takes it."""
-    beams = {"length_penalty": decoding.length_penalty, "early_stopping": False}
+    more = {"length_penalty": decoding.length_penalty, "early_stopping": False}
     return transformers.GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,
@@ -209,7 +216,7 @@ def settings(
         use_cache=True,
         pad_token_id=padding(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
-        **(beams if decoding.num_beams > 1 else {}),
+        **(more if decoding.num_beams > 1 else {}),
     )
 
 

@@ -158,13 +158,17 @@ class _Work:
             found = (1 - self.smoothing) * found + self.smoothing * even
         return found[:, 0], p
 
-    def slopes(self, p: Tensor, chunk: slice) -> Tensor:
-        """∂ total / ∂ z = weight · (p − (1 − ε) · onehot − ε / vocabulary), in the place of `p`."""
+    def slopes(self, p: Tensor, chunk: slice, weighted: bool) -> Tensor:
+        """∂ total / ∂ z = weight · (p − (1 − ε) · onehot − ε / vocabulary), in the place of `p`.
+
+        Without parameters that sum over tokens, weights can wait for the gradients of states, as
+        the divisor of a batch's loss does.
+        """
         if self.smoothing:
             p -= self.smoothing / self.head.vocabulary
         onehot = torch.full_like(p[:, :1], 1 - self.smoothing)
         p.scatter_add_(1, self.targets[chunk, None], -onehot)
-        return p if self.weights is None else p.mul_(self.weights[chunk, None])
+        return p.mul_(self.weights[chunk, None]) if weighted and self.weights is not None else p
 
     def summed(self, each: Tensor) -> Tensor:
         return each.sum() if self.weights is None else each @ self.weights
@@ -186,7 +190,7 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 logits = work.head.logits(part, work.output)
             each[chunk], p = work.losses(logits, chunk)
-            slopes = work.slopes(p, chunk).to(logits.dtype)
+            slopes = work.slopes(p, chunk, bool(parameters)).to(logits.dtype)
             asked = [*([part] if found is not None else []), *parameters]
             with torch.autocast(states.device.type, enabled=False):
                 grads = list(torch.autograd.grad(logits, asked, slopes, allow_unused=True))
@@ -196,6 +200,8 @@ class _Chunked(torch.autograd.Function):
                 if grad is not None:
                     before = sums[i]
                     sums[i] = grad.float() if before is None else before.add_(grad)
+        if found is not None and work.weights is not None and not parameters:
+            found *= work.weights[:, None].to(found)
         ctx.grads = found, *(s if s is None else s.to(p) for s, p in zip(sums, parameters))
         ctx.mark_non_differentiable(each)
         return work.summed(each), each
@@ -232,6 +238,22 @@ def head_of(module: nn.Module, tokens: Tensor) -> Head | None:
             logger.warning("%s: %s; logits are computed at all positions", name, found)
         _heads[module] = found if isinstance(found, Head) else None
     return _heads[module]
+
+
+def frozen_head(module: nn.Module, rows: Any) -> Head | None:
+    """`head_of` a causal language model that trains nothing of its head; None for any other.
+
+    So gradients of each row or each client, which are taken in the trained layers, are what they
+    would be with all logits.
+
+    Args:
+        rows: Encoded, at least one.
+    """
+    if not is_causal(module):
+        return None
+    device = next(module.parameters()).device
+    head = head_of(module, torch.tensor([rows[0]["input_ids"]], device=device))
+    return None if head is None or head.trained() else head
 
 
 _heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()

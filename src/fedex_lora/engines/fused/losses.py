@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import Trainer
 
 from fedex_lora.tasks.base import IGNORED
+from fedex_lora.tasks.labelled import Head, token_losses
 
 
 def client_losses(
@@ -36,6 +37,19 @@ def client_losses(
     rows = each.reshape(len(real), -1).sum(1) * real
     divisors = torch.tensor(items, dtype=rows.dtype, device=rows.device)
     return rows.reshape(len(items), -1).sum(1) / divisors
+
+
+def labelled_losses(
+    head: Head, inputs: Mapping[str, Tensor], labels: Tensor, real: Tensor, items: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """`client_losses` of a causal model at its labelled positions alone: their sum, which has
+    gradients, and each client's, which has none."""
+    divisors = torch.tensor(items, dtype=torch.float32, device=labels.device)
+    each = len(labels) // len(items)
+    weights = real / divisors.repeat_interleave(each)
+    found = token_losses(head, inputs, labels, row_weights=weights)
+    own = torch.zeros_like(divisors)
+    return found.total, own.index_add_(0, found.rows // each, found.each * weights[found.rows])
 
 
 def items(trainer: Trainer, labels: Tensor) -> float:

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.fused.batches import Rows, batches, together
-from fedex_lora.engines.fused.losses import client_losses, items
+from fedex_lora.engines.fused.losses import client_losses, items, labelled_losses
 from fedex_lora.engines.fused.stack import Stack
 from fedex_lora.engines.trainer import Looks
 from fedex_lora.engines.training import (
@@ -31,6 +31,7 @@ from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
+from fedex_lora.tasks.labelled import Head, frozen_head
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,13 @@ def _train(
     sums = torch.zeros(len(members), device=model.device)
     looks = Looks()
     collate, last = task.collator(model.tokenizer), members[0].steps
+    head = frozen_head(model.module, members[0].turn.rows)
     model.module.train()
     with stack.all(), attention(members[0].trainer.args):
         for done in range(last):
             active = [m for m in members if m.steps > done]
             stack.active = len(active)
-            losses = _step(model, task, stack, active, collate)
+            losses = _step(model, task, stack, active, collate, head)
             sums[: len(active)] += losses
             if on_step is not None:
                 on_step(done + 1, last, looks.read(losses.mean()))
@@ -138,7 +140,12 @@ def _train(
 
 
 def _step(
-    model: AdaptedModel, task: Task, stack: Stack, members: Sequence[_Member], collate: Collate
+    model: AdaptedModel,
+    task: Task,
+    stack: Stack,
+    members: Sequence[_Member],
+    collate: Collate,
+    head: Head | None,
 ) -> Tensor:
     """One optimizer step of each; returns their losses."""
     batch, real = together([next(m.batches) for m in members], collate)
@@ -146,10 +153,15 @@ def _step(
     parts = zip(members, labels.chunk(len(members)), real.chunk(len(members)))
     divisors = [items(m.trainer, part[counts]) for m, part, counts in parts]
     labels, real = labels.to(model.device), real.to(model.device)
+    batch = {k: v.to(model.device) for k, v in batch.items()}
     with members[0].trainer.accelerator.autocast():
-        logits = model.module(**{k: v.to(model.device) for k, v in batch.items()}).logits
-    losses = client_losses(logits.float(), labels, real, divisors, task.regression)
-    losses.sum().backward()
+        if head is None:
+            logits = model.module(**batch).logits
+            losses = client_losses(logits.float(), labels, real, divisors, task.regression)
+            total = losses.sum()
+        else:
+            total, losses = labelled_losses(head, batch, labels, real, divisors)
+    total.backward()
     for member in members:
         member.step()
     stack.zero_grad()

@@ -27,6 +27,8 @@ from fedex_lora.engines.training import Batches, make_trainer
 from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.federation.randomness import Bits, normal, poisson_sample, rehearsed, secret
 from fedex_lora.model.adapted import AdaptedModel
+from fedex_lora.tasks.base import IGNORED, Batch
+from fedex_lora.tasks.labelled import Head, frozen_head, token_losses
 
 
 class Predicting(Batches, Protocol):
@@ -85,6 +87,7 @@ class PrivateTrainer:
             args = {"train_sampling_strategy": "random", **self.training}
             trainer = make_trainer(model, self.task, rows, args, seed, directory)
             trainer.create_optimizer_and_scheduler(spent.count)
+            head = frozen_head(model.module, rows)
             model.module.train()
             with per_example(model):
                 inner: Any = trainer.optimizer
@@ -100,13 +103,7 @@ class PrivateTrainer:
                     ]
                     for part in parts:
                         batch = collate([rows[row] for row in part])
-                        labels = batch.pop("labels").to(model.device)
-                        logits = model.module(
-                            **{k: v.to(model.device) for k, v in batch.items()}
-                        ).logits
-                        example_losses(
-                            logits, labels, self.task.regression, smoothing
-                        ).sum().backward()
+                        _backward(model, batch, self.task.regression, smoothing, head)
                         optimizer.accumulate()
                     optimizer.finish()
                     trainer.lr_scheduler.step()  # pyright: ignore
@@ -121,6 +118,20 @@ class PrivateTrainer:
             "noise_multiplier": spent.noise,
         }
         return Trained(metrics, model.read())
+
+
+def _backward(
+    model: AdaptedModel, batch: Batch, regression: bool, smoothing: float, head: Head | None
+) -> None:
+    labels = batch.pop("labels").to(model.device)
+    inputs = {k: v.to(model.device) for k, v in batch.items()}
+    if head is None:
+        logits = model.module(**inputs).logits
+        total = example_losses(logits, labels, regression, smoothing).sum()
+    else:
+        weights = 1 / labels[:, 1:].ne(IGNORED).sum(1).clamp(min=1)
+        total = token_losses(head, inputs, labels, smoothing, weights).total
+    total.backward()
 
 
 def _lengths(rows: Dataset) -> list[int]:
