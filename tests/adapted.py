@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.model.adapted import AdaptedModel, load_model
+from  import IMAGES
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
 CLASSIFY = {
@@ -27,7 +28,7 @@ CLASSIFY = {
 SEE = CLASSIFY | {
     "auto_model": "AutoModelForImageClassification",
     "peft_task_type": None,
-    "images": True,
+    "processor": IMAGES,
 }
 GENERATE = {"auto_model": "AutoModelForCausalLM", "peft_task_type": "CAUSAL_LM", "model_kwargs": {}}
 
