@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.model.adapted import AdaptedModel, load_model
-from  import IMAGES
+from fedex_lora.model.load import IMAGES
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
 CLASSIFY = {
