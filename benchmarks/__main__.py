@@ -26,7 +26,8 @@ def main() -> None:
     known = rows(None)
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(known)}; or all")
-    parser.add_argument("--data", type=Path, help="directory with cola and mrpc")
+    parser.add_argument("--data", type=Path, help="directory with cola, mrpc, e2e_nlg and gsm8k")
+    parser.add_argument("--model", type=Path, help="of the row generation: a language model's")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -36,7 +37,7 @@ def main() -> None:
     failed = []
     for name in asked.rows or known:
         process = get_context("spawn").Process(
-            target=measure, args=(name, asked.data, asked.threads, asked.results)
+            target=measure, args=(name, asked.data, asked.model, asked.threads, asked.results)
         )
         process.start()
         process.join()

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks import (
     fusing,
+    generating,
     gpu,
     language,
     liars,
@@ -27,7 +28,7 @@ from benchmarks.results import Row, store
 NEEDS_DATA = "--data: name the directory with local copies of GLUE's cola and mrpc"
 
 
-def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
+def rows(data: Path | None, model: Path | None = None) -> dict[str, Callable[[], Row]]:
     """What measures each row, by name."""
     return {
         "residual": residual.row,
@@ -42,6 +43,7 @@ def rows(data: Path | None) -> dict[str, Callable[[], Row]]:
         "round": _with(data, rounds.parts),
         "memory": memory.row,
         "language": language.row,
+        "generation": _with(data, lambda path: generating.row(path, model)),
         "fused": _with(data, fusing.row),
         "masking": masking.row,
         "liars": liars.row,
@@ -55,12 +57,12 @@ def _with(data: Path | None, measure: Callable[[Path], Row]) -> Callable[[], Row
     return partial(measure, data)
 
 
-def measure(name: str, data: Path | None, threads: int, results: Path) -> None:
+def measure(name: str, data: Path | None, model: Path | None, threads: int, results: Path) -> None:
     """One row, in a process of its own: what ran before leaves memory and caches behind."""
     torch.set_num_threads(threads)
     console = Console()
     console.print(f"{name} ...", style="dim")
-    row = rows(data)[name]()
+    row = rows(data, model)[name]()
     if row.skipped:
         console.print(f"{name}: skipped: {row.skipped}")
     store(name, row, results, rows(None))
