@@ -130,7 +130,7 @@ def test_a_client_runs_what_it_installed_whatever_the_server_sends(
     assert mark.read_text() == "a patient"  # so Flower by itself does it
     mark.unlink()
     shutil.rmtree(tmp_path / "flower" / "apps")
-    monkeypatch.setattr(client_app, "reply_to", lambda blob, node, run: b"ours to " + blob)
+    monkeypatch.setattr(client_app, "reply_to", lambda blob, *_: b"ours to " + blob)
     with caplog.at_level(logging.WARNING, "fedex_lora"):
         reply = one_message(hostile, pack(b"it"), turns.APP)
     assert unpack(reply.content) == b"ours to it" and not mark.exists()
