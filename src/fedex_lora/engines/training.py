@@ -348,10 +348,7 @@ def make_trainer(
     collator = collate or task.collator(model.tokenizer)
     try:
         trainer = LabelledTrainer(
-            model=model.module,
-            args=args,
-            train_dataset=rows,
-            data_collator=collator,
+            model=model.module, args=args, train_dataset=rows, data_collator=collator
         )
     except Exception as error:  # every library that takes part has kinds of its own
         raise UserError(f"training: {type(error).__name__}: {error}") from None
