@@ -53,8 +53,8 @@ Tested is the difference {EXACT} − {REFERENCE} of equal seeds, on the last spl
 10 local epochs: the setting of the paper's large models. First over all tasks of a group together,
 which was fixed before all runs but the first four; then by task. Of n seeds whose differences have
 the standard deviation s, a paired test at 5 % sees a difference d with a chance of
-{100 * POWER:.0f} % if n ≥ (t(n−1; .975) + t(n−1; {POWER:g}))²·s²/d². The table has the n for half a point,
-d = {DIFFERENCE:g}. Where fewer ran, "not seen" says little.
+{100 * POWER:.0f} % if n ≥ (t(n−1; .975) + t(n−1; {POWER:g}))²·s²/d².
+The table has the n for half a point, d = {DIFFERENCE:g}. Where fewer ran, "not seen" says little.
 """
 PLOT = f"""\
 ## Where exactness pays
