@@ -142,7 +142,7 @@ def test_without_rehearsal_nothing_repeats_and_the_run_ends_with_the_last_round_
         ({"training": {"gradient_checkpointing": True}}, "gradient_accumulation_steps"),
         ({"training": {"bf16": True}}, "training.bf16"),
         ({"training": {"report_to": "tensorboard"}}, "training.report_to"),
-        ({"engine": {"fuse": "auto"}}, "engine.fuse"),
+        ({"engine": {"fuse": 2}}, "engine.fuse"),
         ({"engine": {"precision": "bfloat16"}}, "engine.precision"),
         ({"privacy": {"example_level": {"delta": 1e-5}}}, "epsilon: missing"),
         ({"privacy": {"example_level": {"epsilon": 1.0, "delta": 0.0}}}, "greater than 0"),
