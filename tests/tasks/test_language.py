@@ -123,7 +123,7 @@ class Parrot(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(vocabulary))
         self.answers, self.pad = answers, pad
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def generate(self, input_ids, attention_mask, generation_config, **_):
         assert not self.training and not generation_config.do_sample
         assert (attention_mask[:, -1] == 1).all(), "padded on the right"
         prompts = [tuple(row[mask == 1].tolist()) for row, mask in zip(input_ids, attention_mask)]
