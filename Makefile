@@ -47,8 +47,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/fedex-lora demo
 
+# Two at once; a file's tests stay together, since they share what is made for the file.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 results: setup
 	@test -n "$(DATA)" || { \
