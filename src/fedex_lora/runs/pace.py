@@ -20,13 +20,12 @@ class Pace:
 
     def __init__(self, rounds: int, clients: int, done: int, now: float) -> None:
         self.rounds, self.clients, self.first, self.began = rounds, max(clients, 1), done, now
-        self.done, self.loss = done, None
+        self.done = done
+        self.loss: float | None = None
         self._next()
 
     def _next(self) -> None:
         self.finished, self.turn_of, self.steps = 0, "", (0, 1)
-
-    loss: float | None
 
     def turn(self, client: str, done: int, total: int, loss: float | None) -> None:
         """As `Watcher.turn` is told."""
@@ -52,18 +51,17 @@ class Pace:
         part = self.finished / self.clients
         if self.turn_of:
             part += self._together() * self.steps[0] / self.steps[1] / self.clients
-        return (self.done - self.first + min(part, 1.0)) / max(self.rounds - self.first, 1)
+        done = self.done - self.first + min(part, 1.0)
+        return min(done / max(self.rounds - self.first, 1), 1.0)
 
     def left(self, now: float) -> str:
         """Time that is left if it goes on as so far."""
         share = self.share()
         if not self.rounds or not share:
             return "-:--"
-        seconds = round((now - self.began) * (1 - min(share, 1.0)) / share)
-        minutes, hours = seconds // 60, seconds // 3600
-        return f"{hours}:{minutes % 60:02}:{seconds % 60:02}" if hours else (
-            f"{minutes}:{seconds % 60:02}"
-        )  # fmt: skip
+        minutes, seconds = divmod(round((now - self.began) * (1 - share) / share), 60)
+        hours, rest = divmod(minutes, 60)
+        return f"{hours}:{rest:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
     def line(self, now: float, width: int, bar: bool = True) -> str:
         """All that there is room for: whose turn it is gives way first, then the bar.
