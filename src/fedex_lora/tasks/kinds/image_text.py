@@ -211,7 +211,7 @@ def _check_processor(processor: Any, template: str | None) -> None:
     if name.startswith("PaliGemma"):  # its prompts see both ways, and so would its answers
         raise RecipeError(
             "model.name: PaliGemma's attention goes both ways within a prompt, which is not done "
-            "here; take a model of another kind, e.g. LLaVA, SmolVLM or Qwen2-VL"
+            "here; take a model of another kind, e.g. LLaVA or Idefics3"
         )
 
 
