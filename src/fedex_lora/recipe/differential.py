@@ -88,7 +88,7 @@ def _example_level(recipe: Recipe) -> Iterator[Problem]:
     for name, value in recipe.training.items():
         if name not in _PRIVATE and not (name in _OFF and value == _OFF[name]):
             yield f"training.{name}", f"{_WHY.get(name, 'leave it out')} ({key})"
-    if recipe.engine.precision != "float32":
+    if recipe.engine.precision == "bfloat16":
         yield "engine.precision", f"{_HALF} ({key})"
     if recipe.engine.fuse not in (1, "auto"):
         yield (

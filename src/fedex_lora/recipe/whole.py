@@ -76,6 +76,10 @@ class Recipe(Part):
         half = {"bf16": True} if self.engine.precision == "bfloat16" else {}
         return {**self.training, **half}
 
+    def with_engine(self, **values: Any) -> Recipe:
+        """The same with its block `engine` naming these values."""
+        return self.model_copy(update={"engine": self.engine.model_copy(update=values)})
+
     @property
     def fused(self) -> int:
         """How many clients train in one pass, at most; "auto" is one where more cannot."""
@@ -132,9 +136,6 @@ class Recipe(Part):
             yield "engine.kind", f"{self.method.name} exchanges nothing; run it with engine: local"
         elif method.personal:
             yield from self._personal()
-        if self.engine.precision == "auto":
-            text = "machines would choose differently; name float32 or bfloat16"
-            yield "engine.precision", text
         if fed.failure_rate:
             yield "federation.failure_rate", "a rehearsal of failures is for engine: local"
         if fed.names is not None and self.data.clients is not None:
