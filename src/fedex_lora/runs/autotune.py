@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fedex_lora.engines.setup import Federation
 from fedex_lora.runs.plan.timing import few_steps, machine
