@@ -104,7 +104,8 @@ def test_the_penalty_s_gradient_is_that_of_the_norms_of_the_last_rows():
     g = torch.Generator().manual_seed(0)
     pruning = Pruning(0.7, 0.0)
     a, b = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((4, 5), (3, 4)))
-    a.requires_grad_(), b.requires_grad_()
+    for t in (a, b):
+        t.requires_grad_()
     (a[2:].norm() * b[:, 2:].norm()).backward()  # ⌊0.7·4⌋ = 2
     got = pruning.gradients(a.detach(), b.detach())
     torch.testing.assert_close(got[0], a.grad)
@@ -129,7 +130,7 @@ def test_what_it_does_not_go_with_is_refused_by_name():
 
 def test_a_server_alone_takes_updates_at_the_rank_it_sent():
     server = Server(HALF, LAYERS, "ab", seed=1)
-    state = server.init()
+    state, record = server.init(), {}
     for _ in range(2):
         ends = {}
         for client in "ab":

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import floor
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from fedex_lora.aggregation.adapter import Factors
+    from fedex_lora.aggregation.adapter import Factors
+
+    Layers = Mapping[str, Factors]
 
 _LEAST = 1e-30  # of a norm that is divided by
-
-Layers = Mapping[str, Factors]
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Pruning:
         zero elsewhere and where a norm is zero."""
         last_a, last_b = self.last(a, b)
         norm_a, norm_b = last_a.norm(), last_b.norm()
-        kept = a.shape[0] - last_a.shape[0]
-        along_a = last_a * (norm_b / norm_a.clamp_min(_LEAST))
-        along_b = last_b * (norm_a / norm_b.clamp_min(_LEAST))
-        return pad(along_a, (0, 0, kept, 0)), pad(along_b, (kept, 0))
+        along_a, along_b = 0 * a, 0 * b
+        kept = self.kept(a.shape[0])
+        along_a[kept:] = last_a * (norm_b / norm_a.clamp_min(_LEAST))
+        along_b[:, kept:] = last_b * (norm_a / norm_b.clamp_min(_LEAST))
+        return along_a, along_b
 
     def size(self, layers: Layers) -> float:
         """S, in float64."""
-        norm = torch.linalg.vector_norm
-        pairs = (self.last(f.A, f.B) for f in layers.values())
-        return sum((norm(a.double()) * norm(b.double())).item() for a, b in pairs)
+        pairs = (self.last(f.A.double(), f.B.double()) for f in layers.values())
+        return sum((a.norm() * b.norm()).item() for a, b in pairs)
 
     def prunes(self, start: Layers, end: Layers) -> bool:
         """Whether a client that began and ended there comes down to a lower rank."""

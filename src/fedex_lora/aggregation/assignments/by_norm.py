@@ -8,9 +8,9 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from fedex_lora.aggregation.assignment import Assigned, Assignment
+from fedex_lora.aggregation.pruning import Pruning
 
 if TYPE_CHECKING:
-    from fedex_lora.aggregation.pruning import Pruning
     from fedex_lora.aggregation.statistics import Statistics
 
 _LEAST = 1e-30  # so that clients none of which changed anything count alike
@@ -43,8 +43,6 @@ class ByNorm(Assignment):
 
     @property
     def pruning(self) -> Pruning | None:
-        from fedex_lora.aggregation.pruning import Pruning  # noqa: PLC0415
-
         return Pruning(self.decay, self.penalty) if self.decay < 1 else None
 
     def problems(self) -> Iterator[str]:
