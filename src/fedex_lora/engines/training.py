@@ -33,7 +33,6 @@ from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.errors import UserError, shown
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Problem, did_you_mean
-from fedex_lora.recipe.reader import Places
 from fedex_lora.recipe.wording import in_words
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
@@ -52,14 +51,6 @@ _REFUSED = (
 
 
 GRADIENT_BATCHES = 8  # of a client, over which a gradient is taken that factors are made from
-
-
-def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
-    """Raises a `UserError` with the place of every name that TrainingArguments does not know."""
-    where = places or Places("")
-    lines = [where.line(tuple(key.split(".")), text) for key, text in training_problems(training)]
-    if lines:
-        raise UserError("\n".join(lines))
 
 
 def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
@@ -118,7 +109,8 @@ def training_arguments(
     Raises:
         UserError: Unknown names (with the nearest valid one) or values the Trainer refuses.
     """
-    check_training(training)
+    if problems := [f"{key}: {text}" for key, text in training_problems(training)]:
+        raise UserError("\n".join(problems))
     ours: dict[str, Any] = {
         "output_dir": directory,
         "seed": seed,

@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
 from fedex_lora.aggregation.adapter import AdapterState
-from fedex_lora.engines.private.begin import Spending, plan_of, private_trainer
+from fedex_lora.engines.private.begin import plan_of, private_trainer
 from fedex_lora.engines.remote.asked import addressed, common, field, identity_of
 from fedex_lora.engines.remote.cache import Cache, Held
 from fedex_lora.engines.remote.catching_up import Lacks, caught_up, least, load_held
@@ -43,6 +43,9 @@ from fedex_lora.federation.secure.sums import Summand, summand
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import own_part
 from fedex_lora.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fedex_lora.engines.private.account import Spending
 
 log = logging.getLogger(__name__)
 
