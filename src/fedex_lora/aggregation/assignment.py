@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fedex_lora.aggregation.adapter import Factors, LayerShape
     from fedex_lora.aggregation.delta import Delta
+    from fedex_lora.aggregation.pruning import Pruning
     from fedex_lora.aggregation.statistics import Statistics
 
 BOTH = frozenset("AB")
@@ -90,6 +91,11 @@ class Assignment(ABC):
             seed: The layer's own, for what else is drawn.
         """
         return Assigned(factors)
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """How clients' ranks shrink, if they do."""
+        return None
 
     @abstractmethod
     def assign(self, s: Statistics) -> Assigned:

@@ -27,6 +27,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.engines.pulls import pulled
 from fedex_lora.engines.trainer import LabelledTrainer, OnStep
 from fedex_lora.engines.training_log import TrainingLog, named, reported
 from fedex_lora.engines.turn import OnTurn, Trained, Turn
@@ -191,8 +192,9 @@ class HFTrainer:
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
         trainer = self._trainer(model, turn, on_step, log)
-        held = held_back(model.module, self.proximal, trainer.args)
-        with reported(trainer, log), attention(trainer.args), held:
+        passes = trainer.args.gradient_accumulation_steps
+        pulls = pulled(model.parameters(), turn, self.proximal, passes)
+        with reported(trainer, log), attention(trainer.args), pulls:
             try:
                 output = trainer.train()
             except ImportError as error:  # of what it looks for only here
@@ -243,27 +245,6 @@ class HFTrainer:
         weakref.finalize(trainer, shutil.rmtree, directory, ignore_errors=True)
         self._last[:] = [trainer]
         return trainer
-
-
-@contextmanager
-def held_back(module: torch.nn.Module, mu: float, args: TrainingArguments) -> Iterator[None]:
-    """Adds μ·(x − x⁰) to the gradient of all that is trained, x⁰ being what it is now.
-
-    It is added as the gradient is made, so that it is clipped with it; of several backward passes
-    to a step each adds its part.
-    """
-    share = mu / args.gradient_accumulation_steps
-    hooks = []
-    for p in module.parameters() if mu else ():
-        if p.requires_grad:
-            began = p.detach().clone()
-            pull = partial(lambda p, began, g: g + share * (p.detach() - began), p, began)
-            hooks.append(p.register_hook(pull))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _release(trainer: LabelledTrainer, model: AdaptedModel) -> None:

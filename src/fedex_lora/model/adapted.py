@@ -133,6 +133,18 @@ class AdaptedModel:
                     )
                 parameter.copy_(state.head[name])
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own factors and head, as A/LAYER, B/LAYER and head/PARAMETER."""
+        pairs = {name: layer.factors() for name, layer in self._layers.items()}
+        found = {f"{x}/{name}": p for name, pair in pairs.items() for x, p in zip("AB", pair)}
+        head = dict(self._head)
+        for name, layer in self._layers.items():
+            if layer.inner is not None:
+                head[inner_name(name)] = layer.inner.inner
+                if layer.inner.scales is not None:
+                    head[f"{name}.scales"] = layer.inner.scales
+        return found | {f"head/{name}": p for name, p in head.items()}
+
     def freeze(self, trained: frozenset[str]) -> None:
         """Trains the factors in `trained`, of "A" and "B", and the head; freezes all the rest."""
         for parameter in self._base.model.parameters():

@@ -32,7 +32,7 @@ class InnerLinear(nn.Linear):
         self.weight = plain.weight
         self.inner = nn.Parameter(plain.weight.new_zeros(inner.shape))
         heads = plain.weight.new_zeros(len(inner))
-        self.scales = nn.Parameter(heads) if inner.ndim == 3 else None
+        self.scales: nn.Parameter | None = nn.Parameter(heads) if inner.ndim == 3 else None
 
     def value(self) -> Tensor:
         """R as it is sent: itself, or the blocks sₕHₕ."""

@@ -116,6 +116,8 @@ class Recipe(Blocks):
         for name, value in self.training.items():
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
+        if self.method.chosen.assignment.pruning is not None:
+            yield "method.options.decay", "fused clients keep one rank; set engine.fuse: 1"
         if self.federation.proximal:
             yield "federation.proximal", "fused clients train without it; set engine.fuse: 1"
 
@@ -123,11 +125,14 @@ class Recipe(Blocks):
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
-        if fed.proximal and self.privacy.example_level is not None:
-            told = "would be added to gradients that privacy.example_level clips row by row"
-            yield "federation.proximal", f"{told}; leave one of them out"
-        if fed.proximal and self.training.get("fp16"):
-            yield "federation.proximal", "training.fp16 scales gradients, and not this; use bf16"
+        pulls = {"federation.proximal": fed.proximal > 0}
+        pulls["method.options.decay"] = self.method.chosen.assignment.pruning is not None
+        for key in (key for key, pulling in pulls.items() if pulling):
+            if self.privacy.example_level is not None:
+                told = "would be added to gradients that privacy.example_level clips row by row"
+                yield key, f"{told}; leave one of them out"
+            if self.training.get("fp16"):
+                yield key, "training.fp16 scales gradients, and not this; use bf16"
         if fed.optimizer is not None:
             for option, why in fed.optimizer.problems(method, fed.server_learning_rate):
                 yield f"federation.{option}", f"{self.method.name}: {why}"
