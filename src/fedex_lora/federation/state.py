@@ -19,6 +19,7 @@ from fedex_lora.aggregation.adapter import (
 from fedex_lora.aggregation.aggregator import Aggregate
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Increment, Ledger
+from fedex_lora.aggregation.seeding import derive
 from fedex_lora.federation.messages import (
     VARIATE,
     Broadcast,
@@ -76,6 +77,7 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
         initial: Factors at the full rank and head. Where B ≠ 0 (an adapter to start from), all
             ranks must be equal.
     """
+    initial = first(settings, initial)
     own, assignment = {}, settings.method.assignment
     if assignment.own and not assignment.private:  # else the server has nothing of them
         for client in settings.clients:
@@ -86,21 +88,20 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
     if not settings.method.shared_base:  # own increments are subtracted, so G must hold them
         started = {n: f.delta() for n, f in initial.layers.items() if f.B.any()}
         ledger = Ledger((), started, 0)
-    return ServerState(0, dict(initial.layers), first_head(settings, initial), ledger, own)
+    return ServerState(0, dict(initial.layers), initial.head, ledger, own)
 
 
-def first_head(settings: Settings, initial: AdapterState) -> dict[str, Tensor]:
-    """The head before round 1: with R = 0 where one is trained, so that G is as loaded."""
-    head = dict(initial.head)
-    if settings.method.trains == "inner":
-        head |= {inner_name(n): torch.zeros(s.rank, s.rank) for n, s in settings.layers.items()}
-    return head
-
-
-def first_start(settings: Settings, initial: AdapterState, client: str) -> AdapterState:
-    """The factors and head that a client starts round 1 from, its own factors apart."""
-    shared = ServerState(0, initial.layers, first_head(settings, initial))
-    return start_of(shared, settings, client)
+def first(settings: Settings, initial: AdapterState) -> AdapterState:
+    """What the method makes of the initial factors and head before round 1; G is as loaded."""
+    layers, head = {}, dict(initial.head)
+    for name, shape in settings.layers.items():
+        seed = derive(settings.seed, "first", name)
+        given = settings.method.assignment.first(shape, initial.layers[name], seed)
+        assert given.factors is not None
+        layers[name] = given.factors
+        if given.inner is not None:
+            head[inner_name(name)] = given.inner
+    return AdapterState(layers, head)
 
 
 def admit(

@@ -324,7 +324,9 @@ def _without_numbers(state: ServerState) -> ServerState:
     }
     return replace(
         state,
-        factors={n: Factors(f.A, f.B.to("meta"), f.scale) for n, f in state.factors.items()},
+        factors={
+            n: Factors(f.A.to("meta"), f.B.to("meta"), f.scale) for n, f in state.factors.items()
+        },
         ledger=Ledger((), snapshot, 0),
         own={c: {n: t.to("meta") for n, t in own.items()} for c, own in state.own.items()},
     )
