@@ -68,14 +68,21 @@ class Factors:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Everything a client trains: factors by layer, and the head by parameter name."""
+    """Everything a client trains: factors by layer, and the head by parameter name.
+
+    Attributes:
+        variates: SCAFFOLD's, by A/LAYER, B/LAYER and head/PARAMETER, where there are some: c − cᵢ
+            of a client that begins, its next cᵢ of one that has ended.
+    """
 
     layers: Mapping[str, Factors] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    variates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes of all tensors in it."""
-        tensors = [t for f in self.layers.values() for t in (f.A, f.B)] + list(self.head.values())
+        tensors = [t for f in self.layers.values() for t in (f.A, f.B)]
+        tensors += [*self.head.values(), *self.variates.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
