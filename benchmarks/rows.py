@@ -23,6 +23,7 @@ from benchmarks import (
     rounds,
     scaling,
     tree,
+    turns,
 )
 from benchmarks.peers import row as peers
 from benchmarks.results import Row, store
@@ -54,6 +55,7 @@ def rows(given: Given) -> dict[str, Callable[[], Row]]:
         "peers": _with(data, lambda path: peers.row(path, given.chorus)),
         "precision": _with(data, rounds.precision),
         "round": _with(data, rounds.parts),
+        "turns": _with(data, turns.row),
         "memory": memory.row,
         "language": language.row,
         "generation": _with(data, lambda path: generating.row(path, given.model)),

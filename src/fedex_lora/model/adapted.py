@@ -135,7 +135,7 @@ class AdaptedModel:
 
     def freeze(self, trained: frozenset[str]) -> None:
         """Trains the factors in `trained`, of "A" and "B", and the head; freezes all the rest."""
-        for parameter in self._base.model.parameters():
+        for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         for layer in self._layers.values():
             a, b = layer.factors()
