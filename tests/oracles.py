@@ -84,4 +84,6 @@ def trained_by(
         )
         for name, f in start.layers.items()
     }
-    return AdapterState(factors, {n: drift(t) for n, t in start.head.items()})
+    head = {n: drift(t) for n, t in start.head.items()}
+    pair = {n: Factors(drift(f.A), drift(f.B), f.scale) for n, f in start.pair.items()}
+    return AdapterState(factors, head, pair)

@@ -113,7 +113,8 @@ def start_of(state: ServerState, settings: Settings, client: str) -> AdapterStat
         zeros = {weight_name(n): torch.zeros(s.out, s.inp) for n, s in settings.layers.items()}
         head = {**head, **zeros}
     layers = settings.layers_of(client, state.ranks.get(client))
-    shared = AdapterState(cut(state.factors, layers), head)
+    pair = settings.method.assignment.pair(layers, settings.seed)
+    shared = AdapterState(cut(state.factors, layers), head, pair)
     own = state.own.get(client)
     return shared if own is None else replaced(shared, dict(own.items()))
 
