@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -86,4 +87,4 @@ def trained_by(
     }
     head = {n: drift(t) for n, t in start.head.items()}
     pair = {n: Factors(drift(f.A), drift(f.B), f.scale) for n, f in start.pair.items()}
-    return AdapterState(factors, head, pair)
+    return replace(start, layers=factors, head=head, pair=pair)

@@ -71,18 +71,21 @@ class AdapterState:
     """Everything a client trains: factors by layer, and the head by parameter name.
 
     Attributes:
+        variates: SCAFFOLD's, by A/LAYER, B/LAYER and head/PARAMETER, where there are some: c − cᵢ
+            of a client that begins, its next cᵢ of one that has ended.
         pair: Of a client that has a pair of its own beside the shared one. The scale of one is the
             part that it has in the client's model, and the shared one has the rest of its own.
     """
 
     layers: Mapping[str, Factors] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    variates: Mapping[str, Tensor] = field(default_factory=dict)
     pair: Mapping[str, Factors] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes of all tensors in it."""
-        factors = [*self.layers.values(), *self.pair.values()]
-        tensors = [t for f in factors for t in (f.A, f.B)] + list(self.head.values())
+        tensors = [t for f in [*self.layers.values(), *self.pair.values()] for t in (f.A, f.B)]
+        tensors += [*self.head.values(), *self.variates.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -124,7 +127,7 @@ def folded(state: AdapterState) -> AdapterState:
         name: f if (r := inner[name]) is None else replace(f, B=f.B @ whole_inner(r, f.rank))
         for name, f in state.layers.items()
     }
-    return mixed(AdapterState(layers, head, state.pair))
+    return mixed(AdapterState(layers, head, pair=state.pair))
 
 
 def mixed(state: AdapterState) -> AdapterState:
@@ -133,7 +136,7 @@ def mixed(state: AdapterState) -> AdapterState:
     Example:
         >>> shared = Factors(torch.ones(1, 2), torch.ones(3, 1), 2.0)
         >>> own = Factors(torch.ones(1, 2), 5 * torch.ones(3, 1), 0.5)
-        >>> both = mixed(AdapterState({"q": shared}, {}, {"q": own})).layers["q"]
+        >>> both = mixed(AdapterState({"q": shared}, pair={"q": own})).layers["q"]
         >>> both.rank, both.delta().dense()[0, 0].item()
         (2, 4.0)
     """

@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from fedex_lora.aggregation.methods import get_method
 from fedex_lora.cli.common import app, complain, phase, say
 from fedex_lora.errors import DataError, RecipeError, StorageError, UserError, did_you_mean, some
 
@@ -111,6 +110,8 @@ def _kind(text: str) -> str:
 
 
 def _method(text: str) -> str:
+    from fedex_lora.aggregation.methods import get_method
+
     try:
         get_method(text)
     except UserError as error:

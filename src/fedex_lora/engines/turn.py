@@ -20,9 +20,9 @@ from fedex_lora.aggregation.pruning import Pruning
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError
-from fedex_lora.federation.messages import Tensors, Update, flat, only
+from fedex_lora.federation.messages import Tensors, Update, flat
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import own_part
+from fedex_lora.federation.state import own_part, sent_part
 from fedex_lora.model.adapted import AdaptedModel
 
 
@@ -134,6 +134,8 @@ def take_turns(
     if pairs:
         ends = [replace(end, pair=pair) for end, (pair, _) in zip(ends, pairs, strict=True)]
         found = [_told(one, more) for one, (_, more) in zip(found, pairs, strict=True)]
+    if settings.scaffold and not all(end.variates for end in ends):
+        raise UserError("scaffold: this way to train makes no control variates; take HFTrainer")
     return [
         _update(turn, flat(end), trained.metrics, settings, transform)
         for turn, end, trained in zip(turns, ends, found, strict=True)
@@ -172,7 +174,9 @@ def _update(
 ) -> Update:
     assignment = settings.method.assignment
     kept = own_part(settings, end) if assignment.private else {}
-    sent = only(end, settings.method.sent(turn.round))
+    sent = sent_part(settings, end, turn.round)
+    if transform is not None and settings.scaffold:
+        raise UserError("scaffold: variates cross as they are; leave the transform out")
     if transform is not None and settings.method.exchanges:  # of what stays, nothing is hidden
         start = flat(turn.start)
         drift = {name: value - start[name] for name, value in sent.items()}

@@ -2,8 +2,8 @@
 
 A message holds only what its receiver lacks: factors that are a function of the seed, or that have
 not changed since the version it holds, are not sent. Tensors go by flat names: A/LAYER, B/LAYER,
-head/PARAMETER; those of a client's own pair, which never cross, by pair/A/LAYER and pair/B/LAYER.
-`codec` makes bytes of messages.
+head/PARAMETER; a control variate is called variate/ and what it is of. Those of a client's own
+pair, pair/A/LAYER and pair/B/LAYER, never cross. `codec` makes bytes of messages.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fedex_lora.aggregation.adapter import (
 from fedex_lora.aggregation.ledger import Ledger
 
 Tensors = Mapping[str, Tensor]
+VARIATE = "variate"  # before the name of what it is of
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,19 @@ def flat(adapter: AdapterState) -> dict[str, Tensor]:
     """
     found = {f"{x}/{name}": getattr(f, x) for x in "AB" for name, f in adapter.layers.items()}
     found |= {f"pair/{x}/{name}": getattr(f, x) for x in "AB" for name, f in adapter.pair.items()}
-    return found | {f"head/{name}": value for name, value in adapter.head.items()}
+    found |= {f"head/{name}": value for name, value in adapter.head.items()}
+    return found | prefixed(adapter.variates)
+
+
+def prefixed(variates: Tensors) -> dict[str, Tensor]:
+    """Control variates by the names under which they cross."""
+    return {f"{VARIATE}/{name}": value for name, value in variates.items()}
+
+
+def variates_in(tensors: Tensors) -> dict[str, Tensor]:
+    """The control variates in a message, by the names of what they are of."""
+    found = only(tensors, {VARIATE})
+    return {name.removeprefix(f"{VARIATE}/"): value for name, value in found.items()}
 
 
 def replaced(adapter: AdapterState, tensors: Tensors) -> AdapterState:
@@ -121,7 +134,9 @@ def replaced(adapter: AdapterState, tensors: Tensors) -> AdapterState:
         }
 
     head = {name: tensors.get(f"head/{name}", value) for name, value in adapter.head.items()}
-    return AdapterState(factors(adapter.layers, ""), head, factors(adapter.pair, "pair/"))
+    variates = {name: tensors.get(f"{VARIATE}/{name}", c) for name, c in adapter.variates.items()}
+    pair = factors(adapter.pair, "pair/")
+    return AdapterState(factors(adapter.layers, ""), head, variates, pair)
 
 
 def only(tensors: Tensors, kinds: frozenset[str] | set[str]) -> dict[str, Tensor]:

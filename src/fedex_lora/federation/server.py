@@ -10,9 +10,9 @@ from fedex_lora.aggregation.adapter import AdapterState, LayerShape, fresh
 from fedex_lora.aggregation.methods import Method, get_method
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange, Record, run_round
-from fedex_lora.federation.messages import Broadcast, Scores, Update, flat, only, replaced
+from fedex_lora.federation.messages import Broadcast, Scores, Update, flat, replaced
 from fedex_lora.federation.settings import Settings, check_options
-from fedex_lora.federation.state import ServerState, begin, own_part, start_of
+from fedex_lora.federation.state import ServerState, begin, own_part, sent_part, start_of
 
 
 class Server:
@@ -78,7 +78,7 @@ class Server:
         """
         method, round, tensors = self.settings.method, state.version + 1, flat(end)
         kept = own_part(self.settings, tensors) if method.assignment.private else {}
-        return Update(round, client, only(tensors, method.sent(round)), examples, kept=kept)
+        return Update(round, client, sent_part(self.settings, tensors, round), examples, kept=kept)
 
     def step(self, state: ServerState, updates: Mapping[str, Update]) -> tuple[ServerState, Record]:
         """The state after the updates are aggregated, and the round's record.

@@ -20,9 +20,18 @@ from fedex_lora.aggregation.aggregator import Aggregate
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Increment, Ledger
 from fedex_lora.aggregation.seeding import derive
-from fedex_lora.federation.messages import Broadcast, Tensors, flat, only, replaced
+from fedex_lora.federation.messages import (
+    VARIATE,
+    Broadcast,
+    Tensors,
+    flat,
+    only,
+    prefixed,
+    replaced,
+)
 from fedex_lora.federation.optimizing import optimized
 from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.variates import correction
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class ServerState:
         taken: The last round of which a client's update was taken.
         optimizer: What the server's optimizer remembers.
         ranks: Of clients whose rank was pruned.
+        variates: Every client's control variate cᵢ by flat name, where there are some, and
+        variate: Σ nᵢcᵢ.
     """
 
     version: int
@@ -55,6 +66,8 @@ class ServerState:
     taken: Mapping[str, int] = field(default_factory=dict)
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    variates: Mapping[str, Tensors] = field(default_factory=dict)
+    variate: Tensors = field(default_factory=dict)
 
 
 def begin(settings: Settings, initial: AdapterState) -> ServerState:
@@ -105,6 +118,14 @@ def own_part(settings: Settings, tensors: Tensors) -> dict[str, Tensor]:
     return only(tensors, assignment.own | ({"head"} if assignment.head_private else set()))
 
 
+def sent_part(settings: Settings, tensors: Tensors, round: int) -> dict[str, Tensor]:
+    """Of a client's tensors those that its update of a round holds, and their variates."""
+    found = only(tensors, settings.method.sent(round))
+    if settings.scaffold:
+        found |= {name: tensors[name] for name in prefixed(found)}
+    return found
+
+
 def start_of(state: ServerState, settings: Settings, client: str) -> AdapterState:
     """The factors and head this client starts the next round from. Where gradients of whole weights
     are to be sent, they are part of that head, and zero."""
@@ -114,7 +135,11 @@ def start_of(state: ServerState, settings: Settings, client: str) -> AdapterStat
         head = {**head, **zeros}
     layers = settings.layers_of(client, state.ranks.get(client))
     pair = settings.method.assignment.pair(layers, settings.seed)
-    shared = AdapterState(cut(state.factors, layers), head, pair)
+    shared = AdapterState(cut(state.factors, layers), head, pair=pair)
+    if settings.scaffold:
+        method, mine = settings.method, state.variates.get(client, {})
+        ever = only(flat(shared), method.trained(1) | method.trained(2) | {"head"})
+        shared = replace(shared, variates=correction(settings, state.variate, mine, ever))
     own = state.own.get(client)
     return shared if own is None else replaced(shared, dict(own.items()))
 
@@ -163,7 +188,7 @@ def broadcast_to(
         head = {f"head/{n}": t for n, t in state.head.items()}
         changed = state.changed.get("head", 0) > held
         return Broadcast(round, head if changed else {}, part, state.version)
-    when = {"head": state.changed.get("head", 0)}
+    when = {x: state.changed.get(x, 0) for x in ("head", VARIATE)}
     for x in "AB":
         when[x] = state.changed.get(f"own/{client}" if x in assignment.own else x, 0)
     if assignment.private:  # the server does not know them
@@ -244,7 +269,8 @@ def _changed(state: ServerState, settings: Settings, dtype: torch.dtype) -> set[
     """What is new for all clients; a lossless message also brings what lossy ones left."""
     late = {name[0] for name in state.late if name[:2] in ("A/", "B/")}
     lossless = late if dtype == torch.float32 else set()
-    return {"head"} | settings.method.sent_down(state.version + 1) | lossless
+    variates = {VARIATE} if settings.scaffold else set()
+    return {"head"} | variates | settings.method.sent_down(state.version + 1) | lossless
 
 
 def _round_off(

@@ -91,6 +91,8 @@ def _client_level(recipe: Blocks) -> Iterator[Problem]:
             f"the noise is on the weighted mean, which {recipe.federation.mean} is not ({key}); "
             "set weighted",
         )
+    if recipe.federation.scaffold:
+        yield "federation.scaffold", f"variates cross without the noise ({key}); leave it out"
     if recipe.federation.align:
         yield (
             "federation.align",

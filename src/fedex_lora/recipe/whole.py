@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.aggregation.scaffold import scaffold_problems
 from fedex_lora.recipe.blocks import Blocks
 from fedex_lora.recipe.differential import differential_problems
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
@@ -121,6 +122,8 @@ class Recipe(Blocks):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
         if self.method.chosen.assignment.pruning is not None:
             yield "method.options.decay", "fused clients keep one rank; set engine.fuse: 1"
+        if self.federation.scaffold:
+            yield "federation.scaffold", "fused clients train without it; set engine.fuse: 1"
         if self.federation.proximal:
             yield "federation.proximal", "fused clients train without it; set engine.fuse: 1"
 
@@ -128,7 +131,10 @@ class Recipe(Blocks):
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
-        pulls = {"federation.proximal": fed.proximal > 0}
+        if fed.scaffold:
+            for option, why in scaffold_problems(method, fed.combining):
+                yield f"federation.{option}", f"{self.method.name}: {why}"
+        pulls = {"federation.proximal": fed.proximal > 0, "federation.scaffold": fed.scaffold}
         pulls["method.options.decay"] = self.method.chosen.assignment.pruning is not None
         for key in (key for key, pulling in pulls.items() if pulling):
             if self.privacy.example_level is not None:
