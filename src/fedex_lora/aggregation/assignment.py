@@ -9,7 +9,7 @@ recipe what may be combined, from here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, ClassVar
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedex_lora.aggregation.adapter import Factors
+    from fedex_lora.aggregation.adapter import Factors, LayerShape
     from fedex_lora.aggregation.delta import Delta
+    from fedex_lora.aggregation.pruning import Pruning
     from fedex_lora.aggregation.statistics import Statistics
 
 BOTH = frozenset("AB")
 NONE: frozenset[str] = frozenset()
+OWN_PAIR = frozenset({"pair"})  # a pair beside A and B
 SUMS = frozenset({"product", "increment"})
 KNOWN = SUMS | {"ends"}
 
@@ -36,7 +38,8 @@ class Assigned:
             where no factor comes from the server.
         left_out: The residual: what of G' − base the factors do not express. None if nothing is
             left, or nobody asks.
-        inner: R (r × r) between B and A from now on, if it is new; it goes into the head.
+        inner: What lies between B and A from now on, if it is new; it goes into the head. R
+            (r × r), or the blocks of a block-diagonal one (heads × p × p), which is cut to r × r.
     """
 
     factors: Factors | None
@@ -53,7 +56,8 @@ class Assignment(ABC):
     Attributes:
         name: In tables.
         shared: Factors that the server gives to all clients alike.
-        own: Factors of which each client has its own, which are its state while it is away.
+        own: Factors of which each client has its own, which are its state while it is away: of "A"
+            and "B", or a "pair" beside them, which is private.
         drawn: Whether all factors follow from the seed: A at random, B = 0, and nothing is sent.
         needs: What `assign` reads beside the means. Sums over the clients' products BᵢAᵢ:
             "product", Σ wᵢsᵢBᵢAᵢ, or "increment", Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰). Or "ends", every
@@ -65,6 +69,8 @@ class Assignment(ABC):
         private: Whether own factors never leave their client, which needs no sum of them.
         head_private: Whether the head stays with its client too, so that nothing is exchanged.
         ranks_may_differ: Whether clients may have different LoRA ranks.
+        gradients: Whether `assign` makes the factors of round 1 of a gradient: clients send those
+            of the adapted layers' whole weights in that round.
     """
 
     name: ClassVar[str] = ""
@@ -77,6 +83,29 @@ class Assignment(ABC):
     private: ClassVar[bool] = False
     head_private: ClassVar[bool] = False
     ranks_may_differ: ClassVar[bool] = False
+    gradients: ClassVar[bool] = False
+
+    def first(self, layer: LayerShape, factors: Factors, seed: int) -> Assigned:
+        """What clients start round 1 from.
+
+        Args:
+            factors: A at random and B = 0, or those of an adapter to start from.
+            seed: The layer's own, for what else is drawn.
+        """
+        return Assigned(factors)
+
+    def pair(self, layers: Mapping[str, LayerShape], seed: int) -> Mapping[str, Factors]:
+        """The pair of its own that a client begins with, by layer, where `own` has one.
+
+        Its scale is λs for a layer's scale s: its part in the client's model, of which the shared
+        pair is the rest, (1 − λ)s.
+        """
+        return {}
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """How clients' ranks shrink, if they do."""
+        return None
 
     @abstractmethod
     def assign(self, s: Statistics) -> Assigned:
@@ -92,7 +121,7 @@ class Assignment(ABC):
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself, or is missing."""
-        for field, known in (("shared", BOTH), ("own", BOTH), ("needs", KNOWN)):
+        for field, known in (("shared", BOTH), ("own", BOTH | OWN_PAIR), ("needs", KNOWN)):
             value = getattr(self, field)
             if not isinstance(value, Set) or not value <= known:
                 yield f"{field} is {value!r}; expected a set of {' and '.join(sorted(known))}"
@@ -109,6 +138,8 @@ class Assignment(ABC):
         for field in ("dealt", "private"):
             if getattr(self, field) and not self.own:
                 yield f"{field} is about own factors, and there are none"
+        if "pair" in self.own and not self.private:
+            yield "a pair beside the shared factors is private"
         if self.dealt and self.private:
             yield "own factors that the server deals out are not private"
         if self.head_private and not (self.private and self.own == BOTH):

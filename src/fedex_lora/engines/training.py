@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
 from statistics import fmean
@@ -27,6 +27,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.engines.pulls import pulled
 from fedex_lora.engines.trainer import LabelledTrainer, OnStep, walked_once
 from fedex_lora.engines.training_log import TrainingLog, named, reported
 from fedex_lora.engines.turn import OnTurn, Trained, Turn
@@ -188,12 +189,13 @@ class HFTrainer:
         if turn.gradients:
             return self._first_gradients(model, turn)
         model.write(turn.start)
-        model.freeze(turn.trained)
+        model.freeze(turn.trained, turn.head)
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
         trainer = self._trainer(model, turn, on_step, log)
-        held = held_back(model.module, self.proximal, trainer.args)
-        with reported(trainer, log), attention(trainer.args), held:
+        accelerator = trainer.accelerator
+        pulls = pulled(model.parameters(), turn, self.proximal, lambda: accelerator.sync_gradients)
+        with reported(trainer, log), attention(trainer.args), pulls as sums:
             try:
                 output = trainer.train()
             except ImportError as error:  # of what it looks for only here
@@ -204,7 +206,8 @@ class HFTrainer:
             "steps": float(output.global_step),
             "seconds": perf_counter() - began,
         }
-        return Trained(metrics, model.read())
+        variates = {n: g.cpu() / output.global_step for n, g in sums.items()}
+        return Trained(metrics, replace(model.read(), variates=variates))
 
     def _first_gradients(self, model: AdaptedModel, turn: Turn) -> Trained:
         """The mean gradient of every adapted layer's whole weight over the first batches, in the
@@ -244,27 +247,6 @@ class HFTrainer:
         weakref.finalize(trainer, shutil.rmtree, directory, ignore_errors=True)
         self._last[:] = [trainer]
         return trainer
-
-
-@contextmanager
-def held_back(module: torch.nn.Module, mu: float, args: TrainingArguments) -> Iterator[None]:
-    """Adds μ·(x − x⁰) to the gradient of all that is trained, x⁰ being what it is now.
-
-    It is added as the gradient is made, so that it is clipped with it; of several backward passes
-    to a step each adds its part.
-    """
-    share = mu / args.gradient_accumulation_steps
-    hooks = []
-    for p in module.parameters() if mu else ():
-        if p.requires_grad:
-            began = p.detach().clone()
-            pull = partial(lambda p, began, g: g + share * (p.detach() - began), p, began)
-            hooks.append(p.register_hook(pull))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _release(trainer: LabelledTrainer, model: AdaptedModel) -> None:

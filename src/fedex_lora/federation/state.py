@@ -11,6 +11,7 @@ from torch import Tensor
 from fedex_lora.aggregation.adapter import (
     AdapterState,
     Factors,
+    LayerShape,
     fresh,
     inner_name,
     weight_name,
@@ -18,9 +19,19 @@ from fedex_lora.aggregation.adapter import (
 from fedex_lora.aggregation.aggregator import Aggregate
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Increment, Ledger
-from fedex_lora.federation.messages import Broadcast, Tensors, flat, only, replaced
+from fedex_lora.aggregation.seeding import derive
+from fedex_lora.federation.messages import (
+    VARIATE,
+    Broadcast,
+    Tensors,
+    flat,
+    only,
+    prefixed,
+    replaced,
+)
 from fedex_lora.federation.optimizing import optimized
 from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.variates import correction
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,9 @@ class ServerState:
         changed: The version at which "A", "B", "head" last changed; own factors as "own/NAME".
         taken: The last round of which a client's update was taken.
         optimizer: What the server's optimizer remembers.
+        ranks: Of clients whose rank was pruned.
+        variates: Every client's control variate cᵢ by flat name, where there are some, and
+        variate: Σ nᵢcᵢ.
     """
 
     version: int
@@ -51,6 +65,9 @@ class ServerState:
     changed: Mapping[str, int] = field(default_factory=dict)
     taken: Mapping[str, int] = field(default_factory=dict)
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    variates: Mapping[str, Tensors] = field(default_factory=dict)
+    variate: Tensors = field(default_factory=dict)
 
 
 def begin(settings: Settings, initial: AdapterState) -> ServerState:
@@ -60,30 +77,31 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
         initial: Factors at the full rank and head. Where B ≠ 0 (an adapter to start from), all
             ranks must be equal.
     """
+    initial = first(settings, initial)
     own, assignment = {}, settings.method.assignment
     if assignment.own and not assignment.private:  # else the server has nothing of them
         for client in settings.clients:
-            whole = AdapterState(cut(initial.layers, settings, client), initial.head)
+            layers = cut(initial.layers, settings.layers_of(client))
+            whole = AdapterState(layers, initial.head)
             own[client] = own_part(settings, flat(whole))
     ledger = Ledger()
     if not settings.method.shared_base:  # own increments are subtracted, so G must hold them
         started = {n: f.delta() for n, f in initial.layers.items() if f.B.any()}
         ledger = Ledger((), started, 0)
-    return ServerState(0, dict(initial.layers), first_head(settings, initial), ledger, own)
+    return ServerState(0, dict(initial.layers), initial.head, ledger, own)
 
 
-def first_head(settings: Settings, initial: AdapterState) -> dict[str, Tensor]:
-    """The head before round 1: with R = 0 where one is trained, so that G is as loaded."""
-    head = dict(initial.head)
-    if settings.method.trains == "inner":
-        head |= {inner_name(n): torch.zeros(s.rank, s.rank) for n, s in settings.layers.items()}
-    return head
-
-
-def first_start(settings: Settings, initial: AdapterState, client: str) -> AdapterState:
-    """The factors and head that a client starts round 1 from, its own factors apart."""
-    shared = ServerState(0, initial.layers, first_head(settings, initial))
-    return start_of(shared, settings, client)
+def first(settings: Settings, initial: AdapterState) -> AdapterState:
+    """What the method makes of the initial factors and head before round 1; G is as loaded."""
+    layers, head = {}, dict(initial.head)
+    for name, shape in settings.layers.items():
+        seed = derive(settings.seed, "first", name)
+        given = settings.method.assignment.first(shape, initial.layers[name], seed)
+        assert given.factors is not None
+        layers[name] = given.factors
+        if given.inner is not None:
+            head[inner_name(name)] = given.inner
+    return AdapterState(layers, head)
 
 
 def admit(
@@ -100,6 +118,14 @@ def own_part(settings: Settings, tensors: Tensors) -> dict[str, Tensor]:
     return only(tensors, assignment.own | ({"head"} if assignment.head_private else set()))
 
 
+def sent_part(settings: Settings, tensors: Tensors, round: int) -> dict[str, Tensor]:
+    """Of a client's tensors those that its update of a round holds, and their variates."""
+    found = only(tensors, settings.method.sent(round))
+    if settings.scaffold:
+        found |= {name: tensors[name] for name in prefixed(found)}
+    return found
+
+
 def start_of(state: ServerState, settings: Settings, client: str) -> AdapterState:
     """The factors and head this client starts the next round from. Where gradients of whole weights
     are to be sent, they are part of that head, and zero."""
@@ -107,7 +133,13 @@ def start_of(state: ServerState, settings: Settings, client: str) -> AdapterStat
     if settings.method.sends_gradients(state.version + 1):
         zeros = {weight_name(n): torch.zeros(s.out, s.inp) for n, s in settings.layers.items()}
         head = {**head, **zeros}
-    shared = AdapterState(cut(state.factors, settings, client), head)
+    layers = settings.layers_of(client, state.ranks.get(client))
+    pair = settings.method.assignment.pair(layers, settings.seed)
+    shared = AdapterState(cut(state.factors, layers), head, pair=pair)
+    if settings.scaffold:
+        method, mine = settings.method, state.variates.get(client, {})
+        ever = only(flat(shared), method.trained(1) | method.trained(2) | {"head"})
+        shared = replace(shared, variates=correction(settings, state.variate, mine, ever))
     own = state.own.get(client)
     return shared if own is None else replaced(shared, dict(own.items()))
 
@@ -156,7 +188,7 @@ def broadcast_to(
         head = {f"head/{n}": t for n, t in state.head.items()}
         changed = state.changed.get("head", 0) > held
         return Broadcast(round, head if changed else {}, part, state.version)
-    when = {"head": state.changed.get("head", 0)}
+    when = {x: state.changed.get(x, 0) for x in ("head", VARIATE)}
     for x in "AB":
         when[x] = state.changed.get(f"own/{client}" if x in assignment.own else x, 0)
     if assignment.private:  # the server does not know them
@@ -222,10 +254,10 @@ def step(
     )
 
 
-def cut(factors: Mapping[str, Factors], settings: Settings, client: str) -> dict[str, Factors]:
-    """The first rows and columns, as many as the client's rank; B in units of its scale."""
+def cut(factors: Mapping[str, Factors], layers: Mapping[str, LayerShape]) -> dict[str, Factors]:
+    """The first rows and columns, as many as the layers' rank; B in units of its scale."""
     found = {}
-    for name, layer in settings.layers_of(client).items():
+    for name, layer in layers.items():
         f = factors[name]
         same = layer.rank == f.rank
         b = f.B if same else f.B[:, : layer.rank] * (f.scale / layer.scale)
@@ -237,7 +269,8 @@ def _changed(state: ServerState, settings: Settings, dtype: torch.dtype) -> set[
     """What is new for all clients; a lossless message also brings what lossy ones left."""
     late = {name[0] for name in state.late if name[:2] in ("A/", "B/")}
     lossless = late if dtype == torch.float32 else set()
-    return {"head"} | settings.method.sent_down(state.version + 1) | lossless
+    variates = {VARIATE} if settings.scaffold else set()
+    return {"head"} | variates | settings.method.sent_down(state.version + 1) | lossless
 
 
 def _round_off(
@@ -292,7 +325,7 @@ def _own(
         return {**state.own, **kept}, {}
     own = dict(state.own)
     for client in taken:
-        given = flat(AdapterState(cut(result.factors, settings, client)))
+        given = flat(AdapterState(cut(result.factors, settings.layers_of(client))))
         own[client] = {name: t.to(dtype).float() for name, t in given.items()}
     return own, dict.fromkeys((f"own/{client}" for client in taken), state.version + 1)
 

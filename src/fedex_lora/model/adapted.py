@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fedex_lora.aggregation.adapter import (
-    AdapterState,
-    LayerShape,
-    folded,
-    fresh,
-    inner_name,
-)
+from fedex_lora.aggregation.adapter import AdapterState, LayerShape, folded, fresh, inner_name
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import RecipeError
@@ -133,18 +127,26 @@ class AdaptedModel:
                     )
                 parameter.copy_(state.head[name])
 
-    def freeze(self, trained: frozenset[str]) -> None:
-        """Trains the factors in `trained`, of "A" and "B", and the head; freezes all the rest."""
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own factors and head, as A/LAYER, B/LAYER and head/PARAMETER."""
+        pairs = {name: layer.factors() for name, layer in self._layers.items()}
+        found = {f"{x}/{name}": p for name, pair in pairs.items() for x, p in zip("AB", pair)}
+        inner = {f"{n}.{p}": v for n, layer in self._layers.items() for p, v in layer.between()}
+        return found | {f"head/{name}": p for name, p in (self._head | inner).items()}
+
+    def freeze(self, trained: frozenset[str], head: bool = True) -> None:
+        """Trains the factors in `trained`, of "A" and "B", and the head, unless it is not to be;
+        freezes all the rest."""
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         for layer in self._layers.values():
             a, b = layer.factors()
             a.requires_grad_("A" in trained)
             b.requires_grad_("B" in trained)
-            if layer.inner is not None:
-                layer.inner.requires_grad_(True)
+            for _, parameter in layer.between():
+                parameter.requires_grad_(True)
         for parameter in self._head.values():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(head)
 
     @contextmanager
     def gradients(self) -> Iterator[dict[str, Tensor]]:
@@ -279,7 +281,7 @@ class AdaptedModel:
     def _read_head(self) -> dict[str, Tensor]:
         found = {name: copy_of(parameter) for name, parameter in self._head.items()}
         inner = {inner_name(name): layer.inner for name, layer in self._layers.items()}
-        return found | {name: copy_of(r) for name, r in inner.items() if r is not None}
+        return found | {name: copy_of(r.value()) for name, r in inner.items() if r is not None}
 
     def _plain_model(self, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
         base = self._base.model

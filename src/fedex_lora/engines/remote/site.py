@@ -34,7 +34,7 @@ from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer
 from fedex_lora.engines.transforms import clip, clipped
-from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
+from fedex_lora.engines.turn import Train, Transform, take_turns, turn_of
 from fedex_lora.errors import UserError, for_others
 from fedex_lora.federation.codec import decode_update, encode_about, encode_update, read_about
 from fedex_lora.federation.messages import Update, flat
@@ -287,9 +287,8 @@ def _train(
 
 def _update(institution: Institution, held: Held) -> Update:
     """What the client trains in one turn."""
-    settings, round = institution.settings, held.version + 1
-    trained, rows = settings.method.trained(round), institution.rows
-    turn = Turn(institution.name, round, rows, held.adapter, trained, settings.seed)
+    settings, rows = institution.settings, institution.rows
+    turn = turn_of(settings, institution.name, held.version + 1, rows, held.adapter)
     (update,) = take_turns(
         institution.stage, institution.train, [turn], held.ledger, settings, institution.transform
     )
