@@ -137,9 +137,9 @@ class LabelledTrainer(Trainer):
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         if main is None or not main.numel():
             return super().floating_point_ops(inputs)
-        if self._ops is None:
-            self._ops = super().floating_point_ops(inputs) // main.numel()
-        return self._ops * main.numel()
+        ops = self._ops or super().floating_point_ops(inputs) // int(main.numel())
+        self._ops = ops
+        return ops * int(main.numel())
 
     _ops: int | None = None  # for one entry of the main input: a whole number of them
 
