@@ -28,7 +28,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.pulls import pulled
-from fedex_lora.engines.trainer import LabelledTrainer, OnStep
+from fedex_lora.engines.trainer import LabelledTrainer, OnStep, walked_once
 from fedex_lora.engines.training_log import TrainingLog, named, reported
 from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.errors import UserError, shown
@@ -181,14 +181,15 @@ class HFTrainer:
     )
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
-        return [self._train(model, turn) for turn in turns]
+        with walked_once(model.module):
+            return [self._train(model, turn) for turn in turns]
 
     def _train(self, model: AdaptedModel, turn: Turn) -> Trained:
         began = perf_counter()
         if turn.gradients:
             return self._first_gradients(model, turn)
         model.write(turn.start)
-        model.freeze(turn.trained)
+        model.freeze(turn.trained, turn.head)
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
         trainer = self._trainer(model, turn, on_step, log)
