@@ -127,7 +127,7 @@ def test_grids_and_recipes_are_told_apart(folder):
     with pytest.raises(UserError, match="this is a recipe"):
         plan(folder / "tiny.yaml")
     with pytest.raises(UserError, match="this is a grid"):
-        planning.load_recipe_with_places(folder / "grid.yaml")
+        planning.read_draft(folder / "grid.yaml")
 
 
 def small(folder, methods="fedit, ffa, fedex", more=""):

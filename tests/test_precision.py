@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from pydantic import ValidationError
 from small_runs import StopAfter, recipe
 
-from fedex_lora.engines.setup import set_up
+from fedex_lora.engines.setup import set_up, set_up_client, set_up_server
 from fedex_lora.engines.training import HFTrainer
 from fedex_lora.engines.turn import Turn
 from fedex_lora.recipe.reader import differences
+from fedex_lora.runs.autotune import settle_precision
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.watch import Silent
@@ -80,11 +85,36 @@ def test_only_a_precision_that_was_left_open_fits_another(tmp_path):
     assert differences(full, half) == ["engine.precision: float32 != bfloat16"]
 
 
+PRIVATE = {"example_level": {"noise_multiplier": 1.0, "delta": 1e-3}}
+
+
+@pytest.mark.parametrize("where", ["privacy", "device", "noise"])
+def test_auto_is_float32_where_bfloat16_cannot_be_had_or_measured(tmp_path, monkeypatch, where):
+    measured = iter([0.2, 0.0] if where == "noise" else [])
+    monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda _: next(measured))
+    blocks = {"privacy": PRIVATE} if where == "privacy" else {}
+    federation = set_up(recipe(tmp_path, engine={"precision": "auto"}, **blocks))
+    if where == "device":
+        old = SimpleNamespace(device=torch.device("cuda"))  # and there is none here
+        federation = replace(federation, model=cast(Any, old))
+    assert settle_precision(federation)[0].recipe.engine.precision == "float32"
+
+
+@pytest.mark.parametrize("kind", ["flower", "flower-simulation", "local"])
+def test_auto_is_what_all_machines_can_where_there_are_several(tmp_path, kind):
+    auto = recipe(tmp_path, engine={"precision": "auto", "fuse": "auto", "kind": kind})
+    for federation in (set_up_server(auto), set_up_client(auto, "ann")):
+        engine = federation.recipe.engine
+        assert (engine.precision, engine.fuse) == ("float32", 1)
+    named = auto.with_engine(precision="bfloat16")
+    assert set_up_server(named).recipe.trainer_arguments["bf16"]
+
+
 @pytest.mark.parametrize(
     ("blocks", "wrong"),
     [
         ({"engine": {"precision": "auto"}, "training": {"bf16": True}}, "training.bf16"),
-        ({"engine": {"precision": "auto", "kind": "flower"}}, "engine.precision"),
+        ({"engine": {"precision": "bfloat16"}, "privacy": PRIVATE}, "engine.precision"),
     ],
 )
 def test_what_contradicts_it_is_refused(tmp_path, blocks, wrong):

@@ -11,7 +11,8 @@ from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import dump_recipe
-from fedex_lora.runs.preflight import beforehand, check
+from fedex_lora.runs import preflight
+from fedex_lora.runs.preflight import check
 from fedex_lora.runs.run import start_run
 
 
@@ -105,7 +106,12 @@ def test_a_rank_that_some_layers_cannot_have_is_said_and_taken(folder, caplog):
         check(recipe(folder, "llama", lora=lora | {"target_modules": ["k_proj"]}))
 
 
-def test_what_is_fine_has_no_problems(folder):
-    fine = whole(folder)
-    check(fine)
-    assert list(beforehand(fine)) == []
+def test_rows_are_only_read_where_something_is_wrong(folder, monkeypatch):
+    """They take long, and are read anyway for the run."""
+    read = []
+    monkeypatch.setattr(preflight, "load_rows", lambda *_: read.append(1))
+    check(whole(folder))
+    assert not read
+    with pytest.raises(UserError, match=r"lora\.r: 17"):
+        check(whole(folder, lora={"r": 17}))
+    assert read

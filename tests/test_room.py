@@ -16,9 +16,9 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model import adapted, architectures
 from fedex_lora.recipe import Recipe
-from fedex_lora.runs.plan.memory import server_memory, turn_memory
+from fedex_lora.runs.plan.memory import ledger_numbers, server_memory, turn_memory
 from fedex_lora.runs.plan.traffic import DryRun
-from fedex_lora.runs.room import check_room, check_weights, ledger_numbers
+from fedex_lora.runs.preflight import check_room, check_weights
 from fedex_lora.runs.run import start_run
 
 

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from fedex_lora.engines.private.account import Accounts, Steps, added, epsilon, noise_for
 from fedex_lora.engines.private.plan import Shape, plan, shape_of
 from fedex_lora.errors import UserError
-from fedex_lora.recipe.differential import ExampleLevel
+from fedex_lora.recipe.privacy import ExampleLevel
 
 
 def exact(sigma: float, delta: float) -> float:

@@ -19,7 +19,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.noise import MeanNoise, next_bound, split
 from fedex_lora.federation.randomness import normal, rehearsed
-from fedex_lora.recipe.differential import ClientLevel
+from fedex_lora.recipe.privacy import ClientLevel
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 

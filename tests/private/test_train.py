@@ -22,7 +22,7 @@ from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis.runs import read_run
 from fedex_lora.federation.messages import flat
 from fedex_lora.federation.randomness import normal, poisson_sample, rehearsed
-from fedex_lora.recipe.reader import whole
+from fedex_lora.recipe.draft import whole
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 

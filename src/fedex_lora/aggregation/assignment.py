@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fedex_lora.aggregation.adapter import Factors
     from fedex_lora.aggregation.delta import Delta
+    from fedex_lora.aggregation.pruning import Pruning
     from fedex_lora.aggregation.statistics import Statistics
 
 BOTH = frozenset("AB")
@@ -77,6 +78,11 @@ class Assignment(ABC):
     private: ClassVar[bool] = False
     head_private: ClassVar[bool] = False
     ranks_may_differ: ClassVar[bool] = False
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """How clients' ranks shrink, if they do."""
+        return None
 
     @abstractmethod
     def assign(self, s: Statistics) -> Assigned:

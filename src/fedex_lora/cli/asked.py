@@ -9,7 +9,8 @@ from fedex_lora.data.load import SOURCES
 from fedex_lora.data.read import SUFFIXES, kind
 from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.recipe import Recipe, spec_of
-from fedex_lora.recipe.reader import Places, recipe_of
+from fedex_lora.recipe.draft import Places
+from fedex_lora.recipe.reader import drafted
 from fedex_lora.runs.evaluation import kind_of, model_block
 from fedex_lora.runs.rundir import RunDir
 
@@ -45,7 +46,7 @@ def asked(what: str, task: str | None, data: str | None, sets: list[str]) -> Rec
                 f"--{block}: missing; {what} is no run's directory, and a model alone does not say "
                 "what it is for"
             )
-    recipe = recipe_of(raw, places, sets, stored=run)
+    recipe = drafted(raw, places, sets, stored=run).settled()
     if kind_of(what) == "model" and recipe.model.name != what:
         raise RecipeError(f"--set model.name: the model is {what}, and has no other base")
     return recipe

@@ -14,8 +14,8 @@ import site
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,7 +30,7 @@ from fedex_lora.errors import QuorumLost, RecipeError, show_rows
 
 if TYPE_CHECKING:
     from fedex_lora.cli.display import Display
-    from fedex_lora.recipe import Problem, Recipe
+    from fedex_lora.recipe import Recipe
 
 
 def _version(asked: bool) -> None:
@@ -90,33 +90,22 @@ RankError = Annotated[
 
 
 def read_recipe(
-    path: Path, sets: list[str], tell: Callable[[Recipe], None] | None = None
+    path: Path, sets: list[str], announce: Callable[[Recipe], None] | None = None
 ) -> Recipe:
     """The recipe of a file; all that is wrong with it is told at once.
 
     Args:
-        tell: Is given the recipe before anything heavy is imported.
+        announce: Is given the recipe before anything heavy is imported.
     """
-    from fedex_lora.recipe.reader import load_recipe_with_places
+    from fedex_lora.recipe.reader import read_draft
 
-    def training(recipe: Recipe) -> Iterable[Problem]:
-        phase.info("loading libraries")
-        from fedex_lora.engines.training import training_problems
+    draft = read_draft(path, sets)
+    if announce is not None and draft.recipe is not None and not draft.lines:
+        announce(draft.recipe)
+    phase.info("loading libraries")
+    from fedex_lora.runs.preflight import beforehand
 
-        return training_problems(recipe.training)
-
-    def ranks_and_rows(recipe: Recipe) -> Iterable[Problem]:
-        from fedex_lora.runs.preflight import beforehand
-
-        return beforehand(recipe)
-
-    with suppress(RecipeError):  # which is told below, with whatever else is wrong
-        recipe = load_recipe_with_places(path, sets)[0]
-        if tell is not None:
-            tell(recipe)
-        if not any(training(recipe)):
-            return recipe
-    return load_recipe_with_places(path, sets, training, ranks_and_rows)[0]
+    return beforehand(draft).settled()
 
 
 def announce(recipe: Recipe) -> None:

@@ -41,7 +41,7 @@ def recipes(
 ) -> None:
     """List the recipes and grids in a directory."""
     from fedex_lora.experiments.grid.spec import grid_row, is_grid
-    from fedex_lora.recipe.reader import load_recipe_with_places
+    from fedex_lora.recipe.reader import load_recipe
 
     here = Path("recipes")
     directory = directory or (here if here.is_dir() else shipped_recipes() or here)
@@ -54,7 +54,7 @@ def recipes(
             if is_grid(file):
                 grids.append([str(file), *grid_row(file)])
                 continue
-            spec = load_recipe_with_places(file)[0]
+            spec = load_recipe(file)
         except UserError as error:
             rows.append([str(file), "-", "-", str(error).splitlines()[0]])
             continue

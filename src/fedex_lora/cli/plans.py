@@ -34,11 +34,9 @@ def plan_command(
     from fedex_lora.engines.setup import surroundings
     from fedex_lora.runs.plan.memory import total
     from fedex_lora.runs.plan.plan import plan
-    from fedex_lora.runs.preflight import check
 
     spec = read_recipe(recipe, set)
     with surroundings(spec):
-        check(spec)
         found = plan(spec, measured)
     if as_json:
         whole = {**asdict(found), "recipe": found.recipe.model_dump(mode="json")}

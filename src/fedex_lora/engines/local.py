@@ -10,7 +10,7 @@ from datasets import Dataset
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.stage import Stage
-from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
+from fedex_lora.engines.turn import Train, Transform, Turn, take_turns, turn_of
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Broadcast, Lost, Scores, Update, receive, replaced
@@ -144,14 +144,8 @@ class LocalEngine:
         return replaced(receive(first, message, layers, self.settings.seed), dict(own.items()))
 
     def _turn(self, exchange: Exchange, client: str, message: Broadcast) -> Turn:
-        return Turn(
-            client,
-            message.round,
-            self.clients[client],
-            self._start(exchange, client, message),
-            self.settings.method.trained(message.round),
-            self.settings.seed,
-        )
+        rows, start = self.clients[client], self._start(exchange, client, message)
+        return turn_of(self.settings, client, message.round, rows, start)
 
     def _vanished(self, exchange: Exchange) -> set[str]:
         """Who fails in a rehearsal: never so many that the round is below its quorum."""

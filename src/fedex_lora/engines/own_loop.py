@@ -38,6 +38,11 @@ class OwnLoop:
                 "method: makes its factors from gradients, which HFTrainer computes; a train "
                 "function cannot be asked for them"
             )
+        if turn.pruning is not None:
+            raise UserError(
+                "method.options.decay: adds a penalty to the loss, which HFTrainer does; a train "
+                "function has a loss of its own"
+            )
         model.write(turn.start)
         model.freeze(turn.trained)
         module, seed = model.module, derive(turn.seed, "train", turn.round, turn.client)

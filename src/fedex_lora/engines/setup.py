@@ -123,7 +123,7 @@ def set_up_server(recipe: Recipe, clients: list[str] | None = None) -> Federatio
     _phase.info("reading rows")
     evaluation = {} if where == "clients" else load_evaluation(recipe.data, task, recipe.seed)
     rows = Rows({}, {}, evaluation, "the institutions' own rows")
-    return _bring_to_life(recipe, task, rows, clients or roster(recipe) or [], None)
+    return _bring_to_life(_alike(recipe), task, rows, clients or roster(recipe) or [], None)
 
 
 def set_up_client(recipe: Recipe, name: str, file: Path | None = None) -> Federation:
@@ -140,7 +140,15 @@ def set_up_client(recipe: Recipe, name: str, file: Path | None = None) -> Federa
     if recipe.lora.ranks is not None and name not in (known or []):
         raise RecipeError(f"lora.ranks: none for {name!r}; name it in federation.names")
     rows = client_rows(recipe, task, name, file)
-    return _bring_to_life(recipe, task, rows, known or [name], None)
+    return _bring_to_life(_alike(recipe), task, rows, known or [name], None)
+
+
+def _alike(recipe: Recipe) -> Recipe:
+    """Machines that measured would choose differently: what is "auto" is what all of them can."""
+    able = {"precision": "float32", "fuse": 1}
+    return recipe.with_engine(
+        **{key: value for key, value in able.items() if getattr(recipe.engine, key) == "auto"}
+    )
 
 
 def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None) -> Rows:
@@ -195,8 +203,7 @@ def _bring_to_life(
         except UserError:
             if recipe.engine.fuse != "auto":
                 raise
-            engine = recipe.engine.model_copy(update={"fuse": 1})
-            recipe = recipe.model_copy(update={"engine": engine})
+            recipe = recipe.with_engine(fuse=1)
     pooled = METHODS[recipe.method.name].pooled
     settings = federation_settings(recipe, model, names)
     check_ranks(recipe.lora, settings.layers)

@@ -27,13 +27,13 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.engines.pulls import pulled
 from fedex_lora.engines.trainer import LabelledTrainer, OnStep
 from fedex_lora.engines.training_log import TrainingLog, named, reported
 from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.errors import UserError, shown
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Problem, did_you_mean
-from fedex_lora.recipe.reader import Places
 from fedex_lora.recipe.wording import in_words
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
@@ -52,14 +52,6 @@ _REFUSED = (
 
 
 GRADIENT_BATCHES = 8  # of a client, over which a gradient is taken that factors are made from
-
-
-def check_training(training: Mapping[str, Any], places: Places | None = None) -> None:
-    """Raises a `UserError` with the place of every name that TrainingArguments does not know."""
-    where = places or Places("")
-    lines = [where.line(tuple(key.split(".")), text) for key, text in training_problems(training)]
-    if lines:
-        raise UserError("\n".join(lines))
 
 
 def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
@@ -118,7 +110,8 @@ def training_arguments(
     Raises:
         UserError: Unknown names (with the nearest valid one) or values the Trainer refuses.
     """
-    check_training(training)
+    if problems := [f"{key}: {text}" for key, text in training_problems(training)]:
+        raise UserError("\n".join(problems))
     ours: dict[str, Any] = {
         "output_dir": directory,
         "seed": seed,
@@ -199,8 +192,9 @@ class HFTrainer:
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
         trainer = self._trainer(model, turn, on_step, log)
-        held = held_back(model.module, self.proximal, trainer.args)
-        with reported(trainer, log), attention(trainer.args), held:
+        passes = trainer.args.gradient_accumulation_steps
+        pulls = pulled(model.parameters(), turn, self.proximal, passes)
+        with reported(trainer, log), attention(trainer.args), pulls:
             try:
                 output = trainer.train()
             except ImportError as error:  # of what it looks for only here
@@ -251,27 +245,6 @@ class HFTrainer:
         weakref.finalize(trainer, shutil.rmtree, directory, ignore_errors=True)
         self._last[:] = [trainer]
         return trainer
-
-
-@contextmanager
-def held_back(module: torch.nn.Module, mu: float, args: TrainingArguments) -> Iterator[None]:
-    """Adds μ·(x − x⁰) to the gradient of all that is trained, x⁰ being what it is now.
-
-    It is added as the gradient is made, so that it is clipped with it; of several backward passes
-    to a step each adds its part.
-    """
-    share = mu / args.gradient_accumulation_steps
-    hooks = []
-    for p in module.parameters() if mu else ():
-        if p.requires_grad:
-            began = p.detach().clone()
-            pull = partial(lambda p, began, g: g + share * (p.detach() - began), p, began)
-            hooks.append(p.register_hook(pull))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _release(trainer: LabelledTrainer, model: AdaptedModel) -> None:

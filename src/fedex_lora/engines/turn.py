@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.aggregation.pruning import Pruning
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import Tensors, Update, flat, only
@@ -35,6 +36,7 @@ class Turn:
         start: The factors and the head that it starts from.
         trained: Which factors are trained, of "A" and "B".
         seed: The run's; everything random derives from (seed, round, client).
+        pruning: What is added to the loss, of a client whose rank may shrink.
     """
 
     client: str
@@ -43,6 +45,7 @@ class Turn:
     start: AdapterState
     trained: frozenset[str]
     seed: int
+    pruning: Pruning | None = None
 
     @property
     def gradients(self) -> bool:
@@ -56,6 +59,15 @@ class Turn:
         asked = {weight_name(name) for name in self.start.layers}
         head = {name: value for name, value in self.start.head.items() if name not in asked}
         return AdapterState(self.start.layers, head)
+
+
+def turn_of(
+    settings: Settings, client: str, round: int, rows: Dataset, start: AdapterState
+) -> Turn:
+    """A client's turn as the federation's method has it."""
+    method = settings.method
+    trained, pruning = method.trained(round), method.assignment.pruning
+    return Turn(client, round, rows, start, trained, settings.seed, pruning)
 
 
 @dataclass(frozen=True)

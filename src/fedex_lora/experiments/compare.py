@@ -79,7 +79,7 @@ def compare(
     for method, seed in sorted(variants, key=lambda v: seeds.index(v[1])):
         one = variants[method, seed]
         engine = {k: v for k, v in settled.items() if getattr(one.engine, k) == "auto"}
-        one = one.model_copy(update={"engine": one.engine.model_copy(update=engine)})
+        one = one.with_engine(**engine)
         path = out / f"{method.replace(':', '-')}-seed{seed}"
         watcher = watcher_for(method, seed)
         if RunDir(path).is_run():

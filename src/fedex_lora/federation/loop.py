@@ -59,12 +59,16 @@ class Exchange:
     ) -> None:
         self.state, self.settings, self.clients = state, settings, clients
         self.scored, self.final = scored, final
-        self._starts: dict[int | None, AdapterState] = {}  # by rank
+        self._starts: dict[object, AdapterState] = {}  # by rank
 
     @property
     def round(self) -> int:
         """The round that is trained, or would be next."""
         return self.state.version + 1
+
+    def rank(self, client: str) -> tuple[int | None, int | None]:
+        """What clients' shapes depend on: the rank that the recipe gives it, and what is left."""
+        return self.settings.ranks.get(client), self.state.ranks.get(client)
 
     def message(self, client: str, held: int | None = None) -> Broadcast:
         """What a client is sent; `held` is the version that it holds, if it says another one."""
@@ -77,7 +81,7 @@ class Exchange:
         unseen = method.assignment.private and method.exchanges
         if client in self.state.own and not unseen:
             return start_of(self.state, self.settings, client)
-        rank = self.settings.ranks.get(client)
+        rank = self.rank(client)
         if rank not in self._starts:
             self._starts[rank] = start_of(self.state, self.settings, client)
         return self._starts[rank]
@@ -292,22 +296,27 @@ def _aggregated(
         settings.combining,
     )
     kept: dict[str, Tensors] = {}
+    pruning, ranks = method.assignment.pruning, dict(exchange.state.ranks)
     for client in clients:
         update = spool.get(client)
         if noise is not None:
-            start, first = flat(exchange.start(client)), client == clients[0]
-            shared = noise.share(update.tensors, start, len(clients), first)
+            began, first = flat(exchange.start(client)), client == clients[0]
+            shared = noise.share(update.tensors, began, len(clients), first)
             update = replace(update, tensors=shared)
-        end = _end(exchange, update)
+        start, end = exchange.start(client), _end(exchange, update)
+        if pruning is not None and pruning.prunes(start.layers, end.layers):
+            end = replace(end, layers=pruning.without_last(end.layers))
+            ranks[client] = pruning.kept(max(f.rank for f in start.layers.values()))
         if method.exchanges:
             weight = 1.0 if settings.weights == "uniform" else float(update.examples)
-            aggregator.add(weight, exchange.start(client), end)
+            aggregator.add(weight, start, end)
         if method.assignment.own and not method.assignment.dealt:
             own = update.kept if method.assignment.private else own_part(settings, flat(end))
             if own:  # private, and of a client elsewhere: there is nothing to keep
                 kept[client] = shelve(exchange.round, own)
     result = aggregator.finish() if method.exchanges else None
-    return step(exchange.state, settings, result, clients, kept), result
+    after = step(exchange.state, settings, result, clients, kept)
+    return replace(after, ranks=ranks), result
 
 
 def count_down(exchange: Exchange) -> dict[str, int]:
@@ -320,7 +329,7 @@ def count_down(exchange: Exchange) -> dict[str, int]:
     down = {}
     for client in exchange.clients:
         own = client if settings.method.assignment.own else None
-        key = settings.ranks.get(client), state.held.get(client, 0), own
+        key = exchange.rank(client), state.held.get(client, 0), own
         if key not in sizes:
             sizes[key] = broadcast_nbytes(exchange.message(client), settings.wire_dtype)
         down[client] = sizes[key]
@@ -348,6 +357,10 @@ def record_of(
         "bytes_up": tally.up,
         "seconds": {"aggregate": tally.seconds},
     }
+    if settings.method.assignment.pruning is not None:
+        layer = min(settings.layers)  # all have one rank
+        left = {c: settings.layers_of(c, after.ranks.get(c)) for c in settings.clients}
+        record["ranks"] = {client: layers[layer].rank for client, layers in left.items()}
     if tally.norms:
         record["median_norm"] = statistics.median(tally.norms.values())
     if result is not None and result.deviation:

@@ -8,7 +8,7 @@ head/PARAMETER. `codec` makes bytes of messages.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -135,4 +135,10 @@ def receive(
         gradients = {weight_name(name) for name in layers}
         head = {name: t for name, t in held.head.items() if name not in gradients}
         held = AdapterState(held.layers, head)
-    return replaced(held, message.tensors)
+    adapter = replaced(held, message.tensors)
+    pruned = {
+        n: replace(f, scale=layers[n].at_rank(f.rank).scale)
+        for n, f in adapter.layers.items()
+        if f.rank != held.layers[n].rank
+    }
+    return replace(adapter, layers={**adapter.layers, **pruned})

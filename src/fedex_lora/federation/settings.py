@@ -90,6 +90,14 @@ class Settings:
         found = list(self.combining.problems(self.method, self.min_clients))
         if self.optimizer is not None:
             found += self.optimizer.problems(self.method, self.server_learning_rate)
+        ranks = {(s.rank, s.fixed_rank) for s in self.layers.values()}
+        if self.method.assignment.pruning is not None and len(ranks) > 1:
+            found.append(
+                (
+                    "method.options.decay",
+                    "a client has one rank to prune in all layers; leave lora.rank_pattern out",
+                )
+            )
         for option, why in found:
             raise UserError(f"{option}: {why}")
 
@@ -98,10 +106,12 @@ class Settings:
         """How the clients' updates are combined."""
         return Combining(self.mean, self.liars, self.align)
 
-    def layers_of(self, client: str) -> dict[str, LayerShape]:
-        """The layers at this client's rank."""
-        rank = self.ranks.get(client)
-        return {n: s if rank is None else s.at_rank(rank) for n, s in self.layers.items()}
+    def layers_of(self, client: str, pruned: int | None = None) -> dict[str, LayerShape]:
+        """The layers at this client's rank, or at that to which it was pruned."""
+        found = dict(self.layers)
+        for rank in (self.ranks.get(client), pruned):
+            found = {n: s if rank is None else s.at_rank(rank) for n, s in found.items()}
+        return found
 
     def shares(self) -> dict[str, float]:
         """wᵢ = nᵢ / Σn if every client that declared its rows takes part."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedex_lora.aggregation.adapter import (
     AdapterState,
     Factors,
+    LayerShape,
     fresh,
     inner_name,
     weight_name,
@@ -38,6 +39,7 @@ class ServerState:
         changed: The version at which "A", "B", "head" last changed; own factors as "own/NAME".
         taken: The last round of which a client's update was taken.
         optimizer: What the server's optimizer remembers.
+        ranks: Of clients whose rank was pruned.
     """
 
     version: int
@@ -51,6 +53,7 @@ class ServerState:
     changed: Mapping[str, int] = field(default_factory=dict)
     taken: Mapping[str, int] = field(default_factory=dict)
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def begin(settings: Settings, initial: AdapterState) -> ServerState:
@@ -63,7 +66,8 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
     own, assignment = {}, settings.method.assignment
     if assignment.own and not assignment.private:  # else the server has nothing of them
         for client in settings.clients:
-            whole = AdapterState(cut(initial.layers, settings, client), initial.head)
+            layers = cut(initial.layers, settings.layers_of(client))
+            whole = AdapterState(layers, initial.head)
             own[client] = own_part(settings, flat(whole))
     ledger = Ledger()
     if not settings.method.shared_base:  # own increments are subtracted, so G must hold them
@@ -107,7 +111,8 @@ def start_of(state: ServerState, settings: Settings, client: str) -> AdapterStat
     if settings.method.sends_gradients(state.version + 1):
         zeros = {weight_name(n): torch.zeros(s.out, s.inp) for n, s in settings.layers.items()}
         head = {**head, **zeros}
-    shared = AdapterState(cut(state.factors, settings, client), head)
+    layers = settings.layers_of(client, state.ranks.get(client))
+    shared = AdapterState(cut(state.factors, layers), head)
     own = state.own.get(client)
     return shared if own is None else replaced(shared, dict(own.items()))
 
@@ -222,10 +227,10 @@ def step(
     )
 
 
-def cut(factors: Mapping[str, Factors], settings: Settings, client: str) -> dict[str, Factors]:
-    """The first rows and columns, as many as the client's rank; B in units of its scale."""
+def cut(factors: Mapping[str, Factors], layers: Mapping[str, LayerShape]) -> dict[str, Factors]:
+    """The first rows and columns, as many as the layers' rank; B in units of its scale."""
     found = {}
-    for name, layer in settings.layers_of(client).items():
+    for name, layer in layers.items():
         f = factors[name]
         same = layer.rank == f.rank
         b = f.B if same else f.B[:, : layer.rank] * (f.scale / layer.scale)
@@ -292,7 +297,7 @@ def _own(
         return {**state.own, **kept}, {}
     own = dict(state.own)
     for client in taken:
-        given = flat(AdapterState(cut(result.factors, settings, client)))
+        given = flat(AdapterState(cut(result.factors, settings.layers_of(client))))
         own[client] = {name: t.to(dtype).float() for name, t in given.items()}
     return own, dict.fromkeys((f"own/{client}" for client in taken), state.version + 1)
 

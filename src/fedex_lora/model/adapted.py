@@ -133,6 +133,14 @@ class AdaptedModel:
                     )
                 parameter.copy_(state.head[name])
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own factors and head, as A/LAYER, B/LAYER and head/PARAMETER."""
+        pairs = {name: layer.factors() for name, layer in self._layers.items()}
+        found = {f"{x}/{name}": p for name, pair in pairs.items() for x, p in zip("AB", pair)}
+        inner = {inner_name(name): layer.inner for name, layer in self._layers.items()}
+        head = self._head | {name: r for name, r in inner.items() if r is not None}
+        return found | {f"head/{name}": p for name, p in head.items()}
+
     def freeze(self, trained: frozenset[str]) -> None:
         """Trains the factors in `trained`, of "A" and "B", and the head; freezes all the rest."""
         for parameter in self._base.model.parameters():

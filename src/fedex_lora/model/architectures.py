@@ -18,45 +18,61 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.errors import RecipeError, did_you_mean
 from fedex_lora.model.inject import head_names, heads, inject
-from fedex_lora.model.load import Base, locate, quiet
+from fedex_lora.model.load import Base, local_folder, locate, quiet
 from fedex_lora.model.presets import PRESETS, preset_of
-from fedex_lora.recipe import LoraSpec
+from fedex_lora.recipe import LoraSpec, ModelSpec
 
 # what transformers and safetensors raise for a name, folder or config that is no usable model
 _NO_MODEL = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError),
     SafetensorError,
 )
+# bytes of a weight with its scales: a float32 for every 64 weights, or for every row
+_QUANTISED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """The shapes of a model and of what is trained of it.
+class Plain:
+    """The shapes of a model as it is loaded.
 
     Attributes:
         config: transformers' config.
-        layers: The adapted layers, sorted by name; none for full fine-tuning.
-        head: What is trained in full, by name in the plain model.
-        parameters: Everything in the plain model; weights that go by several names once.
-        linear: Numbers in the linear layers that quantisation would store in fewer bits.
+        parameters: Everything in it; weights that go by several names once.
+        linear: Numbers in the linear layers that quantisation stores in fewer bits.
     """
 
     config: Any
-    layers: Mapping[str, LayerShape]
-    head: Mapping[str, torch.Size]
     parameters: Mapping[str, torch.Size]
     linear: int
 
     @property
     def size(self) -> int:
-        """Number of parameters of the plain model with its head."""
+        """Number of parameters, those of a new head among them."""
         return count(self.parameters.values())
+
+    def bytes(self, spec: ModelSpec) -> int:
+        """Of all of them: quantised where asked for, the rest in their dtype."""
+        each = getattr(torch, spec.dtype).itemsize
+        if spec.quantisation is None:
+            return self.size * each
+        return int((self.size - self.linear) * each + self.linear * _QUANTISED[spec.quantisation])
+
+
+@dataclass(frozen=True)
+class Architecture(Plain):
+    """The shapes of a model and of what is trained of it.
+
+    Attributes:
+        layers: The adapted layers, sorted by name; none for full fine-tuning.
+        head: What is trained in full, by name in the plain model.
+    """
+
+    layers: Mapping[str, LayerShape]
+    head: Mapping[str, torch.Size]
 
     @property
     def trained(self) -> int:
@@ -186,48 +202,46 @@ def architecture(
     """
     config = read_config(name, revision, **model_kwargs)
     with torch.device("meta"):
-        model, missing = _build(name, revision, config, auto_model)
-        parameters = {n: p.shape for n, p in model.named_parameters()}
+        model, missing = _build(name, local_folder(name, revision), config, auto_model)
+        plain = _plain(model, config, [] if lora is None else head_names(lora, peft_task_type))
         if lora is None:
-            return Architecture(config, {}, parameters, parameters, 0)
-        kept = ["lm_head", *head_names(lora, peft_task_type)]  # as `load_base` asks bitsandbytes
-        linear = sum(
-            module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and not any(k in name for k in kept)
-        )
+            return Architecture(config, plain.parameters, plain.linear, {}, plain.parameters)
         _, found = inject(Base(model, None, name, missing, False), lora, peft_task_type, seed=0)
     layers = {layer.name: layer.shape for layer in found}
     head = {f"{n}.{p}": v.shape for n, m in heads(model) for p, v in m.named_parameters()}
-    return Architecture(config, layers, head, parameters, linear)
+    return Architecture(config, plain.parameters, plain.linear, layers, head)
 
 
-def local_folder(name: str, revision: str | None = None) -> Path | None:
-    """The folder with a model's config and weights, if they are on this machine.
+def plain_model(name: str, config: Any, auto_model: str) -> Plain:
+    """The shapes of a model before anything is adapted.
 
     Args:
-        name: Folder, `package:NAME/FOLDER`, or a hub id, for which the local cache is searched.
+        name: For errors.
+        config: What `read_config` read.
+        auto_model: As for `architecture`.
+
+    Raises:
+        UserError: It cannot be used so.
     """
-    where, hub = locate(name), {"revision": revision} if revision else {}
-    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        with quiet():
-            found = cached_file(
-                where,
-                file,
-                local_files_only=True,
-                _raise_exceptions_for_missing_entries=False,
-                **hub,
-            )
-        if found is not None:
-            return Path(found).parent
-    return None
+    with torch.device("meta"):
+        return _plain(_build(name, None, config, auto_model)[0], config, [])
+
+
+def _plain(model: nn.Module, config: Any, trained: list[str]) -> Plain:
+    kept = ["lm_head", *trained]  # as `load_base` asks bitsandbytes
+    linear = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not any(k in name for k in kept)
+    )
+    return Plain(config, {n: p.shape for n, p in model.named_parameters()}, linear)
 
 
 def _build(
-    name: str, revision: str | None, config: Any, auto_model: str
+    name: str, folder: Path | None, config: Any, auto_model: str
 ) -> tuple[Any, frozenset[str]]:
     """The model on the meta device, and the parameters that its files, if any, lack."""
-    auto, folder = getattr(transformers, auto_model), local_folder(name, revision)
+    auto = getattr(transformers, auto_model)
     try:
         with quiet():
             if folder is None:

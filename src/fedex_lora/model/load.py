@@ -16,7 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
 
 from fedex_lora.errors import EXTRAS, RecipeError, check_installed, missing
 from fedex_lora.recipe import ModelSpec
@@ -167,6 +169,27 @@ def locate(name: str) -> str:
             "folder with config.json, the weights and the tokenizer's files, or a hub id"
         )
     return str(path)
+
+
+def local_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder with a model's config and weights, if they are on this machine.
+
+    Args:
+        name: Folder, `package:NAME/FOLDER`, or a hub id, for which the local cache is searched.
+    """
+    where, hub = locate(name), {"revision": revision} if revision else {}
+    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        with quiet():
+            found = cached_file(
+                where,
+                file,
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                **hub,
+            )
+        if found is not None:
+            return Path(found).parent
+    return None
 
 
 def _in_package(name: str) -> Path:

@@ -3,6 +3,7 @@
 `fedex_lora.recipe.reader` reads and writes them as YAML.
 """
 
+from fedex_lora.recipe.blocks import EngineSpec, EvaluationSpec, RecordsSpec
 from fedex_lora.recipe.data import DataSpec
 from fedex_lora.recipe.federation import (
     CLIENT_NAME,
@@ -15,7 +16,7 @@ from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
 from fedex_lora.recipe.part import Part, Problem, did_you_mean
 from fedex_lora.recipe.privacy import Privacy, SecureAggregation
 from fedex_lora.recipe.task import TaskSpec, register_task, spec_of, task_kinds, task_spec
-from fedex_lora.recipe.whole import EngineSpec, EvaluationSpec, Recipe, RecordsSpec
+from fedex_lora.recipe.whole import Recipe
 
 __all__ = [
     "CLIENT_NAME",

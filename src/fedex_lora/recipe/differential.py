@@ -5,39 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from fedex_lora.aggregation.assignment import Svd
 from fedex_lora.aggregation.methods import METHODS, Method
-from fedex_lora.recipe.part import Part, Problem
+from fedex_lora.recipe.part import Problem
 
 if TYPE_CHECKING:
-    from fedex_lora.recipe.whole import Recipe
-
-
-class ExampleLevel(Part):
-    """DP-SGD at each client: the result hides whether any one row was among a client's."""
-
-    epsilon: float | None = Field(default=None, gt=0)  # of all rounds; none exceeds it
-    delta: float = Field(gt=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)  # bound of one row's gradient
-    noise_multiplier: float | None = Field(default=None, gt=0)  # found from epsilon if left out
-
-    def problems(self) -> Iterator[Problem]:
-        if self.epsilon is None and self.noise_multiplier is None:
-            yield "epsilon", "missing; give it, or noise_multiplier, or both"
-
-
-class ClientLevel(Part):
-    """Noise on the mean of clipped updates: the result hides whether any one client took part."""
-
-    noise_multiplier: float = Field(gt=0)
-    clip: float = Field(gt=0)  # bound of an update's norm; with `adaptive` the first one
-    delta: float = Field(gt=0, lt=1)
-    epsilon: float | None = Field(default=None, gt=0)  # the run stops at the last round within it
-    adaptive: bool = False  # the bound follows `quantile` of the updates' norms
-    quantile: float = Field(default=0.5, gt=0, lt=1)
-    clip_learning_rate: float = Field(default=0.2, gt=0)  # of the bound's logarithm
+    from fedex_lora.recipe.blocks import Blocks
 
 
 _PRIVATE = {
@@ -67,7 +40,7 @@ _OFF: dict[str, Any] = {"bf16": False, "fp16": False, "report_to": "none",
                         "dataloader_drop_last": False, "gradient_checkpointing": False}  # fmt: skip
 
 
-def differential_problems(recipe: Recipe) -> Iterator[Problem]:
+def differential_problems(recipe: Blocks) -> Iterator[Problem]:
     """What does not go with differential privacy, by key, and what to do."""
     privacy = recipe.privacy
     if privacy.example_level is not None:
@@ -83,12 +56,12 @@ def differential_problems(recipe: Recipe) -> Iterator[Problem]:
         yield "privacy.rehearsal", "there is no noise to rehearse; leave it out"
 
 
-def _example_level(recipe: Recipe) -> Iterator[Problem]:
+def _example_level(recipe: Blocks) -> Iterator[Problem]:
     key = "privacy.example_level"
     for name, value in recipe.training.items():
         if name not in _PRIVATE and not (name in _OFF and value == _OFF[name]):
             yield f"training.{name}", f"{_WHY.get(name, 'leave it out')} ({key})"
-    if recipe.engine.precision != "float32":
+    if recipe.engine.precision == "bfloat16":
         yield "engine.precision", f"{_HALF} ({key})"
     if recipe.engine.fuse not in (1, "auto"):
         yield (
@@ -103,7 +76,7 @@ def _linear(method: Method) -> bool:
     return mean and not method.in_ledger and not method.pooled
 
 
-def _client_level(recipe: Recipe) -> Iterator[Problem]:
+def _client_level(recipe: Blocks) -> Iterator[Problem]:
     key, name = "privacy.client_level", recipe.method.name
     if not _linear(METHODS[name]):
         able = ", ".join(other for other, method in METHODS.items() if _linear(method))

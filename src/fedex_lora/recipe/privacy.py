@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from fedex_lora.recipe.differential import ClientLevel, ExampleLevel
 from fedex_lora.recipe.part import Part, Problem
 
 
@@ -21,6 +20,31 @@ class SecureAggregation(Part):
     def problems(self) -> Iterator[Problem]:
         if self.rank != "exact" and self.rank < 1:
             yield "rank", f"expected exact, or a rank of at least 1, got {self.rank}"
+
+
+class ExampleLevel(Part):
+    """DP-SGD at each client: the result hides whether any one row was among a client's."""
+
+    epsilon: float | None = Field(default=None, gt=0)  # of all rounds; none exceeds it
+    delta: float = Field(gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)  # bound of one row's gradient
+    noise_multiplier: float | None = Field(default=None, gt=0)  # found from epsilon if left out
+
+    def problems(self) -> Iterator[Problem]:
+        if self.epsilon is None and self.noise_multiplier is None:
+            yield "epsilon", "missing; give it, or noise_multiplier, or both"
+
+
+class ClientLevel(Part):
+    """Noise on the mean of clipped updates: the result hides whether any one client took part."""
+
+    noise_multiplier: float = Field(gt=0)
+    clip: float = Field(gt=0)  # bound of an update's norm; with `adaptive` the first one
+    delta: float = Field(gt=0, lt=1)
+    epsilon: float | None = Field(default=None, gt=0)  # the run stops at the last round within it
+    adaptive: bool = False  # the bound follows `quantile` of the updates' norms
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    clip_learning_rate: float = Field(default=0.2, gt=0)  # of the bound's logarithm
 
 
 class Privacy(Part):

@@ -6,27 +6,23 @@ the nearest valid one.
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import RecipeError, StorageError
-from fedex_lora.recipe import LoraSpec, Problem, Recipe, limits
-from fedex_lora.recipe.wording import Keys, describe
+from fedex_lora.recipe import LoraSpec, Recipe, limits
+from fedex_lora.recipe.draft import Draft, Keys, Places
 
 _log = logging.getLogger(__name__)
 
 # YAML 1.1 wants a dot in a float; people, and Python, write 1e-3.
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
-_BLOCKS = [name for name in Recipe.model_fields if name not in ("name", "seed")]
 _SOURCES = [{"name", "config", "revision"}, {"path", "clients"}, {"source"}]  # one kind at a time
 
 
@@ -57,27 +53,6 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
-Check = Callable[[Recipe], Iterable[Problem]]  # (dotted key, or "" for none, what is wrong)
-
-
-@dataclass
-class Places:
-    """Where each key of a recipe was written: `FILE:LINE`, or the `--set` that gave it."""
-
-    root: str
-    known: dict[Keys, str] = field(default_factory=dict)
-
-    def of(self, keys: Keys) -> str:
-        """The place of the nearest enclosing key that was written."""
-        while keys and keys not in self.known:
-            keys = keys[:-1]
-        return self.known.get(keys, self.root)
-
-    def line(self, keys: Keys, text: str) -> str:
-        """One line of an error message."""
-        return ": ".join(filter(None, (self.of(keys), ".".join(map(str, keys)), text)))
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file.
 
@@ -89,123 +64,58 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: If anything is wrong; one line for each problem.
     """
-    return load_recipe_with_places(path, overrides)[0]
+    return read_draft(path, overrides).settled()
 
 
 def load_stored_recipe(path: Path) -> Recipe:
     """The recipe of a run that was begun, whatever `limits` says of it now."""
-    places = Places(f"{path}:1")
-    raw, lines = read_yaml(path, places)
-    return recipe_of(raw, places, (), lines, stored=True)
+    raw, places, lines = read_yaml(path)
+    return drafted(raw, places, (), lines, stored=True).settled()
 
 
 def recipe_of_text(text: str) -> Recipe:
     """The recipe that `dump_recipe` wrote."""
-    return recipe_of(_Reader(text, "").read(), Places(""), stored=True)
+    return drafted(_Reader(text, "").read(), Places(""), stored=True).settled()
 
 
-def load_recipe_with_places(
-    path: Path,
-    overrides: Sequence[str] = (),
-    also: Check | None = None,
-    further: Check | None = None,
-) -> tuple[Recipe, Places]:
-    """`load_recipe`, and where each key was written.
+def read_draft(path: Path, overrides: Sequence[str] = ()) -> Draft:
+    """What a YAML file says, as for `load_recipe`, and what is wrong with it.
 
-    Args:
-        also, further: As for `recipe_of`.
+    Raises:
+        UserError: It is no YAML, or no recipe at all.
     """
-    places = Places(f"{path}:1")
-    raw, lines = read_yaml(path, places)
+    raw, places, lines = read_yaml(path)
     if "recipes" in raw and "model" not in raw:
         text = f"a grid of runs, not a recipe; start it with `fedex-lora grid {path}`"
         raise RecipeError(f"{path}: this is {text}")
-    return recipe_of(raw, places, overrides, lines, also, further), places
+    return drafted(raw, places, overrides, lines)
 
 
-def recipe_of(
+def drafted(
     raw: dict[str, Any],
     places: Places,
     overrides: Sequence[str] = (),
     lines: Sequence[str] = (),
-    also: Check | None = None,
-    further: Check | None = None,
     stored: bool = False,
-) -> Recipe:
-    """The recipe of plain values.
+) -> Draft:
+    """The recipe of plain values, and what is wrong with it.
 
     Args:
         raw: As in YAML; overrides are put in.
         places: Where the values were written.
         overrides: As for `load_recipe`.
         lines: Problems that are known already.
-        also: Finds more problems of a recipe; it is the one without the keys that are wrong.
-        further: The same, but it takes so long that it is asked only if something is wrong.
         stored: Whether it is that of a run that was begun, which `limits` does not hold for.
-
-    Raises:
-        UserError: If anything is wrong; one line for each problem.
     """
-    lines = list(lines)
-    for override in overrides:
-        lines += _override(raw, override, places)
-    _complete(raw, places)
-    recipe, problems = whole(raw)
-    lines += [places.line(*problem) for problem in problems]
-    wrong = {keys for keys, _ in problems}
-    for check in (None if stored else limits, also, further):
-        if recipe is None or check is None or (check is further and not lines):
-            continue
-        found = [(tuple(key.split(".")) if key else (), text) for key, text in check(recipe)]
-        found = [(keys, text) for keys, text in found if keys not in wrong]
-        lines += [places.line(keys, text) if keys else text for keys, text in found]
-        wrong |= {keys for keys, _ in found if keys}
-        recipe = whole(raw, wrong)[0] if wrong else recipe
-    if lines or recipe is None:
-        raise RecipeError("\n".join(dict.fromkeys(lines)))
-    if METHODS[recipe.method.name].trains == "all" and recipe.lora != LoraSpec():
+    wrong = [line for text in overrides for line in _override(raw, text, places)]
+    draft = Draft.of(raw, places, (*lines, *wrong))
+    if not stored:
+        draft = draft.checked(limits)
+    recipe = draft.recipe
+    if recipe and METHODS[recipe.method.name].trains == "all" and recipe.lora != LoraSpec():
         text = f"{recipe.method.name} trains all parameters; this block is not used"
         _log.warning("%s", places.line(("lora",), text))
-    return recipe
-
-
-def whole(
-    raw: Mapping[str, Any], wrong: Iterable[Keys] = ()
-) -> tuple[Recipe | None, list[tuple[Keys, str]]]:
-    """The recipe of plain values without those that are wrong, so that the rest can be checked too.
-
-    Args:
-        wrong: Keys that are known to be wrong.
-
-    Returns:
-        None if nothing can be made of the rest; and all problems that were found on the way.
-    """
-    known, problems = set(wrong), []
-    while True:
-        rest = _without(raw, known)
-        try:
-            return Recipe.model_validate(rest), problems
-        except ValidationError as error:
-            found = list(describe(error, rest))
-        # what is said of a block without its wrong keys may be due to that
-        blocks = {keys[:n] for keys in known for n in range(len(keys) + 1)}
-        found = [(keys, text) for keys, text in found if keys not in blocks]
-        if not found:
-            return None, problems
-        problems += found
-        known |= {keys for keys, _ in found}
-
-
-def _without(raw: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
-    rest = copy.deepcopy(dict(raw))
-    for keys in wrong:
-        block: Any = rest
-        for key in keys[:-1]:
-            block = block.get(key) if isinstance(block, dict) else None
-        if keys and isinstance(block, dict):
-            block.pop(keys[-1], None)
-    _complete(rest, Places(""))
-    return rest
+    return draft
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -243,11 +153,8 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, value
 
 
-def read_yaml(path: Path, places: Places) -> tuple[dict[str, Any], list[str]]:
-    """The keys and values of a YAML file, and a line for each key given twice.
-
-    Args:
-        places: Is told where each key stands.
+def read_yaml(path: Path) -> tuple[dict[str, Any], Places, list[str]]:
+    """The keys and values of a YAML file, where they stand, and a line for each key given twice.
 
     Raises:
         UserError: It is unreadable, no YAML, or no block of keys.
@@ -260,10 +167,9 @@ def read_yaml(path: Path, places: Places) -> tuple[dict[str, Any], list[str]]:
         raise StorageError(f"{path}: not readable as UTF-8 text: {error}") from error
     reader = _Reader(text, str(path))
     values = reader.read()
-    places.known.update(reader.places)
     if not isinstance(values, dict):
         raise RecipeError(f"{path}:1: expected a recipe: lines of `key: value`")
-    return values, reader.lines
+    return values, Places(f"{path}:1", reader.places), reader.lines
 
 
 class _Reader:
@@ -348,18 +254,3 @@ def _drop_other_sources(raw: dict[str, Any], keys: Keys, places: Places) -> None
             for key in others & data.keys():
                 if not places.of(("data", key)).startswith("`set="):
                     del data[key]
-
-
-def _complete(raw: dict[str, Any], places: Places) -> None:
-    for key in _BLOCKS:
-        if key in raw and raw[key] is None:  # a block whose every line is commented out
-            raw[key] = {}
-    data, federation = raw.get("data"), raw.setdefault("federation", {})
-    files = data.get("clients") if isinstance(data, dict) else None
-    if (
-        isinstance(files, list | dict)
-        and isinstance(federation, dict)
-        and "clients" not in federation
-    ):
-        federation["clients"] = len(files)
-        places.known["federation", "clients"] = places.of(("data", "clients"))

@@ -9,13 +9,13 @@ from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.recipe.part import Problem
 
 if TYPE_CHECKING:
-    from fedex_lora.recipe.whole import Recipe
+    from fedex_lora.recipe.blocks import Blocks
 
 
 _SUMS = "the coordinator sees sums alone, with privacy.secure_aggregation"
 
 
-def secure_problems(recipe: Recipe) -> Iterator[Problem]:
+def secure_problems(recipe: Blocks) -> Iterator[Problem]:
     """What is wrong with a recipe in which the coordinator is to see sums alone."""
     secure, fed = recipe.privacy.secure_aggregation, recipe.federation
     if secure is None:

@@ -3,78 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, field_validator
+from typing import Any
 
 from fedex_lora.aggregation.methods import METHODS
-from fedex_lora.recipe.data import DataSpec
+from fedex_lora.recipe.blocks import Blocks
 from fedex_lora.recipe.differential import differential_problems
-from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
-from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
-from fedex_lora.recipe.part import Part, Problem, check, did_you_mean
-from fedex_lora.recipe.privacy import Privacy
-from fedex_lora.recipe.refused import REFUSED_TRAINING
+from fedex_lora.recipe.part import Problem, did_you_mean
 from fedex_lora.recipe.secure import secure_problems
-from fedex_lora.recipe.task import TaskBlock
 
 
-class EvaluationSpec(Part):
-    where: Literal["server", "clients", "both"] = "server"
-    every: int = Field(default=1, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    client_fraction: float = Field(
-        default=0.1, gt=0, lt=1
-    )  # of each client's rows, when clients evaluate
-    patience: int | None = Field(
-        default=None, ge=1
-    )  # early stopping: rounds without a better score
-
-
-class RecordsSpec(Part):
-    save_updates: bool = False
-
-
-class EngineSpec(Part):
-    """How messages are carried: in this process, or by Flower, across machines or simulated."""
-
-    kind: Literal["local", "flower", "flower-simulation"] = "local"
-    threads: int = Field(default=1, ge=1, le=1024)
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"  # bfloat16: training's autocast
-    fuse: Annotated[int, Field(ge=1)] | Literal["auto"] = 1  # local: clients trained in one pass
-    client_cpus: int = Field(default=1, ge=1)  # flower-simulation: of each client that trains
-    client_gpus: float = Field(default=0.0, ge=0)
-
-
-class Recipe(Part):
+class Recipe(Blocks):
     """Everything that determines a run."""
 
-    name: str
-    seed: int = Field(default=0, ge=0)
-    model: ModelSpec
-    lora: LoraSpec = LoraSpec()
-    method: MethodSpec = MethodSpec()
-    federation: FederationSpec = FederationSpec()
-    task: TaskBlock
-    data: DataSpec
-    training: dict[str, Any] = Field(default={})
-    evaluation: EvaluationSpec = EvaluationSpec()
-    privacy: Privacy = Privacy()
-    records: RecordsSpec = RecordsSpec()
-    engine: EngineSpec = EngineSpec()
-
-    @field_validator("training")
-    @classmethod
-    def _training(cls, training: dict[str, Any]) -> dict[str, Any]:
-        check((key, why) for key, why in REFUSED_TRAINING.items() if key in training)
-        return training
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """`training`, and autocast where `engine.precision` asks for it."""
-        half = {"bf16": True} if self.engine.precision == "bfloat16" else {}
-        return {**self.training, **half}
+    def with_engine(self, **values: Any) -> Recipe:
+        """The same with its block `engine` naming these values."""
+        return self.model_copy(update={"engine": self.engine.model_copy(update=values)})
 
     @property
     def fused(self) -> int:
@@ -132,9 +76,6 @@ class Recipe(Part):
             yield "engine.kind", f"{self.method.name} exchanges nothing; run it with engine: local"
         elif method.personal:
             yield from self._personal()
-        if self.engine.precision == "auto":
-            text = "machines would choose differently; name float32 or bfloat16"
-            yield "engine.precision", text
         if fed.failure_rate:
             yield "federation.failure_rate", "a rehearsal of failures is for engine: local"
         if fed.names is not None and self.data.clients is not None:
@@ -170,6 +111,8 @@ class Recipe(Part):
         for name, value in self.training.items():
             if not fusable(name, value):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
+        if self.method.chosen.assignment.pruning is not None:
+            yield "method.options.decay", "fused clients keep one rank; set engine.fuse: 1"
         if self.federation.proximal:
             yield "federation.proximal", "fused clients train without it; set engine.fuse: 1"
 
@@ -177,11 +120,14 @@ class Recipe(Part):
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
-        if fed.proximal and self.privacy.example_level is not None:
-            told = "would be added to gradients that privacy.example_level clips row by row"
-            yield "federation.proximal", f"{told}; leave one of them out"
-        if fed.proximal and self.training.get("fp16"):
-            yield "federation.proximal", "training.fp16 scales gradients, and not this; use bf16"
+        pulls = {"federation.proximal": fed.proximal > 0}
+        pulls["method.options.decay"] = self.method.chosen.assignment.pruning is not None
+        for key in (key for key, pulling in pulls.items() if pulling):
+            if self.privacy.example_level is not None:
+                told = "would be added to gradients that privacy.example_level clips row by row"
+                yield key, f"{told}; leave one of them out"
+            if self.training.get("fp16"):
+                yield key, "training.fp16 scales gradients, and not this; use bf16"
         if fed.optimizer is not None:
             for option, why in fed.optimizer.problems(method, fed.server_learning_rate):
                 yield f"federation.{option}", f"{self.method.name}: {why}"

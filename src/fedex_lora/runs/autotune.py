@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fedex_lora.engines.setup import Federation
 from fedex_lora.runs.plan.timing import few_steps, machine
@@ -44,6 +45,8 @@ def settle_precision(federation: Federation) -> tuple[Federation, str]:
     if federation.recipe.engine.precision != "auto":
         return federation, ""
     whole, half = (as_named(federation, precision=name) for name in ("float32", "bfloat16"))
+    if federation.recipe.privacy.example_level is not None or not _halves(federation.model.device):
+        return whole, ""
     chosen, (slow, fast), before = _faster(whole, half)
     told = f"seconds a step: float32 {slow:.3g}, bfloat16 {fast:.3g}"
     return chosen, f"precision: {chosen.recipe.engine.precision} ({told}{before})"
@@ -57,8 +60,13 @@ def _faster(one: Federation, other: Federation) -> tuple[Federation, Seconds, st
     """
     what = {**_surroundings(one), "ways": [_way(one), _way(other)]}
     found, known = remembered(what, lambda: (few_steps(one), few_steps(other)))
-    chosen = other if found[1] * WORTH < found[0] else one
+    chosen = other if 0 < found[1] * WORTH < found[0] else one  # 0: lost in the noise
     return chosen, found, f"; as measured before, {path()}" if known else ""
+
+
+def _halves(device: torch.device) -> bool:
+    """Whether it computes in bfloat16, as the Trainer sees it."""
+    return device.type == "cpu" or is_torch_bf16_gpu_available()
 
 
 def _way(federation: Federation) -> list[Any]:
@@ -88,5 +96,4 @@ def _surroundings(federation: Federation) -> dict[str, Any]:
 
 def as_named(federation: Federation, **engine: Any) -> Federation:
     """The same with its recipe's block `engine` naming these values."""
-    named = federation.recipe.engine.model_copy(update=engine)
-    return replace(federation, recipe=federation.recipe.model_copy(update={"engine": named}))
+    return replace(federation, recipe=federation.recipe.with_engine(**engine))

@@ -147,6 +147,7 @@ def _meta(state: ServerState) -> dict[str, Any]:
         "held": dict(state.held),
         "changed": dict(state.changed),
         "taken": dict(state.taken),
+        "ranks": dict(state.ranks),
         "scales": {n: f.scale for n, f in state.factors.items()},
         "ledger": ledger_meta(state.ledger),
     }
@@ -190,4 +191,5 @@ def _state(tensors: Tensors, meta: Mapping[str, Any], own: Mapping[str, Tensors]
         # before it was kept, a client held the version before its last update
         meta.get("taken", {client: version + 1 for client, version in held.items()}),
         _under(tensors, "optimizer/"),
+        meta.get("ranks", {}),  # before clients could be pruned there were none
     )

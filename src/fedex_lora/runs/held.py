@@ -42,7 +42,9 @@ def open_held(folder: Path, recipe: Recipe, client: str, run: str = "") -> Train
     model = recipe_model(recipe, recipe_task(recipe))
     settings = federation_settings(recipe, model, roster(recipe) or [client])
     given = held.adapter
-    if different := _differences(held, {n: s.rank for n, s in settings.layers_of(client).items()}):
+    ranks = {n: s.rank for n, s in settings.layers_of(client).items()}
+    pruned = settings.method.assignment.pruning is not None
+    if different := _differences(held, ranks, pruned):
         raise RecipeError(
             f"not the recipe of run {newest.parent.name[:8]}: {different}; take the one that "
             "was agreed on"
@@ -53,6 +55,7 @@ def open_held(folder: Path, recipe: Recipe, client: str, run: str = "") -> Train
         given.head,
         held.ledger,
         {client: own_part(settings, flat(given))},
+        ranks={client: max(f.rank for f in given.layers.values())} if pruned else {},
     )
     notes = [f"{client} holds the model after round {held.version} of {settings.rounds}"]
     if METHODS[recipe.method.name].assignment.ranks_may_differ and settings.ranks:
@@ -62,8 +65,9 @@ def open_held(folder: Path, recipe: Recipe, client: str, run: str = "") -> Train
     return Trained(recipe, model, settings, state, extra, tuple(notes))
 
 
-def _differences(held: Held, ranks: dict[str, int]) -> str:
+def _differences(held: Held, ranks: dict[str, int], pruned: bool) -> str:
     mine = {name: f.rank for name, f in held.adapter.layers.items()}
     if mine.keys() != ranks.keys():
         return "lora.target_modules"
-    return "" if mine == ranks else "lora.r"
+    fits = all(mine[n] <= r if pruned else mine[n] == r for n, r in ranks.items())
+    return "" if fits else "lora.r"

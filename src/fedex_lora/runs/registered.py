@@ -10,7 +10,7 @@ from typing import Any
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import RecipeError
 from fedex_lora.recipe import Recipe, task_kinds
-from fedex_lora.recipe.reader import Places, load_stored_recipe, read_yaml
+from fedex_lora.recipe.reader import load_stored_recipe, read_yaml
 
 
 def registered(recipe: Recipe) -> dict[str, dict[str, str]]:
@@ -43,7 +43,7 @@ def stored_recipe(file: Path, environment: Any) -> Recipe:
     try:
         return load_stored_recipe(file)
     except RecipeError:
-        raw = read_yaml(file, Places(str(file)))[0]
+        raw = read_yaml(file)[0]
         where = environment.get("registered", {}) if isinstance(environment, Mapping) else {}
         for block, key, known in (("method", "name", METHODS), ("task", "kind", task_kinds())):
             part = raw.get(block)

@@ -29,11 +29,10 @@ from fedex_lora.runs.checkpoint import NAME, load_checkpoint, prune, save_checkp
 from fedex_lora.runs.export import export_adapter, export_model
 from fedex_lora.runs.extend import extended
 from fedex_lora.runs.here import Assemble, in_this_process
-from fedex_lora.runs.preflight import check
+from fedex_lora.runs.preflight import check, check_room, check_weights
 from fedex_lora.runs.records import best_record, comparable
 from fedex_lora.runs.registered import registered
 from fedex_lora.runs.reopened import Trained
-from fedex_lora.runs.room import check_room, check_weights
 from fedex_lora.runs.rundir import DATA, RunDir, environment, plain
 from fedex_lora.runs.scoring import selected, server_scores
 from fedex_lora.runs.watch import Silent, Start, Watcher

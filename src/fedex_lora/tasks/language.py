@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedex_lora.tasks.base import (
     IGNORED,
@@ -27,15 +27,20 @@ from fedex_lora.tasks.base import (
 from fedex_lora.tasks.generation import Decoding, generate
 from fedex_lora.tasks.lazy import (
     Dataset,
+    Late,
     PreTrainedTokenizerBase,
     Tensor,
     functional,
-    labelled,
     nn,
 )
 from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, Metric, mean_loss, perplexity
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.packing import check_packing, packed
+
+if TYPE_CHECKING:
+    from fedex_lora.tasks import labelled
+else:
+    labelled = Late("fedex_lora.tasks.labelled")  # which needs torch
 
 NO_METRICS: Mapping[str, Metric] = {}
 GREEDY = Decoding(max_new_tokens=64)

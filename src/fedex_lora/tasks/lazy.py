@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
-class _Late:
+class Late:
     """A module, or what it has under `name`, as long as only attributes of it are asked for."""
 
     def __init__(self, module: str, name: str = "") -> None:
@@ -35,24 +35,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.nn import functional
     from transformers import PreTrainedTokenizerBase
-
-    from fedex_lora.tasks import labelled
 else:
-    datasets, numpy = _Late("datasets"), _Late("numpy")
-    torch, transformers = _Late("torch"), _Late("transformers")
-    nn, functional = _Late("torch.nn"), _Late("torch.nn.functional")
-    labelled = _Late("fedex_lora.tasks.labelled")  # which needs torch
-    stats, sklearn_metrics = _Late("scipy.stats"), _Late("sklearn.metrics")
-    Dataset = _Late("datasets", "Dataset")
-    Tensor = PreTrainedTokenizerBase = _Late("torch")  # names of types
+    datasets, numpy = Late("datasets"), Late("numpy")
+    torch, transformers = Late("torch"), Late("transformers")
+    nn, functional = Late("torch.nn"), Late("torch.nn.functional")
+    stats, sklearn_metrics = Late("scipy.stats"), Late("sklearn.metrics")
+    Dataset = Late("datasets", "Dataset")
+    Tensor = PreTrainedTokenizerBase = Late("torch")  # names of types
 
 __all__ = [
     "Dataset",
+    "Late",
     "PreTrainedTokenizerBase",
     "Tensor",
     "datasets",
     "functional",
-    "labelled",
     "nn",
     "numpy",
     "sklearn_metrics",

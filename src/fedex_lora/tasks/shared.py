@@ -5,11 +5,16 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedex_lora.tasks.base import IGNORED, evaluating, longest_first, pad, padding
 from fedex_lora.tasks.language import as_dataset, row_losses
-from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, Tensor, labelled, nn, torch
+from fedex_lora.tasks.lazy import Late, PreTrainedTokenizerBase, Tensor, nn, torch
+
+if TYPE_CHECKING:
+    from fedex_lora.tasks import labelled
+else:
+    labelled = Late("fedex_lora.tasks.labelled")  # which needs torch
 
 Row = Mapping[str, list[int]]  # `input_ids` and `labels`, equally long
 Losses = list[list[tuple[float, int]]]

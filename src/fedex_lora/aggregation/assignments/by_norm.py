@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING
 
 from fedex_lora.aggregation.assignment import Assigned, Assignment
+from fedex_lora.aggregation.pruning import Pruning
 
 if TYPE_CHECKING:
     from fedex_lora.aggregation.statistics import Statistics
@@ -20,16 +23,34 @@ class ByNorm(Assignment):
         pᵢ = ‖sᵢBᵢAᵢ‖_F / Σⱼ ‖sⱼBⱼAⱼ‖_F,    B' = Σ pᵢ(Bᵢ⁰ + η(Bᵢ − Bᵢ⁰)),    A' likewise.
 
     The weights are of each layer, and the numbers of examples do not count, as in the paper; the
-    head is averaged by wᵢ. Ranks stay as the recipe gives them.
+    head is averaged by wᵢ. With γ below 1 clients also prune their ranks (`Pruning`).
+
+    Attributes:
+        decay: γ of the self-pruning; 1 for none.
+        penalty: λ of it.
 
     Source:
         Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
         arXiv 2401.06432: padding, sparsity-weighted aggregation, truncation.
     """
 
+    decay: float = 1.0
+    penalty: float = 0.01
+
     name = "average by norm"
     needs = frozenset({"ends"})
     ranks_may_differ = True
+
+    @property
+    def pruning(self) -> Pruning | None:
+        return Pruning(self.decay, self.penalty) if self.decay < 1 else None
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not 0 < self.decay <= 1:
+            yield f"decay: expected a number above 0 and at most 1, got {self.decay}"
+        if not 0 <= self.penalty < inf:
+            yield f"penalty: expected a finite number, 0 or more, got {self.penalty}"
 
     def assign(self, s: Statistics) -> Assigned:
         if s.hollow:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
@@ -37,6 +37,14 @@ class Steps:
     noise: float
     rate: float
     count: int
+
+
+class Spending(Protocol):
+    """Where a client takes down what it spends."""
+
+    def spend(self, client: str, new: Steps) -> float:
+        """Takes it down before it is done, and returns ε of the run with it."""
+        ...
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
@@ -22,17 +22,9 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task
 
 if TYPE_CHECKING:
-    from fedex_lora.engines.private.account import Steps
+    from fedex_lora.engines.private.account import Spending
     from fedex_lora.engines.private.own_account import OwnAccount
     from fedex_lora.engines.private.plan import Plan
-
-
-class Spending(Protocol):
-    """Where a client takes down what it spends."""
-
-    def spend(self, client: str, new: Steps) -> float:
-        """Takes it down before it is done, and returns ε of the run with it."""
-        ...
 
 
 PRIVACY = "privacy.json"  # a client's own account

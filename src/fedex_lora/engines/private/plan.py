@@ -18,7 +18,7 @@ import torch
 from fedex_lora.engines.private.account import Steps, epsilon, noise_for
 from fedex_lora.engines.training import training_arguments
 from fedex_lora.errors import RecipeError
-from fedex_lora.recipe.differential import ClientLevel, ExampleLevel
+from fedex_lora.recipe.privacy import ClientLevel, ExampleLevel
 
 _KEY = "privacy.example_level"
 

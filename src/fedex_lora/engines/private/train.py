@@ -18,8 +18,7 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from fedex_lora.aggregation.seeding import derive
-from fedex_lora.engines.private.account import Steps
-from fedex_lora.engines.private.begin import Spending
+from fedex_lora.engines.private.account import Spending, Steps
 from fedex_lora.engines.private.gradients import per_example
 from fedex_lora.engines.private.losses import example_losses
 from fedex_lora.engines.private.plan import shape_of

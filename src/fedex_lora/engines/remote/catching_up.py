@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedex_lora.aggregation.adapter import AdapterState, LayerShape
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.engines.remote.asked import field
 from fedex_lora.engines.remote.cache import Cache, Held
@@ -73,7 +73,7 @@ def caught_up(
     if held.version < base:
         raise Lacks(least(settings) if settings.method.assignment.own else held.version)
     layers = settings.layers_of(name)
-    _check_broadcast(message, version, layers, held.adapter)
+    _check_broadcast(message, version, layers, held.adapter, settings)
     adapter = receive(held.adapter, message, layers, settings.seed)
     ends = {round: end for round, end in ends.items() if round >= message.own}
     if message.own:
@@ -105,19 +105,31 @@ def least(settings: Settings) -> int:
 
 
 def _check_broadcast(
-    message: Broadcast, version: int, layers: Mapping[str, LayerShape], held: AdapterState
+    message: Broadcast,
+    version: int,
+    layers: Mapping[str, LayerShape],
+    held: AdapterState,
+    settings: Settings,
 ) -> None:
     if message.round != version + 1 or version < 0:
         raise UserError(f"round {message.round} after version {version}; messages are mixed up")
     if message.fresh is not None and message.fresh != version:
         raise UserError(f"factors of version {message.fresh}; expected {version}")
     expected = flat(held)
+    if settings.method.assignment.pruning is not None:
+        expected |= flat(AdapterState(_pruned(message.tensors, held.layers)))
     for name, value in message.tensors.items():
         if name not in expected or value.shape != expected[name].shape:
             raise UserError(f"the coordinator's {worded(name)} does not fit the model")
         if not torch.isfinite(value).all():
             raise UserError(f"the coordinator's {worded(name)} is not finite")
     _check_ledger(message.ledger, version, layers)
+
+
+def _pruned(tensors: Tensors, held: Mapping[str, Factors]) -> dict[str, Factors]:
+    """What is held at the rank, lower or the same, that the coordinator sends the factors at."""
+    rank = min((len(t) for name, t in tensors.items() if name.startswith("A/")), default=None)
+    return {n: Factors(f.A[:rank], f.B[:, :rank], f.scale) for n, f in held.items()}
 
 
 def _check_ledger(ledger: Ledger, version: int, layers: Mapping[str, LayerShape]) -> None:

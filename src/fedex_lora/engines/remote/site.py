@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
 from fedex_lora.aggregation.adapter import AdapterState
-from fedex_lora.engines.private.begin import Spending, plan_of, private_trainer
+from fedex_lora.engines.private.begin import plan_of, private_trainer
 from fedex_lora.engines.remote.asked import addressed, common, field, identity_of
 from fedex_lora.engines.remote.cache import Cache, Held
 from fedex_lora.engines.remote.catching_up import Lacks, caught_up, least, load_held
@@ -34,7 +34,7 @@ from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.stage import Stage
 from fedex_lora.engines.training import HFTrainer
 from fedex_lora.engines.transforms import clip, clipped
-from fedex_lora.engines.turn import Train, Transform, Turn, take_turns
+from fedex_lora.engines.turn import Train, Transform, take_turns, turn_of
 from fedex_lora.errors import UserError, for_others
 from fedex_lora.federation.codec import decode_update, encode_about, encode_update, read_about
 from fedex_lora.federation.messages import Update, flat
@@ -43,6 +43,9 @@ from fedex_lora.federation.secure.sums import Summand, summand
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import own_part
 from fedex_lora.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fedex_lora.engines.private.account import Spending
 
 log = logging.getLogger(__name__)
 
@@ -284,9 +287,8 @@ def _train(
 
 def _update(institution: Institution, held: Held) -> Update:
     """What the client trains in one turn."""
-    settings, round = institution.settings, held.version + 1
-    trained, rows = settings.method.trained(round), institution.rows
-    turn = Turn(institution.name, round, rows, held.adapter, trained, settings.seed)
+    settings, rows = institution.settings, institution.rows
+    turn = turn_of(settings, institution.name, held.version + 1, rows, held.adapter)
     (update,) = take_turns(
         institution.stage, institution.train, [turn], held.ledger, settings, institution.transform
     )

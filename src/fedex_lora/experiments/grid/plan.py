@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedex_lora.engines.setup import recipe_task
-from fedex_lora.engines.training import check_training
+from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.experiments.grid.spec import RECIPES, Grid, MethodEntry, load_grid, plain_text
 from fedex_lora.recipe import Recipe
-from fedex_lora.recipe.reader import differences, load_recipe_with_places
+from fedex_lora.recipe.reader import differences, load_recipe, read_draft
 from fedex_lora.runs.rundir import RunDir
 
 Standing = Literal["new", "begun", "done", "other"]
@@ -128,8 +128,7 @@ def _resolve(
     file: Path, sets: list[str], entry: MethodEntry, data: Path | None
 ) -> tuple[tuple[str, ...], Recipe]:
     """The overrides with those that depend on the recipe, and the recipe with all of them."""
-    recipe, places = load_recipe_with_places(file, sets)
-    check_training(recipe.training, places)
+    recipe = read_draft(file, sets).checked(lambda r: training_problems(r.training)).settled()
     more = []
     if entry.rank_factor > 1:
         if recipe.lora.rank_pattern or recipe.lora.ranks:
@@ -138,7 +137,7 @@ def _resolve(
     if data is not None:
         more += _local(recipe, data)
     sets = [*sets, *more]
-    return tuple(sets), load_recipe_with_places(file, sets)[0] if more else recipe
+    return tuple(sets), load_recipe(file, sets) if more else recipe
 
 
 def _local(recipe: Recipe, data: Path) -> list[str]:

@@ -31,8 +31,8 @@ from pydantic import Field, ValidationError
 from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.recipe import Part, Problem, Recipe, did_you_mean
-from fedex_lora.recipe.reader import Places, read_yaml
-from fedex_lora.recipe.wording import Keys
+from fedex_lora.recipe.draft import Keys, Places
+from fedex_lora.recipe.reader import read_yaml
 
 Overrides = Mapping[str, Any]  # by dotted key of the recipe
 
@@ -180,7 +180,7 @@ def is_grid(path: Path) -> bool:
     Raises:
         UserError: It is unreadable, or no YAML.
     """
-    return "recipes" in read_yaml(path, Places(str(path)))[0]
+    return "recipes" in read_yaml(path)[0]
 
 
 def load_grid(path: Path) -> Grid:
@@ -189,8 +189,7 @@ def load_grid(path: Path) -> Grid:
     Raises:
         UserError: If anything is wrong; one line for each problem, with its place.
     """
-    places = Places(f"{path}:1")
-    raw, lines = read_yaml(path, places)
+    raw, places, lines = read_yaml(path)
     if "recipes" not in raw and "model" in raw:
         raise RecipeError(f"{path}: this is a recipe, not a grid; start it with `fedex-lora run`")
     methods = raw.get("methods")

@@ -86,10 +86,6 @@ def names_of(recipe: Recipe) -> list[str]:
         raise RecipeError(
             "privacy: whoever carries a round by hand sees every update; leave this block out"
         )
-    if recipe.engine.precision == "auto":
-        raise RecipeError(
-            "engine.precision: auto is measured on one machine; name float32 or bfloat16"
-        )
     return roster(recipe) or client_names(recipe.federation.clients)
 
 

@@ -82,8 +82,7 @@ def take_turn(
                 on_step,
                 proximal=recipe.federation.proximal,
             )
-            trained = settings.method.trained(turn.round)
-            one = engine.Turn(turn.client, turn.round, rows, start, trained, settings.seed)
+            one = engine.turn_of(settings, turn.client, turn.round, rows, start)
             (update,) = engine.take_turns(stage, train, [one], message.ledger, settings)
             text = (folder / TURN).read_bytes()
     with tempfile.TemporaryDirectory() as work:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from fedex_lora.aggregation.adapter import LayerShape
+from fedex_lora.aggregation.aggregator import assign
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.architectures import Architecture, count
 from fedex_lora.recipe import Recipe
+from fedex_lora.runs.plan.traffic import statistics
 
-_FLOAT32 = 4
-# bytes of a weight with its scales: a float32 for every 64 weights, or for every row
-_QUANTISED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
+FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def client_memory(
     """
     k, head = recipe.fused, count(model.head.values())
     parts = [
-        Part("model", weights(recipe, model)),
+        Part("model", model.bytes(recipe.model)),
         *turn_memory(recipe, settings, head, ledger),
         Part("activations", k * activations(recipe, model.config), True),
     ]
@@ -72,8 +73,8 @@ def turn_memory(recipe: Recipe, settings: Settings, head: int, ledger: int) -> l
         Part("gradients", held),
         Part("optimizer", int(held * moments), not sure),
         Part("start and end of a turn", (1 + k) * exchanged),
-        Part("gradients of whole weights, twice", 2 * dense * _FLOAT32),
-        Part("a layer's pretrained weights, twice", 2 * largest * _FLOAT32),
+        Part("gradients of whole weights, twice", 2 * dense * FLOAT32),
+        Part("a layer's pretrained weights, twice", 2 * largest * FLOAT32),
         Part("increments beside the layers", ledger if recipe.model.placement == "side" else 0),
     ]
     return [part for part in parts if part.bytes]
@@ -100,7 +101,7 @@ def server_memory(settings: Settings, head: int, checkpoint: int, message: int) 
         Part("means and next factors", 2 * exchanged),
         Part("an update", exchanged),
         Part("a message", message),
-        Part("sums over clients", sums * spread * _FLOAT32, True),
+        Part("sums over clients", sums * spread * FLOAT32, True),
     ]
     return [part for part in parts if part.bytes]
 
@@ -124,20 +125,12 @@ def activations(recipe: Recipe, config: Any) -> int:
     else:
         kept = layer * layers
     vocabulary = getattr(config, "vocab_size", 0) if recipe.task.vocabulary else 0
-    return kept * _itemsize(recipe) + 3 * tokens * vocabulary * _FLOAT32
-
-
-def weights(recipe: Recipe, model: Architecture) -> int:
-    """Bytes of the plain model: quantised where asked for, the rest in its dtype."""
-    if recipe.model.quantisation is None:
-        return model.size * _itemsize(recipe)
-    rest = (model.size - model.linear) * _itemsize(recipe)
-    return int(rest + model.linear * _QUANTISED[recipe.model.quantisation])
+    return kept * _itemsize(recipe) + 3 * tokens * vocabulary * FLOAT32
 
 
 def _exchanged(settings: Settings, head: int) -> int:
     """Bytes of all factors, at the largest rank of a client, and the head, as values: float32."""
-    return (sum(s.rank * (s.out + s.inp) for s in settings.layers.values()) + head) * _FLOAT32
+    return (sum(s.rank * (s.out + s.inp) for s in settings.layers.values()) + head) * FLOAT32
 
 
 def _itemsize(recipe: Recipe) -> int:
@@ -151,3 +144,46 @@ def _moments(optim: str) -> tuple[float, bool]:
     if optim == "sgd":
         return 0.0, True
     return (0.5 if "8bit" in optim else 2.0), False
+
+
+def ledger_numbers(settings: Settings) -> int:
+    """Numbers of the ledger where it is largest, at least: every round adds what the assignment
+    leaves out, and all but the newest are one matrix a layer as soon as that is smaller."""
+    each, dense = 0, 0
+    for layer in settings.layers.values():
+        if found := _left_out(settings, layer):
+            each, dense = each + found, dense + layer.out * layer.inp
+    largest = old = new = 0
+    for _ in range(settings.rounds if each else 0):
+        new += 1
+        if new > 2 and dense <= old + (new - 1) * each:
+            old, new = dense, 1
+        largest = max(largest, old + new * each)
+    return largest
+
+
+def _left_out(settings: Settings, layer: LayerShape) -> int:
+    """Numbers of a round's increment in one layer, of clients that start from B = 0 at least."""
+    method = settings.method
+    if not method.exchanges:
+        return 0
+    clients = 1 if settings.combining.mean == "krum" else settings.sample_size
+    found = assign(method, statistics(settings, layer, 1, clients)).left_out
+    if found is None or not method.in_ledger:
+        return 0
+    if method.residual == "truncated":
+        rank = min(settings.rank or 0, found.rank)
+        return min(rank * (layer.out + layer.inp), layer.out * layer.inp)
+    return found.smaller().numbers
+
+
+def own_numbers(settings: Settings, head: int) -> int:
+    """Numbers that the clients of one round keep as their own."""
+    assignment = settings.method.assignment
+    taken = settings.sample(1)[: settings.sample_size]
+    factors = sum(
+        layer.rank * (("A" in assignment.own) * layer.inp + ("B" in assignment.own) * layer.out)
+        for client in taken
+        for layer in settings.layers_of(client).values()
+    )
+    return factors + len(taken) * head * assignment.head_private

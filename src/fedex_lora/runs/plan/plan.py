@@ -19,13 +19,13 @@ from fedex_lora.engines.setup import (
     set_up,
 )
 from fedex_lora.federation.settings import Settings
-from fedex_lora.model.architectures import count, local_folder
+from fedex_lora.model.architectures import count
+from fedex_lora.model.load import local_folder
 from fedex_lora.recipe import Recipe
 from fedex_lora.runs.plan.memory import Part, client_memory, server_memory
 from fedex_lora.runs.plan.timing import Timing, measure
 from fedex_lora.runs.plan.traffic import DryRun, Size, summed
-from fedex_lora.runs.preflight import elsewhere
-from fedex_lora.runs.room import KEPT
+from fedex_lora.runs.preflight import KEPT, elsewhere
 from fedex_lora.tasks import Task
 
 
