@@ -78,13 +78,12 @@ def test_the_global_model_is_the_weighted_mean_of_where_the_clients_ended(model,
             ends.update({turn.client: one.end for turn, one in zip(turns, found, strict=True)})
             return found
 
-    federation.engine.train_with = Watched()
+    federation.engine.train_with, start = Watched(), federation.state.factors
     (round,) = federation.rounds(1)
     assert round.number == 1 and round.deviation > 0 and round.metrics.keys() == COUNTS.keys()
-    start = federation.engine.initial
     for name, shape in model.adapted.layers.items():
         ideal = ideal_change(
-            [start.layers[name]] * 3, [ends[c].layers[name] for c in COUNTS], list(COUNTS.values())
+            [start[name]] * 3, [ends[c].layers[name] for c in COUNTS], list(COUNTS.values())
         )
         total = federation.state.ledger.total(name)
         got = federation.state.factors[name].delta().dense().double() + total.double()

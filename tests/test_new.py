@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fedex_lora.cli import app
 from fedex_lora.errors import RecipeError
 from fedex_lora.recipe.reader import load_recipe
-from fedex_lora.runs.draft import commented
+from fedex_lora.runs.first_recipe import commented
 
 COLUMNS = {"text-classification": ["review", "label"], "causal-lm": ["note"]}
 

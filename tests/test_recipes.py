@@ -195,7 +195,7 @@ def check(recipe: Recipe, models, folder: Path) -> None:
     tried = small(recipe, models(recipe), folder / "data")
     results = start_run(tried, folder / "run")
     record = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    steps = 0 if recipe.method.chosen.trains == "inner" else 2  # its first round is of gradients
+    steps = 0 if recipe.method.chosen.sends_gradients(1) else 2
     assert all(client["steps"] == steps for client in record["clients"].values())
     assert not record["refused"] and results["best"]["score"] is not None
 

@@ -20,9 +20,9 @@ from fedex_lora.federation.codec import (
 )
 from fedex_lora.federation.header import Limit
 from fedex_lora.federation.loop import Exchange, run_round
-from fedex_lora.federation.messages import Lost, Tensors, Update, flat, only, receive, replaced
+from fedex_lora.federation.messages import Lost, Tensors, Update, flat, receive, replaced
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, begin, own_part, start_of
+from fedex_lora.federation.state import ServerState, begin, own_part, sent_part, start_of
 
 SITES = {
     "q": LayerShape(out=26, inp=33, rank=3, scale=1.7),
@@ -74,7 +74,10 @@ class Clients:
         trained, assignment = method.trained(round), method.assignment
         end = trained_by(start, trained, g, self.spread)
         kept = own_part(self.settings, flat(end)) if assignment.private else {}
-        sent = only(flat(end), method.sent(round))
+        if self.settings.scaffold:
+            of = flat(end).items()
+            end = replace(end, variates={n: torch.randn(t.shape, generator=g) for n, t in of})
+        sent = sent_part(self.settings, flat(end), round)
         update = Update(round, client, sent, EXAMPLES[client], kept=kept)
         if method.exchanges:
             blob = encode_update(update, start, self.settings.wire_dtype)
@@ -113,3 +116,4 @@ def assert_same(a: AdapterState, b: AdapterState) -> None:
         assert torch.equal(f.A, b.layers[n].A) and torch.equal(f.B, b.layers[n].B)
         assert f.scale == b.layers[n].scale
     assert all(torch.equal(t, b.head[n]) for n, t in a.head.items())
+    same_tensors(a.variates, b.variates)

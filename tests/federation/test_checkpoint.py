@@ -16,9 +16,13 @@ def same_state(a, b):
     assert (a.version, a.held, a.changed) == (b.version, b.held, b.changed)
     assert a.taken == b.taken
     assert_same(AdapterState(a.factors, a.head), AdapterState(b.factors, b.head))
-    assert a.own.keys() == b.own.keys() and a.ledger.layers() == b.ledger.layers()
-    for client in a.own:
-        same_tensors(a.own[client], b.own[client])
+    assert a.ledger.layers() == b.ledger.layers()
+    for one, other in ((a.own, b.own), (a.variates, b.variates)):
+        assert one.keys() == other.keys()
+        for client in one:
+            same_tensors(one[client], other[client])
+    same_tensors(a.variate, b.variate)
+    assert a.ranks == b.ranks
     for site in a.ledger.layers():
         assert torch.equal(a.ledger.total(site), b.ledger.total(site))
     assert a.carry.keys() == b.carry.keys() and a.late.keys() == b.late.keys()

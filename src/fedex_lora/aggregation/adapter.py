@@ -68,19 +68,27 @@ class Factors:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Everything a client trains: factors by layer, and the head by parameter name."""
+    """Everything a client trains: factors by layer, and the head by parameter name.
+
+    Attributes:
+        variates: SCAFFOLD's, by A/LAYER, B/LAYER and head/PARAMETER, where there are some: c − cᵢ
+            of a client that begins, its next cᵢ of one that has ended.
+    """
 
     layers: Mapping[str, Factors] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    variates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes of all tensors in it."""
-        tensors = [t for f in self.layers.values() for t in (f.A, f.B)] + list(self.head.values())
+        tensors = [t for f in self.layers.values() for t in (f.A, f.B)]
+        tensors += [*self.head.values(), *self.variates.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def inner_name(layer: str) -> str:
-    """What R of a layer is called in the head, where one is trained between its A and B."""
+    """What R of a layer, or its blocks, is called in the head, where that is trained between its A
+    and B."""
     return f"{layer}.inner"
 
 
@@ -89,8 +97,19 @@ def weight_name(layer: str) -> str:
     return f"{layer}.weight"
 
 
+def whole_inner(inner: Tensor, rank: int) -> Tensor:
+    """R (r × r) itself, or of its blocks (heads × p × p), of which the last may be too large.
+
+    Example:
+        >>> whole_inner(torch.tensor([[[2.0]], [[3.0]]]), 2).tolist()
+        [[2.0, 0.0], [0.0, 3.0]]
+    """
+    return inner if inner.ndim == 2 else torch.block_diag(*inner)[:rank, :rank]
+
+
 def folded(state: AdapterState) -> AdapterState:
-    """The same change with plain factors: B·R in the place of B where the head holds an R.
+    """The same change with plain factors: B·R in the place of B where the head holds an R, or its
+    blocks.
 
     Example:
         >>> f = Factors(torch.ones(2, 3), torch.ones(4, 2), 1.0)
@@ -102,7 +121,7 @@ def folded(state: AdapterState) -> AdapterState:
     head = dict(state.head)
     inner = {name: head.pop(inner_name(name), None) for name in state.layers}
     layers = {
-        name: f if (r := inner[name]) is None else replace(f, B=f.B @ r)
+        name: f if (r := inner[name]) is None else replace(f, B=f.B @ whole_inner(r, f.rank))
         for name, f in state.layers.items()
     }
     return AdapterState(layers, head)

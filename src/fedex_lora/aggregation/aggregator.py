@@ -117,7 +117,7 @@ class Aggregator:
         self.method, self.eta, self.combining = method, eta, combining
         needs = method.assignment.needs
         seen = method.assignment.sent_up(trained)
-        self._sees_all = seen == trained and method.trains != "inner"
+        self._measurable = method.shows_products(trained)
         self._layers = {
             name: LayerSums(layer, needs, seen, eta, clients) for name, layer in layers.items()
         }
@@ -202,7 +202,7 @@ class Aggregator:
             self.method,
             self._statistics(missed),
             {n: self._head_start[n] + self.eta * d for n, d in self._head.items()},
-            norms and self._sees_all,
+            norms and self._measurable,
         )
 
     def _statistics(self, missed: Mapping[str, Delta]) -> Iterator[tuple[str, Statistics]]:

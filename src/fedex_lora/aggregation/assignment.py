@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedex_lora.aggregation.adapter import Factors
+    from fedex_lora.aggregation.adapter import Factors, LayerShape
     from fedex_lora.aggregation.delta import Delta
     from fedex_lora.aggregation.pruning import Pruning
     from fedex_lora.aggregation.statistics import Statistics
@@ -37,7 +37,8 @@ class Assigned:
             where no factor comes from the server.
         left_out: The residual: what of G' − base the factors do not express. None if nothing is
             left, or nobody asks.
-        inner: R (r × r) between B and A from now on, if it is new; it goes into the head.
+        inner: What lies between B and A from now on, if it is new; it goes into the head. R
+            (r × r), or the blocks of a block-diagonal one (heads × p × p), which is cut to r × r.
     """
 
     factors: Factors | None
@@ -66,6 +67,8 @@ class Assignment(ABC):
         private: Whether own factors never leave their client, which needs no sum of them.
         head_private: Whether the head stays with its client too, so that nothing is exchanged.
         ranks_may_differ: Whether clients may have different LoRA ranks.
+        gradients: Whether `assign` makes the factors of round 1 of a gradient: clients send those
+            of the adapted layers' whole weights in that round.
     """
 
     name: ClassVar[str] = ""
@@ -78,6 +81,16 @@ class Assignment(ABC):
     private: ClassVar[bool] = False
     head_private: ClassVar[bool] = False
     ranks_may_differ: ClassVar[bool] = False
+    gradients: ClassVar[bool] = False
+
+    def first(self, layer: LayerShape, factors: Factors, seed: int) -> Assigned:
+        """What clients start round 1 from.
+
+        Args:
+            factors: A at random and B = 0, or those of an adapter to start from.
+            seed: The layer's own, for what else is drawn.
+        """
+        return Assigned(factors)
 
     @property
     def pruning(self) -> Pruning | None:

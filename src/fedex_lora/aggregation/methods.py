@@ -29,6 +29,7 @@ from fedex_lora.aggregation.assignment import (
 from fedex_lora.aggregation.assignments.by_norm import ByNorm
 from fedex_lora.aggregation.assignments.corrected import CorrectedB
 from fedex_lora.aggregation.assignments.fitted import Fitted
+from fedex_lora.aggregation.assignments.heads import Heads
 from fedex_lora.aggregation.assignments.inner import Inner
 from fedex_lora.aggregation.assignments.robust_pca import RobustPca
 from fedex_lora.aggregation.assignments.shared_a import SharedA
@@ -48,9 +49,9 @@ class Method:
     """One method: three choices, and for the baselines whose data it trains on.
 
     Attributes:
-        trains: "both" factors; "B" only; "alternate": B in odd rounds, A in even ones; "inner": an
-            r × r matrix between them, once round 1 has brought the factors; "all" parameters of the
-            model, without LoRA. The last two are trained as a head is.
+        trains: "both" factors; "B" only; "alternate": B in odd rounds, A in even ones; "inner": a
+            matrix between them; "all" parameters of the model, without LoRA. The last two are
+            trained as a head is.
         assignment: Which factors the clients get next.
         residual: "exact": all of it goes into the base; "truncated" to a rank; "partial": as much
             as the assignment gives of it; "dropped"; "zero": there is none by construction.
@@ -91,6 +92,12 @@ class Method:
         return type(self.assignment) is Average
 
     @property
+    def means_alone(self) -> bool:
+        """Whether all that the server publishes is the mean of the updates."""
+        inner = self.trains == "inner" and not self.assignment.gradients
+        return (self.averages or inner) and not self.in_ledger
+
+    @property
     def ranks_may_differ(self) -> bool:
         """Whether clients may have different LoRA ranks."""
         return self.trains == "both" and self.assignment.ranks_may_differ
@@ -100,7 +107,7 @@ class Method:
         assignment = self.assignment
         if self.pooled or not self.exchanges:
             return "exchanges nothing, so there is nothing to sum"
-        if self.trains == "inner":
+        if assignment.gradients:
             return "makes its factors from gradients, which go without secure aggregation so far"
         if "ends" in assignment.needs:
             return "reads each client's factors by themselves, which no sum holds"
@@ -125,10 +132,15 @@ class Method:
         choices = {"both": "AB", "B": "B", "alternate": alternate, "inner": "", "all": ""}
         return frozenset(choices[self.trains])
 
+    def shows_products(self, trained: frozenset[str]) -> bool:
+        """Whether what is sent of `trained` decides the clients' products: no client keeps a factor
+        that it trained, and nothing is trained between them."""
+        return self.assignment.sent_up(trained) == trained and self.trains != "inner"
+
     def sends_gradients(self, round: int) -> bool:
         """Whether clients send the gradients of the adapted layers' whole weights in a round, and
         the server makes all factors from them."""
-        return self.trains == "inner" and round == 1
+        return self.assignment.gradients and round == 1
 
     def sent_down(self, round: int) -> frozenset[str]:
         """Factors that are new for all clients after a round, of "A" and "B".
@@ -226,6 +238,7 @@ _OWN: dict[str, Method] = {
     "hetlora": Method("both", ByNorm(), "dropped", "Cho et al., arXiv 2401.06432"),
     "fedrpca": Method("both", RobustPca(), "dropped", "Jhunjhunwala et al., arXiv 2506.01194"),
     "fed-sb": Method("inner", Inner(), "zero", "Singhal et al., arXiv 2502.15436"),
+    "ravan": Method("inner", Heads(), "zero", "Raje et al., arXiv 2506.05568"),
     "full": Method("all", Average(), "zero", "McMahan et al., federated full fine-tuning"),
     "centralized": Method("both", Average(), "exact", "one client with all the data", pooled=True),
     "centralized-full": Method(

@@ -51,6 +51,6 @@ class ServerOptimizer:
             yield "server_learning_rate", "the server's optimizer has one of its own; leave it out"
         if method.pooled or not method.exchanges:
             yield "server_optimizer", "nothing is exchanged"
-        elif not (method.in_ledger or method.averages):
+        elif not (method.in_ledger or method.means_alone):
             told = "has no increments: its factors are made anew each round, and nothing of G is in"
             yield "server_optimizer", f"{told} the base"

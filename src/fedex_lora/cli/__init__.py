@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from fedex_lora.cli import (
+from fedex_lora.cli import (  # noqa: F401 (each adds its commands to the app)
     attacks,
     costs,
     data,
@@ -26,26 +26,7 @@ from fedex_lora.cli.common import app, complain, console, phase, phases
 from fedex_lora.cli.json_lines import Lines
 from fedex_lora.errors import EXTRAS, QuorumLost, UserError, missing
 
-__all__ = [
-    "app",
-    "attacks",
-    "console",
-    "costs",
-    "data",
-    "demo",
-    "deploys",
-    "evaluate",
-    "grids",
-    "hands",
-    "lists",
-    "main",
-    "merges",
-    "new",
-    "plans",
-    "reports",
-    "runs",
-    "serves",
-]
+__all__ = ["app", "console", "main"]
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import app, comma_separated
 from fedex_lora.errors import RecipeError
 from fedex_lora.model.presets import PRESETS
@@ -55,6 +54,7 @@ def cost(
         raise RecipeError("--out: only --table8 is written to a file; leave it out, or use --json")
     import torch
 
+    from fedex_lora.aggregation.methods import METHODS
     from fedex_lora.experiments.cost.cost import costs, reference, shapes
     from fedex_lora.recipe import LoraSpec
 

@@ -21,7 +21,7 @@ from fedex_lora.runs.pace import Pace
 from fedex_lora.runs.spent import line
 
 if TYPE_CHECKING:
-    from fedex_lora.federation.loop import Record
+    from fedex_lora.federation.record import Record
     from fedex_lora.runs.watch import Start
 
 _WIDEST = 10_000  # characters in a line

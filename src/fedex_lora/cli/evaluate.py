@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import (
     Client,
     Out,
@@ -79,7 +78,7 @@ def evaluate_command(
 
 def _keeps_texts(run: Recipe) -> bool:
     """Whether a run's own evaluation is of texts that one model generates for the server's rows."""
-    alone = METHODS[run.method.name].personal
+    alone = run.method.chosen.personal
     return run.task.generates and run.evaluation.where == "server" and not alone
 
 

@@ -15,7 +15,7 @@ import typer
 from fedex_lora.cli.spoken import Spoken, spoken
 
 if TYPE_CHECKING:
-    from fedex_lora.federation.loop import Record
+    from fedex_lora.federation.record import Record
     from fedex_lora.runs.watch import Start
 
 _SELDOM = 10.0  # seconds between two lines of one client's turn

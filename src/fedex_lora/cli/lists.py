@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from fedex_lora import __version__
-from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.cli.common import app, console, shipped_recipes
 from fedex_lora.cli.display import show_table
 from fedex_lora.errors import RecipeError, UserError
@@ -17,6 +16,8 @@ from fedex_lora.errors import RecipeError, UserError
 @app.command()
 def methods() -> None:
     """List the methods: three choices each, and where they come from."""
+    from fedex_lora.aggregation.methods import METHODS, get_method
+
     header = ["method", "trains", "assignment", "residual", "base", "ranks differ", "source"]
     rows = [
         [
@@ -40,8 +41,8 @@ def recipes(
     ] = None,
 ) -> None:
     """List the recipes and grids in a directory."""
-    from fedex_lora.experiments.grid.spec import grid_row, is_grid
-    from fedex_lora.recipe.reader import load_recipe
+    from fedex_lora.experiments.grid.spec import grid_of, grid_row
+    from fedex_lora.recipe.reader import drafted, read_yaml
 
     here = Path("recipes")
     directory = directory or (here if here.is_dir() else shipped_recipes() or here)
@@ -51,10 +52,11 @@ def recipes(
     rows, grids = [], []
     for file in found:
         try:
-            if is_grid(file):
-                grids.append([str(file), *grid_row(file)])
+            raw, places, lines = read_yaml(file)
+            if "recipes" in raw:
+                grids.append([str(file), *grid_row(grid_of(raw, places, lines))])
                 continue
-            spec = load_recipe(file)
+            spec = drafted(raw, places, (), lines).settled()
         except UserError as error:
             rows.append([str(file), "-", "-", str(error).splitlines()[0]])
             continue

@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from fedex_lora.aggregation.methods import get_method
 from fedex_lora.cli.common import app, complain, phase, say
 from fedex_lora.errors import DataError, RecipeError, StorageError, UserError, did_you_mean, some
 
@@ -53,10 +52,10 @@ def new(
     how = _answer("--method", method, "Method", _method, "fedex")
 
     from fedex_lora.recipe.reader import load_recipe
-    from fedex_lora.runs.draft import commented, draft
+    from fedex_lora.runs.first_recipe import commented, first_recipe
 
     block = _task(kind, files, set)
-    values = draft(recipe.stem, chosen, block, how, files, evaluation)
+    values = first_recipe(recipe.stem, chosen, block, how, files, evaluation)
     text = commented(
         values, f"Written by fedex-lora new. What a run takes: fedex-lora plan {recipe}"
     )
@@ -111,6 +110,8 @@ def _kind(text: str) -> str:
 
 
 def _method(text: str) -> str:
+    from fedex_lora.aggregation.methods import get_method
+
     try:
         get_method(text)
     except UserError as error:
@@ -150,7 +151,7 @@ def _task(kind: str, files: list[Path], sets: list[str]) -> dict[str, Any]:
     from fedex_lora.data.read import read
     from fedex_lora.recipe import spec_of
     from fedex_lora.recipe.meanings import MEANINGS
-    from fedex_lora.runs.draft import labels_of, task_fields
+    from fedex_lora.runs.first_recipe import labels_of, task_fields
 
     spec, block = spec_of(kind), dict[str, Any](kind=kind)
     assert spec is not None

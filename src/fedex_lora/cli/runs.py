@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.cli.common import (
     Address,
     Client,
@@ -39,6 +38,7 @@ from fedex_lora.cli.json_lines import LogJson, emit
 from fedex_lora.errors import RecipeError, check_installed, number
 
 if TYPE_CHECKING:
+    from fedex_lora.aggregation.methods import Method
     from fedex_lora.experiments.compare import Results
     from fedex_lora.recipe import Recipe
     from fedex_lora.runs.export import Exported
@@ -148,6 +148,7 @@ def compare_command(
 ) -> None:
     """Run several methods (and seeds) on one recipe and print the table."""
     spec = read_recipe(recipe, set, announce)
+    from fedex_lora.aggregation.methods import METHODS
     from fedex_lora.experiments.compare import compare
     from fedex_lora.runs.export import export_model
     from fedex_lora.runs.reopened import open_run
@@ -164,8 +165,10 @@ def compare_command(
             train_once,
         )
     show_comparison(results, path, train_once)
-    offered = next(filter(_exact_for_all, results), next(iter(results)))
-    if not METHODS[offered.partition(":")[0]].personal:
+    chosen = {name: METHODS[name.partition(":")[0]] for name in results}
+    exact = (name for name, method in chosen.items() if _exact_for_all(method))
+    offered = next(exact, next(iter(results)))
+    if not chosen[offered].personal:
         best = path / f"{offered.replace(':', '-')}-seed{numbers[0]}"
         if export and not (best / "final" / "model").exists():
             export_model(open_run(best), best / "final" / "model")
@@ -184,9 +187,8 @@ def show_comparison(results: Results, path: Path, once: bool = False) -> None:
     say(f"The same as JSON and Markdown: {path}/comparison.json, comparison.md")
 
 
-def _exact_for_all(name: str) -> bool:
+def _exact_for_all(method: Method) -> bool:
     """Whether the method federates one model that is the exact mean and keeps its factors."""
-    method = METHODS[name.partition(":")[0]]
     exact = method.residual == "exact" and method.averages
     return exact and method.exchanges and not method.pooled
 
@@ -282,7 +284,7 @@ def _offer(path: Path) -> None:
             say(f"{what.capitalize()}: {final / what}; in Python:")
             say("\n".join(loading_lines(recipe, final / what)))
     if not is_export(final / "model"):
-        whose = " --client NAME" if METHODS[recipe.method.name].personal else ""
+        whose = " --client NAME" if recipe.method.chosen.personal else ""
         say(f"Merged model: fedex-lora export {shlex.quote(str(path))} --as model{whose}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from datasets import Dataset
@@ -18,7 +19,7 @@ from fedex_lora.federation.secure.member import Member
 from fedex_lora.federation.secure.messages import Answer, Ask
 from fedex_lora.federation.secure.sums import Summand, summand
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import first_start
+from fedex_lora.federation.state import begin, start_of
 
 NOTHING = -1  # the version that a client holds who has no memory
 Trained = tuple[AdapterState, Update]  # where a client started from, and its update
@@ -53,7 +54,8 @@ class LocalEngine:
         transform: Transform | None = None,
     ) -> None:
         self.stage, self.clients, self.settings = stage, clients, settings
-        self.initial, self.train_with, self.rows = initial, train, rows or {}
+        self._first = replace(begin(settings, initial), own={})
+        self.train_with, self.rows = train, rows or {}
         self.failure_rate, self.transform = failure_rate, transform
         self._members: dict[str, Member] = {}
         self._trained: dict[str, Trained] = {}  # of a round under secure aggregation
@@ -136,10 +138,10 @@ class LocalEngine:
                 yield Scores(name, scores)
 
     def _start(self, exchange: Exchange, client: str, message: Broadcast) -> AdapterState:
-        """What the message makes of the initial adapter, and what the client kept: of clients in
+        """What the message makes of the first adapter, and what the client kept: of clients in
         this process that lies in the run's state, so that the run can be resumed."""
         layers = self.settings.layers_of(client)
-        first = first_start(self.settings, self.initial, client)
+        first = start_of(self._first, self.settings, client)
         own = exchange.state.own.get(client, {})
         return replaced(receive(first, message, layers, self.settings.seed), dict(own.items()))
 

@@ -369,6 +369,7 @@ def federation_settings(
         liars=fed.liars,
         align=fed.align,
         optimizer=fed.optimizer,
+        scaffold=fed.scaffold,
     )
 
 

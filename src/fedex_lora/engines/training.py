@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
 from statistics import fmean
@@ -192,9 +192,9 @@ class HFTrainer:
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
         trainer = self._trainer(model, turn, on_step, log)
-        passes = trainer.args.gradient_accumulation_steps
-        pulls = pulled(model.parameters(), turn, self.proximal, passes)
-        with reported(trainer, log), attention(trainer.args), pulls:
+        accelerator = trainer.accelerator
+        pulls = pulled(model.parameters(), turn, self.proximal, lambda: accelerator.sync_gradients)
+        with reported(trainer, log), attention(trainer.args), pulls as sums:
             try:
                 output = trainer.train()
             except ImportError as error:  # of what it looks for only here
@@ -205,7 +205,8 @@ class HFTrainer:
             "steps": float(output.global_step),
             "seconds": perf_counter() - began,
         }
-        return Trained(metrics, model.read())
+        variates = {n: g.cpu() / output.global_step for n, g in sums.items()}
+        return Trained(metrics, replace(model.read(), variates=variates))
 
     def _first_gradients(self, model: AdaptedModel, turn: Turn) -> Trained:
         """The mean gradient of every adapted layer's whole weight over the first batches, in the

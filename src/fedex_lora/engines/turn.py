@@ -19,9 +19,9 @@ from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.aggregation.pruning import Pruning
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError
-from fedex_lora.federation.messages import Tensors, Update, flat, only
+from fedex_lora.federation.messages import Tensors, Update, flat
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import own_part
+from fedex_lora.federation.state import own_part, sent_part
 from fedex_lora.model.adapted import AdaptedModel
 
 
@@ -127,6 +127,8 @@ def take_turns(
     if len(found) != len(turns):
         raise UserError(f"a training of {len(turns)} clients came back with {len(found)} results")
     ends = [stage.model.read() if trained.end is None else trained.end for trained in found]
+    if settings.scaffold and not all(end.variates for end in ends):
+        raise UserError("scaffold: this way to train makes no control variates; take HFTrainer")
     return [
         _update(turn, flat(end), trained.metrics, settings, transform)
         for turn, end, trained in zip(turns, ends, found, strict=True)
@@ -142,7 +144,9 @@ def _update(
 ) -> Update:
     assignment = settings.method.assignment
     kept = own_part(settings, end) if assignment.private else {}
-    sent = only(end, settings.method.sent(turn.round))
+    sent = sent_part(settings, end, turn.round)
+    if transform is not None and settings.scaffold:
+        raise UserError("scaffold: variates cross as they are; leave the transform out")
     if transform is not None and settings.method.exchanges:  # of what stays, nothing is hidden
         start = flat(turn.start)
         drift = {name: value - start[name] for name, value in sent.items()}

@@ -17,9 +17,9 @@ from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UpdateRefused, UserError
 from fedex_lora.federation.codec import worded
-from fedex_lora.federation.messages import Tensors, Update, flat, only
+from fedex_lora.federation.messages import VARIATE, Tensors, Update, flat
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState, own_part
+from fedex_lora.federation.state import ServerState, own_part, sent_part
 
 LARGEST = 1e12  # of an entry: no network uses such weights; sums of their squares are still finite
 SEVERAL = 3  # clients from which on one can be compared with the others
@@ -47,13 +47,14 @@ def check(update: Update, start: AdapterState, round: int, settings: Settings) -
     for name, value in update.metrics.items():
         if not math.isfinite(value):
             raise UpdateRefused(f"its training {name} is {value}; expected a finite number")
-    expected = only(flat(start), settings.method.sent(round))
+    expected = sent_part(settings, flat(start), round)
     _check_tensors(update.tensors, expected)
     if update.kept and settings.method.exchanges:
         _check_tensors(update.kept, own_part(settings, flat(start)))
     norms = (
         torch.linalg.vector_norm(value - expected[name], dtype=torch.float64).item()
         for name, value in update.tensors.items()
+        if not name.startswith(VARIATE)
     )
     norm = math.hypot(*norms)
     if settings.max_norm is not None and norm > settings.max_norm:
@@ -143,6 +144,8 @@ def _magnitudes(state: ServerState) -> Iterator[tuple[str, float]]:
         yield f"B·A of {name!r}", _bound(f.delta())
     for name, value in state.head.items():
         yield f"head of {name!r}", _magnitude(value)
+    for name, value in state.variate.items():
+        yield f"control variate of {name!r}", _magnitude(value)
     for part in (state.ledger.newest(), state.carry):
         for name, w in part.items():
             yield f"increment of {name!r}", _bound(w)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -14,7 +13,6 @@ import torch
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
 from fedex_lora.aggregation.combining import Combining
-from fedex_lora.aggregation.ledger import Increment
 from fedex_lora.errors import QuorumLost, UpdateRefused, UserError
 from fedex_lora.federation.checks import check, outliers, too_large
 from fedex_lora.federation.codec import (
@@ -23,8 +21,18 @@ from fedex_lora.federation.codec import (
     encode_update,
     update_nbytes,
 )
-from fedex_lora.federation.messages import Broadcast, Lost, Scores, Tensors, Update, flat, replaced
+from fedex_lora.federation.messages import (
+    Broadcast,
+    Lost,
+    Scores,
+    Tensors,
+    Update,
+    flat,
+    replaced,
+    variates_in,
+)
 from fedex_lora.federation.noise import MeanNoise
+from fedex_lora.federation.record import Record, Taken, Tally, record_of
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.spool import Spool
 from fedex_lora.federation.state import (
@@ -35,8 +43,7 @@ from fedex_lora.federation.state import (
     start_of,
     step,
 )
-
-Record = dict[str, Any]
+from fedex_lora.federation.variates import replaced_by
 
 
 class Exchange:
@@ -76,10 +83,10 @@ class Exchange:
 
     def start(self, client: str) -> AdapterState:
         """Where the client starts from, as far as a server knows: private factors of clients in
-        this process are not looked at. Own factors are not kept in memory for all of them."""
+        this process are not looked at. What is a client's own is not kept in memory for all."""
         method = self.settings.method
         unseen = method.assignment.private and method.exchanges
-        if client in self.state.own and not unseen:
+        if self.settings.scaffold or (client in self.state.own and not unseen):
             return start_of(self.state, self.settings, client)
         rank = self.rank(client)
         if rank not in self._starts:
@@ -97,30 +104,6 @@ class Transport(Protocol):
     def evaluate(self, exchange: Exchange) -> Iterator[Scores | Lost]:
         """Delivers the broadcasts and brings back how good clients find that model."""
         ...
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What the record says of an update that was aggregated."""
-
-    examples: int
-    metrics: Mapping[str, float]
-
-
-@dataclass
-class Tally:
-    """What happened in a round, besides the numbers that are aggregated."""
-
-    taken: dict[str, Taken] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
-    up: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def refuse(self, client: str, why: str) -> None:
-        self.taken.pop(client, None)
-        self.refused[client] = why
 
 
 KeepUpdate = Callable[[int, Update, AdapterState], None]
@@ -297,6 +280,7 @@ def _aggregated(
     )
     kept: dict[str, Tensors] = {}
     pruning, ranks = method.assignment.pruning, dict(exchange.state.ranks)
+    total, variates = exchange.state.variate, dict(exchange.state.variates)
     for client in clients:
         update = spool.get(client)
         if noise is not None:
@@ -307,6 +291,10 @@ def _aggregated(
         if pruning is not None and pruning.prunes(start.layers, end.layers):
             end = replace(end, layers=pruning.without_last(end.layers))
             ranks[client] = pruning.kept(max(f.rank for f in start.layers.values()))
+        if settings.scaffold:
+            own, new = variates.get(client, {}), variates_in(update.tensors)
+            total, own = replaced_by(settings, total, client, own, new)
+            variates[client] = shelve(exchange.round, own)
         if method.exchanges:
             weight = 1.0 if settings.weights == "uniform" else float(update.examples)
             aggregator.add(weight, start, end)
@@ -316,7 +304,7 @@ def _aggregated(
                 kept[client] = shelve(exchange.round, own)
     result = aggregator.finish() if method.exchanges else None
     after = step(exchange.state, settings, result, clients, kept)
-    return replace(after, ranks=ranks), result
+    return replace(after, ranks=ranks, variates=variates, variate=total), result
 
 
 def count_down(exchange: Exchange) -> dict[str, int]:
@@ -334,62 +322,3 @@ def count_down(exchange: Exchange) -> dict[str, int]:
             sizes[key] = broadcast_nbytes(exchange.message(client), settings.wire_dtype)
         down[client] = sizes[key]
     return down
-
-
-def record_of(
-    settings: Settings,
-    after: ServerState,
-    result: Aggregate | None,
-    tally: Tally,
-    down: Mapping[str, int],
-) -> Record:
-    """One line of the records: what happened in a round, and what it came to."""
-    record: Record = {
-        "round": after.version,
-        "clients": {
-            c: {"examples": t.examples, **t.metrics} for c, t in sorted(tally.taken.items())
-        },
-        "refused": tally.refused,
-        "lost": tally.lost,
-        "weights": _weights(tally.taken, settings),
-        "norms": {c: tally.norms[c] for c in sorted(tally.norms)},
-        "bytes_down": dict(down),
-        "bytes_up": tally.up,
-        "seconds": {"aggregate": tally.seconds},
-    }
-    if settings.method.assignment.pruning is not None:
-        layer = min(settings.layers)  # all have one rank
-        left = {c: settings.layers_of(c, after.ranks.get(c)) for c in settings.clients}
-        record["ranks"] = {client: layers[layer].rank for client, layers in left.items()}
-    if tally.norms:
-        record["median_norm"] = statistics.median(tally.norms.values())
-    if result is not None and result.deviation:
-        record["deviation"] = statistics.fmean(result.deviation.values())
-        record["ideal"] = statistics.fmean(result.ideal.values())
-        record["deviation_by_site"] = dict(result.deviation)
-        record["ideal_by_site"] = dict(result.ideal)
-    if after.carry:
-        record["carry"] = _norm(after.carry)
-        record["sent"] = _norm(after.ledger.newest())
-    if result is not None and settings.method.residual == "truncated":
-        record["left_out"] = _left_out(settings, after, result)
-    return record
-
-
-def _left_out(settings: Settings, after: ServerState, result: Aggregate) -> float:
-    """‖·‖_F of what truncation keeps from the clients: all that is carried, or what is lost now."""
-    if settings.carry:
-        return _norm(after.carry)
-    sent = after.ledger.newest() if result.increment else {}  # of one client there is none
-    return _norm({layer: w - sent[layer] for layer, w in result.increment.items()})
-
-
-def _weights(taken: Mapping[str, Taken], settings: Settings) -> dict[str, float]:
-    uniform = settings.weights == "uniform"
-    n = {c: 1.0 if uniform else float(taken[c].examples) for c in sorted(taken)}
-    return {c: v / sum(n.values()) for c, v in n.items()}
-
-
-def _norm(increment: Increment) -> float:
-    """‖·‖_F over all layers."""
-    return sum(w.norm().item() ** 2 for w in increment.values()) ** 0.5

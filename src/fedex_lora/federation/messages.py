@@ -2,7 +2,8 @@
 
 A message holds only what its receiver lacks: factors that are a function of the seed, or that have
 not changed since the version it holds, are not sent. Tensors go by flat names: A/LAYER, B/LAYER,
-head/PARAMETER. `codec` makes bytes of messages.
+head/PARAMETER; a control variate is called variate/ and what it is of. `codec` makes bytes of
+messages.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fedex_lora.aggregation.adapter import (
 from fedex_lora.aggregation.ledger import Ledger
 
 Tensors = Mapping[str, Tensor]
+VARIATE = "variate"  # before the name of what it is of
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,19 @@ def flat(adapter: AdapterState) -> dict[str, Tensor]:
         ['A/q', 'B/q', 'head/w']
     """
     found = {f"{x}/{name}": getattr(f, x) for x in "AB" for name, f in adapter.layers.items()}
-    return found | {f"head/{name}": value for name, value in adapter.head.items()}
+    found |= {f"head/{name}": value for name, value in adapter.head.items()}
+    return found | prefixed(adapter.variates)
+
+
+def prefixed(variates: Tensors) -> dict[str, Tensor]:
+    """Control variates by the names under which they cross."""
+    return {f"{VARIATE}/{name}": value for name, value in variates.items()}
+
+
+def variates_in(tensors: Tensors) -> dict[str, Tensor]:
+    """The control variates in a message, by the names of what they are of."""
+    found = only(tensors, {VARIATE})
+    return {name.removeprefix(f"{VARIATE}/"): value for name, value in found.items()}
 
 
 def replaced(adapter: AdapterState, tensors: Tensors) -> AdapterState:
@@ -112,7 +126,8 @@ def replaced(adapter: AdapterState, tensors: Tensors) -> AdapterState:
         for name, f in adapter.layers.items()
     }
     head = {name: tensors.get(f"head/{name}", value) for name, value in adapter.head.items()}
-    return AdapterState(factors, head)
+    variates = {name: tensors.get(f"{VARIATE}/{name}", c) for name, c in adapter.variates.items()}
+    return AdapterState(factors, head, variates)
 
 
 def only(tensors: Tensors, kinds: frozenset[str] | set[str]) -> dict[str, Tensor]:
@@ -134,7 +149,7 @@ def receive(
     if message.round > 1:  # gradients of whole weights are of the first round alone
         gradients = {weight_name(name) for name in layers}
         head = {name: t for name, t in held.head.items() if name not in gradients}
-        held = AdapterState(held.layers, head)
+        held = replace(held, head=head)
     adapter = replaced(held, message.tensors)
     pruned = {
         n: replace(f, scale=layers[n].at_rank(f.rank).scale)

@@ -10,9 +10,9 @@ from fedex_lora.aggregation.adapter import AdapterState, LayerShape, fresh
 from fedex_lora.aggregation.methods import Method, get_method
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange, Record, run_round
-from fedex_lora.federation.messages import Broadcast, Scores, Update, flat, only
+from fedex_lora.federation.messages import Broadcast, Scores, Update, flat
 from fedex_lora.federation.settings import Settings, check_options
-from fedex_lora.federation.state import ServerState, begin, own_part, start_of
+from fedex_lora.federation.state import ServerState, begin, own_part, sent_part, start_of
 
 
 class Server:
@@ -69,7 +69,7 @@ class Server:
         """Copies of the factors and the head from which a client trains."""
         start = start_of(state, self.settings, client)
         factors = {n: replace(f, A=f.A.clone(), B=f.B.clone()) for n, f in start.layers.items()}
-        return AdapterState(factors, {n: t.clone() for n, t in start.head.items()})
+        return replace(start, layers=factors, head={n: t.clone() for n, t in start.head.items()})
 
     def update(self, state: ServerState, client: str, end: AdapterState, examples: int) -> Update:
         """The message of a client that ended there.
@@ -79,7 +79,7 @@ class Server:
         """
         method, round, tensors = self.settings.method, state.version + 1, flat(end)
         kept = own_part(self.settings, tensors) if method.assignment.private else {}
-        return Update(round, client, only(tensors, method.sent(round)), examples, kept=kept)
+        return Update(round, client, sent_part(self.settings, tensors, round), examples, kept=kept)
 
     def step(self, state: ServerState, updates: Mapping[str, Update]) -> tuple[ServerState, Record]:
         """The state after the updates are aggregated, and the round's record.

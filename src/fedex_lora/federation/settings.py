@@ -12,6 +12,7 @@ import torch
 from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.aggregation.combining import Combining, Mean
 from fedex_lora.aggregation.methods import Method
+from fedex_lora.aggregation.scaffold import scaffold_problems
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.server_optimizer import ServerOptimizer
 from fedex_lora.errors import UserError, did_you_mean
@@ -55,6 +56,7 @@ class Settings:
         mean: What is in the place of the weighted mean, and
         liars: how many clients it is to withstand; see `Combining`.
         align: Whether clients' pairs are rotated before they are averaged.
+        scaffold: Whether clients' steps are corrected by control variates.
         optimizer: What the server makes of the increments of G; None: it adds them.
 
     Raises:
@@ -84,12 +86,15 @@ class Settings:
     mean: Mean = "weighted"
     liars: int = 0
     align: bool = False
+    scaffold: bool = False
     optimizer: ServerOptimizer | None = None
 
     def __post_init__(self) -> None:
         found = list(self.combining.problems(self.method, self.min_clients))
         if self.optimizer is not None:
             found += self.optimizer.problems(self.method, self.server_learning_rate)
+        if self.scaffold:
+            found += scaffold_problems(self.method, self.combining)
         ranks = {(s.rank, s.fixed_rank) for s in self.layers.values()}
         if self.method.assignment.pruning is not None and len(ranks) > 1:
             found.append(
@@ -117,6 +122,12 @@ class Settings:
         """wᵢ = nᵢ / Σn if every client that declared its rows takes part."""
         n = {c: 1 if self.weights == "uniform" else rows for c, rows in self.examples.items()}
         return {client: count / sum(n.values()) for client, count in n.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """nᵢ by which every client counts, present or not; 1 where nobody has declared rows."""
+        uniform = self.weights == "uniform" or not self.examples
+        return {c: 1 if uniform else self.examples.get(c, 0) for c in self.clients}
 
     def sample(self, round: int) -> list[str]:
         """The clients of a round, sorted: a function of (seed, round)."""

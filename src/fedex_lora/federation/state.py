@@ -19,9 +19,19 @@ from fedex_lora.aggregation.adapter import (
 from fedex_lora.aggregation.aggregator import Aggregate
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Increment, Ledger
-from fedex_lora.federation.messages import Broadcast, Tensors, flat, only, replaced
+from fedex_lora.aggregation.seeding import derive
+from fedex_lora.federation.messages import (
+    VARIATE,
+    Broadcast,
+    Tensors,
+    flat,
+    only,
+    prefixed,
+    replaced,
+)
 from fedex_lora.federation.optimizing import optimized
 from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.variates import correction
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class ServerState:
         taken: The last round of which a client's update was taken.
         optimizer: What the server's optimizer remembers.
         ranks: Of clients whose rank was pruned.
+        variates: Every client's control variate cᵢ by flat name, where there are some, and
+        variate: Σ nᵢcᵢ.
     """
 
     version: int
@@ -54,6 +66,8 @@ class ServerState:
     taken: Mapping[str, int] = field(default_factory=dict)
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    variates: Mapping[str, Tensors] = field(default_factory=dict)
+    variate: Tensors = field(default_factory=dict)
 
 
 def begin(settings: Settings, initial: AdapterState) -> ServerState:
@@ -63,6 +77,7 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
         initial: Factors at the full rank and head. Where B ≠ 0 (an adapter to start from), all
             ranks must be equal.
     """
+    initial = first(settings, initial)
     own, assignment = {}, settings.method.assignment
     if assignment.own and not assignment.private:  # else the server has nothing of them
         for client in settings.clients:
@@ -73,21 +88,20 @@ def begin(settings: Settings, initial: AdapterState) -> ServerState:
     if not settings.method.shared_base:  # own increments are subtracted, so G must hold them
         started = {n: f.delta() for n, f in initial.layers.items() if f.B.any()}
         ledger = Ledger((), started, 0)
-    return ServerState(0, dict(initial.layers), first_head(settings, initial), ledger, own)
+    return ServerState(0, dict(initial.layers), initial.head, ledger, own)
 
 
-def first_head(settings: Settings, initial: AdapterState) -> dict[str, Tensor]:
-    """The head before round 1: with R = 0 where one is trained, so that G is as loaded."""
-    head = dict(initial.head)
-    if settings.method.trains == "inner":
-        head |= {inner_name(n): torch.zeros(s.rank, s.rank) for n, s in settings.layers.items()}
-    return head
-
-
-def first_start(settings: Settings, initial: AdapterState, client: str) -> AdapterState:
-    """The factors and head that a client starts round 1 from, its own factors apart."""
-    shared = ServerState(0, initial.layers, first_head(settings, initial))
-    return start_of(shared, settings, client)
+def first(settings: Settings, initial: AdapterState) -> AdapterState:
+    """What the method makes of the initial factors and head before round 1; G is as loaded."""
+    layers, head = {}, dict(initial.head)
+    for name, shape in settings.layers.items():
+        seed = derive(settings.seed, "first", name)
+        given = settings.method.assignment.first(shape, initial.layers[name], seed)
+        assert given.factors is not None
+        layers[name] = given.factors
+        if given.inner is not None:
+            head[inner_name(name)] = given.inner
+    return AdapterState(layers, head)
 
 
 def admit(
@@ -104,6 +118,14 @@ def own_part(settings: Settings, tensors: Tensors) -> dict[str, Tensor]:
     return only(tensors, assignment.own | ({"head"} if assignment.head_private else set()))
 
 
+def sent_part(settings: Settings, tensors: Tensors, round: int) -> dict[str, Tensor]:
+    """Of a client's tensors those that its update of a round holds, and their variates."""
+    found = only(tensors, settings.method.sent(round))
+    if settings.scaffold:
+        found |= {name: tensors[name] for name in prefixed(found)}
+    return found
+
+
 def start_of(state: ServerState, settings: Settings, client: str) -> AdapterState:
     """The factors and head this client starts the next round from. Where gradients of whole weights
     are to be sent, they are part of that head, and zero."""
@@ -113,6 +135,10 @@ def start_of(state: ServerState, settings: Settings, client: str) -> AdapterStat
         head = {**head, **zeros}
     layers = settings.layers_of(client, state.ranks.get(client))
     shared = AdapterState(cut(state.factors, layers), head)
+    if settings.scaffold:
+        method, mine = settings.method, state.variates.get(client, {})
+        ever = only(flat(shared), method.trained(1) | method.trained(2) | {"head"})
+        shared = replace(shared, variates=correction(settings, state.variate, mine, ever))
     own = state.own.get(client)
     return shared if own is None else replaced(shared, dict(own.items()))
 
@@ -161,7 +187,7 @@ def broadcast_to(
         head = {f"head/{n}": t for n, t in state.head.items()}
         changed = state.changed.get("head", 0) > held
         return Broadcast(round, head if changed else {}, part, state.version)
-    when = {"head": state.changed.get("head", 0)}
+    when = {x: state.changed.get(x, 0) for x in ("head", VARIATE)}
     for x in "AB":
         when[x] = state.changed.get(f"own/{client}" if x in assignment.own else x, 0)
     if assignment.private:  # the server does not know them
@@ -242,7 +268,8 @@ def _changed(state: ServerState, settings: Settings, dtype: torch.dtype) -> set[
     """What is new for all clients; a lossless message also brings what lossy ones left."""
     late = {name[0] for name in state.late if name[:2] in ("A/", "B/")}
     lossless = late if dtype == torch.float32 else set()
-    return {"head"} | settings.method.sent_down(state.version + 1) | lossless
+    variates = {VARIATE} if settings.scaffold else set()
+    return {"head"} | variates | settings.method.sent_down(state.version + 1) | lossless
 
 
 def _round_off(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.errors import ProtocolError, QuorumLost, UserError
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 from fedex_lora.runs.rundir import plain
 from fedex_lora.runs.watch import Start, Watcher
 

@@ -137,8 +137,12 @@ class AdaptedModel:
         """The model's own factors and head, as A/LAYER, B/LAYER and head/PARAMETER."""
         pairs = {name: layer.factors() for name, layer in self._layers.items()}
         found = {f"{x}/{name}": p for name, pair in pairs.items() for x, p in zip("AB", pair)}
-        inner = {inner_name(name): layer.inner for name, layer in self._layers.items()}
-        head = self._head | {name: r for name, r in inner.items() if r is not None}
+        head = dict(self._head)
+        for name, layer in self._layers.items():
+            if layer.inner is not None:
+                head[inner_name(name)] = layer.inner.inner
+                if layer.inner.scales is not None:
+                    head[f"{name}.scales"] = layer.inner.scales
         return found | {f"head/{name}": p for name, p in head.items()}
 
     def freeze(self, trained: frozenset[str]) -> None:
@@ -149,8 +153,8 @@ class AdaptedModel:
             a, b = layer.factors()
             a.requires_grad_("A" in trained)
             b.requires_grad_("B" in trained)
-            if layer.inner is not None:
-                layer.inner.requires_grad_(True)
+            for name, parameter in () if layer.inner is None else layer.inner.named_parameters():
+                parameter.requires_grad_(name != "weight" or "B" in trained)
         for parameter in self._head.values():
             parameter.requires_grad_(True)
 
@@ -287,7 +291,7 @@ class AdaptedModel:
     def _read_head(self) -> dict[str, Tensor]:
         found = {name: copy_of(parameter) for name, parameter in self._head.items()}
         inner = {inner_name(name): layer.inner for name, layer in self._layers.items()}
-        return found | {name: copy_of(r) for name, r in inner.items() if r is not None}
+        return found | {name: copy_of(r.value()) for name, r in inner.items() if r is not None}
 
     def _plain_model(self, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
         base = self._base.model

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora.aggregation.adapter import Factors, LayerShape
 from fedex_lora.errors import RecipeError
-from fedex_lora.model.inner import with_inner
+from fedex_lora.model.inner import InnerLinear, with_inner
 from fedex_lora.model.load import is_quantised
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
@@ -62,9 +62,10 @@ class Layer:
         return self.module.lora_A[ADAPTER].weight, self.module.lora_B[ADAPTER].weight
 
     @property
-    def inner(self) -> nn.Parameter | None:
-        """R (r × r) between B and A, where there is one."""
-        return None if self.embedding else getattr(self.module.lora_B[ADAPTER], "inner", None)
+    def inner(self) -> InnerLinear | None:
+        """What multiplies by R and B, where there is an R between B and A."""
+        found = None if self.embedding else self.module.lora_B[ADAPTER]
+        return found if isinstance(found, InnerLinear) else None
 
     def write_inner(self, inner: Tensor | None) -> None:
         """Puts R between B and A, or takes it away.

@@ -72,8 +72,8 @@ def _example_level(recipe: Blocks) -> Iterator[Problem]:
 
 def _linear(method: Method) -> bool:
     """Whether all that the server publishes is a function of the mean of the updates."""
-    mean = method.averages or (type(method.assignment) is Svd and method.trains == "B")
-    return mean and not method.in_ledger and not method.pooled
+    of_mean = type(method.assignment) is Svd and method.trains == "B"
+    return (method.means_alone or of_mean) and not method.pooled
 
 
 def _client_level(recipe: Blocks) -> Iterator[Problem]:
@@ -91,6 +91,8 @@ def _client_level(recipe: Blocks) -> Iterator[Problem]:
             f"the noise is on the weighted mean, which {recipe.federation.mean} is not ({key}); "
             "set weighted",
         )
+    if recipe.federation.scaffold:
+        yield "federation.scaffold", f"variates cross without the noise ({key}); leave it out"
     if recipe.federation.align:
         yield (
             "federation.align",

@@ -74,6 +74,7 @@ class FederationSpec(Part):
     mean: Mean = "weighted"  # or median, trimmed-mean, krum: a few liars cannot decide them
     liars: int = Field(default=0, ge=0)  # how many clients of a round it is to withstand
     proximal: float = Field(default=0.0, ge=0)  # μ of FedProx, at the clients
+    scaffold: bool = False  # control variates, at the clients
     align: bool = False  # rotate each client's pair before averaging
     # across machines (engine flower):
     names: list[str] | None = None  # of the institutions; others are then refused

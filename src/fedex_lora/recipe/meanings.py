@@ -181,6 +181,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.align": ("true", "Each client's pair is rotated towards the A it began with before "
         "it is averaged."),
     "federation.proximal": ("0.01", "FedProx: how strongly a client is held to where it began."),
+    "federation.scaffold": ("true", "SCAFFOLD: every client's steps are corrected for what is its "
+        "own, by control variates."),
     "federation.server_optimizer.name": ("fedavgm", "What the server makes of the mean change: "
         "fedavgm, fedadam or fedyogi."),
     "federation.server_optimizer.learning_rate": ("0.5", "By which it multiplies its step."),

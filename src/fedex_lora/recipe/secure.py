@@ -37,6 +37,8 @@ def secure_problems(recipe: Blocks) -> Iterator[Problem]:
         yield key, "does not go with privacy.client_level yet; leave one of them out"
     if fed.combining.robust:
         yield "federation.mean", f"{fed.mean} needs every client's factors; {_SUMS}"
+    if fed.scaffold:
+        yield "federation.scaffold", f"the coordinator keeps every client's variate; {_SUMS}"
     if fed.align:
         yield "federation.align", f"needs every client's factors; {_SUMS}"
     if secure.rank != "exact" and method.residual != "truncated":

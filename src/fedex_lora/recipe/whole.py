@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.aggregation.scaffold import scaffold_problems
 from fedex_lora.recipe.blocks import Blocks
 from fedex_lora.recipe.differential import differential_problems
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
@@ -102,6 +103,11 @@ class Recipe(Blocks):
             yield "engine.fuse", "clients are in processes of their own; it is for engine: local"
         if METHODS[self.method.name].trains == "all":
             yield "engine.fuse", f"{self.method.name} trains the base, which fused clients share"
+        if METHODS[self.method.name].trains == "inner":
+            yield (
+                "engine.fuse",
+                f"{self.method.name} has a matrix between the factors; leave it out",
+            )
         if not METHODS[self.method.name].shared_base:
             yield "engine.fuse", f"{self.method.name} has a base for each client; leave it out"
         if self.lora.ranks is not None:
@@ -113,6 +119,8 @@ class Recipe(Blocks):
                 yield f"training.{name}", f"{value!r} cannot be had with engine.fuse; leave one out"
         if self.method.chosen.assignment.pruning is not None:
             yield "method.options.decay", "fused clients keep one rank; set engine.fuse: 1"
+        if self.federation.scaffold:
+            yield "federation.scaffold", "fused clients train without it; set engine.fuse: 1"
         if self.federation.proximal:
             yield "federation.proximal", "fused clients train without it; set engine.fuse: 1"
 
@@ -120,7 +128,10 @@ class Recipe(Blocks):
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
-        pulls = {"federation.proximal": fed.proximal > 0}
+        if fed.scaffold:
+            for option, why in scaffold_problems(method, fed.combining):
+                yield f"federation.{option}", f"{self.method.name}: {why}"
+        pulls = {"federation.proximal": fed.proximal > 0, "federation.scaffold": fed.scaffold}
         pulls["method.options.decay"] = self.method.chosen.assignment.pruning is not None
         for key in (key for key, pulling in pulls.items() if pulling):
             if self.privacy.example_level is not None:
@@ -133,19 +144,22 @@ class Recipe(Blocks):
                 yield f"federation.{option}", f"{self.method.name}: {why}"
 
     def _inner(self) -> Iterator[Problem]:
-        """What a method cannot do whose factors come from the clients' first gradients."""
-        if METHODS[self.method.name].trains != "inner":
+        """What a method cannot do that trains a matrix between the factors."""
+        name, method = self.method.name, METHODS[self.method.name]
+        if method.trains != "inner":
             return
-        name = self.method.name
+        if self.lora.init is not None:
+            yield "lora.init", f"{name} makes its own factors; leave it out"
+        if not method.assignment.gradients:
+            if self.privacy.example_level is not None:
+                told = "has no gradients by example; take a method that trains A and B"
+                yield "method.name", f"the matrix that {name} has between the factors {told}"
+            return
         if self.model.quantisation:
             yield (
                 "model.quantisation",
                 f"{name} begins with gradients of whole weights, which have none",
             )
-        if self.lora.init is not None:
-            yield "lora.init", f"{name} makes its own factors in round 1; leave it out"
-        if self.fused > 1:
-            yield "engine.fuse", f"{name} has a matrix between the factors; set engine.fuse: 1"
         if self.privacy.example_level is not None:
             told = "which privacy.example_level does not hide"
             yield "method.name", f"{name} begins with gradients of whole weights, {told}"

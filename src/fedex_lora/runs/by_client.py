@@ -12,9 +12,9 @@ from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.transforms import clip
 from fedex_lora.errors import check_installed
-from fedex_lora.federation.loop import Record
 from fedex_lora.federation.noise import SLACK, MeanNoise, next_bound, split
 from fedex_lora.federation.randomness import Bits, rehearsed, secret
+from fedex_lora.federation.record import Record
 from fedex_lora.recipe.privacy import ClientLevel
 from fedex_lora.runs.spent import NOT_PRIVATE
 from fedex_lora.runs.watch import Watcher

@@ -29,12 +29,16 @@ NAME = "round-{:04d}.safetensors"  # more digits from round 10,000 on
 _NAMED = re.compile(r"round-([0-9]+)\.safetensors")
 _ODD = (LookupError, TypeError, ValueError, AttributeError, SafetensorError)
 OWN = "own"  # the directory of clients' own tensors
+_BESIDE = "own", "variates"  # of each client, in files of their own
 
 
 def save_checkpoint(directory: Path, state: ServerState, extra: Mapping[str, Any]) -> Path:
     """Writes the state after its version; `extra` is JSON that comes back with it."""
-    own = {c: shelve(directory, state.version, t).path.name for c, t in state.own.items()}
-    meta = {"fedex": json.dumps({**_meta(state), "own": own, "extra": extra})}
+    beside = {
+        kind: {c: shelve(directory, state.version, t).path.name for c, t in parts.items()}
+        for kind, parts in zip(_BESIDE, (state.own, state.variates))
+    }
+    meta = {"fedex": json.dumps({**_meta(state), **beside, "extra": extra})}
     path = directory / NAME.format(state.version)
     replace_atomic(path, lambda new: save_file(_tensors(state), new, meta))
     write_atomic(_digest_path(path), _digest(path).encode())
@@ -81,13 +85,17 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
 
 def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
     meta = _meta_in(path)
-    own = {client: path.parent / OWN / name for client, name in meta["own"].items()}
-    for client, file in own.items():
+    own, variates = (
+        {client: path.parent / OWN / name for client, name in meta.get(kind, {}).items()}
+        for kind in _BESIDE
+    )
+    for client, file in (*own.items(), *variates.items()):
         if not shelf.intact(file):
             raise StorageError(f"{path}: checkpoint lacks the factors of {client}, {file}")
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return _state(tensors, meta, {c: shelf.get(file) for c, file in own.items()}), meta["extra"]
+    held = ({c: shelf.get(file) for c, file in part.items()} for part in (own, variates))
+    return _state(tensors, meta, *held), meta["extra"]
 
 
 def _meta_in(path: Path) -> dict[str, Any]:
@@ -123,7 +131,8 @@ def prune(directory: Path, keep: set[int]) -> None:
 def _own_in(path: Path) -> list[str]:
     """Names of the files that a checkpoint needs beside it; none if it is damaged."""
     try:
-        return list(_meta_in(path)["own"].values())
+        meta = _meta_in(path)
+        return [name for kind in _BESIDE for name in meta.get(kind, {}).values()]
     except (OSError, *_ODD):
         return []
 
@@ -161,6 +170,7 @@ def _tensors(state: ServerState) -> dict[str, Tensor]:
         found |= {f"carry/{layer}/{part}": value for part, value in w.parts.items()}
     found |= {f"late/{name}": value for name, value in state.late.items()}
     found |= {f"optimizer/{name}": value for name, value in state.optimizer.items()}
+    found |= {f"variate/{name}": value for name, value in state.variate.items()}
     seen: set[int] = set()  # one tensor under two names is written twice
     for name, value in found.items():
         if value.data_ptr() in seen or not value.is_contiguous():
@@ -173,7 +183,12 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _state(tensors: Tensors, meta: Mapping[str, Any], own: Mapping[str, Tensors]) -> ServerState:
+def _state(
+    tensors: Tensors,
+    meta: Mapping[str, Any],
+    own: Mapping[str, Tensors],
+    variates: Mapping[str, Tensors],
+) -> ServerState:
     a, b, head = (_under(tensors, f"factors/{kind}/") for kind in ("A", "B", "head"))
     carry = _under(tensors, "carry/")
     layers = [key[: -len("/left")] for key in carry if key.endswith("/left")]
@@ -192,4 +207,6 @@ def _state(tensors: Tensors, meta: Mapping[str, Any], own: Mapping[str, Tensors]
         meta.get("taken", {client: version + 1 for client, version in held.items()}),
         _under(tensors, "optimizer/"),
         meta.get("ranks", {}),  # before clients could be pruned there were none
+        variates,
+        _under(tensors, "variate/"),
     )

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from fedex_lora.disk import reason
 from fedex_lora.errors import DeploymentError, RecipeError
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 from fedex_lora.runs.watch import Start, Watcher
 
 

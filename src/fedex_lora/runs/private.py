@@ -9,7 +9,7 @@ from typing import Any
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.private.begin import notes, plan_of
 from fedex_lora.engines.setup import Federation
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 from fedex_lora.runs import by_client
 from fedex_lora.runs.spent import NOT_PRIVATE
 from fedex_lora.runs.watch import Watcher

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 
 
 def best_record(records: Sequence[Record], higher: bool) -> Record | None:

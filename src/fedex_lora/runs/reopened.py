@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fedex_lora.engines.setup import federation_settings, recipe_model, recipe_task
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import StorageError, UserError
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState
 from fedex_lora.model.adapted import AdaptedModel

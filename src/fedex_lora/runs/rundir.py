@@ -20,7 +20,7 @@ from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.disk import parsed, reason, write_atomic
 from fedex_lora.errors import StorageError
 from fedex_lora.federation.codec import ledger_tensors
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, start_of
 from fedex_lora.model.adapted import AdaptedModel

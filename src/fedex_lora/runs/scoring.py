@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.stage import Stage
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 from fedex_lora.federation.state import ServerState
 
 Scores = dict[str, float]

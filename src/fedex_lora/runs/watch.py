@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 
 
 @dataclass(frozen=True)

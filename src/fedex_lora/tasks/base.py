@@ -373,8 +373,10 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def by_length(encoded: Dataset, batch_size: int) -> Iterator[tuple[list[int], list[dict]]]:
-    """Batches of rows of about equal length, longest first, with the rows' indices."""
-    lengths = [len(ids) for ids in encoded["input_ids"]]
+    """Batches of rows of about equal length, longest first, with the rows' indices; images, which
+    have no lengths, in their order."""
+    texts = "input_ids" in encoded.column_names
+    lengths = [len(ids) for ids in encoded["input_ids"]] if texts else [0] * len(encoded)
     for indices in longest_first(lengths, batch_size):
         yield indices, [encoded[i] for i in indices]
 

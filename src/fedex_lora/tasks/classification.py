@@ -12,30 +12,24 @@ from typing import Any
 from fedex_lora.errors import DataError, RecipeError, shown
 from fedex_lora.recipe import Problem
 from fedex_lora.tasks.base import (
-    Batch,
-    Collate,
     LineOf,
     Prediction,
     Task,
     blanked,
-    by_length,
     check_columns,
-    evaluating,
     one_based,
-    pad_inputs,
 )
-from fedex_lora.tasks.encoding import encode_texts
+from fedex_lora.tasks.encoding import encode_texts, row_collator
 from fedex_lora.tasks.lazy import (
     Dataset,
     PreTrainedTokenizerBase,
     datasets,
     functional,
-    nn,
     numpy,
     torch,
 )
+from fedex_lora.tasks.logits import Logits, evaluate_logits, tell_logits
 from fedex_lora.tasks.metrics import LOSS, OF_LABELS, Metric
-from fedex_lora.tasks.outputs import Outputs
 
 SCORES = (0.0, 5.0)  # of STS-B
 
@@ -85,12 +79,15 @@ def classification_task(
         metrics=read_as(metrics),
         check=partial(_check, columns),
         encode=partial(_encode, columns),
-        collator=_collator,
-        evaluate=partial(_evaluate, metrics),
+        collator=row_collator,
+        evaluate=partial(evaluate_logits, row_collator, partial(scores, metrics)),
         labels=columns.labels,
         regression=columns.labels is None,
         stratify=columns.label,
-        prediction=Prediction(blank=partial(blank, columns), tell=partial(_tell, columns.labels)),
+        prediction=Prediction(
+            blank=partial(blank, columns),
+            tell=partial(tell_logits, row_collator, partial(told, columns.labels)),
+        ),
     )
 
 
@@ -214,73 +211,30 @@ def _encode(
     return Dataset.from_dict({**encoding, "labels": labels})
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        labels = torch.tensor([row["labels"] for row in rows])
-        return {**pad_inputs(rows, tokenizer), "labels": labels}
-
-    return collate
-
-
-def _evaluate(
-    metrics: tuple[str, ...],
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    outputs: Outputs | None = None,
-) -> dict[str, float]:
-    logits = row_logits(model, encoded, tokenizer, batch_size)
-    return scores(metrics, logits, torch.tensor(encoded["labels"][:]))
-
-
-def _tell(
-    labels: tuple[str, ...] | None,
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_new_tokens: int | None = None,
+def told(
+    labels: Sequence[str] | None, logits: Logits, encoded: Dataset | None = None
 ) -> list[dict[str, Any]]:
-    return told(labels, row_logits(model, encoded, tokenizer, batch_size))
-
-
-def told(labels: Sequence[str] | None, logits: torch.Tensor) -> list[dict[str, Any]]:
     """Of each row the likeliest class and its probability; without classes the number."""
     if labels is None:
-        return [{"prediction": value} for value in logits[:, 0].tolist()]
-    best = logits.softmax(dim=1).max(dim=1)
+        return [{"prediction": one[0].item()} for one in logits]
+    best = torch.stack([*logits]).softmax(dim=1).max(dim=1)
     pairs = zip(best.indices.tolist(), best.values.tolist())
     return [{"prediction": labels[i], "probability": p} for i, p in pairs]
 
 
-def scores(
-    metrics: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor
-) -> dict[str, float]:
+def scores(metrics: tuple[str, ...], found: Logits, encoded: Dataset) -> dict[str, float]:
     """The metrics, and the loss: cross-entropy, or the squared error of labels that are numbers.
 
     Args:
         metrics: Names of `OF_LABELS`.
-        logits: Rows × classes, float64; for a regression rows × 1.
-        labels: One for each row.
+        found: Of each class; for a regression one number.
     """
+    logits, labels = torch.stack([*found]), torch.tensor(encoded["labels"][:])
     if labels.is_floating_point():
         predictions = logits[:, 0]
         loss = functional.mse_loss(predictions, labels.double())
     else:
         predictions = logits.argmax(dim=1)
         loss = functional.cross_entropy(logits, labels)
-    found, wanted = predictions.numpy(), numpy.asarray(labels)
-    return {name: OF_LABELS[name][0](found, wanted) for name in metrics} | {"loss": loss.item()}
-
-
-def row_logits(
-    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> torch.Tensor:
-    """Rows × classes in the order of `encoded`, float64 on the CPU."""
-    parts: dict[int, torch.Tensor] = {}
-    with evaluating(model) as device:
-        for indices, rows in by_length(encoded, batch_size):
-            inputs = {k: v.to(device) for k, v in pad_inputs(rows, tokenizer).items()}
-            parts |= zip(indices, model(**inputs).logits.double().cpu())
-    return torch.stack([parts[i] for i in range(len(encoded))])
+    told, wanted = predictions.numpy(), numpy.asarray(labels)
+    return {name: OF_LABELS[name][0](told, wanted) for name in metrics} | {"loss": loss.item()}

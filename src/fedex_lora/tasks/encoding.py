@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from fedex_lora.errors import RecipeError
-from fedex_lora.tasks.base import IGNORED
-from fedex_lora.tasks.lazy import PreTrainedTokenizerBase
+from fedex_lora.tasks.base import IGNORED, Batch, Collate, pad, pad_inputs
+from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, torch
 
 CHARACTERS = 2**17  # of a text that are tokenised in any case
 
@@ -109,6 +109,25 @@ def labelled(prompt: list[int], response: list[int], max_length: int) -> dict[st
     """Both as one row, cut at `max_length`; only the response's tokens are predicted."""
     ids = [*prompt, *response][:max_length]
     return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
+
+
+def row_collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
+    """Batches of rows with a label each."""
+
+    def collate(rows: list[dict[str, Any]]) -> Batch:
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {**pad_inputs(rows, tokenizer), "labels": labels}
+
+    return collate
+
+
+def token_collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
+    """Batches of rows with a label for each token."""
+
+    def collate(rows: list[dict[str, Any]]) -> Batch:
+        return {**pad_inputs(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
+
+    return collate
 
 
 def _begun_twice(

@@ -10,6 +10,7 @@ from typing import Any, cast
 from fedex_lora.errors import RecipeError
 from fedex_lora.tasks.base import evaluating, learned_positions, longest_first, pad, padding
 from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, Tensor, nn, torch, transformers
+from fedex_lora.tasks.metrics import exact_match
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.searching import beams, greedy
 
@@ -117,6 +118,21 @@ def verdicts(
         {"row": row, "prompt": prompt, "output": text, **verdict}
         for row, (prompt, text, verdict) in enumerate(zip(asked, texts, more, strict=True))
     ]
+
+
+def matched(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    references: Sequence[str],
+    outputs: Outputs | None,
+) -> float:
+    """The share of texts that are what they should be; `outputs`, if given, keeps each verdict."""
+    if outputs:
+        right = [exact_match([t], [r]) == 1 for t, r in zip(texts, references)]
+        more = [{"reference": r, "correct": c} for r, c in zip(references, right)]
+        outputs.verdicts(verdicts(tokenizer, prompts, texts, more))
+    return exact_match(texts, references)
 
 
 class NoRepeatNgram:

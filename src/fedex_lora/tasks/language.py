@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from fedex_lora.tasks.base import (
     IGNORED,
-    Batch,
     Blank,
     Collate,
     Encode,
@@ -20,10 +19,9 @@ from fedex_lora.tasks.base import (
     as_they_are,
     by_length,
     evaluating,
-    pad,
-    pad_inputs,
     unasked,
 )
+from fedex_lora.tasks.encoding import token_collator
 from fedex_lora.tasks.generation import Decoding, generate
 from fedex_lora.tasks.lazy import (
     Dataset,
@@ -78,7 +76,7 @@ def language_task(
         evaluation_splits=("validation", "test"),
         primary=next(iter(metrics)),
         metrics=metrics,
-        collator=_packing_collator if packing else _collator,
+        collator=_packing_collator if packing else token_collator,
         check_training=check_packing if packing else None,
         prediction=Prediction(tell=tell, blank=blank, encode=encode_prompts),
         **functions,
@@ -116,13 +114,6 @@ def as_dataset(encoded: list[dict[str, Any]], rows: int, reason: str) -> Dataset
     return Dataset.from_list([{**e, "attention_mask": [1] * len(e["input_ids"])} for e in encoded])
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        return {**pad_inputs(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
-
-    return collate
-
-
 def _packing_collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
     return packed
 
@@ -144,7 +135,7 @@ def row_losses(
     model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> dict[int, tuple[float, int]]:
     """By row: the sum of −log p over its labels in nats, and their number."""
-    collate = _collator(tokenizer)
+    collate = token_collator(tokenizer)
     sums: dict[int, tuple[float, int]] = {}
     with evaluating(model) as device:
         for indices, rows in by_length(encoded, batch_size):

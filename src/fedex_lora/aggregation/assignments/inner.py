@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fedex_lora.aggregation.assignment import Assigned, Assignment
 
 if TYPE_CHECKING:
+    from fedex_lora.aggregation.adapter import Factors, LayerShape
     from fedex_lora.aggregation.statistics import Statistics
 
 
@@ -35,8 +36,14 @@ class Inner(Assignment):
     """
 
     name = "B and A from a gradient, R averaged"
+    gradients = True
 
     step: float = 1e-4
+
+    def first(self, layer: LayerShape, factors: Factors, seed: int) -> Assigned:
+        import torch  # noqa: PLC0415 (the table is read without it)
+
+        return Assigned(factors, inner=torch.zeros(layer.rank, layer.rank))
 
     def assign(self, s: Statistics) -> Assigned:
         import torch  # noqa: PLC0415 (the table is read without it)

@@ -22,7 +22,7 @@ from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.errors import UserError
 from fedex_lora.federation.codec import ledger_from, ledger_meta, ledger_tensors, pieces
-from fedex_lora.federation.messages import Tensors, flat
+from fedex_lora.federation.messages import Tensors, flat, variates_in
 
 _INDEX = "held.json"
 
@@ -166,7 +166,7 @@ def _held(meta: Mapping[str, Any], parts: Mapping[str, dict[str, Tensor]]) -> He
     return Held(
         int(meta["version"]),
         str(meta["mark"]),
-        AdapterState(layers, head),
+        AdapterState(layers, head, variates_in(adapter)),
         ledger_from(ledger, meta["ledger"]),
         {int(round): parts[f"end-{round}"] for round in meta["ends"]},
     )

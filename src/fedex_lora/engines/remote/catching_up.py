@@ -65,10 +65,10 @@ def caught_up(
     (name,) = settings.clients
     message = decode_broadcast(blob, most_down(settings, initial))
     base, version = (field(about, key, int) for key in ("held", "version"))
-    first = begin(settings, initial)
     held = load_held(cache, identity, settings)
     ends = {} if held is None else dict(held.ends)
     if held is None or held.version == NOTHING:
+        first = begin(settings, initial)
         held = Held(0, identity.lineage[0][1], start_of(first, settings, name), first.ledger)
     if held.version < base:
         raise Lacks(least(settings) if settings.method.assignment.own else held.version)

@@ -122,6 +122,8 @@ def agreed(recipe: Recipe, task: Task) -> dict[str, Any]:
         "privacy": raw["privacy"],
         "labels": list(task.labels or ()),
     }
+    if recipe.federation.scaffold:
+        parts["federation"]["scaffold"] = True
     if recipe.privacy.secure_aggregation is not None:  # of which clients do their part themselves
         names = ("clients", "clients_per_round", "weights", "server_learning_rate", "max_norm")
         parts["federation"] |= _only(raw["federation"], *names)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fedex_lora.experiments.analysis.plots import Series
 from fedex_lora.experiments.analysis.runs import Run
 from fedex_lora.experiments.analysis.study import Study
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 
 MB = 1e6
 MOST = 8  # lines in a figure

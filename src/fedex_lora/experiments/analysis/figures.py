@@ -29,7 +29,7 @@ from fedex_lora.experiments.analysis.plots import BANDS, Bar, Series, intervals,
 from fedex_lora.experiments.analysis.runs import Run
 from fedex_lora.experiments.analysis.scores import OWN_ROWS, against_reference, judged_split
 from fedex_lora.experiments.analysis.study import Study, metric_of
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 
 _FACETS = 6  # conditions whose curves are drawn
 

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedex_lora.errors import StorageError, UserError
-from fedex_lora.federation.loop import Record
+from fedex_lora.federation.record import Record
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import leaves
 from fedex_lora.runs.checkpoint import checkpoints

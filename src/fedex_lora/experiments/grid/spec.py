@@ -192,6 +192,21 @@ def load_grid(path: Path) -> Grid:
     raw, places, lines = read_yaml(path)
     if "recipes" not in raw and "model" in raw:
         raise RecipeError(f"{path}: this is a recipe, not a grid; start it with `fedex-lora run`")
+    return grid_of(raw, places, lines)
+
+
+def grid_of(raw: dict[str, Any], places: Places, lines: Sequence[str] = ()) -> Grid:
+    """The grid of plain values.
+
+    Args:
+        raw: As in YAML; methods that are names become entries.
+        places: Where the values were written.
+        lines: Problems that are known already.
+
+    Raises:
+        UserError: As `load_grid`.
+    """
+    lines = list(lines)
     methods = raw.get("methods")
     if isinstance(methods, list):
         raw["methods"] = [{"name": m} if isinstance(m, str) else m for m in methods]
@@ -205,9 +220,8 @@ def load_grid(path: Path) -> Grid:
     return grid
 
 
-def grid_row(path: Path) -> list[str]:
-    """A grid file in a line: how many runs, with which methods, over what."""
-    grid = load_grid(path)
+def grid_row(grid: Grid) -> list[str]:
+    """A grid in a line: how many runs, with which methods, over what."""
     over = {RECIPES: len(grid.recipes), **{name: len(c) for name, c in grid.axes().items()}}
     runs = math.prod(over.values()) * len(grid.methods) * len(grid.seeds)
     varies = ", ".join(f"{name} ({n})" for name, n in over.items() if n > 1)

@@ -14,16 +14,9 @@ import torch
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.federation.checks import too_large
-from fedex_lora.federation.loop import (
-    Exchange,
-    Record,
-    Taken,
-    Tally,
-    count_down,
-    each_once,
-    record_of,
-)
+from fedex_lora.federation.loop import Exchange, count_down, each_once
 from fedex_lora.federation.messages import Lost
+from fedex_lora.federation.record import Record, Taken, Tally, record_of
 from fedex_lora.federation.secure import fixed, sums
 from fedex_lora.federation.secure.messages import SUMS, Answer, Ask, SecureTransport, Step, Sum
 from fedex_lora.federation.secure.opening import Book, Unopened

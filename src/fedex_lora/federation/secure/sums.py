@@ -198,9 +198,8 @@ def aggregate(
         for name, f in start.layers.items()
     )
     trained = method.trained(round)
-    seen = method.assignment.sent_up(trained)
-    told = seen != {"A", "B"} or "covariance" in products(method, round)
-    return concluded(method, layers, head, told and seen == trained)
+    told = trained != {"A", "B"} or "covariance" in products(method, round)
+    return concluded(method, layers, head, told and method.shows_products(trained))
 
 
 def _statistics(

@@ -82,6 +82,11 @@ def names_of(recipe: Recipe) -> list[str]:
             f"method.name: {recipe.method.name} leaves a part of every model with its client from "
             "round to round; rounds by hand send all in a folder: take another method"
         )
+    if recipe.federation.scaffold:
+        raise RecipeError(
+            "federation.scaffold: control variates go beside the adapter, and rounds by hand send "
+            "adapters; leave it out"
+        )
     if recipe.privacy != Privacy():
         raise RecipeError(
             "privacy: whoever carries a round by hand sees every update; leave this block out"

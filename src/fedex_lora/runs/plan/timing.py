@@ -25,7 +25,7 @@ from fedex_lora.engines.training import steps_of, training_arguments
 from fedex_lora.engines.turn import Turn
 from fedex_lora.federation.messages import flat
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import begin, first_head, own_part, start_of, step
+from fedex_lora.federation.state import begin, first, own_part, start_of, step
 from fedex_lora.recipe import EvaluationSpec
 
 _STEPS = 3  # measured after one that warms up
@@ -107,8 +107,7 @@ def _turn(federation: Federation, rows: int, steps: int) -> float:
         rows: Of each client at most, its own: they are padded to the longest of all.
     """
     recipe, settings = federation.recipe, federation.settings
-    trained, initial = settings.method.trained(1), federation.initial
-    start = AdapterState(initial.layers, first_head(settings, initial))
+    trained, start = settings.method.trained(1), first(settings, federation.initial)
     largest = sorted(federation.clients.items(), key=lambda item: -len(item[1]))[: recipe.fused]
     turns = [
         Turn(name, 1, _sample(part, rows), start, trained, recipe.seed) for name, part in largest

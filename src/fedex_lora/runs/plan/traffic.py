@@ -20,7 +20,7 @@ from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.aggregation.statistics import End, Statistics
 from fedex_lora.federation.codec import broadcast_nbytes, ledger_tensors, update_nbytes
-from fedex_lora.federation.messages import Tensors, Update, flat, only
+from fedex_lora.federation.messages import Tensors, Update, flat
 from fedex_lora.federation.secure import sums
 from fedex_lora.federation.secure.sums import is_dense
 from fedex_lora.federation.settings import Settings
@@ -29,6 +29,7 @@ from fedex_lora.federation.state import (
     begin,
     broadcast_to,
     own_part,
+    sent_part,
     start_of,
     step,
 )
@@ -130,14 +131,20 @@ class DryRun:
         return self._down(joined, self.settings.clients[0], "joins")
 
     def own_factors(self) -> int:
-        """Bytes of what clients keep for themselves, which lies on disk."""
-        return 4 * sum(_numbers(own) for own in self._state.own.values())
+        """Bytes of what is each client's, own factors and variates, which lies on disk."""
+        own, clients = self._state.own.values(), self.settings.clients
+        variates = _numbers(self._variates) * len(clients)
+        return 4 * (sum(map(_numbers, own)) + variates)
+
+    @property
+    def _variates(self) -> Tensors:
+        return start_of(self._state, self.settings, self.settings.clients[0]).variates
 
     def checkpoint(self) -> int:
         """Bytes of the state's tensors, all float32, clients' own factors apart."""
         state = self._state
         numbers = _numbers(flat(AdapterState(state.factors, state.head))) + _numbers(state.late)
-        numbers += _numbers(state.optimizer)
+        numbers += _numbers(state.optimizer) + _numbers(self._variates)
         return self.ledger_bytes() + 4 * (numbers + sum(w.numbers for w in state.carry.values()))
 
     def ledger_bytes(self) -> int:
@@ -170,9 +177,9 @@ class DryRun:
             return Size()
         key = ("up", self.settings.ranks.get(client))
         if key not in self._sizes:
-            round, method = self.version + 1, self.settings.method
+            round = self.version + 1
             tensors = flat(start_of(self._state, self.settings, client))
-            tensors = only(tensors, method.sent(round))
+            tensors = sent_part(self.settings, tensors, round)
             update = Update(round, client, tensors, 1, _METRICS)
             bytes = update_nbytes(update, self.settings.wire_dtype)
             self._sizes[key] = Size(_numbers(tensors), bytes)
@@ -317,7 +324,9 @@ def _without_numbers(state: ServerState) -> ServerState:
     }
     return replace(
         state,
-        factors={n: Factors(f.A, f.B.to("meta"), f.scale) for n, f in state.factors.items()},
+        factors={
+            n: Factors(f.A.to("meta"), f.B.to("meta"), f.scale) for n, f in state.factors.items()
+        },
         ledger=Ledger((), snapshot, 0),
         own={c: {n: t.to("meta") for n, t in own.items()} for c, own in state.own.items()},
     )

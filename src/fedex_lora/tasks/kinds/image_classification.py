@@ -20,7 +20,6 @@ from fedex_lora.tasks.base import (
     Prediction,
     Task,
     check_columns,
-    evaluating,
     one_based,
 )
 from fedex_lora.tasks.classification import (
@@ -34,8 +33,8 @@ from fedex_lora.tasks.classification import (
     scores,
     told,
 )
-from fedex_lora.tasks.lazy import Dataset, datasets, nn, torch
-from fedex_lora.tasks.outputs import Outputs
+from fedex_lora.tasks.lazy import Dataset, datasets, torch
+from fedex_lora.tasks.logits import evaluate_logits, tell_logits
 
 METRICS = ("accuracy", "macro_f1")  # the first is the primary one
 
@@ -68,6 +67,7 @@ class ImageClassification(TaskSpec):
         names, image = agreed_labels(self.labels, labels), self.image_column
         keys = ("image_column", "label_column")
         columns = Columns((image,), self.label_column, names, keys)
+        collator = partial(_collator, image)
         return Task(
             name="image-classification",
             auto_model="AutoModelForImageClassification",
@@ -78,12 +78,15 @@ class ImageClassification(TaskSpec):
             metrics=read_as(METRICS),
             check=partial(_check, columns),
             encode=partial(_encode, columns),
-            collator=partial(_collator, image),
-            evaluate=partial(_evaluate, image),
+            collator=collator,
+            evaluate=partial(evaluate_logits, collator, partial(scores, METRICS)),
             labels=names,
             stratify=self.label_column,
             image=image,
-            prediction=Prediction(blank=partial(blank, columns), tell=partial(_tell, image, names)),
+            prediction=Prediction(
+                blank=partial(blank, columns),
+                tell=partial(tell_logits, collator, partial(told, names)),
+            ),
         )
 
 
@@ -143,41 +146,3 @@ def _collator(column: str, tokenizer: Any) -> Collate:
         return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
     return collate
-
-
-def _evaluate(
-    column: str,
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: Any,
-    batch_size: int,
-    outputs: Outputs | None = None,
-) -> dict[str, float]:
-    logits = _logits(column, model, encoded, tokenizer, batch_size)
-    return scores(METRICS, logits, torch.tensor(encoded["labels"][:]))
-
-
-def _tell(
-    column: str,
-    names: tuple[str, ...],
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: Any,
-    batch_size: int,
-    max_new_tokens: int | None = None,
-) -> list[dict[str, Any]]:
-    return told(names, _logits(column, model, encoded, tokenizer, batch_size))
-
-
-def _logits(
-    column: str, model: nn.Module, encoded: Dataset, tokenizer: Any, batch_size: int
-) -> torch.Tensor:
-    """Rows × classes, float64 on the CPU."""
-    collate, parts = _collator(column, tokenizer), []
-    with evaluating(model) as device:
-        for start in range(0, len(encoded), batch_size):
-            rows = range(start, min(start + batch_size, len(encoded)))
-            batch = collate([encoded[i] for i in rows])
-            logits = model(pixel_values=batch["pixel_values"].to(device)).logits
-            parts.append(logits.double().cpu())
-    return torch.cat(parts)

@@ -44,11 +44,11 @@ from fedex_lora.tasks.conversations import (
     content_of,
     conversation,
 )
-from fedex_lora.tasks.generation import Decoding, batches, settings, text_of, verdicts
+from fedex_lora.tasks.generation import Decoding, batches, matched, settings, text_of
 from fedex_lora.tasks.kinds.image_classification import check_images
 from fedex_lora.tasks.language import nll
 from fedex_lora.tasks.lazy import Dataset, datasets, nn, torch
-from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, SHARE, exact_match, mean_loss, perplexity
+from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, SHARE, mean_loss, perplexity
 from fedex_lora.tasks.outputs import Outputs
 
 MARK = "<image>"  # what LLaVA's data have in a question, where the image goes
@@ -293,11 +293,10 @@ def _evaluate(
         return scores
     prompts, texts = _generated(column, decoding, model, encoded, tokenizer, batch_size, outputs)
     references = encoded["response"][:]
-    if outputs:
-        right = [exact_match([t], [r]) == 1 for t, r in zip(texts, references)]
-        more = [{"reference": r, "correct": c} for r, c in zip(references, right)]
-        outputs.verdicts(verdicts(tokenizer.tokenizer, prompts, texts, more))
-    return {"exact_match": exact_match(texts, references), **scores}
+    return {
+        "exact_match": matched(tokenizer.tokenizer, prompts, texts, references, outputs),
+        **scores,
+    }
 
 
 def _generated(

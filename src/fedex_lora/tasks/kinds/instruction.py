@@ -15,10 +15,10 @@ from fedex_lora.recipe import Problem, TaskSpec, register_task
 from fedex_lora.tasks import rouge
 from fedex_lora.tasks.base import LineOf, Task, blanked, check_columns, one_based, refuse_first
 from fedex_lora.tasks.encoding import bare_responses, encode_pairs, labelled
-from fedex_lora.tasks.generation import Decoding, generate, verdicts
+from fedex_lora.tasks.generation import Decoding, generate, matched
 from fedex_lora.tasks.language import as_dataset, evaluate_loss, language_task, prompt_of
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, nn
-from fedex_lora.tasks.metrics import SHARE, exact_match
+from fedex_lora.tasks.metrics import SHARE
 from fedex_lora.tasks.outputs import Outputs
 from fedex_lora.tasks.prompted import check_room
 
@@ -172,9 +172,6 @@ def _evaluate_answers(
     prompts = [prompt_of(dict(row)) for row in encoded]
     answers = generate(model, tokenizer, prompts, decoding, batch_size, outputs)
     references = encoded["response"][:]
-    if outputs:
-        right = [exact_match([a], [r]) == 1 for a, r in zip(answers, references)]
-        more = [{"reference": r, "correct": c} for r, c in zip(references, right)]
-        outputs.verdicts(verdicts(tokenizer, prompts, answers, more))
+    share = matched(tokenizer, prompts, answers, references, outputs)
     more_scores = rouge.rouge(answers, references) if with_rouge else {}
-    return {**more_scores, "exact_match": exact_match(answers, references), **scores}
+    return {**more_scores, "exact_match": share, **scores}

@@ -24,10 +24,9 @@ from fedex_lora.tasks.base import (
     Task,
     by_length,
     evaluating,
-    pad,
 )
 from fedex_lora.tasks.base import pad_inputs as padded
-from fedex_lora.tasks.encoding import encode_texts
+from fedex_lora.tasks.encoding import encode_texts, token_collator
 from fedex_lora.tasks.kinds.causal_lm import check_texts
 from fedex_lora.tasks.language import as_dataset
 from fedex_lora.tasks.lazy import (
@@ -108,7 +107,7 @@ def _collator(probability: float, tokenizer: PreTrainedTokenizerBase) -> Collate
 
     def collate(rows: list[dict[str, Any]]) -> Batch:
         if any(row["labels"] != row["input_ids"] for row in rows):  # hidden already
-            return _padded(rows, tokenizer)
+            return token_collator(tokenizer)(rows)
         batch = padded(rows, tokenizer)
         while True:
             ids, labels = hide.torch_mask_tokens(batch["input_ids"].clone())
@@ -116,10 +115,6 @@ def _collator(probability: float, tokenizer: PreTrainedTokenizerBase) -> Collate
                 return {**batch, "input_ids": ids, "labels": labels}
 
     return collate
-
-
-def _padded(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
-    return {**padded(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
 
 
 def _evaluate(
@@ -133,7 +128,9 @@ def _evaluate(
     total, right, count = 0.0, 0, 0
     with evaluating(model) as device:
         for _, rows in by_length(encoded, batch_size):
-            batch = {key: value.to(device) for key, value in _padded(rows, tokenizer).items()}
+            batch = {
+                key: value.to(device) for key, value in token_collator(tokenizer)(rows).items()
+            }
             labels = batch.pop("labels")
             chosen = labels != IGNORED
             logits, wanted = model(**batch).logits[chosen].float(), labels[chosen]

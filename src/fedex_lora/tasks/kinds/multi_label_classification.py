@@ -14,34 +14,25 @@ from typing import Any
 from fedex_lora.errors import DataError, shown
 from fedex_lora.recipe import Problem, TaskSpec, register_task
 from fedex_lora.tasks.base import (
-    Batch,
-    Collate,
     LineOf,
     Prediction,
     Task,
     blanked,
     check_columns,
     one_based,
-    pad_inputs,
     refuse_first,
 )
-from fedex_lora.tasks.classification import (
-    agreed_labels,
-    check_texts,
-    label_problems,
-    row_logits,
-)
-from fedex_lora.tasks.encoding import encode_texts
+from fedex_lora.tasks.classification import agreed_labels, check_texts, label_problems
+from fedex_lora.tasks.encoding import encode_texts, row_collator
 from fedex_lora.tasks.lazy import (
     Dataset,
     PreTrainedTokenizerBase,
     functional,
-    nn,
     sklearn_metrics,
     torch,
 )
+from fedex_lora.tasks.logits import Logits, evaluate_logits, tell_logits
 from fedex_lora.tasks.metrics import LOSS, NO_SUCH_CLASS, SHARE
-from fedex_lora.tasks.outputs import Outputs
 
 METRICS = {"micro_f1": SHARE, "macro_f1": SHARE, "exact_match": SHARE, "loss": LOSS}
 TRUE = {"1", "true", "yes", "1.0"}
@@ -79,8 +70,8 @@ class MultiLabelClassification(TaskSpec):
             metrics=METRICS,
             check=partial(_check, self.text_column, read),
             encode=partial(_encode, self.text_column, read),
-            collator=_collator,
-            evaluate=_evaluate,
+            collator=row_collator,
+            evaluate=partial(evaluate_logits, row_collator, _scores),
             labels=names,
             multi_label=True,
             prediction=Prediction(
@@ -90,7 +81,7 @@ class MultiLabelClassification(TaskSpec):
                     answers={self.label_column: ""},
                     keys=("text_column",),
                 ),
-                tell=partial(_tell, names),
+                tell=partial(tell_logits, row_collator, partial(_told, names)),
             ),
         )
 
@@ -180,25 +171,9 @@ def _encode(
     return Dataset.from_dict({**encoding, "labels": labels})
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        return {
-            **pad_inputs(rows, tokenizer),
-            "labels": torch.tensor([row["labels"] for row in rows]),
-        }
-
-    return collate
-
-
-def _evaluate(
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    outputs: Outputs | None = None,
-) -> dict[str, float]:
+def _scores(rows: Logits, encoded: Dataset) -> dict[str, float]:
     """A class is told where its probability is above one half."""
-    logits = row_logits(model, encoded, tokenizer, batch_size)
+    logits = torch.stack([*rows])
     labels = torch.tensor(encoded["labels"][:], dtype=torch.float64)
     loss = functional.binary_cross_entropy_with_logits(logits, labels).item()
     found, wanted = (logits > 0).int().numpy(), labels.int().numpy()
@@ -212,17 +187,9 @@ def _evaluate(
     return {**scores, "exact_match": right, "loss": loss}
 
 
-def _tell(
-    names: tuple[str, ...],
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_new_tokens: int | None = None,
-) -> list[dict[str, Any]]:
+def _told(names: tuple[str, ...], logits: Logits, encoded: Dataset) -> list[dict[str, Any]]:
     """The classes whose probability is above one half, and the probabilities of all."""
-    found = row_logits(model, encoded, tokenizer, batch_size).sigmoid().tolist()
     return [
         {"prediction": [n for n, p in zip(names, row) if p > 0.5], "probability": row}
-        for row in found
+        for row in torch.stack([*logits]).sigmoid().tolist()
     ]

@@ -19,9 +19,7 @@ from fedex_lora.tasks.base import (
     Prediction,
     Task,
     blanked,
-    by_length,
     check_columns,
-    evaluating,
     one_based,
     pad_inputs,
     refuse_first,
@@ -33,11 +31,10 @@ from fedex_lora.tasks.lazy import (
     Dataset,
     PreTrainedTokenizerBase,
     functional,
-    nn,
     torch,
 )
+from fedex_lora.tasks.logits import Logits, evaluate_logits, tell_logits
 from fedex_lora.tasks.metrics import LOSS, SHARE
-from fedex_lora.tasks.outputs import Outputs
 
 
 class MultipleChoice(TaskSpec):
@@ -72,10 +69,12 @@ class MultipleChoice(TaskSpec):
             check=partial(_check, self),
             encode=partial(_encode, self),
             collator=_collator,
-            evaluate=_evaluate,
+            evaluate=partial(evaluate_logits, _collator, _scores),
             stratify=self.label_column,
             prediction=Prediction(
-                blank=self._blank, encode=partial(_encode_choices, self), tell=_tell
+                blank=self._blank,
+                encode=partial(_encode_choices, self),
+                tell=partial(tell_logits, _collator, _told),
             ),
         )
 
@@ -187,29 +186,10 @@ def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
     return collate
 
 
-def _evaluate(
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    outputs: Outputs | None = None,
-) -> dict[str, float]:
-    logits = _logits(model, encoded, tokenizer, batch_size)
-    labels = torch.tensor(encoded["labels"][:])
+def _scores(rows: Logits, encoded: Dataset) -> dict[str, float]:
+    logits, labels = torch.stack([*rows]), torch.tensor(encoded["labels"][:])
     right = (logits.argmax(dim=1) == labels).double().mean().item()
     return {"accuracy": right, "loss": functional.cross_entropy(logits, labels).item()}
-
-
-def _logits(
-    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> torch.Tensor:
-    """Rows × choices in the order of `encoded`, float64 on the CPU."""
-    collate, parts = _collator(tokenizer), dict[int, torch.Tensor]()
-    with evaluating(model) as device:
-        for indices, rows in by_length(encoded, batch_size):
-            batch = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}
-            parts |= zip(indices, model(**batch).logits.double().cpu())
-    return torch.stack([parts[i] for i in range(len(encoded))])
 
 
 def _encode_choices(
@@ -220,14 +200,7 @@ def _encode_choices(
     return with_columns(_encode(spec, rows, tokenizer, max_length), {"texts": texts})
 
 
-def _tell(
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_new_tokens: int | None = None,
-) -> list[dict[str, Any]]:
+def _told(logits: Logits, encoded: Dataset) -> list[dict[str, Any]]:
     """The likeliest choice, and its probability."""
-    logits = _logits(model, encoded, tokenizer, batch_size)
     texts = encoded["texts"][:]
-    return [told(mine, row[None])[0] for mine, row in zip(texts, logits, strict=True)]
+    return [told(mine, [row])[0] for mine, row in zip(texts, logits, strict=True)]

@@ -17,17 +17,13 @@ from fedex_lora.recipe import Problem, TaskSpec, register_task
 from fedex_lora.tasks import rouge
 from fedex_lora.tasks.base import (
     IGNORED,
-    Batch,
-    Collate,
     Prediction,
     Task,
     by_length,
     evaluating,
-    pad,
-    pad_inputs,
 )
-from fedex_lora.tasks.encoding import encode_texts
-from fedex_lora.tasks.generation import Decoding, generate_from_encoded, verdicts
+from fedex_lora.tasks.encoding import encode_texts, token_collator
+from fedex_lora.tasks.generation import Decoding, generate_from_encoded, matched
 from fedex_lora.tasks.kinds.instruction import (
     Templates,
     blank_templates,
@@ -36,7 +32,7 @@ from fedex_lora.tasks.kinds.instruction import (
     templates_of,
 )
 from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, functional, nn
-from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, SHARE, exact_match, perplexity
+from fedex_lora.tasks.metrics import LOSS, PERPLEXITY, SHARE, perplexity
 from fedex_lora.tasks.outputs import Outputs
 
 
@@ -73,7 +69,7 @@ class Seq2Seq(TaskSpec):
             metrics=metrics,
             check=partial(check_templates, templates),
             encode=partial(_encode, templates, self.max_target_length),
-            collator=_collator,
+            collator=token_collator,  # the model itself makes the decoder's inputs of the labels
             evaluate=partial(_evaluate, decoding if self.generate else None, self.rouge),
             prediction=Prediction(
                 blank=partial(blank_templates, templates), tell=partial(_tell, decoding)
@@ -99,15 +95,6 @@ def _encode(
     return Dataset.from_dict({**encoding, "labels": labels, "response": answers})
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
-    """The model itself makes the decoder's inputs of the labels."""
-
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        return {**pad_inputs(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
-
-    return collate
-
-
 def _evaluate(
     decoding: Decoding | None,
     with_rouge: bool,
@@ -123,17 +110,14 @@ def _evaluate(
         return scores
     prompts, references = encoded["input_ids"][:], encoded["response"][:]
     found = generate_from_encoded(model, tokenizer, prompts, decoding, batch_size, outputs)
-    if outputs:
-        right = [exact_match([f], [r]) == 1 for f, r in zip(found, references)]
-        more = [{"reference": r, "correct": c} for r, c in zip(references, right)]
-        outputs.verdicts(verdicts(tokenizer, prompts, found, more))
+    share = matched(tokenizer, prompts, found, references, outputs)
     from sacrebleu import corpus_bleu, corpus_chrf  # noqa: PLC0415 - optional
 
     return {
         **(rouge.rouge(found, references) if with_rouge else {}),
         "bleu": corpus_bleu(found, [references]).score / 100,
         "chrf": corpus_chrf(found, [references]).score / 100,
-        "exact_match": exact_match(found, references),
+        "exact_match": share,
         **scores,
     }
 
@@ -156,7 +140,7 @@ def _loss(
     model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> float:
     """The mean of −log p over all tokens of all responses."""
-    collate, total, count = _collator(tokenizer), 0.0, 0
+    collate, total, count = token_collator(tokenizer), 0.0, 0
     with evaluating(model) as device:
         for _, rows in by_length(encoded, batch_size):
             batch = {key: value.to(device) for key, value in collate(rows).items()}

@@ -16,23 +16,17 @@ from fedex_lora.errors import RecipeError, check_installed, shown
 from fedex_lora.recipe import Problem, TaskSpec, register_task
 from fedex_lora.tasks.base import (
     IGNORED,
-    Batch,
-    Collate,
     LineOf,
     Prediction,
     Task,
     blanked,
-    by_length,
     check_columns,
-    evaluating,
     one_based,
-    pad,
-    pad_inputs,
     place,
     refuse_first,
     with_columns,
 )
-from fedex_lora.tasks.encoding import shortened
+from fedex_lora.tasks.encoding import shortened, token_collator
 from fedex_lora.tasks.entities import (
     Annotated,
     Unusable,
@@ -43,9 +37,9 @@ from fedex_lora.tasks.entities import (
     tags_of,
     told,
 )
-from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, datasets, functional, nn, torch
+from fedex_lora.tasks.lazy import Dataset, PreTrainedTokenizerBase, datasets, functional, torch
+from fedex_lora.tasks.logits import Logits, evaluate_logits, tell_logits
 from fedex_lora.tasks.metrics import LOSS, SHARE
-from fedex_lora.tasks.outputs import Outputs
 
 METRICS = dict.fromkeys(("f1", "precision", "recall", "accuracy"), SHARE) | {"loss": LOSS}
 
@@ -81,13 +75,13 @@ class TokenClassification(TaskSpec):
             metrics=METRICS,
             check=partial(_check, self, tags),
             encode=partial(_encode, self, tags),
-            collator=_collator,
-            evaluate=partial(_evaluate, tags),
+            collator=token_collator,
+            evaluate=partial(evaluate_logits, token_collator, partial(_scores, tags)),
             labels=tags,
             prediction=Prediction(
                 blank=partial(_blank, self),
                 encode=partial(_encode, self, tags, placed=True),
-                tell=partial(_tell, tags),
+                tell=partial(tell_logits, token_collator, partial(_told, tags)),
             ),
         )
 
@@ -213,28 +207,14 @@ def _warn(found: Sequence[Annotated], offsets: Sequence[Any], crossing: Sequence
         _log.warning("%d entities lie beyond max_length, and are neither learned nor told", lost)
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        return {**pad_inputs(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
-
-    return collate
-
-
-def _evaluate(
-    tags: tuple[str, ...],
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    outputs: Outputs | None = None,
-) -> dict[str, float]:
+def _scores(tags: tuple[str, ...], rows: Logits, encoded: Dataset) -> dict[str, float]:
     """F1, precision and recall of whole entities (seqeval), the share of tokens that are right."""
     from seqeval import metrics as seqeval_metrics  # noqa: PLC0415 - optional
 
     metrics: Any = seqeval_metrics  # whose types say that 0 is no value of zero_division
     best, total = list[list[int]](), 0.0
-    for logits, row in zip(_logits(model, encoded, tokenizer, batch_size), encoded["labels"]):
-        labels = torch.tensor(row)
+    for logits, row in zip(rows, encoded["labels"]):
+        labels, logits = torch.tensor(row), logits[: len(row)]
         total += functional.cross_entropy(
             logits, labels, ignore_index=IGNORED, reduction="sum"
         ).item()
@@ -254,30 +234,10 @@ def _evaluate(
     }
 
 
-def _logits(
-    model: nn.Module, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> list[torch.Tensor]:
-    """Of each row: tokens × tags, float64 on the CPU."""
-    collate, found = _collator(tokenizer), dict[int, torch.Tensor]()
-    with evaluating(model) as device:
-        for indices, rows in by_length(encoded, batch_size):
-            batch = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}
-            logits = model(**batch).logits.double().cpu()
-            found |= {i: one[: len(r["labels"])] for i, r, one in zip(indices, rows, logits)}
-    return [found[i] for i in range(len(encoded))]
-
-
-def _tell(
-    tags: tuple[str, ...],
-    model: nn.Module,
-    encoded: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_new_tokens: int | None = None,
-) -> list[dict[str, Any]]:
+def _told(tags: tuple[str, ...], found: Logits, encoded: Dataset) -> list[dict[str, Any]]:
     """Of a text its entities; of words a tag each and its probability, None beyond max_length."""
     answers, cut = [], 0
-    for row, logits in zip(encoded, _logits(model, encoded, tokenizer, batch_size), strict=True):
+    for row, logits in zip(encoded, found, strict=True):
         row = dict(row)
         asked = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
         best = logits.softmax(dim=-1).max(dim=-1)

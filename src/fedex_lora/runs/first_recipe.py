@@ -73,7 +73,7 @@ def _number(text: str) -> bool:
         return False
 
 
-def draft(
+def first_recipe(
     name: str,
     model: str,
     task: Mapping[str, Any],

@@ -1,0 +1,98 @@
+"""What happened in a round, and the line that the records say of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedex_lora.aggregation.aggregator import Aggregate
+from fedex_lora.aggregation.ledger import Increment
+from fedex_lora.federation.settings import Settings
+from fedex_lora.federation.state import ServerState
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the record says of an update that was aggregated."""
+
+    examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass
+class Tally:
+    """What happened in a round, besides the numbers that are aggregated."""
+
+    taken: dict[str, Taken] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def refuse(self, client: str, why: str) -> None:
+        self.taken.pop(client, None)
+        self.refused[client] = why
+
+
+def record_of(
+    settings: Settings,
+    after: ServerState,
+    result: Aggregate | None,
+    tally: Tally,
+    down: Mapping[str, int],
+) -> Record:
+    """One line of the records: what happened in a round, and what it came to."""
+    record: Record = {
+        "round": after.version,
+        "clients": {
+            c: {"examples": t.examples, **t.metrics} for c, t in sorted(tally.taken.items())
+        },
+        "refused": tally.refused,
+        "lost": tally.lost,
+        "weights": _weights(tally.taken, settings),
+        "norms": {c: tally.norms[c] for c in sorted(tally.norms)},
+        "bytes_down": dict(down),
+        "bytes_up": tally.up,
+        "seconds": {"aggregate": tally.seconds},
+    }
+    if settings.method.assignment.pruning is not None:
+        layer = min(settings.layers)  # all have one rank
+        left = {c: settings.layers_of(c, after.ranks.get(c)) for c in settings.clients}
+        record["ranks"] = {client: layers[layer].rank for client, layers in left.items()}
+    if tally.norms:
+        record["median_norm"] = statistics.median(tally.norms.values())
+    if result is not None and result.deviation:
+        record["deviation"] = statistics.fmean(result.deviation.values())
+        record["ideal"] = statistics.fmean(result.ideal.values())
+        record["deviation_by_site"] = dict(result.deviation)
+        record["ideal_by_site"] = dict(result.ideal)
+    if after.carry:
+        record["carry"] = _norm(after.carry)
+        record["sent"] = _norm(after.ledger.newest())
+    if result is not None and settings.method.residual == "truncated":
+        record["left_out"] = _left_out(settings, after, result)
+    return record
+
+
+def _left_out(settings: Settings, after: ServerState, result: Aggregate) -> float:
+    """‖·‖_F of what truncation keeps from the clients: all that is carried, or what is lost now."""
+    if settings.carry:
+        return _norm(after.carry)
+    sent = after.ledger.newest() if result.increment else {}  # of one client there is none
+    return _norm({layer: w - sent[layer] for layer, w in result.increment.items()})
+
+
+def _weights(taken: Mapping[str, Taken], settings: Settings) -> dict[str, float]:
+    uniform = settings.weights == "uniform"
+    n = {c: 1.0 if uniform else float(taken[c].examples) for c in sorted(taken)}
+    return {c: v / sum(n.values()) for c, v in n.items()}
+
+
+def _norm(increment: Increment) -> float:
+    """‖·‖_F over all layers."""
+    return sum(w.norm().item() ** 2 for w in increment.values()) ** 0.5
