@@ -26,7 +26,8 @@ from fedex_lora.errors import DeploymentError, StorageError
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.commands import Command
 from fedex_lora.flower.deploy.init import Deployment
-from fedex_lora.flower.deploy.proxy import Proxy, client_context
+from fedex_lora.flower.deploy.keys import client_context
+from fedex_lora.flower.deploy.proxy import Proxy
 from fedex_lora.flower.deploy.words import Log
 
 
