@@ -26,6 +26,7 @@ class Late:
 
 if TYPE_CHECKING:
     import datasets
+    import jinja2
     import numpy
     import torch
     import transformers
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from torch.nn import functional
     from transformers import PreTrainedTokenizerBase
 else:
-    datasets, numpy = Late("datasets"), Late("numpy")
+    datasets, jinja2, numpy = Late("datasets"), Late("jinja2"), Late("numpy")
     torch, transformers = Late("torch"), Late("transformers")
     nn, functional = Late("torch.nn"), Late("torch.nn.functional")
     stats, sklearn_metrics = Late("scipy.stats"), Late("sklearn.metrics")
@@ -50,6 +51,7 @@ __all__ = [
     "Tensor",
     "datasets",
     "functional",
+    "jinja2",
     "nn",
     "numpy",
     "sklearn_metrics",

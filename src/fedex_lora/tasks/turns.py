@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
-
 from fedex_lora.errors import DataError, RecipeError, shown
 from fedex_lora.tasks.base import place
 from fedex_lora.tasks.conversations import Conversation, Turn
-from fedex_lora.tasks.lazy import PreTrainedTokenizerBase
+from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, jinja2
 
 Span = tuple[int, int]  # of characters
 
-_FAILS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_FAILS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _THOUGHT = "</think>"
 
 
@@ -79,9 +77,9 @@ class Renderer:
                 for i, turn in enumerate(turns)
                 if turn["role"] == "assistant"
             ]
-        except TemplateSyntaxError as error:
+        except jinja2.TemplateSyntaxError as error:
             raise RecipeError(f"task.template: line {error.lineno}: {error.message}") from error
-        except _FAILS as error:
+        except (jinja2.TemplateError, *_FAILS) as error:
             if isinstance(error, RecipeError):
                 raise
             begin = shown(turns[0]["content"])
