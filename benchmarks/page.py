@@ -35,7 +35,7 @@ MISSED: Mapping[str, str] = {
         "twice the size since this was measured."
     ),
     "turns": (
-        "Measured at a load of ten on two cores, which makes all of it slower. In the same hour the "
+        "Measured at a load of ten on two cores, which makes all of it slower. In that hour the "
         "way before, without `walked_once`, took 10.0 to 10.5 ms in turn with 7.4 to 7.9 ms for "
         "this one. Of what is left, more than a millisecond is accelerate's garbage collection "
         "before each training."
