@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -84,4 +85,6 @@ def trained_by(
         )
         for name, f in start.layers.items()
     }
-    return AdapterState(factors, {n: drift(t) for n, t in start.head.items()})
+    head = {n: drift(t) for n, t in start.head.items()}
+    pair = {n: Factors(drift(f.A), drift(f.B), f.scale) for n, f in start.pair.items()}
+    return replace(start, layers=factors, head=head, pair=pair)

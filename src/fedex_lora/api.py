@@ -286,7 +286,7 @@ class Federation:
         if not shared and client not in self.settings.clients:
             raise UserError(f"client: every client has a model of its own; name one of {names}")
         if client is not None:
-            return start_of(self.state, self.settings, client)
+            return folded(start_of(self.state, self.settings, client))
         return folded(AdapterState(global_factors(self.state, self.settings), self.state.head))
 
 

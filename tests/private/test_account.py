@@ -21,10 +21,12 @@ def exact(sigma: float, delta: float) -> float:
         a, b = 1 / (2 * sigma), e * sigma
         return float(norm.cdf(a - b) - math.exp(e) * norm.cdf(-a - b) - delta)
 
-    return float(brentq(excess, 0, 100))  # pyright: ignore[reportArgumentType]
+    return float(brentq(excess, 0, 700))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(("sigma", "count"), [(1.0, 1), (0.7, 1), (4.0, 25), (30.0, 100)])
+@pytest.mark.parametrize(
+    ("sigma", "count"), [(1.0, 1), (0.7, 1), (0.06, 1), (4.0, 25), (30.0, 100)]
+)
 def test_without_sampling_steps_are_one_gaussian_mechanism(sigma: float, count: int) -> None:
     """So many steps at σ are one at σ/√count; ε is rounded upwards."""
     found = epsilon([Steps(sigma, 1.0, count)], 1e-5)
@@ -42,6 +44,7 @@ def test_sampling_lowers_it_and_steps_and_clients_add_up() -> None:
     assert two == pytest.approx(epsilon([Steps(4.0, 0.01, 10_000)], 1e-5), rel=2e-3)
     assert added([one], one) == (Steps(1.0, 0.01, 200),)
     assert epsilon([one, Steps(0.0, 0.1, 1)], 1e-5) == math.inf
+    assert epsilon([one, Steps(0.001, 0.1, 1)], 1e-5) == math.inf  # and needs no grid for it
 
 
 def test_the_noise_is_the_least_that_keeps_to_the_budget() -> None:

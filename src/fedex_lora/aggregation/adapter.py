@@ -73,15 +73,18 @@ class AdapterState:
     Attributes:
         variates: SCAFFOLD's, by A/LAYER, B/LAYER and head/PARAMETER, where there are some: c − cᵢ
             of a client that begins, its next cᵢ of one that has ended.
+        pair: Of a client that has a pair of its own beside the shared one. The scale of one is the
+            part that it has in the client's model, and the shared one has the rest of its own.
     """
 
     layers: Mapping[str, Factors] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
     variates: Mapping[str, Tensor] = field(default_factory=dict)
+    pair: Mapping[str, Factors] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes of all tensors in it."""
-        tensors = [t for f in self.layers.values() for t in (f.A, f.B)]
+        tensors = [t for f in [*self.layers.values(), *self.pair.values()] for t in (f.A, f.B)]
         tensors += [*self.head.values(), *self.variates.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -109,7 +112,7 @@ def whole_inner(inner: Tensor, rank: int) -> Tensor:
 
 def folded(state: AdapterState) -> AdapterState:
     """The same change with plain factors: B·R in the place of B where the head holds an R, or its
-    blocks.
+    blocks; and mixed with the client's own pair, where it has one.
 
     Example:
         >>> f = Factors(torch.ones(2, 3), torch.ones(4, 2), 1.0)
@@ -124,7 +127,25 @@ def folded(state: AdapterState) -> AdapterState:
         name: f if (r := inner[name]) is None else replace(f, B=f.B @ whole_inner(r, f.rank))
         for name, f in state.layers.items()
     }
-    return AdapterState(layers, head)
+    return mixed(AdapterState(layers, head, pair=state.pair))
+
+
+def mixed(state: AdapterState) -> AdapterState:
+    """The shared pair and the client's own as one of both ranks: (s − s*)·BA + s*·B*A*.
+
+    Example:
+        >>> shared = Factors(torch.ones(1, 2), torch.ones(3, 1), 2.0)
+        >>> own = Factors(torch.ones(1, 2), 5 * torch.ones(3, 1), 0.5)
+        >>> both = mixed(AdapterState({"q": shared}, pair={"q": own})).layers["q"]
+        >>> both.rank, both.delta().dense()[0, 0].item()
+        (2, 4.0)
+    """
+    layers = dict(state.layers)
+    for name, own in state.pair.items():
+        f = layers[name]
+        b = torch.cat([f.B * (1 - own.scale / f.scale), own.B * (own.scale / f.scale)], dim=1)
+        layers[name] = Factors(torch.cat([f.A, own.A]), b, f.scale)
+    return AdapterState(layers, state.head)
 
 
 def uniform(layers: Mapping[str, Factors]) -> dict[str, Factors]:

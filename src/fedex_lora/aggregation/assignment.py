@@ -9,7 +9,7 @@ recipe what may be combined, from here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, ClassVar
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BOTH = frozenset("AB")
 NONE: frozenset[str] = frozenset()
+OWN_PAIR = frozenset({"pair"})  # a pair beside A and B
 SUMS = frozenset({"product", "increment"})
 KNOWN = SUMS | {"ends"}
 
@@ -55,7 +56,8 @@ class Assignment(ABC):
     Attributes:
         name: In tables.
         shared: Factors that the server gives to all clients alike.
-        own: Factors of which each client has its own, which are its state while it is away.
+        own: Factors of which each client has its own, which are its state while it is away: of "A"
+            and "B", or a "pair" beside them, which is private.
         drawn: Whether all factors follow from the seed: A at random, B = 0, and nothing is sent.
         needs: What `assign` reads beside the means. Sums over the clients' products BᵢAᵢ:
             "product", Σ wᵢsᵢBᵢAᵢ, or "increment", Σ wᵢsᵢ(BᵢAᵢ − Bᵢ⁰Aᵢ⁰). Or "ends", every
@@ -92,6 +94,14 @@ class Assignment(ABC):
         """
         return Assigned(factors)
 
+    def pair(self, layers: Mapping[str, LayerShape], seed: int) -> Mapping[str, Factors]:
+        """The pair of its own that a client begins with, by layer, where `own` has one.
+
+        Its scale is λs for a layer's scale s: its part in the client's model, of which the shared
+        pair is the rest, (1 − λ)s.
+        """
+        return {}
+
     @property
     def pruning(self) -> Pruning | None:
         """How clients' ranks shrink, if they do."""
@@ -111,7 +121,7 @@ class Assignment(ABC):
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself, or is missing."""
-        for field, known in (("shared", BOTH), ("own", BOTH), ("needs", KNOWN)):
+        for field, known in (("shared", BOTH), ("own", BOTH | OWN_PAIR), ("needs", KNOWN)):
             value = getattr(self, field)
             if not isinstance(value, Set) or not value <= known:
                 yield f"{field} is {value!r}; expected a set of {' and '.join(sorted(known))}"
@@ -128,6 +138,8 @@ class Assignment(ABC):
         for field in ("dealt", "private"):
             if getattr(self, field) and not self.own:
                 yield f"{field} is about own factors, and there are none"
+        if "pair" in self.own and not self.private:
+            yield "a pair beside the shared factors is private"
         if self.dealt and self.private:
             yield "own factors that the server deals out are not private"
         if self.head_private and not (self.private and self.own == BOTH):

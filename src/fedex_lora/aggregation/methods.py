@@ -31,6 +31,7 @@ from fedex_lora.aggregation.assignments.corrected import CorrectedB
 from fedex_lora.aggregation.assignments.fitted import Fitted
 from fedex_lora.aggregation.assignments.heads import Heads
 from fedex_lora.aggregation.assignments.inner import Inner
+from fedex_lora.aggregation.assignments.own_pair import OwnPair
 from fedex_lora.aggregation.assignments.robust_pca import RobustPca
 from fedex_lora.aggregation.assignments.shared_a import SharedA
 from fedex_lora.aggregation.assignments.thresholded import Thresholded
@@ -238,6 +239,7 @@ _OWN: dict[str, Method] = {
     "hetlora": Method("both", ByNorm(), "dropped", "Cho et al., arXiv 2401.06432"),
     "fedrpca": Method("both", RobustPca(), "dropped", "Jhunjhunwala et al., arXiv 2506.01194"),
     "fed-sb": Method("inner", Inner(), "zero", "Singhal et al., arXiv 2502.15436"),
+    "feddpa": Method("both", OwnPair(), "dropped", "Yang et al., arXiv 2403.19211"),
     "ravan": Method("inner", Heads(), "zero", "Raje et al., arXiv 2506.05568"),
     "full": Method("all", Average(), "zero", "McMahan et al., federated full fine-tuning"),
     "centralized": Method("both", Average(), "exact", "one client with all the data", pooled=True),

@@ -44,7 +44,7 @@ class OwnLoop:
                 "function has a loss of its own"
             )
         model.write(turn.start)
-        model.freeze(turn.trained)
+        model.freeze(turn.trained, turn.head)
         module, seed = model.module, derive(turn.seed, "train", turn.round, turn.client)
         before = _frozen(module)
         module.train()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from fedex_lora.aggregation.adapter import AdapterState, Factors
+from fedex_lora.aggregation.adapter import AdapterState, Factors, mixed
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.federation.settings import Settings
@@ -37,13 +37,20 @@ class Stage:
         self.batch_size, self.outputs = batch_size, outputs
         self._placed: tuple[Ledger, Mapping[str, Factors] | None] | None = None
 
-    def place(self, ledger: Ledger, start: AdapterState | None = None) -> None:
+    def place(
+        self,
+        ledger: Ledger,
+        start: AdapterState | None = None,
+        part: Mapping[str, Factors] | None = None,
+    ) -> None:
         """base = cast(W0 + T − own); nothing to do where it is so already.
 
         Args:
             start: Of the client whose turn it is; only its own base depends on it.
+            part: In the place of its own factors, others that are taken off.
         """
         own = None if self.method.shared_base or start is None else start.layers
+        own = own if part is None else part
         placed, whose = self._placed or (None, None)
         if placed is ledger and whose is own:
             return
@@ -56,7 +63,7 @@ class Stage:
     def show(self, ledger: Ledger, adapter: AdapterState, own: bool = True) -> None:
         """Makes the model what a client starts from, or the global one where not `own`."""
         self.place(ledger, adapter if own else None)
-        self.model.write(adapter)
+        self.model.write(mixed(adapter))
 
     def show_global(
         self, state: ServerState, settings: Settings, client: str | None = None

@@ -188,7 +188,7 @@ class HFTrainer:
         if turn.gradients:
             return self._first_gradients(model, turn)
         model.write(turn.start)
-        model.freeze(turn.trained)
+        model.freeze(turn.trained, turn.head)
         log = self.log.turn(turn.client, turn.round) if self.log else None
         on_step = partial(self.on_step, turn) if self.on_step else None
         trainer = self._trainer(model, turn, on_step, log)

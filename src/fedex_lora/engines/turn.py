@@ -8,15 +8,16 @@ own; what becomes of an update before it is sent is a chain of functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from datasets import Dataset
 from torch import Tensor
 
-from fedex_lora.aggregation.adapter import AdapterState, weight_name
+from fedex_lora.aggregation.adapter import AdapterState, Factors, weight_name
 from fedex_lora.aggregation.ledger import Ledger
 from fedex_lora.aggregation.pruning import Pruning
+from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError
 from fedex_lora.federation.messages import Tensors, Update, flat
@@ -37,6 +38,7 @@ class Turn:
         trained: Which factors are trained, of "A" and "B".
         seed: The run's; everything random derives from (seed, round, client).
         pruning: What is added to the loss, of a client whose rank may shrink.
+        head: Whether the head is trained.
     """
 
     client: str
@@ -46,6 +48,7 @@ class Turn:
     trained: frozenset[str]
     seed: int
     pruning: Pruning | None = None
+    head: bool = True
 
     @property
     def gradients(self) -> bool:
@@ -122,17 +125,44 @@ def take_turns(
     Args:
         ledger: What their base has beyond the pretrained weights.
     """
+    pairs = [_own_pair(stage, train, turn, ledger) for turn in turns if turn.start.pair]
     stage.place(ledger, turns[0].start)
     found = train(stage.model, turns)
     if len(found) != len(turns):
         raise UserError(f"a training of {len(turns)} clients came back with {len(found)} results")
     ends = [stage.model.read() if trained.end is None else trained.end for trained in found]
+    if pairs:
+        ends = [replace(end, pair=pair) for end, (pair, _) in zip(ends, pairs, strict=True)]
+        found = [_told(one, more) for one, (_, more) in zip(found, pairs, strict=True)]
     if settings.scaffold and not all(end.variates for end in ends):
         raise UserError("scaffold: this way to train makes no control variates; take HFTrainer")
     return [
         _update(turn, flat(end), trained.metrics, settings, transform)
         for turn, end, trained in zip(turns, ends, found, strict=True)
     ]
+
+
+def _own_pair(
+    stage: Stage, train: Train, turn: Turn, ledger: Ledger
+) -> tuple[dict[str, Factors], Mapping[str, float]]:
+    """The client's own pair, trained in the place of the shared one, which is part of the base
+    meanwhile, as is its share; and what that training came to."""
+    start = turn.start
+    # a base has what is given here taken off, so it is negative
+    shared = {n: replace(f, scale=start.pair[n].scale - f.scale) for n, f in start.layers.items()}
+    stage.place(ledger, part=shared)
+    alone = AdapterState(start.pair, start.head)
+    seed = derive(turn.seed, "own pair")
+    (found,) = train(stage.model, [replace(turn, start=alone, seed=seed, head=False)])
+    end = stage.model.read() if found.end is None else found.end
+    return dict(end.layers), found.metrics
+
+
+def _told(trained: Trained, pair: Mapping[str, float]) -> Trained:
+    """With the loss of the client's own pair, and the seconds of both trainings."""
+    metrics = {"seconds": trained.metrics.get("seconds", 0.0) + pair.get("seconds", 0.0)}
+    metrics |= {"own_loss": pair["loss"]} if "loss" in pair else {}
+    return replace(trained, metrics={**trained.metrics, **metrics})
 
 
 def _update(

@@ -2,8 +2,8 @@
 
 A message holds only what its receiver lacks: factors that are a function of the seed, or that have
 not changed since the version it holds, are not sent. Tensors go by flat names: A/LAYER, B/LAYER,
-head/PARAMETER; a control variate is called variate/ and what it is of. `codec` makes bytes of
-messages.
+head/PARAMETER; a control variate is called variate/ and what it is of. Those of a client's own
+pair, pair/A/LAYER and pair/B/LAYER, never cross. `codec` makes bytes of messages.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def flat(adapter: AdapterState) -> dict[str, Tensor]:
         ['A/q', 'B/q', 'head/w']
     """
     found = {f"{x}/{name}": getattr(f, x) for x in "AB" for name, f in adapter.layers.items()}
+    found |= {f"pair/{x}/{name}": getattr(f, x) for x in "AB" for name, f in adapter.pair.items()}
     found |= {f"head/{name}": value for name, value in adapter.head.items()}
     return found | prefixed(adapter.variates)
 
@@ -133,17 +134,25 @@ def variates_in(tensors: Tensors) -> dict[str, Tensor]:
 
 def replaced(adapter: AdapterState, tensors: Tensors) -> AdapterState:
     """The adapter with some of its tensors in place of its own."""
-    factors = {
-        name: Factors(tensors.get(f"A/{name}", f.A), tensors.get(f"B/{name}", f.B), f.scale)
-        for name, f in adapter.layers.items()
-    }
+
+    def factors(held: Mapping[str, Factors], prefix: str) -> dict[str, Factors]:
+        return {
+            name: Factors(
+                tensors.get(f"{prefix}A/{name}", f.A),
+                tensors.get(f"{prefix}B/{name}", f.B),
+                f.scale,
+            )
+            for name, f in held.items()
+        }
+
     head = {name: tensors.get(f"head/{name}", value) for name, value in adapter.head.items()}
     variates = {name: tensors.get(f"{VARIATE}/{name}", c) for name, c in adapter.variates.items()}
-    return AdapterState(factors, head, variates)
+    pair = factors(adapter.pair, "pair/")
+    return AdapterState(factors(adapter.layers, ""), head, variates, pair)
 
 
 def only(tensors: Tensors, kinds: frozenset[str] | set[str]) -> dict[str, Tensor]:
-    """The tensors of some kinds, of "A", "B" and "head"."""
+    """The tensors of some kinds, of "A", "B", "head" and "pair"."""
     return {name: value for name, value in tensors.items() if name.partition("/")[0] in kinds}
 
 
@@ -157,7 +166,7 @@ def receive(
         layers: The layers at this client's rank.
     """
     if message.fresh is not None:
-        held = AdapterState(fresh(layers, seed, message.fresh), held.head)
+        held = replace(held, layers=fresh(layers, seed, message.fresh))
     if message.round > 1:  # gradients of whole weights are of the first round alone
         gradients = {weight_name(name) for name in layers}
         head = {name: t for name, t in held.head.items() if name not in gradients}

@@ -10,7 +10,7 @@ from fedex_lora.aggregation.adapter import AdapterState, LayerShape, fresh
 from fedex_lora.aggregation.methods import Method, get_method
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import Exchange, Record, run_round
-from fedex_lora.federation.messages import Broadcast, Scores, Update, flat
+from fedex_lora.federation.messages import Broadcast, Scores, Update, flat, replaced
 from fedex_lora.federation.settings import Settings, check_options
 from fedex_lora.federation.state import ServerState, begin, own_part, sent_part, start_of
 
@@ -68,8 +68,7 @@ class Server:
     def start(self, state: ServerState, client: str) -> AdapterState:
         """Copies of the factors and the head from which a client trains."""
         start = start_of(state, self.settings, client)
-        factors = {n: replace(f, A=f.A.clone(), B=f.B.clone()) for n, f in start.layers.items()}
-        return replace(start, layers=factors, head={n: t.clone() for n, t in start.head.items()})
+        return replaced(start, {name: t.clone() for name, t in flat(start).items()})
 
     def update(self, state: ServerState, client: str, end: AdapterState, examples: int) -> Update:
         """The message of a client that ended there.

@@ -139,7 +139,8 @@ def start_of(state: ServerState, settings: Settings, client: str) -> AdapterStat
         zeros = {weight_name(n): torch.zeros(s.out, s.inp) for n, s in settings.layers.items()}
         head = {**head, **zeros}
     layers = settings.layers_of(client, state.ranks.get(client))
-    shared = AdapterState(cut(state.factors, layers), head)
+    pair = settings.method.assignment.pair(layers, settings.seed)
+    shared = AdapterState(cut(state.factors, layers), head, pair=pair)
     if settings.scaffold:
         method, mine = settings.method, state.variates.get(client, {})
         ever = only(flat(shared), method.trained(1) | method.trained(2) | {"head"})

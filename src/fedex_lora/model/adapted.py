@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fedex_lora.aggregation.adapter import (
-    AdapterState,
-    LayerShape,
-    folded,
-    fresh,
-    inner_name,
-)
+from fedex_lora.aggregation.adapter import AdapterState, LayerShape, folded, fresh, inner_name
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import RecipeError
@@ -137,26 +131,22 @@ class AdaptedModel:
         """The model's own factors and head, as A/LAYER, B/LAYER and head/PARAMETER."""
         pairs = {name: layer.factors() for name, layer in self._layers.items()}
         found = {f"{x}/{name}": p for name, pair in pairs.items() for x, p in zip("AB", pair)}
-        head = dict(self._head)
-        for name, layer in self._layers.items():
-            if layer.inner is not None:
-                head[inner_name(name)] = layer.inner.inner
-                if layer.inner.scales is not None:
-                    head[f"{name}.scales"] = layer.inner.scales
-        return found | {f"head/{name}": p for name, p in head.items()}
+        inner = {f"{n}.{p}": v for n, layer in self._layers.items() for p, v in layer.between()}
+        return found | {f"head/{name}": p for name, p in (self._head | inner).items()}
 
-    def freeze(self, trained: frozenset[str]) -> None:
-        """Trains the factors in `trained`, of "A" and "B", and the head; freezes all the rest."""
+    def freeze(self, trained: frozenset[str], head: bool = True) -> None:
+        """Trains the factors in `trained`, of "A" and "B", and the head, unless it is not to be;
+        freezes all the rest."""
         for parameter in self._base.model.parameters():
             parameter.requires_grad_(False)
         for layer in self._layers.values():
             a, b = layer.factors()
             a.requires_grad_("A" in trained)
             b.requires_grad_("B" in trained)
-            for name, parameter in () if layer.inner is None else layer.inner.named_parameters():
-                parameter.requires_grad_(name != "weight" or "B" in trained)
+            for _, parameter in layer.between():
+                parameter.requires_grad_(True)
         for parameter in self._head.values():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(head)
 
     @contextmanager
     def gradients(self) -> Iterator[dict[str, Tensor]]:

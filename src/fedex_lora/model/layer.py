@@ -67,6 +67,11 @@ class Layer:
         found = None if self.embedding else self.module.lora_B[ADAPTER]
         return found if isinstance(found, InnerLinear) else None
 
+    def between(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of R by name: `inner`, and `scales` where it has blocks."""
+        found = [] if self.inner is None else self.inner.named_parameters()
+        return [(name, p) for name, p in found if name != "weight"]
+
     def write_inner(self, inner: Tensor | None) -> None:
         """Puts R between B and A, or takes it away.
 

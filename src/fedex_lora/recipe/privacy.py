@@ -28,7 +28,7 @@ class ExampleLevel(Part):
     epsilon: float | None = Field(default=None, gt=0)  # of all rounds; none exceeds it
     delta: float = Field(gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)  # bound of one row's gradient
-    noise_multiplier: float | None = Field(default=None, gt=0)  # found from epsilon if left out
+    noise_multiplier: float | None = Field(default=None, ge=0.01)  # left out: from epsilon
 
     def problems(self) -> Iterator[Problem]:
         if self.epsilon is None and self.noise_multiplier is None:
@@ -38,7 +38,7 @@ class ExampleLevel(Part):
 class ClientLevel(Part):
     """Noise on the mean of clipped updates: the result hides whether any one client took part."""
 
-    noise_multiplier: float = Field(gt=0)
+    noise_multiplier: float = Field(ge=0.01)
     clip: float = Field(gt=0)  # bound of an update's norm; with `adaptive` the first one
     delta: float = Field(gt=0, lt=1)
     epsilon: float | None = Field(default=None, gt=0)  # the run stops at the last round within it

@@ -41,6 +41,7 @@ class Recipe(Blocks):
         yield from self._fused()
         yield from self._combining()
         yield from self._inner()
+        yield from self._own_pair()
         yield from self._privacy()
         if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
@@ -110,6 +111,8 @@ class Recipe(Blocks):
                 "engine.fuse",
                 f"{self.method.name} has a matrix between the factors; leave it out",
             )
+        if "pair" in METHODS[self.method.name].assignment.own:
+            yield "engine.fuse", f"{self.method.name} trains each client twice; leave it out"
         if not METHODS[self.method.name].shared_base:
             yield "engine.fuse", f"{self.method.name} has a base for each client; leave it out"
         if self.lora.ranks is not None:
@@ -179,6 +182,18 @@ class Recipe(Blocks):
             yield "method.name", f"{name} begins with gradients of whole weights, {told}"
         if self.records.save_updates:
             yield "records.save_updates", f"{name}'s first updates are gradients, no adapters"
+
+    def _own_pair(self) -> Iterator[Problem]:
+        """What a method cannot do whose clients train a pair of their own beside the shared one."""
+        name = self.method.name
+        if "pair" not in METHODS[name].assignment.own:
+            return
+        if self.privacy.example_level is not None:
+            told = "which the account of privacy.example_level does not know"
+            yield "method.name", f"{name} trains on every row twice a round, {told}"
+        if self.records.save_updates:
+            told = "an update is a part of its client's model alone"
+            yield "records.save_updates", f"of {name} {told}; leave it out"
 
     def _privacy(self) -> Iterator[Problem]:
         """What a run that is to be private cannot do."""

@@ -76,7 +76,7 @@ def final_state(trained: Trained, client: str | None) -> AdapterState:
             f"`client`: every client has its own model under {trained.recipe.method.name}; "
             f"name one of {', '.join(clients)}"
         )
-    return start_of(trained.state, trained.settings, client)
+    return folded(start_of(trained.state, trained.settings, client))
 
 
 def change(ledger: Ledger, state: AdapterState, layer: str) -> Delta:

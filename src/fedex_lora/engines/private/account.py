@@ -21,6 +21,7 @@ from fedex_lora.errors import UserError
 
 _INTERVAL = 1e-3  # of the privacy loss; ε comes out at most 0.1 % above that of a finer one
 _MOST_NOISE, _LEAST_NOISE = 1e3, 0.2
+_NONE = 0.01  # less noise than this, with which one step has an ε of 5,000, is counted as none
 _CLOSE = 1e-3  # of a noise multiplier
 
 
@@ -49,7 +50,10 @@ class Spending(Protocol):
 
 @lru_cache(maxsize=4096)
 def _epsilon(spent: tuple[Steps, ...], delta: float) -> float:
-    accountant = PLDAccountant(value_discretization_interval=_INTERVAL)
+    # with little noise losses are of the order 1/(2σ²): a grid as fine would not fit into memory
+    least = min((part.noise for part in spent if part.count and part.rate), default=1.0)
+    interval = _INTERVAL * max(1.0, (0.1 / least) ** 2)
+    accountant = PLDAccountant(value_discretization_interval=interval)
     for part in spent:
         if part.count and part.rate:
             step = dp_accounting.GaussianDpEvent(part.noise)
@@ -70,7 +74,7 @@ def epsilon(spent: Iterable[Steps], delta: float) -> float:
     spent = tuple(part for part in spent if part.count)
     if not spent:
         return 0.0
-    return float("inf") if any(part.noise == 0 for part in spent) else _epsilon(spent, delta)
+    return float("inf") if any(part.noise < _NONE for part in spent) else _epsilon(spent, delta)
 
 
 def noise_for(budget: float, delta: float, rate: float, count: int) -> float:

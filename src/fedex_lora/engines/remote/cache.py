@@ -86,6 +86,7 @@ class Cache:
             "version": held.version,
             "mark": held.mark,
             "scales": {name: f.scale for name, f in held.adapter.layers.items()},
+            "pair": {name: f.scale for name, f in held.adapter.pair.items()},
             "ledger": ledger_meta(held.ledger),
             "ends": sorted(held.ends),
         }
@@ -155,18 +156,26 @@ def _parts(held: Held) -> dict[str, Tensors]:
 
 
 def _held(meta: Mapping[str, Any], parts: Mapping[str, dict[str, Tensor]]) -> Held:
-    scales = meta["scales"]
     ledger: dict[str, Tensor] = {}
     for part, tensors in parts.items():
         if part.startswith("ledger-"):
             ledger |= tensors
     adapter = parts["adapter"]
     head = {k.removeprefix("head/"): t for k, t in adapter.items() if k.startswith("head/")}
-    layers = {n: Factors(adapter[f"A/{n}"], adapter[f"B/{n}"], s) for n, s in scales.items()}
+
+    def factors(scales: Mapping[str, float], prefix: str) -> dict[str, Factors]:
+        of = {n: (adapter[f"{prefix}A/{n}"], adapter[f"{prefix}B/{n}"]) for n in scales}
+        return {n: Factors(*of[n], scale) for n, scale in scales.items()}
+
     return Held(
         int(meta["version"]),
         str(meta["mark"]),
-        AdapterState(layers, head, variates_in(adapter)),
+        AdapterState(
+            factors(meta["scales"], ""),
+            head,
+            variates_in(adapter),
+            factors(meta.get("pair", {}), "pair/"),
+        ),
         ledger_from(ledger, meta["ledger"]),
         {int(round): parts[f"end-{round}"] for round in meta["ends"]},
     )

@@ -180,9 +180,13 @@ def _left_out(settings: Settings, layer: LayerShape) -> int:
 def own_numbers(settings: Settings, head: int) -> int:
     """Numbers that the clients of one round keep as their own."""
     assignment = settings.method.assignment
+
+    def owns(factor: str) -> bool:
+        return not {factor, "pair"}.isdisjoint(assignment.own)
+
     taken = settings.sample(1)[: settings.sample_size]
     factors = sum(
-        layer.rank * (("A" in assignment.own) * layer.inp + ("B" in assignment.own) * layer.out)
+        layer.rank * (owns("A") * layer.inp + owns("B") * layer.out)
         for client in taken
         for layer in settings.layers_of(client).values()
     )

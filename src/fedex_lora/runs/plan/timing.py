@@ -67,8 +67,9 @@ def measure(federation: Federation) -> Timing:
     initial = federation.initial
     server = server_seconds(settings, initial) if settings.method.exchanges else 0.0
     steps = {name: steps_of(len(part), args) for name, part in federation.clients.items()}
+    times = 1 + ("pair" in settings.method.assignment.own)  # a pair of its own is trained too
     rounds = sum(
-        sum(turn + step * steps[name] for name in settings.sample(round)) + server
+        sum(times * (turn + step * steps[name]) for name in settings.sample(round)) + server
         for round in range(1, settings.rounds + 1)
     )
     scored = row * _scored_rows(federation)
