@@ -39,7 +39,7 @@ def test_a_rehearsal_that_stopped_goes_on_bit_for_bit(tmp_path):
 
 
 def test_a_reply_that_comes_a_round_late_is_the_rehearsed_one_s_bits(tmp_path, monkeypatch):
-    federation = {"clients": 3, "rounds": 4, "asynchronous": {"staleness": 1}}
+    federation = {"clients": 3, "rounds": 4, "asynchronous": {"staleness": 9}}
     spec = recipe(tmp_path, federation=federation)
     courier = Slow(institutions(spec, tmp_path / "cache"))
     run = remote(spec, round_timeout=1.0)

@@ -224,9 +224,9 @@ def _punctual(
     replies: Iterable[Update | Lost], exchange: Exchange, tally: Tally
 ) -> Iterator[Update | Lost]:
     """The replies to this round's messages; updates of earlier rounds are put aside."""
+    takes_late = exchange.settings.asynchronous is not None
     for reply in replies:
-        late = isinstance(reply, Update) and reply.round < exchange.round
-        if late and exchange.settings.asynchronous is not None:
+        if takes_late and isinstance(reply, Update) and reply.round < exchange.round:
             tally.up[reply.client] = tally.up.get(reply.client, 0) + (reply.nbytes or 0)
             _receive_late(reply, exchange, tally)
         else:

@@ -195,10 +195,10 @@ def _state(
     variates: Mapping[str, Tensors],
     pending: Mapping[str, Tensors],
 ) -> ServerState:
-    now = _adapter(tensors, "factors", meta["scales"])
     carry = _under(tensors, "carry/")
     layers = [key[: -len("/left")] for key in carry if key.endswith("/left")]
     held: dict[str, int] = meta["held"]
+    now = _adapter(tensors, "factors", meta["scales"])
     return ServerState(
         meta["version"],
         now.layers,

@@ -126,7 +126,10 @@ class RemoteEngine:
             needed = max(self.settings.min_clients, self.settings.secure.threshold or half)
         enough = self.settings.sample_size if kind == "round" else len(names)
         patience = Patience(self.waits.clients)
-        busy = {sent.client: sent.round for sent in self._late.values() if self._staleness}
+        # whose message may have been lost with its time to live is asked again
+        since = time.monotonic() - self._staleness * self.waits.round
+        busy = {sent.client: sent.round for sent in self._late.values() if sent.expires > since}
+        busy = busy if self._staleness else {}
         for client in names:
             if kind == "round" and client in busy:
                 yield self._lost(run, client, f"still at work on round {busy[client]}")
