@@ -18,26 +18,27 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.results import RESULTS, goal, read, row_of, shown
-from benchmarks.rows import measure, rows
+from benchmarks.rows import Given, measure, rows
 from fedex_lora.cli.display import show_table
 
 
 def main() -> None:
-    known = rows(None)
+    known = rows(Given())
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(known)}; or all")
     parser.add_argument("--data", type=Path, help="directory with cola, mrpc, e2e_nlg and gsm8k")
     parser.add_argument("--model", type=Path, help="of the row generation: a language model's")
+    parser.add_argument("--chorus", type=Path, help="of the row peers: where that package lies")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     unknown = sorted(set(asked.rows) - set(known))
     if unknown:
         parser.error(f"there is no row {unknown[0]!r}; known: {', '.join(known)}")
-    failed = []
+    given, failed = Given(asked.data, asked.model, asked.chorus), []
     for name in asked.rows or known:
         process = get_context("spawn").Process(
-            target=measure, args=(name, asked.data, asked.model, asked.threads, asked.results)
+            target=measure, args=(name, given, asked.threads, asked.results)
         )
         process.start()
         process.join()

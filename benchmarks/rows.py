@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +23,26 @@ from benchmarks import (
     rounds,
     scaling,
     tree,
+    turns,
 )
+from benchmarks.peers import row as peers
 from benchmarks.results import Row, store
 
 NEEDS_DATA = "--data: name the directory with local copies of GLUE's cola and mrpc"
 
 
-def rows(data: Path | None, model: Path | None = None) -> dict[str, Callable[[], Row]]:
+@dataclass(frozen=True)
+class Given:
+    """Where things lie that are not in this repository; None: they are not there."""
+
+    data: Path | None = None
+    model: Path | None = None
+    chorus: Path | None = None
+
+
+def rows(given: Given) -> dict[str, Callable[[], Row]]:
     """What measures each row, by name."""
+    data = given.data
     return {
         "residual": residual.row,
         "accuracy": residual.accuracy,
@@ -39,11 +52,13 @@ def rows(data: Path | None, model: Path | None = None) -> dict[str, Callable[[],
         "tree": tree.row,
         "cola": _with(data, lambda path: rounds.against_published("cola", path, 8)),
         "mrpc": _with(data, lambda path: rounds.against_published("mrpc", path, 2.5)),
+        "peers": _with(data, lambda path: peers.row(path, given.chorus)),
         "precision": _with(data, rounds.precision),
         "round": _with(data, rounds.parts),
+        "turns": _with(data, turns.row),
         "memory": memory.row,
         "language": language.row,
-        "generation": _with(data, lambda path: generating.row(path, model)),
+        "generation": _with(data, lambda path: generating.row(path, given.model)),
         "fused": _with(data, fusing.row),
         "masking": masking.row,
         "liars": liars.row,
@@ -57,12 +72,12 @@ def _with(data: Path | None, measure: Callable[[Path], Row]) -> Callable[[], Row
     return partial(measure, data)
 
 
-def measure(name: str, data: Path | None, model: Path | None, threads: int, results: Path) -> None:
+def measure(name: str, given: Given, threads: int, results: Path) -> None:
     """One row, in a process of its own: what ran before leaves memory and caches behind."""
     torch.set_num_threads(threads)
     console = Console()
     console.print(f"{name} ...", style="dim")
-    row = rows(data, model)[name]()
+    row = rows(given)[name]()
     if row.skipped:
         console.print(f"{name}: skipped: {row.skipped}")
-    store(name, row, results, rows(None))
+    store(name, row, results, rows(given))

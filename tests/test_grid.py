@@ -14,7 +14,7 @@ from small_runs import recipe
 from fedex_lora.errors import UserError
 from fedex_lora.experiments.grid import plan as planning
 from fedex_lora.experiments.grid import work as working
-from fedex_lora.experiments.grid.plan import left, plan, standing, told
+from fedex_lora.experiments.grid.plan import due, left, plan, standing, told
 from fedex_lora.experiments.grid.spec import is_grid
 from fedex_lora.experiments.grid.table import tables, write_comparison
 from fedex_lora.experiments.grid.work import work
@@ -101,6 +101,8 @@ WRONG = {
     "methods: [ffa]\nset: {training.lerning_rate: 1}": "did you mean 'learning_rate'",
     "methods: [ffa]\ncolumns: task": "columns: expected one of recipe",
     "methods: [ffa]\nmethods: [ffa]": "given twice",
+    "methods: [ffa]\nvary: {lora.r: [1]}\nchoose: [lora.rr]": "choose: expected .*mean 'lora.r'",
+    "methods: [ffa]\nchoose: [recipe]": "choose: recipes differ in their data",
     "methods: [full, {name: ffa, rank_factor: 2, set: {lora.rank_pattern: {q: 2}}}]": "rank_factor",
 }
 
@@ -178,6 +180,23 @@ def test_tables_are_means_over_seeds_and_tell_what_is_missing(folder, tmp_path):
     write_comparison(found, "tiny-r=1", tmp_path)
     kept = json.loads((tmp_path / "tiny-r=1" / "comparison.json").read_text())
     assert [r["best"]["scores"]["validation"]["accuracy"] for r in kept["fedex"]] == [0.6, 0.7]
+
+
+def test_later_seeds_run_what_was_best_on_validation_at_the_first(folder, tmp_path):
+    more = "vary: {lora.r: [1, 2], training.max_steps: [3, 4]}\nchoose: [lora.r]\n"
+    found = small(folder, "fedit, fedex", more)
+    first = [run for run in found.runs if run.seed == 0]
+    assert due(found, tmp_path) == first
+    scores = {"fedit": (0.2, 0.6, 0.3, 0.5), "fedex": (0.7, 0.1, 0.7, None)}  # r, then max_steps
+    for run in first:
+        which = [run.choice[axis] for axis in ("lora.r", "training.max_steps")]
+        make_run(run, tmp_path, scores[run.label][2 * (which[0] == "r=2") + (which[1][-1] == "4")])
+    later = [run.name for run in due(found, tmp_path) if run.seed == 1]
+    assert sorted(later) == [  # of equal ones the first; none while a rival is not finished
+        "tiny-r=1-max_steps=3/fedex-seed1",
+        "tiny-r=1-max_steps=4/fedit-seed1",
+        "tiny-r=2-max_steps=3/fedit-seed1",
+    ]
 
 
 def test_named_choices_have_a_mean_and_metrics_go_across_without_columns(folder, tmp_path):

@@ -88,6 +88,8 @@ def small(recipe: Recipe, model: Path, data: Path) -> Recipe:
     raw["federation"] |= {"min_clients": 1} | ({} if recipe.data.clients else {"partition": {}})
     if recipe.lora.r > 8:  # above the sides of tiny layers
         raw["lora"] |= {"r": 8}
+    if isinstance(names := recipe.lora.target_modules, list):  # a tiny model has two layers
+        raw["lora"] |= {"target_modules": [name.lstrip("0123456789.") for name in names]}
     raw["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2}
     raw["training"] |= {"gradient_accumulation_steps": 1, "warmup_steps": 1}
     raw["task"] |= {

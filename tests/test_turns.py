@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 from small_runs import recipe
+from transformers import Trainer
 
 from fedex_lora.engines.setup import Federation, set_up
+from fedex_lora.engines.trainer import LabelledTrainer, walked_once
 from fedex_lora.engines.training import HFTrainer, quick_collections
 from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.federation.messages import flat
@@ -60,3 +64,41 @@ def test_a_trainer_that_begins_anew_is_a_new_one(federation, training):
     taken = [turn.client for turn in turns(federation)]
     assert list(dict.fromkeys(steps)) and [c for c, done, *_ in steps if done == 1] == taken
     assert len(lasting._last) == 1
+
+
+def test_walking_once_and_counting_once_change_nothing(federation):
+    def trained() -> list[tuple[Any, Any, float]]:
+        train = HFTrainer(federation.task, federation.recipe.trainer_arguments)
+        found = [train(federation.model, [turn])[0] for turn in turns(federation)[:3]]
+        flos = train._last[0].state.total_flos
+        assert flos > 0
+        return [
+            (numbers(one), {n: v.tolist() for n, v in flat(one.end).items()}, flos) for one in found
+        ]
+
+    quick = trained()
+    with (
+        mock.patch("fedex_lora.engines.training.walked_once", lambda _: nullcontext()),
+        mock.patch.object(LabelledTrainer, "floating_point_ops", Trainer.floating_point_ops),
+    ):
+        assert trained() == quick
+
+
+def test_a_module_that_is_walked_once_gives_what_it_gave(federation):
+    module = federation.model.module
+
+    def seen() -> list[Any]:
+        return [
+            [(name, id(p)) for name, p in module.named_parameters()],
+            [id(p) for p in module.parameters()],
+            [id(p) for p in module.parameters(recurse=False)],
+            [name for name, _ in module.named_parameters(prefix="x")],
+            [(name, id(m)) for name, m in module.named_modules()],
+            [id(m) for m in module.modules()],
+            [name for name, _ in module.named_modules(prefix="x")],
+        ]
+
+    before, own = seen(), set(vars(module))
+    with walked_once(module):
+        assert seen() == before and set(vars(module)) > own
+    assert seen() == before and set(vars(module)) == own

@@ -27,7 +27,7 @@ def grid(
     list_: Annotated[bool, typer.Option("--list", help="Only show what is done.")] = False,
 ) -> None:
     """Run every recipe, choice, method and seed of a grid file; what is done is not run again."""
-    from fedex_lora.experiments.grid.plan import left, plan
+    from fedex_lora.experiments.grid.plan import due, left, plan
     from fedex_lora.experiments.grid.table import write_comparison
     from fedex_lora.experiments.grid.work import ends_as_interrupts, work
 
@@ -36,15 +36,20 @@ def grid(
     if list_:
         _show(found, path)
         return
-    todo = left(found.runs, path)
-    _tell(f"{len(found.runs)} runs in {path}, {len(found.runs) - len(todo)} of them done")
+    known = due(found, path)
+    todo, failed = left(known, path), dict[str, str]()
+    tried = 0
+    _tell(f"{len(known)} runs in {path}, {len(known) - len(todo)} of them done")
     for cell in dict.fromkeys(run.cell for run in found.runs):
         write_comparison(found, cell, path)
     try:
         with ends_as_interrupts():
-            failed = work(
-                todo, path, jobs, _tell, lambda run: write_comparison(found, run.cell, path)
-            )
+            while todo and not failed:  # what they found may say what else is to be run
+                tried += len(todo)
+                failed = work(
+                    todo, path, jobs, _tell, lambda run: write_comparison(found, run.cell, path)
+                )
+                todo = left(due(found, path), path)
     except KeyboardInterrupt:
         complain(f"interrupted; this goes on after the last finished rounds:\n  {this_command()}")
         raise typer.Exit(130) from None
@@ -52,7 +57,7 @@ def grid(
     for name, why in failed.items():
         complain(f"failed: {name}: {why}")
     if failed:
-        complain(f"{len(failed)} of {len(todo)} runs failed; the same command tries them again")
+        complain(f"{len(failed)} of {tried} runs failed; the same command tries them again")
         raise typer.Exit(2)
 
 

@@ -28,7 +28,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from fedex_lora.aggregation.adapter import AdapterState, weight_name
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.pulls import pulled
-from fedex_lora.engines.trainer import LabelledTrainer, OnStep
+from fedex_lora.engines.trainer import LabelledTrainer, OnStep, walked_once
 from fedex_lora.engines.training_log import TrainingLog, named, reported
 from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.errors import UserError, shown
@@ -181,7 +181,8 @@ class HFTrainer:
     )
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
-        return [self._train(model, turn) for turn in turns]
+        with walked_once(model.module):
+            return [self._train(model, turn) for turn in turns]
 
     def _train(self, model: AdaptedModel, turn: Turn) -> Trained:
         began = perf_counter()

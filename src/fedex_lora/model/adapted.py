@@ -137,7 +137,7 @@ class AdaptedModel:
     def freeze(self, trained: frozenset[str], head: bool = True) -> None:
         """Trains the factors in `trained`, of "A" and "B", and the head, unless it is not to be;
         freezes all the rest."""
-        for parameter in self._base.model.parameters():
+        for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         for layer in self._layers.values():
             a, b = layer.factors()

@@ -168,14 +168,15 @@ def percent(share: float) -> str:
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """mean ± standard deviation over seeds; the value alone if there is one; "-" if one is missing.
+    """mean ± standard deviation over seeds; the value alone if there is one; "-" if one is missing,
+    or there is none.
 
     Example:
-        >>> spread([0.5, 0.7]), spread([0.5]), spread([0.5, None])
-        ('0.600 ± 0.141', '0.500', '-')
+        >>> spread([0.5, 0.7]), spread([0.5]), spread([0.5, None]), spread([])
+        ('0.600 ± 0.141', '0.500', '-', '-')
     """
     known = [v for v in values if v is not None]
-    if len(known) < len(values):
+    if not known or len(known) < len(values):
         return "-"
     mean = f"{statistics.mean(known):.3f}"
     return f"{mean} ± {statistics.stdev(known):.3f}" if len(known) > 1 else mean

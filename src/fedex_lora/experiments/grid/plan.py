@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from fedex_lora.engines.setup import recipe_task
 from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.experiments.grid.spec import RECIPES, Grid, MethodEntry, load_grid, plain_text
@@ -60,10 +61,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid file and its runs."""
+    """A grid file and its runs.
+
+    Attributes:
+        runs: Those that are asked for.
+        every: All that the file speaks of.
+    """
 
     grid: Grid
     runs: tuple[Run, ...]
+    every: tuple[Run, ...]
 
 
 def plan(path: Path, sets: Sequence[str] = (), data: Path | None = None, only: str = "*") -> Plan:
@@ -95,7 +102,7 @@ def plan(path: Path, sets: Sequence[str] = (), data: Path | None = None, only: s
     found = tuple(run for run in runs if fnmatch(run.name, only))
     if not found:
         raise RecipeError(f"`only`: {only!r} fits none of {len(runs)} runs, e.g. {runs[0].name}")
-    return Plan(grid, found)
+    return Plan(grid, found, tuple(runs))
 
 
 def _first_seeds(grid: Grid, path: Path, sets: Sequence[str], data: Path | None) -> Iterator[Run]:
@@ -188,6 +195,30 @@ def left(runs: Sequence[Run], out: Path) -> list[Run]:
                 f"{path}: holds a run with another recipe: {different}. Use another `out`"
             )
     return [run for run in runs if now[run.name] != "done"]
+
+
+def due(plan: Plan, out: Path) -> list[Run]:
+    """The runs that are to be made, as far as finished ones tell.
+
+    Without `choose` all. With it those of the first seed; of the other seeds those whose choice was
+    the best there (of equal ones the first), once all that compete with it are finished.
+    """
+    if not plan.grid.choose:
+        return [*plan.runs]
+    first, chosen = plan.grid.seeds[0], set[tuple[str, str]]()
+    rivals: dict[tuple[str, ...], list[Run]] = {}
+    for run in plan.every:
+        if run.seed == first:
+            fixed = (v for axis, v in run.choice.items() if axis not in plan.grid.choose)
+            rivals.setdefault((run.label, *fixed), []).append(run)
+    for runs in rivals.values():
+        results = [RunDir(out / run.name).results() for run in runs]
+        sign = 1 if recipe_task(runs[0].recipe).higher_is_better else -1
+        scores = [sign * r["best"]["score"] for r in results if r is not None]
+        if len(scores) == len(runs):
+            best = runs[scores.index(max(scores))]
+            chosen.add((best.cell, best.label))
+    return [r for r in plan.runs if r.seed == first or (r.cell, r.label) in chosen]
 
 
 def told(run: Run, out: Path) -> str:

@@ -13,6 +13,8 @@ vary:                           # every combination is run
     short: {training.num_train_epochs: 3, federation.rounds: 50}
     long: {training.num_train_epochs: 10, federation.rounds: 15}
 columns: lora.r                 # goes across the table; without it the metrics do
+choose: [lora.r]                # the first seed tells, on the rows that select rounds, which of
+                                # these choices the other seeds run
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ class Grid(Part):
     set: dict[str, Any] = Field(default={})
     vary: dict[str, Any] = Field(default={})
     columns: str | None = None
+    choose: list[str] = Field(default=[])  # axes whose best choice at the first seed is kept
 
     def axes(self) -> dict[str, dict[str, Overrides]]:
         """Of each name in `vary`: what every choice is called, and what it sets."""
@@ -96,9 +99,14 @@ class Grid(Part):
         if any(seed < 0 for seed in self.seeds):
             yield "seeds", "expected whole numbers of at least 0"
         known = [RECIPES, *self.vary]
-        if self.columns is not None and self.columns not in known:
-            text = f"expected one of {', '.join(known)}"
-            yield "columns", text + did_you_mean(self.columns, known)
+        axes = {"columns": [self.columns] if self.columns else [], "choose": self.choose}
+        for key, named in axes.items():
+            for name in named:
+                if name not in known:
+                    text = f"expected one of {', '.join(known)}"
+                    yield key, text + did_you_mean(name, known)
+        if RECIPES in self.choose:
+            yield "choose", "recipes differ in their data; choose among names in `vary`"
 
     def _set_twice(self) -> Iterator[Problem]:
         """Keys that are varied and set besides: names would say what is not so."""
