@@ -92,19 +92,19 @@ def kept(run: Run) -> dict[str, object]:
     return {"run": "/".join(run.path.parts[-2:]), "files": files}
 
 
-def add(folders: Sequence[Path]) -> str:
+def add(folders: Sequence[Path], file: Path) -> str:
     runs, problems = read_runs(folders)
-    lines = {line["run"]: line for line in map(json.loads, KEPT.read_text().splitlines())}
+    lines = {line["run"]: line for line in map(json.loads, file.read_text().splitlines())}
     new = {line["run"]: line for line in (kept(run) for run in runs if run.finished)}
     lines |= new
     text = "".join(json.dumps(lines[name], ensure_ascii=False) + "\n" for name in sorted(lines))
-    KEPT.write_text(text)
+    file.write_text(text)
     return "\n".join([f"{len(new)} runs added or replaced, {len(lines)} in all", *problems])
 
 
-def unpacked(root: Path) -> list[Run]:
+def unpacked(root: Path, file: Path) -> list[Run]:
     """The runs of the file, written below a folder and read as any others."""
-    for line in map(json.loads, KEPT.read_text().splitlines()):
+    for line in map(json.loads, file.read_text().splitlines()):
         folder = root / line["run"]
         folder.mkdir(parents=True)
         for name, text in line["files"].items():
@@ -258,12 +258,12 @@ def page(runs: Sequence[Run]) -> Iterator[str]:
 if __name__ == "__main__":
     try:
         if sys.argv[1:2] == ["add"]:
-            print(add([*map(Path, sys.argv[2:])]))
+            print(add([*map(Path, sys.argv[2:])], KEPT))
         elif sys.argv[1:]:
             sys.exit(__doc__)
         else:
             with TemporaryDirectory() as folder:
-                parts = page(unpacked(Path(folder)))
+                parts = page(unpacked(Path(folder), KEPT))
                 text = "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
             (HERE / "claims.md").write_text(text)
     except UserError as error:

@@ -21,7 +21,6 @@ def script(tmp_path, monkeypatch):
     found = runpy.run_path(str(SCRIPT))
     changed = found["page"].__globals__
     monkeypatch.setitem(changed, "HERE", tmp_path)
-    monkeypatch.setitem(changed, "KEPT", tmp_path / "runs.jsonl")
     (tmp_path / "runs.jsonl").touch()
     return found
 
@@ -34,12 +33,16 @@ def some_runs(folder, given):
 
 
 def test_runs_are_kept_without_their_folders_and_added_up(tmp_path, script):
-    given = recipe(tmp_path)
+    given, kept = recipe(tmp_path), tmp_path / "runs.jsonl"
     some_runs(tmp_path / "one-place" / "news", given)
-    assert script["add"]([tmp_path / "one-place"]).startswith("6 runs added or replaced, 6 in all")
+    assert script["add"]([tmp_path / "one-place"], kept).startswith(
+        "6 runs added or replaced, 6 in all"
+    )
     make_run(tmp_path / "other" / "news", given, "fedit", 0, 0.4)  # again, and
     make_run(tmp_path / "other" / "news", given, "fedit", 7, 0.4)  # one more
-    assert script["add"]([tmp_path / "other"]).startswith("2 runs added or replaced, 7 in all")
+    assert script["add"]([tmp_path / "other"], kept).startswith(
+        "2 runs added or replaced, 7 in all"
+    )
     assert str(tmp_path) not in (tmp_path / "runs.jsonl").read_text()
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     scores = {line["run"]: json.loads(line["files"]["results.json"]) for line in lines}
@@ -48,8 +51,8 @@ def test_runs_are_kept_without_their_folders_and_added_up(tmp_path, script):
 
 def test_the_page_has_the_difference_the_seeds_it_takes_and_a_plot(tmp_path, script):
     some_runs(tmp_path / "runs" / "news", recipe(tmp_path))
-    script["add"]([tmp_path / "runs"])
-    runs = script["unpacked"](tmp_path / "unpacked")
+    script["add"]([tmp_path / "runs"], tmp_path / "runs.jsonl")
+    runs = script["unpacked"](tmp_path / "unpacked", tmp_path / "runs.jsonl")
     assert len(runs) == len(read_runs([tmp_path / "runs"])[0]) - 1
     text = "\n".join(script["page"](runs))
     row = next(line for line in text.splitlines() if "test accuracy" in line)

@@ -11,6 +11,7 @@ import pytest
 from small_runs import recipe
 from transformers import Trainer
 
+from fedex_lora.aggregation.adapter import fresh
 from fedex_lora.engines.setup import Federation, set_up
 from fedex_lora.engines.trainer import LabelledTrainer, walked_once
 from fedex_lora.engines.training import HFTrainer, quick_collections
@@ -82,6 +83,14 @@ def test_walking_once_and_counting_once_change_nothing(federation):
         mock.patch.object(LabelledTrainer, "floating_point_ops", Trainer.floating_point_ops),
     ):
         assert trained() == quick
+
+
+def test_a_turn_of_another_rank_than_the_one_before_is_trained(federation):
+    model, (turn, *_) = federation.model, turns(federation)
+    wider = fresh({name: s.at_rank(s.rank + 2) for name, s in model.layers.items()}, 0)
+    both = [turn, replace(turn, start=replace(turn.start, layers=wider))]
+    for found in HFTrainer(federation.task, federation.recipe.trainer_arguments)(model, both):
+        assert found.end is not None and all(f.B.any() for f in found.end.layers.values())
 
 
 def test_a_module_that_is_walked_once_gives_what_it_gave(federation):

@@ -50,7 +50,7 @@ def in_turn(connection: Connection, asked: Asked) -> None:
         try:
             serve(connection, rounds(whole, url, Path(folder)))
         finally:
-            server.terminate()
+            server.kill()  # it would wait for its clients
             server.wait()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -70,7 +71,8 @@ class Peer:
 
     def end(self) -> None:
         """Waits until it has ended."""
-        self._ours.send("end")
+        with suppress(BrokenPipeError):  # it has, after its last round
+            self._ours.send("end")
         self._process.join()
 
 
@@ -79,7 +81,7 @@ def _work(work: str, connection: Connection, asked: Asked) -> None:
     getattr(import_module(f"benchmarks.peers.{module}"), function)(connection, asked)
 
 
-def row(data: Path, chorus: Path | None, repeats: int = 3) -> Row:
+def row(data: Path, chorus: Path | None, repeats: int = 2) -> Row:
     """CPU seconds of a round, ours and the peers', and how far its result is from the mean."""
     asked = Asked(data, torch.get_num_threads(), repeats + 1, chorus)
     names = [name for name in PEERS if name != CHORUS or chorus is not None]
@@ -93,6 +95,7 @@ def row(data: Path, chorus: Path | None, repeats: int = 3) -> Row:
             peer.ask("round")
             clock[name].append(perf_counter() - began)
             cpu[name].append(cpu_seconds(peer.root) - before)
+            print(f"{name}: {cpu[name][-1]:.2f} s of CPU, {clock[name][-1]:.2f} s", file=sys.stderr)
             for what, far in peer.ask("wrong").items():
                 wrong.setdefault(f"{name}{what}", []).append(far)
     for peer in running.values():

@@ -16,9 +16,12 @@ from engines.test_deployment import across
 from fedex_lora.errors import UserError
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.init import Deployment, init, read_deployment
-from fedex_lora.flower.deploy.processes import check_server, free_port, interrupted_by_signals
+from fedex_lora.flower.deploy.launch import launch
+from fedex_lora.flower.deploy.processes import check_server, free_port
 from fedex_lora.flower.deploy.proxy import Proxy, proxy_for, trusted
 from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.lock import interrupted_by_signals
+from fedex_lora.runs.watch import Silent
 
 HOST = "fed.example.org"
 
@@ -122,22 +125,24 @@ def test_an_authority_of_one_s_own(d: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.deployment
-def test_a_client_connects_through_a_proxy_and_server_and_superexec_ask_none(
-    tmp_path: Path,
-) -> None:
+def test_a_run_goes_through_a_proxy_which_server_and_superexec_do_not_ask(tmp_path: Path) -> None:
     deployment = Deployed(tmp_path / "deployment", ["ann"])
     if deployment.host == "127.0.0.1":
         pytest.skip("this machine has no address but loopback, which needs no proxy")
     text = deployment.folder / "recipe.yaml"
-    text.write_text(dump_recipe(across(tiny_recipe(tmp_path))))
+    data = {"clients": [tmp_path / "data" / "ann.jsonl"]}
+    blocks = {"federation": {"clients": 1}, "evaluation": {"where": "clients"}, "data": data}
+    spec = across(tiny_recipe(tmp_path, **blocks), min_clients=1)
+    text.write_text(dump_recipe(spec))
     with interrupted_by_signals(), tunnelling() as tunnels:
         deployment.environment["HTTPS_PROXY"] = f"http://127.0.0.1:{tunnels.port}"
         try:
             deployment.start_server()
             assert not tunnels.asked
             deployment.start_client("ann", text, tmp_path / "data" / "ann.jsonl")
-            deployment.wait_for("ann", "connected to the server")
+            results = launch(spec, tmp_path / "run", deployment.folder, False, Silent())
         finally:
             deployment.end()
         port = read_deployment(deployment.folder).port
         assert {*tunnels.asked} == {f"CONNECT {deployment.host}:{port}"}
+    assert results is not None and results["rounds"] == spec.federation.rounds

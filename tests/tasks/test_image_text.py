@@ -201,11 +201,23 @@ def test_rows_that_are_none(row, said, tmp_path):
         read(one(tmp_path, row), task())
 
 
+def test_the_tokens_of_images_count(model, tmp_path):
+    made, processor = task(), processor_of(model)
+    data = read(rows(tmp_path), made)  # answers of one, two and three words
+    whole = made.collator(processor)([made.encode(data, processor, 128)[i] for i in range(3)])
+    longest = [int(length) for length in whole["attention_mask"].sum(1)]
+    assert longest[0] < longest[1] < longest[2]
+    assert (whole["input_ids"] == processor.image_token_id).sum() > 3  # an image is several
+    for length, kept in ((longest[2], 3), (longest[2] - 1, 2), (longest[1] - 1, 1)):
+        assert len(made.encode(data, processor, length)) == kept
+
+
 def test_models_and_rows_that_do_not_fit(model, tmp_path):
     made, processor = task(), processor_of(model)
     data = read(one(tmp_path, SAME["columns"]), made)
     with pytest.raises(
-        UserError, match=r"none of the 1 rows can be used: .* than max_length \(4 tokens\)"
+        UserError,
+        match=r"none of the 1 rows can be used: .* than max_length \(4 tokens\); an image alone",
     ):
         made.encode(data, processor, 4)
     processor.chat_template = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.aggregation.sparse import sparse_name, spread
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def whole_inner(inner: Tensor, rank: int) -> Tensor:
 
 def folded(state: AdapterState) -> AdapterState:
     """The same change with plain factors: B·R in the place of B where the head holds an R, or its
-    blocks; and mixed with the client's own pair, where it has one.
+    blocks, and the head's sparse change of a weight beside them; mixed with the client's own pair,
+    where it has one.
 
     Example:
         >>> f = Factors(torch.ones(2, 3), torch.ones(4, 2), 1.0)
@@ -127,6 +129,13 @@ def folded(state: AdapterState) -> AdapterState:
         name: f if (r := inner[name]) is None else replace(f, B=f.B @ whole_inner(r, f.rank))
         for name, f in state.layers.items()
     }
+    for name, f in layers.items():
+        values = head.pop(sparse_name(name), None)
+        if values is not None:
+            out, inp = len(f.B), f.A.shape[1]
+            d = spread(name, out, inp, values) / f.scale
+            a, b = torch.cat([f.A, torch.eye(inp).to(f.A)]), torch.cat([f.B, d], dim=1)
+            layers[name] = replace(f, A=a, B=b)
     return mixed(AdapterState(layers, head, pair=state.pair))
 
 

@@ -40,11 +40,13 @@ class Assigned:
             left, or nobody asks.
         inner: What lies between B and A from now on, if it is new; it goes into the head. R
             (r × r), or the blocks of a block-diagonal one (heads × p × p), which is cut to r × r.
+        sparse: Before round 1: values of a sparse change of the whole weight; into the head too.
     """
 
     factors: Factors | None
     left_out: Delta | None = None
     inner: Tensor | None = None
+    sparse: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,14 @@ class Assignment(ABC):
             seed: The layer's own, for what else is drawn.
         """
         return Assigned(factors)
+
+    def sparse(self, round: int) -> bool:
+        """Whether clients train a sparse change of the whole weights in a round, and no factors."""
+        return False
+
+    def condensed(self, layer: LayerShape, change: Tensor) -> Factors:
+        """The factors that take the place of that change (out × in) after the last such round."""
+        raise NotImplementedError
 
     def pair(self, layers: Mapping[str, LayerShape], seed: int) -> Mapping[str, Factors]:
         """The pair of its own that a client begins with, by layer, where `own` has one.

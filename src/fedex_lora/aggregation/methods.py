@@ -34,6 +34,7 @@ from fedex_lora.aggregation.assignments.inner import Inner
 from fedex_lora.aggregation.assignments.own_pair import OwnPair
 from fedex_lora.aggregation.assignments.robust_pca import RobustPca
 from fedex_lora.aggregation.assignments.shared_a import SharedA
+from fedex_lora.aggregation.assignments.sparse_start import SparseStart
 from fedex_lora.aggregation.assignments.thresholded import Thresholded
 from fedex_lora.aggregation.registry import Registry
 from fedex_lora.errors import RecipeError, UserError, did_you_mean
@@ -129,14 +130,16 @@ class Method:
             >>> sorted(METHODS["rolora"].trained(1)), sorted(METHODS["rolora"].trained(2))
             (['B'], ['A'])
         """
+        if self.assignment.sparse(round):
+            return frozenset()
         alternate = "B" if round % 2 else "A"
         choices = {"both": "AB", "B": "B", "alternate": alternate, "inner": "", "all": ""}
         return frozenset(choices[self.trains])
 
     def shows_products(self, trained: frozenset[str]) -> bool:
         """Whether what is sent of `trained` decides the clients' products: no client keeps a factor
-        that it trained, and nothing is trained between them."""
-        return self.assignment.sent_up(trained) == trained and self.trains != "inner"
+        that it trained, and nothing is trained in the place of factors."""
+        return bool(trained) and self.assignment.sent_up(trained) == trained
 
     def sends_gradients(self, round: int) -> bool:
         """Whether clients send the gradients of the adapted layers' whole weights in a round, and
@@ -150,7 +153,8 @@ class Method:
             >>> sorted(METHODS["fed-sb"].sent_down(1)), sorted(METHODS["fed-sb"].sent_down(2))
             (['A', 'B'], [])
         """
-        if self.sends_gradients(round):
+        sparse = self.assignment.sparse(round)
+        if self.sends_gradients(round) or (sparse and not self.assignment.sparse(round + 1)):
             return self.assignment.shared
         return self.assignment.sent_down(self.trained(round))
 
@@ -240,6 +244,7 @@ _OWN: dict[str, Method] = {
     "fedrpca": Method("both", RobustPca(), "dropped", "Jhunjhunwala et al., arXiv 2506.01194"),
     "fed-sb": Method("inner", Inner(), "zero", "Singhal et al., arXiv 2502.15436"),
     "feddpa": Method("both", OwnPair(), "dropped", "Yang et al., arXiv 2403.19211"),
+    "slora": Method("both", SparseStart(), "dropped", "Babakniya et al., arXiv 2308.06522"),
     "ravan": Method("inner", Heads(), "zero", "Raje et al., arXiv 2506.05568"),
     "full": Method("all", Average(), "zero", "McMahan et al., federated full fine-tuning"),
     "centralized": Method("both", Average(), "exact", "one client with all the data", pooled=True),

@@ -116,12 +116,27 @@ def renew_command(
     ca_key: Annotated[
         Path | None, typer.Option(help="The authority's ca.key, where it is kept elsewhere.")
     ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="One by your own authority, with its intermediates, in PEM.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Its key, in PEM, without a password.")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(help="Your authority's own certificates, if they are others now.")
+    ] = None,
 ) -> None:
-    """Make a new server certificate by the same authority; institutions need nothing new."""
-    from fedex_lora.flower.deploy.changes import renew
+    """Make a new server certificate by the same authority, or take one by your own."""
+    from fedex_lora.flower.deploy.changes import renew, take
     from fedex_lora.flower.deploy.names import host_names
 
-    until = renew(folder, host_names(host) if host else [], ca_key)
+    hosts, handed_out = host_names(host) if host else [], False
+    if certificate is not None and key is not None and ca_key is None:
+        until, handed_out = take(folder, certificate, key, authority, hosts)
+    elif certificate or key or authority:
+        raise RecipeError("--certificate: goes with --key, and not with --ca-key")
+    else:
+        until = renew(folder, hosts, ca_key)
+    if handed_out:
+        say(f"Hand {folder / 'server' / 'ca.crt'} out: it replaces ca.crt in all clients' folders.")
     say(f"{folder / 'server' / 'server.pem'} is good until {until:%Y-%m-%d}.")
     say("Start `deploy server` anew: clients and runs wait for it.")
 

@@ -32,6 +32,7 @@ from fedex_lora.engines.private.begin import check_model
 from fedex_lora.engines.training import try_settings
 from fedex_lora.errors import RecipeError, UserError, Withheld
 from fedex_lora.federation.checks import check_shares
+from fedex_lora.federation.noise import SumNoise
 from fedex_lora.federation.settings import Secure, Settings
 from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.model.architectures import Architecture, architecture
@@ -383,4 +384,8 @@ def secure_settings(recipe: Recipe) -> Secure | None:
     if asked is None:
         return None
     least = asked.threshold or recipe.federation.sampled // 2 + 1
-    return Secure(least, asked.bits, None if asked.rank == "exact" else asked.rank)
+    noise, level = None, recipe.privacy.client_level
+    if level is not None:
+        seed = recipe.seed if recipe.privacy.rehearsal else None
+        noise = SumNoise(level.clip, level.noise_multiplier * level.clip, least, seed)
+    return Secure(least, asked.bits, None if asked.rank == "exact" else asked.rank, noise)

@@ -181,33 +181,35 @@ class HFTrainer:
     )
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
-        with walked_once(model.module):
-            return [self._train(model, turn) for turn in turns]
+        return [self._train(model, turn) for turn in turns]
 
     def _train(self, model: AdaptedModel, turn: Turn) -> Trained:
         began = perf_counter()
         if turn.gradients:
             return self._first_gradients(model, turn)
         model.write(turn.start)
-        model.freeze(turn.trained, turn.head)
-        log = self.log.turn(turn.client, turn.round) if self.log else None
-        on_step = partial(self.on_step, turn) if self.on_step else None
-        trainer = self._trainer(model, turn, on_step, log)
-        accelerator = trainer.accelerator
-        pulls = pulled(model.parameters(), turn, self.proximal, lambda: accelerator.sync_gradients)
-        with reported(trainer, log), attention(trainer.args), pulls as sums:
-            try:
-                output = trainer.train()
-            except ImportError as error:  # of what it looks for only here
-                raise UserError(f"training: {error}") from None
-        _release(trainer, model)
-        metrics = {
-            "loss": output.training_loss,
-            "steps": float(output.global_step),
-            "seconds": perf_counter() - began,
-        }
-        variates = {n: g.cpu() / output.global_step for n, g in sums.items()}
-        return Trained(metrics, replace(model.read(), variates=variates))
+        with walked_once(model.module):  # not before: what is written may replace parameters
+            model.freeze(turn.trained, turn.head)
+            log = self.log.turn(turn.client, turn.round) if self.log else None
+            on_step = partial(self.on_step, turn) if self.on_step else None
+            trainer = self._trainer(model, turn, on_step, log)
+            accelerator = trainer.accelerator
+            pulls = pulled(
+                model.parameters(), turn, self.proximal, lambda: accelerator.sync_gradients
+            )
+            with reported(trainer, log), attention(trainer.args), pulls as sums:
+                try:
+                    output = trainer.train()
+                except ImportError as error:  # of what it looks for only here
+                    raise UserError(f"training: {error}") from None
+            _release(trainer, model)
+            metrics = {
+                "loss": output.training_loss,
+                "steps": float(output.global_step),
+                "seconds": perf_counter() - began,
+            }
+            variates = {n: g.cpu() / output.global_step for n, g in sums.items()}
+            return Trained(metrics, replace(model.read(), variates=variates))
 
     def _first_gradients(self, model: AdaptedModel, turn: Turn) -> Trained:
         """The mean gradient of every adapted layer's whole weight over the first batches, in the

@@ -21,6 +21,7 @@ from fedex_lora.aggregation.adapter import (
     weight_name,
 )
 from fedex_lora.aggregation.ledger import Ledger
+from fedex_lora.aggregation.sparse import sparse_name
 
 Tensors = Mapping[str, Tensor]
 VARIATE = "variate"  # before the name of what it is of
@@ -171,6 +172,10 @@ def receive(
         gradients = {weight_name(name) for name in layers}
         head = {name: t for name, t in held.head.items() if name not in gradients}
         held = replace(held, head=head)
+    # a sparse change of whole weights ends where the factors come that take its place
+    ended = {sparse_name(n) for n in layers if f"A/{n}" in message.tensors}
+    ended -= {name.removeprefix("head/") for name in message.tensors}
+    held = replace(held, head={name: t for name, t in held.head.items() if name not in ended})
     adapter = replaced(held, message.tensors)
     pruned = {
         n: replace(f, scale=layers[n].at_rank(f.rank).scale)

@@ -1,4 +1,5 @@
-"""Client-level differential privacy at the server: noise on the mean of clipped updates.
+"""Client-level differential privacy: noise on the mean of clipped updates, which the server adds,
+or where it sees sums alone the clients, a share each.
 
 McMahan et al. 2018 (arXiv 1710.06963), and for the bound that follows the updates' norms Andrew et
 al. 2021 (arXiv 1905.03871). A client's clipped drift, or zero in its place, is what is hidden.
@@ -11,9 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from fedex_lora.aggregation.seeding import derive
 from fedex_lora.federation.messages import Tensors
-from fedex_lora.federation.randomness import Bits, normal, secret
+from fedex_lora.federation.randomness import Bits, normal, rehearsed, secret
 
 SLACK = 1e-5  # of a bound: a norm that was clipped to it in float32
 
@@ -46,6 +49,43 @@ class MeanNoise:
                 drift = drift + self.deviation * normal(self.bits, drift)
             found[name] = start[name] + (taken / self.asked) * drift
         return found
+
+
+_TAIL = 12.0  # standard deviations that no entry of the noise exceeds, but for 1e-32
+
+
+@dataclass(frozen=True)
+class SumNoise:
+    """Σ over the clients that stay of (a clipped drift + N(0, deviation²/least)): never less noise
+    than deviation², as at least so many stay.
+
+    Attributes:
+        bound: C, of a drift over all its tensors together.
+        deviation: Of the noise on the sum: noise multiplier times C.
+        least: t, how many clients must stay.
+        seed: Of a rehearsal, whose noise hides nothing.
+    """
+
+    bound: float
+    deviation: float
+    least: int
+    seed: int | None = None
+
+    @property
+    def largest(self) -> float:
+        """Of a drift's entries, noise included; a number that follows from no client's."""
+        return self.bound + _TAIL * self.deviation / math.sqrt(self.least)
+
+    def share(self, drift: Tensors, client: str, round: int) -> dict[str, Tensor]:
+        """What a client adds to the sum, in float64."""
+        bits = secret
+        if self.seed is not None:
+            bits = rehearsed(derive(self.seed, "share of noise", round, client))
+        exact = {name: drift[name].double() for name in sorted(drift)}
+        norm = math.hypot(*(torch.linalg.vector_norm(t).item() for t in exact.values()))
+        factor = min(1.0, self.bound / norm) if norm else 1.0  # float32 may have rounded upwards
+        one = self.deviation / math.sqrt(self.least)
+        return {name: factor * t + one * normal(bits, t) for name, t in exact.items()}
 
 
 def split(noise: float, asked: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from fedex_lora.aggregation.scaffold import scaffold_problems
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.server_optimizer import ServerOptimizer
 from fedex_lora.errors import UserError, did_you_mean
+from fedex_lora.federation.noise import SumNoise
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Secure:
         threshold: How many of a round's clients must stay to its end; None for more than half.
         bits: Of fixed point, below a tensor's largest entry.
         rank: Of the sketch of the clients' products; None for one that loses nothing.
+        noise: What clients add to what they send; None for none.
     """
 
     threshold: int | None = None
     bits: int = 40
     rank: int | None = None
+    noise: SumNoise | None = None
 
 
 @dataclass(frozen=True)

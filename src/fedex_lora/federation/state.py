@@ -20,6 +20,7 @@ from fedex_lora.aggregation.aggregator import Aggregate
 from fedex_lora.aggregation.delta import Delta, concat
 from fedex_lora.aggregation.ledger import Increment, Ledger
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.aggregation.sparse import sparse_name, spread
 from fedex_lora.federation.messages import (
     VARIATE,
     Broadcast,
@@ -106,6 +107,8 @@ def first(settings: Settings, initial: AdapterState) -> AdapterState:
         layers[name] = given.factors
         if given.inner is not None:
             head[inner_name(name)] = given.inner
+        if given.sparse is not None:
+            head[sparse_name(name)] = given.sparse
     return AdapterState(layers, head)
 
 
@@ -227,6 +230,8 @@ def step(
     state = replace(known, taken={**state.taken, **dict.fromkeys(taken, version)})
     if result is None:
         return replace(state, version=version, own={**state.own, **kept})
+    if settings.method.assignment.sparse(version):
+        result = _condensed(settings, result, version)
     memory = state.optimizer
     if settings.optimizer is not None:
         method, before = settings.method, global_factors(state, settings)
@@ -257,6 +262,17 @@ def step(
         changed={**state.changed, **changed},
         optimizer=memory,
     )
+
+
+def _condensed(settings: Settings, result: Aggregate, version: int) -> Aggregate:
+    """After the last round of a sparse change of the whole weights: factors in its place."""
+    assignment, head, factors = settings.method.assignment, dict(result.head), {}
+    if assignment.sparse(version + 1):
+        return result
+    for name, layer in settings.layers.items():
+        change = spread(name, layer.out, layer.inp, head.pop(sparse_name(name)))
+        factors[name] = assignment.condensed(layer, change)
+    return replace(result, head=head, factors=factors)
 
 
 def cut(factors: Mapping[str, Factors], layers: Mapping[str, LayerShape]) -> dict[str, Factors]:

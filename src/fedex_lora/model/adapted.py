@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fedex_lora.aggregation.adapter import AdapterState, LayerShape, folded, fresh, inner_name
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.aggregation.sparse import sparse_name
 from fedex_lora.errors import RecipeError
 from fedex_lora.model.files import read_adapter, save_adapter
 from fedex_lora.model.inject import head_names, heads, inject
@@ -105,26 +106,24 @@ class AdaptedModel:
         return _plain_state(self._base.model, self._head)
 
     def write(self, state: AdapterState) -> None:
-        """Makes `state` the model's factors and head; ranks may differ from the present ones, and
-        where the head has an R between a layer's factors, the layer gets one.
+        """Makes `state` the model's factors and head; ranks may differ from the present ones, and a
+        layer gets what the head has between or beside its factors.
 
         Raises:
             UserError: If `state` is not one of this model.
         """
         _check_keys("factors", set(state.layers), set(self._layers))
-        inner = {name: state.head.get(inner_name(name)) for name in self._layers}
-        own = {inner_name(name) for name, value in inner.items() if value is not None}
-        _check_keys("head", set(state.head), set(self._head) | own)
+        beside = {part(name) for name in self._layers for part in (inner_name, sparse_name)}
+        _check_keys("head", set(state.head) - beside, set(self._head))
         for name, layer in self._layers.items():
             layer.write(state.layers[name])
-            layer.write_inner(inner[name])
+            layer.write_inner(state.head.get(inner_name(name)))
+            layer.write_sparse(state.head.get(sparse_name(name)))
         with torch.no_grad():
             for name, parameter in self._head.items():
-                if parameter.shape != state.head[name].shape:
-                    raise RecipeError(
-                        f"{name}: shape {tuple(state.head[name].shape)} does not fit; "
-                        f"expected {tuple(parameter.shape)}"
-                    )
+                given, expected = tuple(state.head[name].shape), tuple(parameter.shape)
+                if given != expected:
+                    raise RecipeError(f"{name}: shape {given} does not fit; expected {expected}")
                 parameter.copy_(state.head[name])
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -135,8 +134,7 @@ class AdaptedModel:
         return found | {f"head/{name}": p for name, p in (self._head | inner).items()}
 
     def freeze(self, trained: frozenset[str], head: bool = True) -> None:
-        """Trains the factors in `trained`, of "A" and "B", and the head, unless it is not to be;
-        freezes all the rest."""
+        """Trains the factors in `trained`, of "A" and "B", and maybe the head; freezes the rest."""
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         for layer in self._layers.values():
@@ -280,8 +278,12 @@ class AdaptedModel:
 
     def _read_head(self) -> dict[str, Tensor]:
         found = {name: copy_of(parameter) for name, parameter in self._head.items()}
-        inner = {inner_name(name): layer.inner for name, layer in self._layers.items()}
-        return found | {name: copy_of(r.value()) for name, r in inner.items() if r is not None}
+        for name, layer in self._layers.items():
+            if layer.inner is not None:
+                found[inner_name(name)] = copy_of(layer.inner.value())
+            if layer.sparse is not None:
+                found[sparse_name(name)] = copy_of(layer.sparse)
+        return found
 
     def _plain_model(self, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
         base = self._base.model

@@ -15,6 +15,7 @@ from fedex_lora.aggregation.adapter import Factors, LayerShape
 from fedex_lora.errors import RecipeError
 from fedex_lora.model.inner import InnerLinear, with_inner
 from fedex_lora.model.load import is_quantised
+from fedex_lora.model.sparse import Sparse
 
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
@@ -67,10 +68,37 @@ class Layer:
         found = None if self.embedding else self.module.lora_B[ADAPTER]
         return found if isinstance(found, InnerLinear) else None
 
+    @property
+    def sparse(self) -> nn.Parameter | None:
+        """The values of a sparse change of the weight, where there is one."""
+        found = None if self.embedding else getattr(self.module.lora_B[ADAPTER], "sparse", None)
+        return found.values if isinstance(found, Sparse) else None
+
+    def write_sparse(self, values: Tensor | None) -> None:
+        """Puts a sparse change beside the weight, or takes it away.
+
+        Raises:
+            UserError: An adapted embedding, whose input is no vector.
+        """
+        if self.embedding:
+            if values is not None:
+                raise RecipeError(
+                    f"lora.target_modules: {self.name} is an embedding, whose weight has no sparse "
+                    "change here; leave it out"
+                )
+            return
+        where = self.module.lora_B[ADAPTER]
+        if self.sparse is not None:
+            where.sparse.handle.remove()
+            del where.sparse
+        if values is not None:
+            where.sparse = Sparse(self.name, self.base, self.shape.out, self.shape.inp, values)
+
     def between(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters of R by name: `inner`, and `scales` where it has blocks."""
+        """The parameters beside A and B, by name: `inner` and `scales` of R, and `sparse`."""
         found = [] if self.inner is None else self.inner.named_parameters()
-        return [(name, p) for name, p in found if name != "weight"]
+        own = [(name, p) for name, p in found if name in ("inner", "scales")]
+        return own if self.sparse is None else [*own, ("sparse", self.sparse)]
 
     def write_inner(self, inner: Tensor | None) -> None:
         """Puts R between B and A, or takes it away.

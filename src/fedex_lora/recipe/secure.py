@@ -33,8 +33,6 @@ def secure_problems(recipe: Blocks) -> Iterator[Problem]:
         )
     if recipe.privacy.example_level is not None:
         yield key, "does not go with privacy.example_level yet; leave one of them out"
-    if recipe.privacy.client_level is not None:
-        yield key, "does not go with privacy.client_level yet; leave one of them out"
     if fed.combining.robust:
         yield "federation.mean", f"{fed.mean} needs every client's factors; {_SUMS}"
     if fed.scaffold:

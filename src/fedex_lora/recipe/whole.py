@@ -42,6 +42,7 @@ class Recipe(Blocks):
         yield from self._combining()
         yield from self._inner()
         yield from self._own_pair()
+        yield from self._sparse()
         yield from self._privacy()
         if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
@@ -111,6 +112,8 @@ class Recipe(Blocks):
                 "engine.fuse",
                 f"{self.method.name} has a matrix between the factors; leave it out",
             )
+        if METHODS[self.method.name].assignment.sparse(1):
+            yield "engine.fuse", f"{self.method.name} begins with whole weights; leave it out"
         if "pair" in METHODS[self.method.name].assignment.own:
             yield "engine.fuse", f"{self.method.name} trains each client twice; leave it out"
         if not METHODS[self.method.name].shared_base:
@@ -194,6 +197,24 @@ class Recipe(Blocks):
         if self.records.save_updates:
             told = "an update is a part of its client's model alone"
             yield "records.save_updates", f"of {name} {told}; leave it out"
+
+    def _sparse(self) -> Iterator[Problem]:
+        """What a method cannot do whose first rounds train a sparse change of whole weights."""
+        name, assignment = self.method.name, self.method.chosen.assignment
+        if not assignment.sparse(1):
+            return
+        if assignment.sparse(self.federation.rounds + 1):
+            told = (
+                f"more than the {self.federation.rounds} of federation.rounds, so LoRA never begins"
+            )
+            yield "method.options.rounds", f"{told}; expected that many at most"
+        if self.lora.init is not None:
+            yield "lora.init", f"{name} makes its own factors; leave it out"
+        if self.privacy.example_level is not None:
+            told = "has no gradients by example; take a method that trains A and B"
+            yield "method.name", f"the sparse change that {name} begins with {told}"
+        if self.records.save_updates:
+            yield "records.save_updates", f"{name}'s first updates are no adapters; leave it out"
 
     def _privacy(self) -> Iterator[Problem]:
         """What a run that is to be private cannot do."""

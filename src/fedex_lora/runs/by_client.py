@@ -1,4 +1,7 @@
-"""Client-level differential privacy in a run: clip at the clients, noise on their mean, account."""
+"""Client-level differential privacy in a run: clip at the clients, noise on their mean, account.
+
+Under secure aggregation the noise is in the sum already: see `SumNoise`.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,14 @@ def settle(federation: Federation, watcher: Watcher) -> Federation:
         watcher.note(f"{NOT_PRIVATE}, and whoever has the recipe can subtract it")
     else:
         watcher.note("a private run does not repeat bit for bit: its noise follows from no seed")
+    sees = "the coordinator sees single updates, and is trusted"
+    if settings.secure is not None and settings.secure.noise is not None:
+        least = settings.secure.noise.least
+        more = f"{(settings.sample_size / least) ** 0.5:.3g} times that if all stay"
+        sees = f"clients add the noise in shares: what is asked for if {least} stay, {more}"
     watcher.note(
         "norms, deviations and training losses are of updates without noise, so none is recorded; "
-        "the coordinator sees single updates, and is trusted"
+        + sees
     )
     if rounds < settings.rounds:
         watcher.note(
@@ -66,6 +74,8 @@ def begin_round(
     if isinstance(engine, LocalEngine):
         engine.transform = clip(bound)
     settings = replace(federation.settings, max_norm=bound * (1 + SLACK), norm_ratio=None)
+    if settings.secure is not None:
+        return replace(federation, settings=settings), None
     of_sum = split(spec.noise_multiplier, asked)[0] if spec.adaptive else spec.noise_multiplier
     noise = MeanNoise(of_sum * bound, asked, _bits(federation, "mean", round))
     return replace(federation, settings=settings), noise

@@ -4,7 +4,6 @@ beside the file is the sign that all of it is complete."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.aggregation.delta import Delta
-from fedex_lora.disk import parsed, replace_atomic, write_atomic
+from fedex_lora.disk import parsed, replace_atomic, sha256_of, write_atomic
 from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.codec import ledger_from, ledger_meta, ledger_tensors
 from fedex_lora.federation.messages import Pending, Tensors, Update, flat
@@ -42,7 +41,7 @@ def save_checkpoint(directory: Path, state: ServerState, extra: Mapping[str, Any
     meta = {"fedex": json.dumps({**_meta(state), **beside, "extra": extra})}
     path = directory / NAME.format(state.version)
     replace_atomic(path, lambda new: save_file(_tensors(state), new, meta))
-    write_atomic(_digest_path(path), _digest(path).encode())
+    write_atomic(_digest_path(path), sha256_of(path).encode())
     return path
 
 
@@ -54,11 +53,6 @@ def shelve(directory: Path, version: int, tensors: Tensors) -> shelf.OnDisk:
     return shelf.put(directory / OWN, version, tensors)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
     """The state and what was saved beside it.
 
@@ -66,7 +60,7 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
         UserError: If the file is absent, truncated, not what was written, or of another version.
     """
     try:
-        intact = _digest(path).encode() == _digest_path(path).read_bytes().strip()
+        intact = sha256_of(path).encode() == _digest_path(path).read_bytes().strip()
     except OSError as error:
         raise StorageError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
     if not intact:

@@ -10,16 +10,17 @@ open      who sent numbers → shares that open their sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fedex_lora.errors import ProtocolError
+from fedex_lora.federation.noise import SumNoise
 from fedex_lora.federation.secure import fixed
 from fedex_lora.federation.secure.messages import SUMS, Answer, Ask
 from fedex_lora.federation.secure.session import Session
 from fedex_lora.federation.secure.signer import Signer
-from fedex_lora.federation.secure.sums import Summand
+from fedex_lora.federation.secure.sums import Summand, noised, sized
 from fedex_lora.federation.settings import Secure
 
 Added = Callable[[Mapping[str, int]], Summand]
@@ -35,15 +36,17 @@ class Member:
     Attributes:
         context: The round's, as the server gave it.
         sessions: One for each of the two sums.
-        everybody: How many clients take part.
+        everybody: Who takes part.
         widths: Of the sketches, by layer.
+        round: That is trained.
     """
 
     name: str
     context: str = ""
     sessions: dict[str, Session] = field(default_factory=dict, repr=False)
-    everybody: int = 0
+    everybody: list[str] = field(default_factory=list)
     widths: dict[str, int] = field(default_factory=dict)
+    round: int = 0
 
     def dump(self) -> dict[str, Any]:
         """As JSON. It holds secrets, and goes into no file."""
@@ -80,17 +83,20 @@ class Member:
             present = about.get("present")
             if about.get("sum") not in SUMS or not isinstance(present, list):
                 raise ProtocolError("asked to open a sum that is none")
+            if secure.noise is not None:
+                self._check_noise(secure.noise, map(str, present))
             return self._told(shares=self.sessions[about["sum"]].reveal(map(str, present)))
         if ask.step == "train":
             for label, session in self.sessions.items():
                 session.receive(about["letters"][label], about["commitments"][label])
             self.widths = {str(name): width for name, width in about["widths"].items()}
-            votes = fixed.votes(added(self.widths).tensors)
+            self.round = int(about["round"])
+            votes = fixed.votes(sized(added(self.widths), secure.noise).tensors)
             self.sessions["sizes"].mask(votes)
             return Answer(self.name, vector=votes)
         if ask.step != "send":
             raise ProtocolError(f"asked for {str(ask.step)[:40]!r}, which is no step of a round")
-        return self._send(about, secure.bits, added(self.widths))
+        return self._send(about, secure, added(self.widths))
 
     def _keys(self, context: str, signer: Signer | None) -> Answer:
         """A new round: new secrets, and those of the one before are forgotten."""
@@ -107,22 +113,39 @@ class Member:
         for name, told in everybody.items():
             if signer is not None:
                 signer.check(self.context, name, told["keys"], told["signature"])
-        self.everybody = len(everybody)
+        self.everybody = sorted(everybody)
         found = {}
         for label, session in self.sessions.items():
             keys = {name: told["keys"][label] for name, told in everybody.items()}
             found[label] = session.share(keys, threshold)
         return self._told(dealt=found)
 
-    def _send(self, about: Mapping[str, Any], bits: int, added: Summand) -> Answer:
+    def _check_noise(self, noise: SumNoise, present: Iterable[str]) -> None:
+        """That the shares of noise in a sum are as many as it is to have."""
+        count = len(set(present) & set(self.everybody))
+        if count < noise.least:
+            raise ProtocolError(
+                f"asked to open a sum over {count} clients; the noise is shared among {noise.least}"
+            )
+
+    def _send(self, about: Mapping[str, Any], secure: Secure, added: Summand) -> Answer:
         exponents, halvings = about.get("exponents"), about.get("halvings")
         if type(halvings) is not int or not 0 <= halvings <= _HALVINGS:
             raise ProtocolError("asked for weights in a strange unit")
         if not isinstance(exponents, list) or len(exponents) != len(added.tensors):
             raise ProtocolError("the sizes that were agreed on are not those of its tensors")
+        if (noise := secure.noise) is not None:
+            expected = [fixed.exponent(t) for t in sized(added, noise).tensors.values()]
+            if exponents != expected:
+                raise ProtocolError("asked for a unit that is not the bound's and the noise's")
+            added = noised(added, noise, self.name, self.round)
         weight = added.weight * 2.0**-halvings
         vector = fixed.encode(
-            added.tensors, list(map(int, exponents)), weight, bits, self.everybody
+            added.tensors,
+            list(map(int, exponents)),
+            weight,
+            secure.bits,
+            len(self.everybody),
         )
         self.sessions["numbers"].mask(vector)
         return Answer(self.name, vector=vector)

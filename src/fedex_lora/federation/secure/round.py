@@ -80,6 +80,8 @@ class _Round:
         began = perf_counter()
         found = fixed.decode(total, shapes, exponents, self.secure.bits)
         self._check(found, about["halvings"], present)
+        if self.secure.noise is not None:  # over those who were asked: a number nobody changes
+            found["count"] *= len(self.asked) / len(present)
         result = sums.aggregate(self.settings, self.round, widths, start, found, len(present))
         after = step(self.state, self.settings, result, present, {})
         if (broken := too_large(after)) is not None:
@@ -236,8 +238,11 @@ class _Round:
                     "not belong to the keys"
                 )
         most = self.settings.max_norm
-        means = [t for name, t in found.items() if name.partition("/")[0] in ("A", "B", "head")]
+        means = [t for name, t in found.items() if sums.is_learned(name)]
         norm = math.hypot(*(torch.linalg.vector_norm(t / found["count"]).item() for t in means))
+        if most is not None and (noise := self.secure.noise) is not None:
+            spread = math.sqrt(sum(t.numel() for t in means)) + 6  # of noise, in deviations
+            most += noise.deviation * spread / math.sqrt(noise.least * len(present))
         if most is not None and norm > most * _SLACK:
             raise QuorumLost(
                 f"round {self.round}: the mean changed by {norm:.4g}; every client clips its "

@@ -34,6 +34,7 @@ from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.statistics import Statistics, padded
 from fedex_lora.errors import ProtocolError
 from fedex_lora.federation.messages import Tensors, Update, replaced
+from fedex_lora.federation.noise import SumNoise
 from fedex_lora.federation.settings import Settings
 
 MORE = 8  # rows that Ψ has beyond p
@@ -173,6 +174,28 @@ def summand(
     moved = {n: end.head[n].double() - t.double() for n, t in sorted(start.head.items())}
     weight = 1 if settings.weights == "uniform" else update.examples
     return Summand(found | {f"head/{n}": t for n, t in moved.items()}, weight)
+
+
+def sized(added: Summand, noise: SumNoise | None) -> Summand:
+    """What stands for a summand in the vote for sizes: itself; with noise its bound, as the size of
+    what was learned would tell of it."""
+    if noise is None:
+        return added
+    largest = torch.tensor(noise.largest, dtype=torch.float64)
+    tensors = {n: largest if is_learned(n) else t for n, t in added.tensors.items()}
+    return Summand({**tensors, "loss": torch.zeros(2)}, added.weight)
+
+
+def noised(added: Summand, noise: SumNoise, client: str, round: int) -> Summand:
+    """A summand with the client's share of the noise, and without its loss."""
+    learned = {name: t for name, t in added.tensors.items() if is_learned(name)}
+    tensors = {**added.tensors, **noise.share(learned, client, round), "loss": torch.zeros(2)}
+    return Summand(tensors, added.weight)
+
+
+def is_learned(name: str) -> bool:
+    """Whether a summand is the drift of a factor or a head."""
+    return name.partition("/")[0] in ("A", "B", "head")
 
 
 def aggregate(

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedex_lora.errors import RecipeError, StorageError, UserError
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.init import (
+    Deployment,
     init_client,
     new_folders,
     read_deployment,
@@ -19,7 +20,7 @@ from fedex_lora.flower.deploy.init import (
     write_rosters,
     writing,
 )
-from fedex_lora.flower.deploy.keys import renew_certificate
+from fedex_lora.flower.deploy.keys import renew_certificate, take_certificate
 from fedex_lora.flower.deploy.names import check_client_names
 from fedex_lora.flower.deploy.processes import listens, run_to_end
 
@@ -90,16 +91,50 @@ def renew(path: Path, hosts: Sequence[str], authority: Path | None = None) -> da
     Raises:
         UserError: The authority's key is not there or not its, or its certificate has expired.
     """
-    deployment = read_deployment(path)
-    if deployment.insecure:
-        raise RecipeError(f"{path}: made with `insecure=True`; it has no certificate")
-    if hosts:
-        deployment = replace(deployment, host=hosts[0], others=tuple(hosts[1:]))
+    deployment = _secured(path, hosts)
     key = authority or path / "ca" / "ca.key"
     with writing(path):
         until = renew_certificate(key, path / "server", deployment.hosts)
         write_deployment(path, deployment)
     return until
+
+
+def take(
+    path: Path,
+    certificate: Path,
+    key: Path,
+    authority: Path | None = None,
+    hosts: Sequence[str] = (),
+) -> tuple[datetime, bool]:
+    """A certificate of the server by an authority of one's own, in place of the one made here.
+
+    Args:
+        authority: Its certificates; by default those that clients trust already.
+        hosts: As of `renew`.
+
+    Returns:
+        Until when it is good, and whether the clients' ca.crt is another now.
+
+    Raises:
+        UserError: What `keys.take_certificate` finds.
+    """
+    deployment = _secured(path, hosts)
+    trusted = path / "server" / "ca.crt"
+    with writing(path):
+        before = trusted.read_bytes()
+        until = take_certificate(certificate, key, authority, path / "server", deployment.hosts)
+        for name in deployment.clients:
+            if (folder := path / "clients" / name).is_dir():
+                shutil.copy(trusted, folder / "ca.crt")
+        write_deployment(path, deployment)
+    return until, trusted.read_bytes() != before
+
+
+def _secured(path: Path, hosts: Sequence[str]) -> Deployment:
+    deployment = read_deployment(path)
+    if deployment.insecure:
+        raise RecipeError(f"{path}: made with `insecure=True`; it has no certificate")
+    return replace(deployment, host=hosts[0], others=tuple(hosts[1:])) if hosts else deployment
 
 
 def tell_server(path: Path, say: Callable[[str], object]) -> None:

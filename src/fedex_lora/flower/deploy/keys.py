@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedex_lora.disk import reason, write_secret
@@ -31,9 +34,8 @@ def write_certificates(ca: Path, server: Path, hosts: Sequence[str]) -> None:
     name = _name("fedex-lora certificate authority")
     ca_certificate = _certificate(name, name, ca_key.public_key(), ca_key, _CA_DAYS, None)
     write_secret(ca / "ca.key", _pem(ca_key))
-    public = ca_certificate.public_bytes(serialization.Encoding.PEM)
     for path in (ca / "ca.crt", server / "ca.crt"):
-        path.write_bytes(public)
+        path.write_bytes(_text(ca_certificate))
     _certify(server, hosts, ca_certificate, ca_key)
 
 
@@ -56,7 +58,8 @@ def renew_certificate(ca_key: Path, server: Path, hosts: Sequence[str]) -> datet
         ) from None
     if key.public_key() != authority.public_key():
         raise DeploymentError(
-            f"{ca_key}: not the key of {server / 'ca.crt'}, which the clients trust"
+            f"{ca_key}: not the key of {server / 'ca.crt'}, which the clients trust; a certificate "
+            "of another authority is taken with `certificate` and `key`"
         )
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     until = authority.not_valid_after_utc
@@ -86,9 +89,99 @@ def _certify(
     for path in new:
         path.unlink(missing_ok=True)
     write_secret(new[0], _pem(key))
-    new[1].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    new[1].write_bytes(_text(certificate))
     for path in new:
         path.replace(path.with_suffix(""))
+
+
+def take_certificate(
+    certificate: Path, key: Path, authority: Path | None, server: Path, hosts: Sequence[str]
+) -> datetime:
+    """Puts a certificate of another authority in place of server/server.pem, and its key; before
+    that it is tried as clients will: they trust the authority alone.
+
+    Args:
+        certificate: The server's, with its intermediates, in PEM.
+        key: Its key in PEM, without a password.
+        authority: What clients trust from now on, in PEM; by default what they trust already.
+        hosts: Names and addresses that it has to be good for, besides 127.0.0.1.
+
+    Returns:
+        Until when it is good.
+
+    Raises:
+        UserError: A file is none of those; the key is another's, or clients would not accept it.
+    """
+    chain = read_certificates(certificate, "certificate")
+    trusted = read_certificates(authority or server / "ca.crt", "certificates of an authority")
+    try:
+        private = serialization.load_pem_private_key(key.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise StorageError(
+            f"{key}: no key that can be read: {reason(error)}; expected PEM without a password"
+        ) from None
+    if private.public_key() != chain[0].public_key():
+        raise DeploymentError(f"{key}: not the key of the first certificate in {certificate}")
+    texts = {
+        "server.key": _pem(private),
+        "server.pem": b"".join(map(_text, chain)),
+        "ca.crt": b"".join(map(_text, trusted)),
+    }
+    new = {name: server / f"{name}.new" for name in texts}
+    try:
+        for name, path in new.items():
+            path.unlink(missing_ok=True)
+            write_secret(path, texts[name])
+        for host in (*hosts, "127.0.0.1"):
+            if why := _unaccepted(new["server.pem"], new["server.key"], new["ca.crt"], host):
+                raise DeploymentError(
+                    f"{certificate}: clients would not accept it for {host}: {why}; expected one "
+                    f"for {', '.join((*hosts, '127.0.0.1'))} with its intermediates, by the "
+                    "authority named"
+                )
+        for name, path in new.items():
+            path.replace(server / name)
+    finally:
+        for path in new.values():
+            path.unlink(missing_ok=True)
+    return chain[0].not_valid_after_utc
+
+
+def read_certificates(path: Path, what: str) -> list[x509.Certificate]:
+    """Those of a PEM file.
+
+    Raises:
+        UserError: There are none; `what` says what was expected.
+    """
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: no {what}: {reason(error)}; expected a PEM file") from None
+
+
+def _unaccepted(certificate: Path, key: Path, authority: Path, host: str) -> str:
+    """Why a client that trusts this authority alone breaks off; "" if it does not."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+        server = context.wrap_bio(to_server, to_client, server_side=True)
+        client = client_context(authority).wrap_bio(to_client, to_server, server_hostname=host)
+        for side in (client, server, client):
+            with suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    except ssl.SSLError as error:
+        return str(error.reason)
+    return ""
+
+
+def client_context(certificates: Path) -> ssl.SSLContext:
+    """As Flower makes it: nothing but these certificates is trusted."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(certificates)
+    return context
 
 
 def write_key_pair(path: Path) -> None:
@@ -243,7 +336,11 @@ def _usage(authority: bool) -> x509.KeyUsage:
     )
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _text(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _pem(key: PrivateKeyTypes) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,

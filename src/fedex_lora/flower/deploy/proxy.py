@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-import ssl
 from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedex_lora.disk import reason, write_atomic
-from fedex_lora.errors import DeploymentError, RecipeError, StorageError
+from fedex_lora.errors import DeploymentError, RecipeError
+from fedex_lora.flower.deploy.keys import read_certificates
 
 _HERE = ("127.0.0.1", "localhost", "::1")
 AUTHORITY = "authority.crt"  # in an institution's folder
@@ -109,19 +108,7 @@ def trusted(own: Path, authority: Path | None) -> Path:
     """
     if authority is None:
         return own / "ca.crt"
-    try:
-        found = x509.load_pem_x509_certificates(authority.read_bytes())
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"{authority}: no certificates of an authority: {reason(error)}; expected a PEM file"
-        ) from None
+    found = read_certificates(authority, "certificates of an authority")
     text = b"".join(one.public_bytes(Encoding.PEM) for one in found)
     write_atomic(own / AUTHORITY, text)
     return own / AUTHORITY
-
-
-def client_context(certificates: Path) -> ssl.SSLContext:
-    """As Flower makes it: nothing but these certificates is trusted."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(certificates)
-    return context

@@ -72,7 +72,8 @@ def names_of(recipe: Recipe) -> list[str]:
         UserError: A method whose rounds cannot be carried by hand.
     """
     method = METHODS[recipe.method.name]
-    if not method.exchanges or method.pooled or method.trains in ("inner", "all"):
+    whole = method.trains in ("inner", "all") or method.assignment.sparse(1)
+    if not method.exchanges or method.pooled or whole:
         raise RecipeError(
             f"method.name: {recipe.method.name} sends no adapters; rounds by hand need a method "
             "that does, e.g. fedex"

@@ -66,14 +66,15 @@ def turn_memory(recipe: Recipe, settings: Settings, head: int, ledger: int) -> l
     exchanged, k, layers = _exchanged(settings, head), recipe.fused, settings.layers.values()
     held = k * exchanged if layers else head * _itemsize(recipe)  # LoRA trains in float32
     sizes = [s.out * s.inp for s in layers]
-    largest, dense = max(sizes, default=0), sum(sizes) * settings.method.sends_gradients(1)
+    dense_round = settings.method.sends_gradients(1) or settings.method.assignment.sparse(1)
+    largest, dense = max(sizes, default=0), sum(sizes) * dense_round
     moments, sure = _moments(str(recipe.training.get("optim", "adamw_torch")))
     parts = [
         Part("adapter and head", held if layers else 0),
         Part("gradients", held),
         Part("optimizer", int(held * moments), not sure),
         Part("start and end of a turn", (1 + k) * exchanged),
-        Part("gradients of whole weights, twice", 2 * dense * FLOAT32),
+        Part("changes of whole weights, twice", 2 * dense * FLOAT32),
         Part("a layer's pretrained weights, twice", 2 * largest * FLOAT32),
         Part("increments beside the layers", ledger if recipe.model.placement == "side" else 0),
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -182,21 +181,27 @@ def _encode(
 ) -> Dataset:
     """The images with a prompt, as text, and its answer, as text and (`labels`) as tokens."""
     _check_processor(tokenizer, template)
-    found = []
+    images = rows.select_columns([spec.image_column])
+    images = images.cast_column(spec.image_column, datasets.Image(mode="RGB"))
+    found, taken = [], {}
     for i, row in enumerate(_records(spec, rows)):
         *asked, answer = _turns(spec, row)
         prompt, response = _prompt(tokenizer, template, asked, i), answer["content"]
         inner = tokenizer.tokenizer
         ids = [*inner(response, add_special_tokens=False)["input_ids"], inner.eos_token_id]
-        if len(inner(prompt, verbose=False)["input_ids"]) + len(ids) <= max_length:
+        asks, image = len(inner(prompt, verbose=False)["input_ids"]), images[i][spec.image_column]
+        if image.size not in taken:
+            whole = tokenizer(text=[prompt], images=[[image]])["input_ids"][0]
+            taken[image.size] = len(whole) - asks
+        if taken[image.size] + asks + len(ids) <= max_length:
             found.append({"at": i, "prompt": prompt, "response": response, "labels": ids})
-    reason = f"texts together are longer than max_length ({max_length} tokens)"
+    reason = f"image and texts together are longer than max_length ({max_length} tokens)"
     if not found:
-        raise NoneLeft(f"none of the {len(rows)} rows can be used: in each the {reason}.")
+        least = f"an image alone takes {min(taken.values())} or more"
+        raise NoneLeft(f"none of the {len(rows)} rows can be used: in each {reason}; {least}.")
     if len(found) < len(rows):
         _log.warning("%d of %d rows left out: their %s", len(rows) - len(found), len(rows), reason)
-    images = rows.select([one["at"] for one in found]).select_columns([spec.image_column])
-    images = images.cast_column(spec.image_column, datasets.Image(mode="RGB"))
+    images = images.select([one["at"] for one in found])
     names = ("prompt", "response", "labels")
     return with_columns(images, {name: [one[name] for one in found] for name in names})
 
@@ -330,6 +335,6 @@ def _tell(
     batch_size: int,
     max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
-    decoding = replace(decoding, max_new_tokens=max_new_tokens or decoding.max_new_tokens)
+    decoding = decoding.of_at_most(max_new_tokens)
     _, texts = _generated(column, decoding, model, encoded, tokenizer, batch_size)
     return [{"prediction": text} for text in texts]
