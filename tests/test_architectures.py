@@ -9,7 +9,13 @@ from tiny import tiny
 
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import load_model
-from fedex_lora.model.architectures import architecture, count, natural_task, read_config
+from fedex_lora.model.architectures import (
+    architecture,
+    count,
+    natural_task,
+    plain_model,
+    read_config,
+)
 from fedex_lora.model.presets import PRESETS
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
@@ -53,6 +59,15 @@ def test_presets_have_the_sizes_of_the_public_models():
     assert found == SIZES
     for name, preset in PRESETS.items():
         assert read_config(preset.ids[0]).to_dict() == read_config(name).to_dict()
+
+
+@pytest.mark.parametrize("quantisation, of_linear", [(None, 4), ("int8", 1), ("nf4", 0.5625)])
+def test_bytes_of_a_plain_model_by_hand(quantisation, of_linear):
+    """GPT-2 has twelve layers of 768 × 2304, 768 × 768 and twice 768 × 3072; its output is tied."""
+    linear = 12 * 768 * (2304 + 768 + 2 * 3072)
+    spec = ModelSpec(name="gpt2", placement="side", quantisation=quantisation)
+    found = plain_model("gpt2", read_config("gpt2"), "AutoModelForCausalLM")
+    assert found.bytes(spec) == 4 * (SIZES["gpt2"] - linear) + int(of_linear * linear)
 
 
 @pytest.mark.parametrize(("name", "targets", "rank", "parameters"), ADAPTERS)

@@ -19,6 +19,7 @@ from fedex_lora.experiments.grid.spec import is_grid
 from fedex_lora.experiments.grid.table import tables, write_comparison
 from fedex_lora.experiments.grid.work import work
 from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.lock import interrupted_by_signals
 from fedex_lora.runs.rundir import RunDir
 
 GRID = """\
@@ -266,7 +267,7 @@ def test_interruption_stops_the_runs_and_frees_the_directory(folder, tmp_path, s
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt), working.ends_as_interrupts():
+    with pytest.raises(KeyboardInterrupt), interrupted_by_signals():
         work(runs, tmp_path, 2, print, print)
     thread.join()
     assert len(started()) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -83,6 +84,12 @@ def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
             f"{path}: cannot be written: {reason(error)}. Free some space or choose "
             "another directory, then `fedex-lora resume`; what was saved before is intact"
         ) from None
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parsed(text: str | bytes) -> Any:

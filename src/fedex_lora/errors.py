@@ -168,18 +168,23 @@ def foreign(error: BaseException) -> list[BaseException]:
         >>> [type(one).__name__ for one in foreign(error)]
         ['ValueError']
     """
+    return [
+        one
+        for one in _chain(error)
+        if not isinstance(one, UserError)
+        if not (isinstance(one, OSError) and one.errno is not None)
+    ]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception and all that led to it."""
     found: list[BaseException] = []
-    seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:
         one = left.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        left += [one.__context__, one.__cause__]
-        of_the_system = isinstance(one, OSError) and one.errno is not None
-        if not isinstance(one, UserError) and not of_the_system:
+        if one is not None and not any(one is known for known in found):
             found.append(one)
+            left += [one.__context__, one.__cause__]
     return found
 
 
@@ -195,11 +200,7 @@ def for_others(error: BaseException) -> str:
         >>> for_others(KeyError("Mrs Miller")), for_others(Withheld("line 3: 'Mrs Miller'"))
         ('KeyError; its own log says why', 'its data cannot be used; its own log says why')
     """
-    chain, one = [error], error.__cause__ or error.__context__
-    while one is not None and one not in chain:
-        chain.append(one)
-        one = one.__cause__ or one.__context__
-    if any(isinstance(one, Withheld) for one in chain):
+    if any(isinstance(one, Withheld) for one in _chain(error)):
         return "its data cannot be used; its own log says why"
     others = foreign(error)
     if not others or isinstance(error, ProtocolError):

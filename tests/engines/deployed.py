@@ -20,9 +20,10 @@ from pathlib import Path
 from fedex_lora import cli
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.init import Deployment, init
-from fedex_lora.flower.deploy.processes import free_port, interrupted_by_signals, run_to_end
+from fedex_lora.flower.deploy.processes import free_port, run_to_end
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.lock import interrupted_by_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 FORKS = "multiprocessing.forkserver"

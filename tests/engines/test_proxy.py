@@ -17,9 +17,10 @@ from fedex_lora.errors import UserError
 from fedex_lora.flower.deploy import commands
 from fedex_lora.flower.deploy.init import Deployment, init, read_deployment
 from fedex_lora.flower.deploy.launch import launch
-from fedex_lora.flower.deploy.processes import check_server, free_port, interrupted_by_signals
+from fedex_lora.flower.deploy.processes import check_server, free_port
 from fedex_lora.flower.deploy.proxy import Proxy, proxy_for, trusted
 from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.runs.lock import interrupted_by_signals
 from fedex_lora.runs.watch import Silent
 
 HOST = "fed.example.org"

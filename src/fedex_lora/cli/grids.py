@@ -29,7 +29,8 @@ def grid(
     """Run every recipe, choice, method and seed of a grid file; what is done is not run again."""
     from fedex_lora.experiments.grid.plan import due, left, plan
     from fedex_lora.experiments.grid.table import write_comparison
-    from fedex_lora.experiments.grid.work import ends_as_interrupts, work
+    from fedex_lora.experiments.grid.work import work
+    from fedex_lora.runs.lock import interrupted_by_signals
 
     found = plan(file, set, data, only)
     path = out or Path("runs") / file.stem
@@ -43,7 +44,7 @@ def grid(
     for cell in dict.fromkeys(run.cell for run in found.runs):
         write_comparison(found, cell, path)
     try:
-        with ends_as_interrupts():
+        with interrupted_by_signals():
             while todo and not failed:  # what they found may say what else is to be run
                 tried += len(todo)
                 failed = work(

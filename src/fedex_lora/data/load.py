@@ -139,11 +139,6 @@ def load_evaluation(
     Raises:
         UserError: As for `load`, or there are no such rows.
     """
-    with readable():
-        return _load_evaluation(spec, task, seed, only)
-
-
-def _load_evaluation(spec: DataSpec, task: Task, seed: int, only: str | None) -> dict[str, Dataset]:
     if spec.path is not None and spec.path.is_file():
         splits = {name_of(spec.path): file_split(spec.path, task, spec.on_disk)}
         found = list(splits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedex_lora.disk import reason, write_atomic
+from fedex_lora.disk import write_atomic
 from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.rundir import EXTENDED, RunDir
@@ -47,14 +47,7 @@ def extend(directory: RunDir, rounds: int) -> int:
         federation = recipe.federation.model_copy(update={"rounds": part["to"]})
         longer = recipe.model_copy(update={"federation": federation})
         write_atomic(path / "recipe.yaml", dump_recipe(longer).encode())
-        aside = path / f"after-round-{before}"
-        try:
-            aside.mkdir(exist_ok=True)
-            for old in (path / "results.json", directory.final):
-                if old.exists():
-                    old.rename(aside / old.name)
-        except OSError as error:
-            raise StorageError(f"{aside}: cannot be written: {reason(error)}") from None
+        directory.set_aside(path / f"after-round-{before}")
     return part["to"]
 
 

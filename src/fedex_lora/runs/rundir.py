@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -272,16 +273,24 @@ class RunDir:
                 ) from None
             moved = [path for n, path in there.items() if n > round]
             moved += [path.with_suffix(".sha256") for path in moved]
-            taken = len(list(self.path.glob("set-aside-*")))
-            aside = self.path / f"set-aside-{taken + 1}"
-            try:
-                aside.mkdir()
-                for path in [*moved, self.path / "results.json", self.final]:
-                    if path.exists():
-                        path.rename(aside / path.name)
-            except OSError as error:
-                raise StorageError(f"{aside}: cannot be written: {reason(error)}") from None
+            named = (self.path / f"set-aside-{n}" for n in itertools.count(1))
+            aside = next(folder for folder in named if not folder.exists())
+            self.set_aside(aside, moved)
             return aside
+
+    def set_aside(self, aside: Path, more: Sequence[Path] = ()) -> None:
+        """Moves what the run came to, and other files of it, into a folder.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        try:
+            aside.mkdir(exist_ok=True)
+            for path in [*more, self.path / "results.json", self.final]:
+                if path.exists():
+                    path.rename(aside / path.name)
+        except OSError as error:
+            raise StorageError(f"{aside}: cannot be written: {reason(error)}") from None
 
     def save_update(
         self, model: AdaptedModel, base: str, round: int, name: str, state: AdapterState, info: Any

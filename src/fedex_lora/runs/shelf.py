@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fedex_lora.disk import reason, replace_atomic
+from fedex_lora.disk import reason, replace_atomic, sha256_of
 from fedex_lora.errors import StorageError
 from fedex_lora.federation.messages import Tensors
 
@@ -81,11 +81,9 @@ def get(path: Path) -> OnDisk:
 def intact(path: Path) -> bool:
     """Whether the file holds what its name says."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return path.stem.endswith(sha256_of(path))
     except OSError:
         return False
-    return path.stem.endswith(digest)
 
 
 def sweep(directory: Path, version: int, used: Iterable[Path]) -> None:

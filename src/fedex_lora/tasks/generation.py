@@ -32,6 +32,10 @@ class Decoding:
     length_penalty: float = 1.0
     no_repeat_ngram: int = 0
 
+    def of_at_most(self, max_new_tokens: int | None) -> Decoding:
+        """The same, of texts of another length, if one is given."""
+        return replace(self, max_new_tokens=max_new_tokens or self.max_new_tokens)
+
 
 def generate(
     model: nn.Module,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +94,7 @@ def _tell(
     rows = [dict(row) for row in encoded]
     there = [i for i, row in enumerate(rows) if not unasked(row)]
     prompts = [prompt_of(rows[i]) or rows[i]["input_ids"] for i in there]
-    decoding = replace(decoding, max_new_tokens=max_new_tokens or decoding.max_new_tokens)
+    decoding = decoding.of_at_most(max_new_tokens)
     texts = dict(zip(there, generate(model, tokenizer, prompts, decoding, batch_size)))
     return [{"prediction": texts[i]} if i in texts else None for i in range(len(rows))]
 

@@ -11,23 +11,22 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from fedex_lora.disk import reason
-from fedex_lora.errors import StorageError
 from fedex_lora.experiments.grid.plan import Run, standing
-from fedex_lora.runs.lock import LOCK, locked
+from fedex_lora.runs.lock import locked
+from fedex_lora.runs.rundir import RunDir
 
 Tell = Callable[[str], None]
 
 PATIENCE = 30.0  # seconds that an interrupted run has to end by itself
+_BUSY = "another grid is at work here, {owner}; wait for it or end it, or name another `out`"
 _PROMPT = "$ "  # before the command in a log
 
 
@@ -66,7 +65,12 @@ def work(
         UserError: Another process is at work in `out`, or in a run that is to be resumed.
     """
     waiting, busy, failed = deque(runs), dict[int, _Job](), dict[str, str]()
-    with _alone(out, runs):
+    RunDir(out).make(out)
+    with locked(out, _BUSY):
+        for run in runs:  # one that a grid was killed with may live on
+            if standing(run, out) == "begun":
+                with locked(out / run.name):
+                    pass
         try:
             while waiting or busy:
                 for slot in range(jobs):
@@ -153,41 +157,3 @@ def _device(run: Run, slot: int) -> dict[str, str]:
     if len(there) < 2 or run.recipe.model.device not in ("auto", "cuda"):
         return {}
     return {"CUDA_VISIBLE_DEVICES": there[slot % len(there)]}
-
-
-@contextmanager
-def _alone(out: Path, runs: Sequence[Run]) -> Iterator[None]:
-    """Holds the lock of a grid's directory, where no run of a grid that was killed lives on."""
-    lock = FileLock(out / LOCK)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise StorageError(
-            f"{out}: another grid is at work here; wait for it, end it, or name another "
-            "directory with `out`"
-        ) from None
-    except OSError as error:
-        raise StorageError(
-            f"{out}: cannot be made: {reason(error)}; name a directory that you may write "
-            "with `out`"
-        ) from None
-    try:
-        for run in runs:
-            if standing(run, out) == "begun":
-                with locked(out / run.name):
-                    pass
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def ends_as_interrupts() -> Iterator[None]:
-    """A request to end, or a terminal that is closed, counts as Ctrl-C: runs are stopped too."""
-    old = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

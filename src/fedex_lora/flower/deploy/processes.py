@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -15,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
@@ -29,6 +28,7 @@ from fedex_lora.flower.deploy.init import Deployment
 from fedex_lora.flower.deploy.keys import client_context
 from fedex_lora.flower.deploy.proxy import Proxy
 from fedex_lora.flower.deploy.words import Log
+from fedex_lora.runs.lock import interrupted_by_signals, locked
 
 
 class Say(Protocol):
@@ -112,33 +112,17 @@ def attend(
         _supervise(look)
 
 
-@contextmanager
-def alone(folder: Path, what: str) -> Iterator[None]:
+def alone(folder: Path, what: str) -> AbstractContextManager[None]:
     """While this process is at it, no other one does `what` with the folder.
 
     Raises:
         UserError: Another one does; its number is named. Or the folder is another account's.
     """
-    try:
-        file = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be written: {reason(error)}; run this under the account that owns it"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            other = file.read().strip() or "?"
-            raise DeploymentError(
-                f"{folder}: process {other} runs `{what}` with this folder already; end that one, "
-                "or let it go on"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    return locked(
+        folder,
+        f"{{process}} runs `{what}` with this folder already; end that one, or let it go on",
+        "cannot be written: {reason}; run this under the account that owns it",
+    )
 
 
 @contextmanager
@@ -256,22 +240,6 @@ def _until_interrupted() -> Iterator[None]:
     """Ctrl-C and the like are how this ends."""
     with contextlib.suppress(KeyboardInterrupt), interrupted_by_signals():
         yield
-
-
-@contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM, and the end of the terminal, end this process as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
 
 
 def listens(port: int) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -336,6 +335,6 @@ def _tell(
     batch_size: int,
     max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
-    decoding = replace(decoding, max_new_tokens=max_new_tokens or decoding.max_new_tokens)
+    decoding = decoding.of_at_most(max_new_tokens)
     _, texts = _generated(column, decoding, model, encoded, tokenizer, batch_size)
     return [{"prediction": text} for text in texts]

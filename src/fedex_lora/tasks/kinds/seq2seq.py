@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -130,7 +129,7 @@ def _tell(
     batch_size: int,
     max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
-    decoding = replace(decoding, max_new_tokens=max_new_tokens or decoding.max_new_tokens)
+    decoding = decoding.of_at_most(max_new_tokens)
     prompts = encoded["input_ids"][:]
     texts = generate_from_encoded(model, tokenizer, prompts, decoding, batch_size)
     return [{"prediction": text} for text in texts]
