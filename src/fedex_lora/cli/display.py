@@ -78,10 +78,14 @@ class Display:
             self._pace.round_done(record["round"])
         self._print("  " + round_line(record))
         by_reason: dict[str, list[str]] = {}
-        for name, why in {**record["refused"], **record["lost"]}.items():
+        delayed = record.get("delayed", {}).items()
+        later = {name: f"it comes in round {due} (a rehearsal)" for name, due in delayed}
+        for name, why in {**record["refused"], **record["lost"], **later}.items():
             by_reason.setdefault(why, []).append(name)
         for why, names in by_reason.items():
             self._print(f"    without {some(names)}: {spoken(why)}", style="yellow", wrap=False)
+        if late := [f"{x['client']} (round {x['round']})" for x in record.get("late", {}).values()]:
+            self._print(f"    with late updates of {some(late)}", wrap=False)
 
     def scored(self, record: Record) -> None:
         self._print(f"  round {record['round']}; clients' own rows: {number(record['score'], 3)}")

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from fedex_lora.aggregation.adapter import AdapterState, fresh
+from fedex_lora.aggregation.asynchronous import Asynchronous
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.counts import Counts, scored_on, trained_on
 from fedex_lora.data.load import (
@@ -371,6 +372,7 @@ def federation_settings(
         align=fed.align,
         optimizer=fed.optimizer,
         scaffold=fed.scaffold,
+        asynchronous=fed.asynchronous and Asynchronous(**fed.asynchronous.model_dump()),
     )
 
 

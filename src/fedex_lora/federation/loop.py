@@ -21,9 +21,11 @@ from fedex_lora.federation.codec import (
     encode_update,
     update_nbytes,
 )
+from fedex_lora.federation.late import Late, delays, earlier_start, remembered, with_late
 from fedex_lora.federation.messages import (
     Broadcast,
     Lost,
+    Pending,
     Scores,
     Tensors,
     Update,
@@ -136,21 +138,32 @@ def run_round(
     """
     if noise is not None and settings.combining != Combining():
         raise UserError("mean, align: the noise is on the weighted mean alone; leave them out")
-    exchange = Exchange(state, settings, settings.sample(state.version + 1))
+    clients = settings.sample(state.version + 1, busy=state.pending)
+    exchange = Exchange(state, settings, clients)
     down = count_down(exchange)
-    tally = Tally()
+    tally, pending = Tally(), dict(state.pending)
     with Spool(waiting) as spool:
-        for reply in each_once(exchange.clients, transport.train(exchange), tally.refused):
+        for client in [c for c, p in state.pending.items() if p.due <= exchange.round]:
+            _receive_late(pending.pop(client).update, exchange, tally)
+        replies = _punctual(transport.train(exchange), exchange, tally)
+        for reply in each_once(exchange.clients, replies, tally.refused):
             down[reply.client] += reply.resent
             if isinstance(reply, Lost):
                 (tally.refused if reply.refused else tally.lost)[reply.client] = reply.reason
             else:
                 _receive(reply, exchange, tally, spool)
         if settings.method.exchanges:
-            for client, why in outliers(tally.norms, settings.norm_ratio).items():
+            for client, why in outliers(tally.all_norms, settings.norm_ratio).items():
                 tally.refuse(client, why)
+        for client, rounds in delays(state, settings, sorted(tally.taken)).items():
+            held, due = spool.get(client), exchange.round + rounds
+            tensors = shelve(exchange.round, held.tensors)
+            pending[client] = Pending(replace(held, tensors=tensors), due)
+            tally.delayed[client] = due
+            del tally.taken[client]
         began = perf_counter()
         after, result = _next_state(exchange, tally, spool, shelve, noise)
+        after = replace(remembered(state, after, settings), pending=pending)
         tally.seconds += perf_counter() - began
         if keep is not None:
             for client in sorted(tally.taken):
@@ -207,6 +220,32 @@ def each_once(
             refused.setdefault(reply.client, "sent something that was not asked for")
 
 
+def _punctual(
+    replies: Iterable[Update | Lost], exchange: Exchange, tally: Tally
+) -> Iterator[Update | Lost]:
+    """The replies to this round's messages; updates of earlier rounds are put aside."""
+    takes_late = exchange.settings.asynchronous is not None
+    for reply in replies:
+        if takes_late and isinstance(reply, Update) and reply.round < exchange.round:
+            tally.up[reply.client] = tally.up.get(reply.client, 0) + (reply.nbytes or 0)
+            _receive_late(reply, exchange, tally)
+        else:
+            yield reply
+
+
+def _receive_late(update: Update, exchange: Exchange, tally: Tally) -> None:
+    """Checks an update of an earlier round by where that started."""
+    settings, label = exchange.settings, f"{update.client}, round {update.round}"
+    start = earlier_start(exchange.state, settings, update.client, update.round)
+    try:
+        if start is None:
+            raise UpdateRefused("it comes too late (federation.asynchronous.staleness)")
+        norm = check(update, start, update.round, settings)
+        tally.late[label] = Late(update, start, norm)
+    except UpdateRefused as refusal:
+        tally.refused[label] = str(refusal)
+
+
 def _receive(update: Update, exchange: Exchange, tally: Tally, spool: Spool) -> None:
     """Checks an update by itself and puts it aside until the others are there."""
     client, settings = update.client, exchange.settings
@@ -214,7 +253,8 @@ def _receive(update: Update, exchange: Exchange, tally: Tally, spool: Spool) -> 
     try:
         tally.norms[client] = check(update, start, exchange.round, settings)
         if settings.method.exchanges:
-            tally.up[client] = update.nbytes or update_nbytes(update, settings.wire_dtype)
+            size = update.nbytes or update_nbytes(update, settings.wire_dtype)
+            tally.up[client] = tally.up.get(client, 0) + size
             if update.nbytes is None and settings.wire_dtype != torch.float32:
                 # it crossed no wire; what the server would have decoded is what counts
                 blob = encode_update(update, start, settings.wire_dtype)
@@ -249,32 +289,36 @@ def _next_state(
                 f"federation.min_clients is {least}. " + "; ".join(reasons)
             )
         try:
-            after, result = _aggregated(exchange, sorted(tally.taken), spool, shelve, noise)
+            after, result = _aggregated(exchange, tally, spool, shelve, noise)
             if (broken := too_large(after)) is None:
                 return after, result
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             broken = str(error)
-        largest = max(tally.taken, key=lambda client: tally.norms[client])
+        norms = tally.all_norms
+        largest = max([*tally.taken, *tally.late], key=lambda client: norms[client])
         tally.refuse(
             largest,
-            f"it changed by {tally.norms[largest]:.4g}, and the aggregate would be beyond what can "
+            f"it changed by {norms[largest]:.4g}, and the aggregate would be beyond what can "
             f"be trained from ({broken})",
         )
 
 
 def _aggregated(
     exchange: Exchange,
-    clients: list[str],
+    tally: Tally,
     spool: Spool,
     shelve: Shelve,
     noise: MeanNoise | None,
 ) -> tuple[ServerState, Aggregate | None]:
     settings, method = exchange.settings, exchange.settings.method
+    clients, eta = sorted(tally.taken), settings.server_learning_rate
+    shares = tally.shares(settings, exchange.round)
+    punctual = sum(shares[c] for c in clients) if tally.late else 1.0
     aggregator = Aggregator(
         method,
         settings.layers,
         method.trained(exchange.round),
-        settings.server_learning_rate,
+        eta * punctual,
         len(clients),
         settings.combining,
     )
@@ -303,6 +347,9 @@ def _aggregated(
             if own:  # private, and of a client elsewhere: there is nothing to keep
                 kept[client] = shelve(exchange.round, own)
     result = aggregator.finish() if method.exchanges else None
+    if result is not None:
+        late = ((eta * shares[label], tally.late[label]) for label in sorted(tally.late))
+        result = with_late(result, late)
     after = step(exchange.state, settings, result, clients, kept)
     return replace(after, ranks=ranks, variates=variates, variate=total), result
 

@@ -72,6 +72,18 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """An update that was made and is held back, in a rehearsal of late ones.
+
+    Attributes:
+        due: The round in which it arrives.
+    """
+
+    update: Update
+    due: int
+
+
+@dataclass(frozen=True)
 class Scores:
     """Client to server: how good the broadcast model is on the client's own validation rows."""
 

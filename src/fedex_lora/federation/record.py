@@ -9,6 +9,7 @@ from typing import Any
 
 from fedex_lora.aggregation.aggregator import Aggregate
 from fedex_lora.aggregation.ledger import Increment
+from fedex_lora.federation.late import Late
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState
 
@@ -30,12 +31,30 @@ class Tally:
     taken: dict[str, Taken] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    late: dict[str, Late] = field(default_factory=dict)
+    delayed: dict[str, int] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @property
+    def all_norms(self) -> dict[str, float]:
+        """Of the updates of this round and of earlier ones."""
+        return {**self.norms, **{label: late.norm for label, late in self.late.items()}}
+
+    def shares(self, settings: Settings, round: int) -> dict[str, float]:
+        """uᵢ / Σuᵢ of all updates that are taken."""
+        alike, asynchronous = settings.weights == "uniform", settings.asynchronous
+        n = {c: 1.0 if alike else float(self.taken[c].examples) for c in sorted(self.taken)}
+        for label, late in sorted(self.late.items()):
+            assert asynchronous is not None
+            count = 1.0 if alike else float(late.update.examples)
+            n[label] = asynchronous.weight(count, round - late.update.round)
+        return {c: v / sum(n.values()) for c, v in n.items()}
+
     def refuse(self, client: str, why: str) -> None:
         self.taken.pop(client, None)
+        self.late.pop(client, None)
         self.refused[client] = why
 
 
@@ -47,6 +66,7 @@ def record_of(
     down: Mapping[str, int],
 ) -> Record:
     """One line of the records: what happened in a round, and what it came to."""
+    shares = tally.shares(settings, after.version)
     record: Record = {
         "round": after.version,
         "clients": {
@@ -54,12 +74,24 @@ def record_of(
         },
         "refused": tally.refused,
         "lost": tally.lost,
-        "weights": _weights(tally.taken, settings),
+        "weights": {c: shares[c] for c in sorted(tally.taken)},
         "norms": {c: tally.norms[c] for c in sorted(tally.norms)},
         "bytes_down": dict(down),
         "bytes_up": tally.up,
         "seconds": {"aggregate": tally.seconds},
     }
+    if settings.asynchronous is not None:
+        record["late"] = {
+            label: {
+                "client": late.update.client,
+                "round": late.update.round,
+                "examples": late.update.examples,
+                "weight": shares[label],
+                **late.update.metrics,
+            }
+            for label, late in sorted(tally.late.items())
+        }
+        record["delayed"] = dict(tally.delayed)
     if settings.method.assignment.pruning is not None:
         layer = min(settings.layers)  # all have one rank
         left = {c: settings.layers_of(c, after.ranks.get(c)) for c in settings.clients}
@@ -85,12 +117,6 @@ def _left_out(settings: Settings, after: ServerState, result: Aggregate) -> floa
         return _norm(after.carry)
     sent = after.ledger.newest() if result.increment else {}  # of one client there is none
     return _norm({layer: w - sent[layer] for layer, w in result.increment.items()})
-
-
-def _weights(taken: Mapping[str, Taken], settings: Settings) -> dict[str, float]:
-    uniform = settings.weights == "uniform"
-    n = {c: 1.0 if uniform else float(taken[c].examples) for c in sorted(taken)}
-    return {c: v / sum(n.values()) for c, v in n.items()}
 
 
 def _norm(increment: Increment) -> float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import torch
 
 from fedex_lora.aggregation.adapter import LayerShape
+from fedex_lora.aggregation.asynchronous import Asynchronous
 from fedex_lora.aggregation.combining import Combining, Mean
 from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.scaffold import scaffold_problems
@@ -60,6 +62,7 @@ class Settings:
         liars: how many clients it is to withstand; see `Combining`.
         align: Whether clients' pairs are rotated before they are averaged.
         scaffold: Whether clients' steps are corrected by control variates.
+        asynchronous: How updates count that come in a later round; None: they are dropped.
         optimizer: What the server makes of the increments of G; None: it adds them.
 
     Raises:
@@ -90,12 +93,15 @@ class Settings:
     liars: int = 0
     align: bool = False
     scaffold: bool = False
+    asynchronous: Asynchronous | None = None
     optimizer: ServerOptimizer | None = None
 
     def __post_init__(self) -> None:
         found = list(self.combining.problems(self.method, self.min_clients))
         if self.optimizer is not None:
             found += self.optimizer.problems(self.method, self.server_learning_rate)
+        if self.asynchronous is not None:
+            found += self.asynchronous.problems(self.method, self.combining, self.scaffold)
         if self.scaffold:
             found += scaffold_problems(self.method, self.combining)
         ranks = {(s.rank, s.fixed_rank) for s in self.layers.values()}
@@ -132,12 +138,13 @@ class Settings:
         uniform = self.weights == "uniform" or not self.examples
         return {c: 1 if uniform else self.examples.get(c, 0) for c in self.clients}
 
-    def sample(self, round: int) -> list[str]:
-        """The clients of a round, sorted: a function of (seed, round)."""
+    def sample(self, round: int, busy: Collection[str] = ()) -> list[str]:
+        """The clients of a round, sorted: a function of (seed, round), and of who is busy."""
         generator = torch.Generator().manual_seed(derive(self.seed, "sample", round))
         order = torch.randperm(len(self.clients), generator=generator).tolist()
         asked = math.ceil(self.oversample * self.sample_size)
-        return sorted(self.clients[i] for i in order[:asked])
+        free = (self.clients[i] for i in order if self.clients[i] not in busy)
+        return sorted(islice(free, asked))
 
     @property
     def sample_size(self) -> int:

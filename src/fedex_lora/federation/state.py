@@ -24,6 +24,7 @@ from fedex_lora.aggregation.sparse import sparse_name, spread
 from fedex_lora.federation.messages import (
     VARIATE,
     Broadcast,
+    Pending,
     Tensors,
     flat,
     only,
@@ -51,6 +52,8 @@ class ServerState:
         taken: The last round of which a client's update was taken.
         optimizer: What the server's optimizer remembers.
         ranks: Of clients whose rank was pruned.
+        past: By version, what rounds started from of which updates may still come late.
+        pending: Updates that are held back, by client.
         variates: Every client's control variate cᵢ by flat name, where there are some, and
         variate: Σ nᵢcᵢ.
     """
@@ -69,6 +72,8 @@ class ServerState:
     ranks: Mapping[str, int] = field(default_factory=dict)
     variates: Mapping[str, Tensors] = field(default_factory=dict)
     variate: Tensors = field(default_factory=dict)
+    past: Mapping[int, AdapterState] = field(default_factory=dict)
+    pending: Mapping[str, Pending] = field(default_factory=dict)
 
 
 def begin(settings: Settings, initial: AdapterState) -> ServerState:

@@ -52,6 +52,14 @@ class ServerOptimizerSpec(Part):
                 yield option, "fedavgm has none; it is of fedadam and fedyogi"
 
 
+class AsynchronousSpec(Part):
+    """What becomes of updates that come in a later round."""
+
+    staleness: int = Field(default=1, ge=1)  # rounds late, at most
+    exponent: float = Field(default=0.5, ge=0)  # a of the weight n·(1 + τ)^−a
+    delay: float = Field(default=0.0, ge=0, le=1)  # engine local: how probably one comes late
+
+
 CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a folder's name
 CLIENT_NAME_RULE = "expected letters, digits, '.', '_', '-', at most 64, a letter or digit first"
 
@@ -63,6 +71,7 @@ class FederationSpec(Part):
     weights: Literal["examples", "uniform"] = "examples"
     server_learning_rate: float = Field(default=1.0, gt=0)
     server_optimizer: ServerOptimizerSpec | None = None
+    asynchronous: AsynchronousSpec | None = None
     min_clients: int = Field(default=1, ge=1)
     failure_rate: float = Field(default=0.0, ge=0, le=1)
     wire_dtype: Literal["float32", "bfloat16"] = "float32"

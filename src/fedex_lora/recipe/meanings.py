@@ -181,6 +181,11 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "federation.align": ("true", "Each client's pair is rotated towards the A it began with before "
         "it is averaged."),
     "federation.proximal": ("0.01", "FedProx: how strongly a client is held to where it began."),
+    "federation.asynchronous.staleness": ("3", "An update that comes so many rounds late, at most, "
+        "is still taken, from where it started."),
+    "federation.asynchronous.exponent": ("1", "How fast late updates lose weight: n·(1 + τ)^−a."),
+    "federation.asynchronous.delay": ("0.3", "Rehearsal: how probably an update comes late. "
+        "Engine local."),
     "federation.scaffold": ("true", "SCAFFOLD: every client's steps are corrected for what is its "
         "own, by control variates."),
     "federation.server_optimizer.name": ("fedavgm", "What the server makes of the mean change: "

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fedex_lora.aggregation.asynchronous import Asynchronous
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.aggregation.scaffold import scaffold_problems
 from fedex_lora.recipe.blocks import Blocks
 from fedex_lora.recipe.differential import differential_problems
 from fedex_lora.recipe.fusing import MOST_FUSED, fusable
 from fedex_lora.recipe.part import Problem, did_you_mean
+from fedex_lora.recipe.privacy import Privacy
 from fedex_lora.recipe.secure import secure_problems
 
 
@@ -134,6 +136,8 @@ class Recipe(Blocks):
         method, fed = METHODS[self.method.name], self.federation
         for option, why in fed.combining.problems(method, fed.min_clients):
             yield f"federation.{option}", why
+        if fed.asynchronous is not None:
+            yield from self._asynchronous(Asynchronous(**fed.asynchronous.model_dump()))
         if fed.scaffold:
             for option, why in scaffold_problems(method, fed.combining):
                 yield f"federation.{option}", f"{self.method.name}: {why}"
@@ -148,6 +152,16 @@ class Recipe(Blocks):
         if fed.optimizer is not None:
             for option, why in fed.optimizer.problems(method, fed.server_learning_rate):
                 yield f"federation.{option}", f"{self.method.name}: {why}"
+
+    def _asynchronous(self, chosen: Asynchronous) -> Iterator[Problem]:
+        method, fed = METHODS[self.method.name], self.federation
+        for _, why in chosen.problems(method, fed.combining, fed.scaffold):
+            yield "federation.asynchronous", f"{self.method.name}: {why}"
+        if self.privacy != Privacy():
+            told = "what is spent, or summed, is of the updates of one round"
+            yield "federation.asynchronous", f"{told}; leave it or the privacy block out"
+        if chosen.delay and self.engine.kind != "local":
+            yield "federation.asynchronous.delay", "a rehearsal is for engine: local"
 
     def _inner(self) -> Iterator[Problem]:
         """What a method cannot do that trains a matrix between the factors."""

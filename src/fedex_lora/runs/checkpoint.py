@@ -20,7 +20,7 @@ from fedex_lora.aggregation.delta import Delta
 from fedex_lora.disk import parsed, replace_atomic, sha256_of, write_atomic
 from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.codec import ledger_from, ledger_meta, ledger_tensors
-from fedex_lora.federation.messages import Tensors, flat
+from fedex_lora.federation.messages import Pending, Tensors, Update, flat
 from fedex_lora.federation.state import ServerState
 from fedex_lora.runs import shelf
 
@@ -28,14 +28,15 @@ NAME = "round-{:04d}.safetensors"  # more digits from round 10,000 on
 _NAMED = re.compile(r"round-([0-9]+)\.safetensors")
 _ODD = (LookupError, TypeError, ValueError, AttributeError, SafetensorError)
 OWN = "own"  # the directory of clients' own tensors
-_BESIDE = "own", "variates"  # of each client, in files of their own
+_BESIDE = "own", "variates", "pending"  # of each client, in files of their own
 
 
 def save_checkpoint(directory: Path, state: ServerState, extra: Mapping[str, Any]) -> Path:
     """Writes the state after its version; `extra` is JSON that comes back with it."""
+    pending = {c: p.update.tensors for c, p in state.pending.items()}
     beside = {
         kind: {c: shelve(directory, state.version, t).path.name for c, t in parts.items()}
-        for kind, parts in zip(_BESIDE, (state.own, state.variates))
+        for kind, parts in zip(_BESIDE, (state.own, state.variates, pending))
     }
     meta = {"fedex": json.dumps({**_meta(state), **beside, "extra": extra})}
     path = directory / NAME.format(state.version)
@@ -79,16 +80,16 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
 
 def _read(path: Path) -> tuple[ServerState, dict[str, Any]]:
     meta = _meta_in(path)
-    own, variates = (
+    parts = [
         {client: path.parent / OWN / name for client, name in meta.get(kind, {}).items()}
         for kind in _BESIDE
-    )
-    for client, file in (*own.items(), *variates.items()):
+    ]
+    for client, file in ((c, file) for part in parts for c, file in part.items()):
         if not shelf.intact(file):
             raise StorageError(f"{path}: checkpoint lacks the factors of {client}, {file}")
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    held = ({c: shelf.get(file) for c, file in part.items()} for part in (own, variates))
+    held = ({c: shelf.get(file) for c, file in part.items()} for part in parts)
     return _state(tensors, meta, *held), meta["extra"]
 
 
@@ -151,6 +152,8 @@ def _meta(state: ServerState) -> dict[str, Any]:
         "changed": dict(state.changed),
         "taken": dict(state.taken),
         "ranks": dict(state.ranks),
+        "past": sorted(state.past),
+        "due": {c: _held_back(pending) for c, pending in state.pending.items()},
         "scales": {n: f.scale for n, f in state.factors.items()},
         "ledger": ledger_meta(state.ledger),
     }
@@ -165,6 +168,8 @@ def _tensors(state: ServerState) -> dict[str, Tensor]:
     found |= {f"late/{name}": value for name, value in state.late.items()}
     found |= {f"optimizer/{name}": value for name, value in state.optimizer.items()}
     found |= {f"variate/{name}": value for name, value in state.variate.items()}
+    for version, adapter in state.past.items():
+        found |= {f"past/{version}/{name}": value for name, value in flat(adapter).items()}
     seen: set[int] = set()  # one tensor under two names is written twice
     for name, value in found.items():
         if value.data_ptr() in seen or not value.is_contiguous():
@@ -182,15 +187,16 @@ def _state(
     meta: Mapping[str, Any],
     own: Mapping[str, Tensors],
     variates: Mapping[str, Tensors],
+    pending: Mapping[str, Tensors],
 ) -> ServerState:
-    a, b, head = (_under(tensors, f"factors/{kind}/") for kind in ("A", "B", "head"))
     carry = _under(tensors, "carry/")
     layers = [key[: -len("/left")] for key in carry if key.endswith("/left")]
     held: dict[str, int] = meta["held"]
+    now = _adapter(tensors, "factors", meta["scales"])
     return ServerState(
         meta["version"],
-        {name: Factors(a[name], b[name], scale) for name, scale in meta["scales"].items()},
-        head,
+        now.layers,
+        now.head,
         ledger_from(tensors, meta["ledger"]),
         own,
         {n: Delta(carry[f"{n}/left"], carry.get(f"{n}/right")) for n in layers},
@@ -203,4 +209,22 @@ def _state(
         meta.get("ranks", {}),  # before clients could be pruned there were none
         variates,
         _under(tensors, "variate/"),
+        {v: _adapter(tensors, f"past/{v}", meta["scales"]) for v in meta.get("past", [])},
+        {c: _pending(c, meta["due"][c], tensors) for c, tensors in pending.items()},
     )
+
+
+def _adapter(tensors: Tensors, where: str, scales: Mapping[str, float]) -> AdapterState:
+    a, b, head = (_under(tensors, f"{where}/{kind}/") for kind in ("A", "B", "head"))
+    return AdapterState({n: Factors(a[n], b[n], scale) for n, scale in scales.items()}, head)
+
+
+def _held_back(pending: Pending) -> dict[str, Any]:
+    update = pending.update
+    about = {"round": update.round, "examples": update.examples, "metrics": dict(update.metrics)}
+    return {"due": pending.due, **about}
+
+
+def _pending(client: str, about: Mapping[str, Any], tensors: Tensors) -> Pending:
+    update = Update(about["round"], client, tensors, about["examples"], about["metrics"])
+    return Pending(update, about["due"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from fedex_lora.engines.remote.replies import (
     said,
     text,
 )
+from fedex_lora.engines.remote.under_way import Patience, Run, Sent
 from fedex_lora.engines.remote.wire import Identity, agreement
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import UserError, some
@@ -33,8 +34,9 @@ from fedex_lora.federation.codec import (
     encode_broadcast,
     most_up,
 )
+from fedex_lora.federation.late import earlier_start
 from fedex_lora.federation.loop import Exchange
-from fedex_lora.federation.messages import Broadcast, Lost, Scores, Update
+from fedex_lora.federation.messages import Lost, Scores, Update
 from fedex_lora.federation.secure.messages import Answer, Ask, limit
 from fedex_lora.federation.settings import Settings
 
@@ -42,70 +44,7 @@ OFTEN = 0.5  # seconds between two looks for replies
 _UNUSABLE = (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
-@dataclass
-class _Sent:
-    """A message under way."""
-
-    client: str
-    node: str
-    expires: float
-    nbytes: int
-    again: bool = False
-
-
-@dataclass
-class _Run:
-    """One exchange under way, and what came of it.
-
-    Attributes:
-        kind: Of its messages: round, evaluate, final or secure.
-        messages: What the server counts on sending, by client.
-        counted: Bytes of those that were sent as they are.
-        spent: Bytes of all that was sent.
-        asks: Under secure aggregation, what each client is asked.
-    """
-
-    exchange: Exchange
-    kind: str
-    messages: Mapping[str, Broadcast]
-    under_way: dict[str, _Sent] = field(default_factory=dict)
-    waiting: dict[str, str] = field(default_factory=dict)  # by client, why nothing was sent
-    counted: dict[str, int] = field(default_factory=dict)
-    spent: dict[str, int] = field(default_factory=dict)
-    good: int = 0
-    losses: list[float] = field(default_factory=list)
-    told: int = -1
-    asks: Mapping[str, Ask] = field(default_factory=dict)
-
-    @property
-    def trains(self) -> bool:
-        return self.kind in ("round", "secure")
-
-    def brings(self, client: str) -> bool:
-        """Whether a broadcast goes with what this client is sent."""
-        return client not in self.asks or self.asks[client].trains
-
-    @property
-    def number(self) -> int:
-        """The round it belongs to: that which is trained, or whose model is scored."""
-        return self.exchange.round - (not self.trains)
-
-
 Reply = Update | Scores | Answer | Lost
-
-
-class _Patience:
-    """Waits for so many seconds from the first moment that something is lacking."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.since: float | None = None
-
-    def holds(self, lacking: bool) -> bool:
-        now = time.monotonic()
-        if lacking and self.since is None:
-            self.since = now
-        return lacking and now - (self.since or now) <= self.seconds
 
 
 class RemoteEngine:
@@ -131,7 +70,7 @@ class RemoteEngine:
         self.guests, self.settings, self.stage = guests, settings, stage
         self.courier, self.waits, self.note = guests.courier, guests.waits, guests.note
         self.progress, self._remember = progress, remember
-        self._late: dict[str, _Sent] = {}
+        self._late: dict[str, Sent] = {}
         self._agreement = agreement(guests.facts.agreed)
 
     @property
@@ -179,16 +118,23 @@ class RemoteEngine:
     ) -> Iterator[Reply]:
         names = [c for c in exchange.clients if kind != "evaluate" or self.validation.get(c, 1)]
         messages = {client: exchange.message(client) for client in names}
-        run = _Run(exchange, kind, messages, asks=asks or {})
+        run = Run(exchange, kind, messages, asks=asks or {})
         needed = self.settings.min_clients if kind == "round" else 0
         if all(ask.step == "keys" for ask in run.asks.values()) and run.asks:
             assert self.settings.secure is not None  # later on who comes back has lost its keys
             half = len(names) // 2 + 1
             needed = max(self.settings.min_clients, self.settings.secure.threshold or half)
         enough = self.settings.sample_size if kind == "round" else len(names)
-        patience = _Patience(self.waits.clients)
+        patience = Patience(self.waits.clients)
+        # whose message may have been lost with its time to live is asked again
+        since = time.monotonic() - self._staleness * self.waits.round
+        busy = {sent.client: sent.round for sent in self._late.values() if sent.expires > since}
+        busy = busy if self._staleness else {}
         for client in names:
-            self._offer(run, client)
+            if kind == "round" and client in busy:
+                yield self._lost(run, client, f"still at work on round {busy[client]}")
+            else:
+                self._offer(run, client)
         while run.under_way or run.waiting:
             lacking = run.good + len(run.under_way) < needed
             if run.waiting and lacking and patience.since is None:
@@ -200,7 +146,8 @@ class RemoteEngine:
                 for client in list(run.waiting):
                     self._offer(run, client)
             for reply in self._collect(run):
-                run.good += isinstance(reply, Update | Answer)
+                punctual = not isinstance(reply, Update) or reply.round == exchange.round
+                run.good += isinstance(reply, Update | Answer) and punctual
                 if isinstance(reply, Update) and "loss" in reply.metrics:
                     run.losses.append(reply.metrics["loss"])
                 yield reply
@@ -213,7 +160,7 @@ class RemoteEngine:
             if run.under_way or run.waiting:
                 time.sleep(OFTEN)
 
-    def _tell(self, run: _Run) -> None:
+    def _tell(self, run: Run) -> None:
         total = len(run.messages)
         done = total - len(run.under_way) - len(run.waiting)
         trained = run.trains and any(map(run.brings, run.messages))
@@ -222,19 +169,19 @@ class RemoteEngine:
             loss = sum(run.losses) / len(run.losses) if run.losses else None
             self.progress(run.number, "", done, total, loss)
 
-    def _tell_waiting(self, run: _Run, needed: int) -> None:
+    def _tell_waiting(self, run: Run, needed: int) -> None:
         why = some([f"{client} ({reason})" for client, reason in run.waiting.items()])
         until = time.strftime("%H:%M", time.localtime(time.time() + self.waits.clients))
         self.note(f"round {run.number} needs {needed} clients; waiting for {why} until {until}")
 
-    def _give_up(self, run: _Run) -> Iterator[Lost]:
+    def _give_up(self, run: Run) -> Iterator[Lost]:
         """Of those who wait; who was cut off just before the round may still make it."""
         for client, reason in list(run.waiting.items()):
             if client in run.spent or not self.guests.soon_back(client):
                 del run.waiting[client]
                 yield self._lost(run, client, reason)
 
-    def _offer(self, run: _Run, client: str) -> None:
+    def _offer(self, run: Run, client: str) -> None:
         """Sends the round's message, if the client is there."""
         guest = self.guests.here(client)
         if guest is None:
@@ -246,7 +193,7 @@ class RemoteEngine:
         run.waiting.pop(client, None)
         self._send(run, client, held)
 
-    def _send(self, run: _Run, client: str, held: int, again: bool = False) -> None:
+    def _send(self, run: Run, client: str, held: int, again: bool = False) -> None:
         """The message for a client that holds version `held`; its bytes are counted here."""
         exchange, node = run.exchange, self.guests.known[client].node
         believed = exchange.state.held.get(client, 0)
@@ -265,7 +212,8 @@ class RemoteEngine:
         else:
             blob = encode_about(about)
         round = run.number + exchange.final  # so messages of a round are told from the last one
-        ticket = self.courier.send(node, blob, round, self.waits.round)
+        patience = self.waits.round * (1 + self._staleness)
+        ticket = self.courier.send(node, blob, round, patience)
         self.guests.sent(run.kind, run.number, blob, ticket, client)
         if isinstance(ticket, Failed):
             run.waiting[client] = ticket.reason
@@ -274,9 +222,10 @@ class RemoteEngine:
         if held == believed and not run.asks:
             run.counted[client] = len(blob)
         expires = time.monotonic() + self.waits.round
-        run.under_way[ticket] = _Sent(client, node, expires, len(blob), again)
+        updates = run.number if run.kind == "round" else 0
+        run.under_way[ticket] = Sent(client, node, expires, len(blob), again, updates)
 
-    def _resent(self, run: _Run, client: str) -> int:
+    def _resent(self, run: Run, client: str) -> int:
         """Bytes beyond the broadcast that the round loop counts; negative if nothing was sent."""
         if client not in run.counted:
             message, asked = run.messages[client], run.asks.get(client)
@@ -284,7 +233,7 @@ class RemoteEngine:
             run.counted[client] = sent + (0 if asked is None else asked.nbytes)
         return run.spent.get(client, 0) - run.counted[client]
 
-    def _collect(self, run: _Run) -> Iterator[Reply]:
+    def _collect(self, run: Run) -> Iterator[Reply]:
         for ticket, reply in self.courier.collect(list(run.under_way)):
             sent = run.under_way.pop(ticket)
             found = self._opened(run, sent, reply)
@@ -298,16 +247,48 @@ class RemoteEngine:
                 self._late[ticket] = sent
                 seconds = f"{self.waits.round:g} s (federation.round_timeout)"
                 yield self._lost(run, sent.client, f"no reply within {seconds}")
-        self._drop_late()
+        yield from self._take_late(run)
 
-    def _drop_late(self) -> None:
-        for ticket, reply in self.courier.collect(list(self._late)) if self._late else []:
+    def _take_late(self, run: Run) -> Iterator[Update]:
+        """Replies to messages that nobody waits for: updates of earlier rounds, in asynchronous
+        ones; what else comes is dropped."""
+        tickets = [ticket for ticket, sent in self._late.items() if not self._waits(run, sent)]
+        for ticket, reply in self.courier.collect(tickets) if tickets else []:
             sent = self._late.pop(ticket)
-            if not isinstance(reply, Failed):
-                self.note(f"an update of {sent.client} came too late and was dropped")
-                self.guests.received(None, 0, reply, "too late: dropped", sent.client)
+            if isinstance(reply, Failed):
+                continue
+            if (update := self._late_update(run, sent, reply)) is not None:
+                self.guests.received("update", sent.round, reply, "taken late", sent.client)
+                yield update
+                continue
+            self.note(f"an update of {sent.client} came too late and was dropped")
+            self.guests.received(None, 0, reply, "too late: dropped", sent.client)
 
-    def _audit(self, run: _Run, sent: _Sent, reply: bytes | Failed, found: Reply | None) -> None:
+    @property
+    def _staleness(self) -> int:
+        asynchronous = self.settings.asynchronous
+        return 0 if asynchronous is None else asynchronous.staleness
+
+    def _waits(self, run: Run, sent: Sent) -> bool:
+        """Whether a late update waits for the next round that can take it."""
+        return bool(self._staleness and sent.round) and (
+            run.kind != "round" or sent.round >= run.number
+        )
+
+    def _late_update(self, run: Run, sent: Sent, reply: bytes) -> Update | None:
+        if not (self._staleness and sent.round):
+            return None
+        start = earlier_start(run.exchange.state, self.settings, sent.client, sent.round)
+        if start is None:
+            return None
+        try:
+            about = about_reply(reply, self.guests.identity, sent.client, most_up(start))
+            found = about.get("kind") == "update"
+            return decode_update(reply, start, sent.client) if found else None
+        except _UNUSABLE:
+            return None
+
+    def _audit(self, run: Run, sent: Sent, reply: bytes | Failed, found: Reply | None) -> None:
         """A line on a reply: what was made of it."""
         kind, outcome = "secure" if run.asks else "update" if run.trains else "scores", "taken"
         if isinstance(reply, Failed):
@@ -318,10 +299,10 @@ class RemoteEngine:
             kind, outcome = None if found.refused else "failed", found.reason
         self.guests.received(kind, run.number, reply, outcome, sent.client)
 
-    def _lost(self, run: _Run, client: str, reason: str, refused: bool = False) -> Lost:
+    def _lost(self, run: Run, client: str, reason: str, refused: bool = False) -> Lost:
         return Lost(client, reason, refused, self._resent(run, client))
 
-    def _opened(self, run: _Run, sent: _Sent, reply: bytes | Failed) -> Reply | None:
+    def _opened(self, run: Run, sent: Sent, reply: bytes | Failed) -> Reply | None:
         """What a reply holds; None if the client is asked once more."""
         client = sent.client
         if isinstance(reply, Failed):
@@ -335,7 +316,7 @@ class RemoteEngine:
         except _UNUSABLE as error:
             return self._lost(run, client, f"sent what cannot be used: {error}"[:500], True)
 
-    def _read(self, run: _Run, sent: _Sent, reply: bytes) -> Reply | None:
+    def _read(self, run: Run, sent: Sent, reply: bytes) -> Reply | None:
         client = sent.client
         asked = run.asks.get(client)
         start = run.exchange.start(client)

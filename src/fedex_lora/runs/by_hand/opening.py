@@ -83,6 +83,10 @@ def names_of(recipe: Recipe) -> list[str]:
             f"method.name: {recipe.method.name} leaves a part of every model with its client from "
             "round to round; rounds by hand send all in a folder: take another method"
         )
+    if recipe.federation.asynchronous is not None:
+        raise RecipeError(
+            "federation.asynchronous: a round by hand is over when somebody closes it; leave it out"
+        )
     if recipe.federation.scaffold:
         raise RecipeError(
             "federation.scaffold: control variates go beside the adapter, and rounds by hand send "

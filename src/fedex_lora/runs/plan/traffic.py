@@ -143,7 +143,10 @@ class DryRun:
     def checkpoint(self) -> int:
         """Bytes of the state's tensors, all float32, clients' own factors apart."""
         state = self._state
-        numbers = _numbers(flat(AdapterState(state.factors, state.head))) + _numbers(state.late)
+        asynchronous = self.settings.asynchronous
+        versions = 1 + (0 if asynchronous is None else asynchronous.staleness)
+        shared = _numbers(flat(AdapterState(state.factors, state.head)))
+        numbers = versions * shared + _numbers(state.late)
         numbers += _numbers(state.optimizer) + _numbers(self._variates)
         return self.ledger_bytes() + 4 * (numbers + sum(w.numbers for w in state.carry.values()))
 
