@@ -108,7 +108,8 @@ def tables(found: Arms) -> Iterator[str]:
         return change(estimate({"": values})) if values else "-"
 
     def picked(method: str, b: str) -> str:
-        return ", ".join("-" if x is None else f"{x:g}" for x in chosen(found[method, b]))
+        best = ", ".join("-" if x is None else f"{x:g}" for x in chosen(found[method, b]))
+        return f"{best} (of {len(found[method, b])})"
 
     run = next(iter(best.values()))
     first = run[min(run)]
@@ -117,7 +118,7 @@ def tables(found: Arms) -> Iterator[str]:
     yield markdown_table(["method", *columns], rows(score))
     yield f"{EXACT} less the method, of equal seeds, with the 95 % interval:\n"
     yield markdown_table([f"{EXACT} less", *columns], rows(less, EXACT))
-    yield "Learning rate and clipping bound that were chosen:\n"
+    yield "Learning rate and clipping bound that were chosen (of so many pairs tried):\n"
     yield markdown_table(["method", *columns], rows(picked))
 
 

@@ -44,7 +44,7 @@ def test_the_page_has_the_chosen_runs_their_differences_and_the_share_that_is_no
     assert "| fedit | 0.600 ± 0.100 (3) | 0.800 (1) |" in text
     # differences 0.10, 0.11, 0.12: mean 0.11, half-width 4.303 * 0.01 / sqrt(3)
     assert "| fedit | +0.110 (+0.085 to +0.135) | - |" in text
-    assert "| fedex | 0.02, 1 | - |" in text
+    assert "| fedex | 0.02, 1 (of 2) | - |" in text
     # 1 - (3 / 5)² of the squared deviation
     assert "| ε 8 | 3 | 5.000 ± 0.000 | 3.000 ± 0.000 | 0.640 ± 0.000 |" in text
     assert str(tmp_path) not in text
