@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedex_lora.merge.call import Merge
     from fedex_lora.merge.plan import make_plan
     from fedex_lora.merge.write import merge_adapters
+    from fedex_lora.recipe.extensions import register_train, register_transport
     from fedex_lora.runs.by_hand.turning import open_turn
     from fedex_lora.runs.records import Round
     from fedex_lora.tasks import Metric, Task, TaskSpec, register_task
@@ -74,6 +75,8 @@ _HOMES = {  # where a public name is defined
     "open_turn": "runs.by_hand.turning",
     "register_method": "aggregation.methods",
     "register_task": "tasks",
+    "register_train": "recipe.extensions",
+    "register_transport": "recipe.extensions",
 }
 
 __all__ = [
@@ -112,6 +115,8 @@ __all__ = [
     "open_turn",
     "register_method",
     "register_task",
+    "register_train",
+    "register_transport",
 ]
 
 

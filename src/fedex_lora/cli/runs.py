@@ -56,7 +56,8 @@ def run(
     out: Out = None,
     resume: bool = False,
     engine: Annotated[
-        str | None, typer.Option(help="local, flower or flower-simulation: as engine.kind.")
+        str | None,
+        typer.Option(help="As engine.kind: local, flower, flower-simulation, ..."),
     ] = None,
     deployment: Deployment = Path("deployment"),
     monitor: Address = None,
@@ -105,6 +106,7 @@ def resume(
 
 def _run(spec: Recipe, path: Path, resume: bool, deployment: Path, monitor: str | None) -> None:
     """With the engine that the recipe names."""
+    from fedex_lora.runs.here import transport
     from fedex_lora.runs.run import resume_run, start_run
     from fedex_lora.runs.rundir import RunDir
 
@@ -121,15 +123,18 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path, monitor: str 
             from fedex_lora.runs.monitor import monitored
 
             shown = stack.enter_context(monitored(shown, monitor))
-        if spec.engine.kind == "local":
-            results = resume_run(path, spec, shown) if resume else start_run(spec, path, shown)
-        else:
-            from fedex_lora.flower.deploy.launch import launch, simulate
+        if spec.engine.kind == "flower":
+            from fedex_lora.flower.deploy.launch import launch
 
-            if spec.engine.kind == "flower":
-                results = launch(spec, path, deployment, resume, shown)
-            else:
-                results = simulate(spec, path, resume, shown)
+            results = launch(spec, path, deployment, resume, shown)
+        elif spec.engine.kind == "flower-simulation":
+            from fedex_lora.flower.deploy.launch import simulate
+
+            results = simulate(spec, path, resume, shown)
+        elif resume:
+            results = resume_run(path, spec, shown, transport(spec))
+        else:
+            results = start_run(spec, path, shown, transport(spec))
     show_results(path, results)
 
 

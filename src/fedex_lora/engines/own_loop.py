@@ -13,6 +13,14 @@ from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.load import seeded
+from fedex_lora.recipe import Recipe
+from fedex_lora.recipe.extensions import TRAIN_FUNCTIONS
+
+
+def own_loop(recipe: Recipe) -> OwnLoop | None:
+    """The registered loop that a recipe names in the Trainer's place (`engine.train`), if any."""
+    name = recipe.engine.train
+    return None if name is None else OwnLoop(TRAIN_FUNCTIONS.one(name))
 
 
 @dataclass(frozen=True)

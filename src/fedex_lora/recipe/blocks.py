@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from fedex_lora.recipe.data import DataSpec
+from fedex_lora.recipe.extensions import OURS, TRAIN_FUNCTIONS, TRANSPORTS
 from fedex_lora.recipe.federation import FederationSpec
 from fedex_lora.recipe.model import LoraSpec, MethodSpec, ModelSpec
-from fedex_lora.recipe.part import Part, check
+from fedex_lora.recipe.part import Part, Problem, check, did_you_mean
 from fedex_lora.recipe.privacy import Privacy
 from fedex_lora.recipe.refused import REFUSED_TRAINING
 from fedex_lora.recipe.task import TaskBlock
@@ -34,12 +36,25 @@ class RecordsSpec(Part):
 class EngineSpec(Part):
     """How messages are carried: in this process, or by Flower, across machines or simulated."""
 
-    kind: Literal["local", "flower", "flower-simulation"] = "local"
+    kind: str = "local"  # or flower, flower-simulation, or a registered one
     threads: int = Field(default=1, ge=1, le=1024)
     precision: Literal["float32", "bfloat16", "auto"] = "float32"  # bfloat16: training's autocast
     fuse: Annotated[int, Field(ge=1)] | Literal["auto"] = 1  # local: clients trained in one pass
+    train: str | None = None  # a registered training loop; None: the Trainer
     client_cpus: int = Field(default=1, ge=1)  # flower-simulation: of each client that trains
     client_gpus: float = Field(default=0.0, ge=0)
+
+    def problems(self) -> Iterator[Problem]:
+        known = [*OURS, *TRANSPORTS]
+        if self.kind not in known:
+            yield "kind", f"expected {_one_of(self.kind, known)}"
+        if self.train is not None and self.train not in TRAIN_FUNCTIONS:
+            yield "train", f"expected {_one_of(self.train, TRAIN_FUNCTIONS)}"
+
+
+def _one_of(name: str, known: Iterable[str]) -> str:
+    names = ", ".join(known) or "those that are registered, of which there are none"
+    return f"one of {names}, got {name!r}{did_you_mean(name, known)}"
 
 
 class Blocks(Part):

@@ -292,7 +292,10 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "privacy.client_level.clip_learning_rate": ("0.2", "How fast the bound's logarithm follows."),
     "privacy.rehearsal": ("true", "Noise follows from the seed: for tests, and not private."),
     "records.save_updates": ("true", "Keep every update, so that anybody can recompute the mean."),
-    "engine.kind": ("flower", "Clients in this process, on machines of their own, or simulated."),
+    "engine.kind": ("flower", "Clients in this process, on machines of their own, or simulated "
+                    "(local, flower, flower-simulation); or a registered transport."),
+    "engine.train": ("null", "A training loop that a package or script registers, in the place "
+                     "of the Trainer (CONTRIBUTING.md)."),
     "engine.threads": ("4", "Of the CPU. Runs with equal numbers repeat bit for bit."),
     "engine.precision": ("auto", "What training computes in; auto measures what is faster, once."),
     "engine.fuse": ("auto", "How many clients train in one pass; auto measures, once."),

@@ -43,6 +43,7 @@ class Recipe(Blocks):
         yield from self._inner()
         yield from self._own_pair()
         yield from self._sparse()
+        yield from self._own_loop()
         yield from self._privacy()
         if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
@@ -89,6 +90,23 @@ class Recipe(Blocks):
         if self.lora.ranks is not None and not known and self.engine.kind == "flower":
             yield "federation.names", "missing; lora.ranks belong to clients in the order of names"
 
+    def _own_loop(self) -> Iterator[Problem]:
+        """What a loop of one's own does not have of the Trainer."""
+        if self.engine.train is None:
+            return
+        method, fed, why = METHODS[self.method.name], self.federation, "engine.train is a loop"
+        if self.training:
+            yield "training", f"{why} with arguments of its own; leave the block out"
+        if self.engine.precision == "bfloat16":
+            yield "engine.precision", f"{why} that chooses its precision; leave it out"
+        if method.pooled or method.assignment.gradients or method.assignment.pruning is not None:
+            yield "engine.train", f"{self.method.name} needs the Trainer; leave it out"
+        for key, used in (("proximal", fed.proximal), ("scaffold", fed.scaffold)):
+            if used:
+                yield f"federation.{key}", f"{why}, to whose gradients nothing is added"
+        if self.privacy.example_level is not None:
+            yield "privacy.example_level", f"{why} that clips no row by itself; leave one out"
+
     def _personal(self) -> Iterator[Problem]:
         """What a server cannot do that lacks a part of every client's model."""
         why = f"{self.method.name} leaves a part of every model with its client"
@@ -105,6 +123,8 @@ class Recipe(Blocks):
         """What cannot be had in one pass."""
         if self.engine.kind != "local":
             yield "engine.fuse", "clients are in processes of their own; it is for engine: local"
+        if self.engine.train is not None:
+            yield "engine.fuse", "engine.train trains one client at a time; leave one of them out"
         if METHODS[self.method.name].trains == "all":
             yield "engine.fuse", f"{self.method.name} trains the base, which fused clients share"
         if METHODS[self.method.name].trains == "inner":

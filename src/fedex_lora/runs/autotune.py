@@ -45,7 +45,9 @@ def settle_precision(federation: Federation) -> tuple[Federation, str]:
     if federation.recipe.engine.precision != "auto":
         return federation, ""
     whole, half = (as_named(federation, precision=name) for name in ("float32", "bfloat16"))
-    if federation.recipe.privacy.example_level is not None or not _halves(federation.model.device):
+    recipe, device = federation.recipe, federation.model.device
+    own = recipe.privacy.example_level is not None or recipe.engine.train is not None
+    if own or not _halves(device):  # no Trainer whose autocast it would be
         return whole, ""
     chosen, (slow, fast), before = _faster(whole, half)
     told = f"seconds a step: float32 {slow:.3g}, bfloat16 {fast:.3g}"

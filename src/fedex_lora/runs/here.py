@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.fused.train import Fused
 from fedex_lora.engines.local import LocalEngine
+from fedex_lora.engines.own_loop import own_loop
 from fedex_lora.engines.private.begin import plan_of, private_trainer
 from fedex_lora.engines.setup import Federation, set_up
 from fedex_lora.engines.stage import Stage
@@ -17,6 +19,7 @@ from fedex_lora.engines.transforms import clipped
 from fedex_lora.engines.turn import Train, Turn
 from fedex_lora.errors import RecipeError
 from fedex_lora.recipe import Recipe
+from fedex_lora.recipe.extensions import TRANSPORTS
 from fedex_lora.runs import private
 from fedex_lora.runs.autotune import settle_fuse, settle_precision
 from fedex_lora.runs.rundir import BY_HAND, OUTPUTS
@@ -25,6 +28,12 @@ from fedex_lora.runs.watch import Watcher
 
 Assemble = Callable[[Recipe, Path, list[str] | None, Watcher], tuple[Federation, Engine]]
 """(recipe, run's directory, clients of a run that is resumed, watcher) → what is run, and how."""
+
+
+def transport(recipe: Recipe) -> Assemble:
+    """How a run is put together whose `engine.kind` is local or a registered one."""
+    kind = recipe.engine.kind
+    return cast(Assemble, TRANSPORTS.one(kind)) if kind in TRANSPORTS else in_this_process
 
 
 def in_this_process(
@@ -67,6 +76,8 @@ def local_engine(
     plan = plan_of(recipe, federation.settings, federation.examples)
     if plan is not None:
         train: Train = private_trainer(recipe, task, plan, on_step=on_step)
+    elif (loop := own_loop(recipe)) is not None:
+        train = loop
     elif recipe.fused > 1:
         train = Fused(task, training, recipe.fused, on_step, log)
     else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.engines.own_loop import own_loop
 from fedex_lora.engines.private.begin import plan_of, private_trainer
 from fedex_lora.engines.remote.asked import addressed, common, field, identity_of
 from fedex_lora.engines.remote.cache import Cache, Held
@@ -98,7 +99,9 @@ def bring_to_life(
     recipe, task = federation.recipe, federation.task
     settings = replace(federation.settings, clients=(name,))
     plan = plan_of(recipe, settings, {name: len(federation.clients[name])})
-    train: Train = HFTrainer(task, recipe.trainer_arguments, proximal=recipe.federation.proximal)
+    train: Train = own_loop(recipe) or HFTrainer(
+        task, recipe.trainer_arguments, proximal=recipe.federation.proximal
+    )
     if plan is not None:
         train = private_trainer(recipe, task, plan, account)
     if keeper is None and settings.secure is not None:

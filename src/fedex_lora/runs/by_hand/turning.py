@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedex_lora.engines import turn as engine
+from fedex_lora.engines.own_loop import own_loop
 from fedex_lora.engines.remote.wire import Facts, facts, most_down
 from fedex_lora.engines.setup import (
     Federation,
@@ -76,7 +77,7 @@ def take_turn(
             rows = federation.clients[turn.client]
             settings = replace(federation.settings, clients=(turn.client,))
             stage = Stage(federation.model, federation.task, settings.method)
-            train = HFTrainer(
+            train = own_loop(recipe) or HFTrainer(
                 federation.task,
                 recipe.trainer_arguments,
                 on_step,
