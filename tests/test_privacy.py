@@ -43,7 +43,10 @@ def test_what_secure_aggregation_cannot_do_is_refused_by_name() -> None:
     assert "waits for all who took part" in _problems(federation={"oversample": 1.5})
     level = {"noise_multiplier": 1.0, "delta": 1e-5, "clip": 1.0}
     both = {"secure_aggregation": True, "client_level": level}
-    assert "does not go with privacy.client_level" in _problems(privacy=both)
+    uniform = {"method": {"name": "fedit"}, "federation": {"weights": "uniform"}}
+    assert _problems(privacy=both, **uniform) == ""
+    level["adaptive"] = True
+    assert "privacy.client_level.adaptive" in _problems(privacy=both, **uniform)
     level = {"epsilon": 8, "delta": 1e-5, "max_grad_norm": 1.0}
     both = {"secure_aggregation": True, "example_level": level}
     assert "does not go with privacy.example_level" in _problems(privacy=both)

@@ -25,6 +25,7 @@ def expected(field: FieldInfo) -> str:
     """The type and range of a field, in words.
 
     Example:
+        >>> from fedex_lora.recipe import Recipe
         >>> expected(Recipe.model_fields["seed"])
         'a whole number of at least 0'
     """
