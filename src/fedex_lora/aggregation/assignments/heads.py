@@ -31,8 +31,8 @@ class Heads(Assignment):
     paper's choice of heads for clients with little room is not here.
 
     Attributes:
-        heads: How many the rank r is divided into. Where they do not divide it, the last one is
-            narrower, and the rest of its H counts for nothing.
+        heads: How many the rank r is divided into, no more than r. Where they do not divide it, the
+            last one is narrower, and the rest of its H counts for nothing.
 
     Source:
         Raje, Askin, Jhunjhunwala, Joshi, "Ravan: Multi-Head Low-Rank Adaptation for Federated
