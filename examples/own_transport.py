@@ -9,7 +9,7 @@ import torch
 
 import fedex_lora as fl
 from fedex_lora.recipe import Recipe
-from fedex_lora.runs.here import in_this_process, transport
+from fedex_lora.runs.here import in_this_process
 from fedex_lora.runs.run import start_run
 
 
@@ -53,4 +53,4 @@ fl.register_transport("logged", logged)
 fl.register_train("plain-sgd", plain_sgd)
 if __name__ == "__main__":  # `fedex-lora run` knows both where a package names them
     recipe = Recipe.model_validate_json(Path(sys.argv[1], "recipe.json").read_text())
-    print(start_run(recipe, Path(sys.argv[1]) / "run", assemble=transport(recipe))["best"]["score"])
+    print(start_run(recipe, Path(sys.argv[1]) / "run")["best"]["score"])

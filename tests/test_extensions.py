@@ -20,7 +20,6 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.extensions import TRAIN_FUNCTIONS, TRANSPORTS
 from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.across_machines import across_machines
-from fedex_lora.runs.here import transport
 from fedex_lora.runs.reopened import open_run
 from fedex_lora.runs.run import resume_run, start_run
 
@@ -58,8 +57,8 @@ def test_the_example_logs_what_it_carries_and_changes_no_bit(tmp_path, monkeypat
     start_run(own.with_engine(kind="local"), tmp_path / "local")
     same_bits(tmp_path / "local", tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        start_run(own, tmp_path / "stopped", StopAfter(1), transport(own))
-    resume_run(tmp_path / "stopped", own, None, transport(own))
+        start_run(own, tmp_path / "stopped", StopAfter(1))
+    resume_run(tmp_path / "stopped", own)
     same_bits(tmp_path / "local", tmp_path / "stopped")
     courier = InProcess(institutions(own.with_engine(kind="local"), tmp_path / "cache"))
     start_run(remote(own), tmp_path / "remote", None, across_machines(courier))

@@ -106,7 +106,6 @@ def resume(
 
 def _run(spec: Recipe, path: Path, resume: bool, deployment: Path, monitor: str | None) -> None:
     """With the engine that the recipe names."""
-    from fedex_lora.runs.here import transport
     from fedex_lora.runs.run import resume_run, start_run
     from fedex_lora.runs.rundir import RunDir
 
@@ -132,9 +131,9 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path, monitor: str 
 
             results = simulate(spec, path, resume, shown)
         elif resume:
-            results = resume_run(path, spec, shown, transport(spec))
+            results = resume_run(path, spec, shown)
         else:
-            results = start_run(spec, path, shown, transport(spec))
+            results = start_run(spec, path, shown)
     show_results(path, results)
 
 

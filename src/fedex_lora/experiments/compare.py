@@ -18,7 +18,8 @@ from fedex_lora.experiments.analysis.statistics import Estimate, estimate, sprea
 from fedex_lora.experiments.analysis.study import is_exact_average
 from fedex_lora.experiments.once import Once
 from fedex_lora.recipe import MethodSpec, Recipe
-from fedex_lora.runs.run import in_this_process, resume_run, start_run
+from fedex_lora.runs.here import by_kind
+from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.watch import Watcher
 
@@ -74,7 +75,7 @@ def compare(
     variants = {(m, s): variant(recipe, m, s) for m in methods for s in seeds}
     known = RunDir(out).comparison()
     results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}
-    assemble = Once() if train_once else in_this_process
+    assemble = Once() if train_once else by_kind
     settled: dict[str, Any] = {}  # what an earlier run has measured in place of "auto"
     for method, seed in sorted(variants, key=lambda v: seeds.index(v[1])):
         one = variants[method, seed]

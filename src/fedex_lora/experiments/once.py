@@ -19,7 +19,7 @@ from fedex_lora.engines.turn import Train, Trained, Turn
 from fedex_lora.federation.messages import flat
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
-from fedex_lora.runs.run import in_this_process
+from fedex_lora.runs.here import in_this_process
 from fedex_lora.runs.watch import Watcher
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.fused.train import Fused
@@ -30,12 +29,6 @@ Assemble = Callable[[Recipe, Path, list[str] | None, Watcher], tuple[Federation,
 """(recipe, run's directory, clients of a run that is resumed, watcher) → what is run, and how."""
 
 
-def transport(recipe: Recipe) -> Assemble:
-    """How a run is put together whose `engine.kind` is local or a registered one."""
-    kind = recipe.engine.kind
-    return cast(Assemble, TRANSPORTS.one(kind)) if kind in TRANSPORTS else in_this_process
-
-
 def in_this_process(
     recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
 ) -> tuple[Federation, Engine]:
@@ -57,6 +50,15 @@ def in_this_process(
     if recipe.privacy.secure_aggregation is not None:
         watcher.note(lacking(recipe))
     return federation, local_engine(federation, watcher, out)
+
+
+def by_kind(
+    recipe: Recipe, out: Path, clients: list[str] | None, watcher: Watcher
+) -> tuple[Federation, Engine]:
+    """By the transport that `engine.kind` names, where one is registered; else in this process."""
+    kind = recipe.engine.kind
+    assemble: Assemble = TRANSPORTS.one(kind) if kind in TRANSPORTS else in_this_process
+    return assemble(recipe, out, clients, watcher)
 
 
 def local_engine(

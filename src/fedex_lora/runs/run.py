@@ -28,7 +28,7 @@ from fedex_lora.runs.by_client import begin_round
 from fedex_lora.runs.checkpoint import NAME, load_checkpoint, prune, save_checkpoint, shelve
 from fedex_lora.runs.export import export_adapter, export_model
 from fedex_lora.runs.extend import extended
-from fedex_lora.runs.here import Assemble, in_this_process
+from fedex_lora.runs.here import Assemble, by_kind
 from fedex_lora.runs.preflight import check, check_room, check_weights
 from fedex_lora.runs.records import best_record, comparable
 from fedex_lora.runs.registered import registered
@@ -42,7 +42,7 @@ def start_run(
     recipe: Recipe,
     out: Path,
     watcher: Watcher | None = None,
-    assemble: Assemble = in_this_process,
+    assemble: Assemble = by_kind,
     most: int | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe in a new directory and returns what results.json says.
@@ -73,7 +73,7 @@ def resume_run(
     out: Path,
     recipe: Recipe | None = None,
     watcher: Watcher | None = None,
-    assemble: Assemble = in_this_process,
+    assemble: Assemble = by_kind,
     most: int | None = None,
 ) -> dict[str, Any]:
     """Continues a run after its last finished round; bit for bit what it would have been.
