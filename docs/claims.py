@@ -7,7 +7,7 @@ of several machines add up there; one that is there already is replaced.
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
@@ -255,16 +255,22 @@ def page(runs: Sequence[Run]) -> Iterator[str]:
     draw(compared)
 
 
-if __name__ == "__main__":
+def script(about: str | None, kept: Path, page: Callable[[Sequence[Run]], Iterator[str]]) -> None:
+    """The command line of a page that is written, beside `kept`, from the runs in it."""
     try:
         if sys.argv[1:2] == ["add"]:
-            print(add([*map(Path, sys.argv[2:])], KEPT))
+            kept.touch()
+            print(add([*map(Path, sys.argv[2:])], kept))
         elif sys.argv[1:]:
-            sys.exit(__doc__)
+            sys.exit(about)
         else:
             with TemporaryDirectory() as folder:
-                parts = page(unpacked(Path(folder), KEPT))
+                parts = page(unpacked(Path(folder), kept))
                 text = "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
-            (HERE / "claims.md").write_text(text)
+            Path(sys.argv[0]).with_suffix(".md").write_text(text)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    script(__doc__, KEPT, page)

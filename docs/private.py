@@ -4,15 +4,12 @@
 them, into docs/private.jsonl, as docs/claims.py does with other runs.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from claims import add, unpacked
+from claims import script
 from results import environments, setting
 
-from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis.runs import Run
 from fedex_lora.experiments.analysis.scores import final_score, judged_split
 from fedex_lora.experiments.analysis.statistics import change, estimate, spread
@@ -150,16 +147,4 @@ def page(runs: Sequence[Run]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:2] == ["add"]:
-            KEPT.touch()
-            print(add([*map(Path, sys.argv[2:])], KEPT))
-        elif sys.argv[1:]:
-            sys.exit(__doc__)
-        else:
-            with TemporaryDirectory() as folder:
-                parts = page(unpacked(Path(folder), KEPT))
-                text = "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
-            (HERE / "private.md").write_text(text)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    script(__doc__, KEPT, page)

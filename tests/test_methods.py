@@ -16,6 +16,7 @@ from test_aggregate import federation, run
 from fedex_lora.aggregation.adapter import Factors
 from fedex_lora.aggregation.assignment import (
     BOTH,
+    OWN_PAIR,
     Alone,
     Assigned,
     Assignment,
@@ -99,6 +100,8 @@ PRODUCT = frozenset({"product"})
         (parts(shared=A, own=B, private=True, needs=PRODUCT), "product of factors that are priv"),
         (parts(shared=A, own=B, private=True, sent_up=lambda s, t: t), "sent_up is more than"),
         (parts(shared=A, own=B, sent_down=lambda s, t: t), "sent_down, where B is trained, is"),
+        (parts(sparse=lambda s, round: round < 2), "`condensed` is missing"),
+        (parts(own=OWN_PAIR, private=True), "`pair` is missing"),
         (parts(name=""), "its `name` is missing"),
         (Average, r"its assignment is <class.*Average'>; expected an Assignment, as Average\(\)"),
     ],

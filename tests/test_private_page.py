@@ -27,6 +27,7 @@ def test_the_page_has_the_chosen_runs_their_differences_and_the_share_that_is_no
 ):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     script, file = runpy.run_path(str(SCRIPT)), tmp_path / "private.jsonl"
+    claims = runpy.run_path(str(SCRIPT.with_name("claims.py")))
     given, runs = recipe(tmp_path, privacy={}), tmp_path / "runs"
     rate = {"training": {"learning_rate": 0.5}}  # tried at the first seed alone
     make_run(runs / "other", given, "fedex", 0, 0.1, privacy=PRIVATE, **rate)
@@ -38,8 +39,8 @@ def test_the_page_has_the_chosen_runs_their_differences_and_the_share_that_is_no
         deviate(runs / "twin" / f"fedex-seed{seed}", 3.0)
     make_run(runs / "plain", given, "fedit", 0, 0.8)
     file.touch()
-    assert script["add"]([runs], file).startswith("11 runs added")
-    text = "\n".join(script["page"](script["unpacked"](tmp_path / "unpacked", file)))
+    assert claims["add"]([runs], file).startswith("11 runs added")
+    text = "\n".join(script["page"](claims["unpacked"](tmp_path / "unpacked", file)))
     assert "| fedex | 0.710 ± 0.110 (3) | - |" in text
     assert "| fedit | 0.600 ± 0.100 (3) | 0.800 (1) |" in text
     # differences 0.10, 0.11, 0.12: mean 0.11, half-width 4.303 * 0.01 / sqrt(3)

@@ -150,6 +150,11 @@ class Assignment(ABC):
                 yield f"{field} is about own factors, and there are none"
         if "pair" in self.own and not self.private:
             yield "a pair beside the shared factors is private"
+        plain = type(self)
+        if "pair" in self.own and plain.pair is Assignment.pair:
+            yield "`pair` is missing: what a client's own pair begins with"
+        if plain.sparse is not Assignment.sparse and plain.condensed is Assignment.condensed:
+            yield "`condensed` is missing: the factors that follow sparse rounds"
         if self.dealt and self.private:
             yield "own factors that the server deals out are not private"
         if self.head_private and not (self.private and self.own == BOTH):
