@@ -126,7 +126,7 @@ class Grid(Part):
             given = self.vary.get(name, [])
             if name in self.choose or name == RECIPES:
                 yield f"choose_at.{name}", "not an axis of its own; name another one of `vary`"
-            elif isinstance(given, list | dict) and value not in given:
+            elif isinstance(given, list | dict) and value not in list(given):
                 yield f"choose_at.{name}", f"expected one of {', '.join(map(str, given))}"
 
     def _set_twice(self) -> Iterator[Problem]:
