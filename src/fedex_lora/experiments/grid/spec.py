@@ -16,6 +16,7 @@ columns: lora.r                 # goes across the table; without it the metrics 
 choose: [lora.r]                # the first seed tells, on the rows that select rounds, which of
                                 # these choices the other seeds run
 choose_at: {epochs: short}      # only there; the other choices on this axis run what was best there
+train_once: true                # methods take over each other's first round of training
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Grid(Part):
     columns: str | None = None
     choose: list[str] = Field(default=[])  # axes whose best choice at the first seed is kept
     choose_at: dict[str, Any] = Field(default={})  # the choice on other axes where that is told
+    train_once: bool = False  # methods take over each other's first round: the same bits
 
     def axes(self) -> dict[str, dict[str, Overrides]]:
         """Of each name in `vary`: what every choice is called, and what it sets."""
