@@ -88,7 +88,9 @@ class Display:
             self._print(f"    with late updates of {some(late)}", wrap=False)
 
     def scored(self, record: Record) -> None:
-        self._print(f"  round {record['round']}; clients' own rows: {number(record['score'], 3)}")
+        whose = some(list(record.get("client_scores", {}))) or "nobody"
+        score = "" if record["scores"] else f": {number(record['score'], 3)}"
+        self._print(f"  round {record['round']} was scored by {whose} on rows of their own{score}")
 
     def note(self, text: str) -> None:
         self._print(f"note: {spoken(text)}", style="yellow")
