@@ -48,10 +48,10 @@ class Display:
     def started(self, start: Start) -> None:
         now, per_round = self._clock(), start.per_round or len(start.examples)
         self._pace, self._phase = Pace(start.rounds, per_round, start.done, now), None
-        examples = tally(start.examples)
+        examples = f", training examples {tally(start.examples)}" if start.examples else ""
         self._print(
             f"{self.label or start.name}: {start.method}, seed {start.seed}, "
-            f"{start.rounds} rounds, training examples {examples}  →  {start.out}",
+            f"{start.rounds} rounds{examples}  →  {start.out}",
             style="bold",
         )
         self._show()

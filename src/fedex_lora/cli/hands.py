@@ -52,11 +52,11 @@ def open_command(
 
         run = out or runs_folder(f"{recipe.name}-{recipe.method.name}-seed{recipe.seed}")
         begin_run(recipe, run)
+    elif not what.is_dir():
+        raise StorageError(f"{what}: no recipe and no run there")
     elif set or out:
         option = "--set" if set else "--out"
         raise RecipeError(f"{option}: is for a recipe; {what} is a run, which has begun")
-    elif not what.is_dir():
-        raise StorageError(f"{what}: no recipe and no run there")
     phase.info("loading libraries")
     from fedex_lora.runs.by_hand.opening import open_round
 
