@@ -227,13 +227,22 @@ def test_scores_of_the_clients_own_rows_are_shown_where_there_are_no_others(fold
     assert "| method | clients’ own rows accuracy |" in text and "| 0.700 ± 0.141 |" in text
 
 
+def test_runs_of_a_grid_share_first_rounds_in_its_directory(folder, tmp_path):
+    run = small(folder).runs[0]
+    alone, sharing = (working.command(run, tmp_path, once) for once in (False, True))
+    assert [w for w in sharing if w not in alone] == [
+        "--first-rounds",
+        str(tmp_path / "first-rounds"),
+    ]
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """Runs are a few lines of Python instead, which are told the run's label."""
 
     def use(script):
         words = [sys.executable, "-c", script]
-        monkeypatch.setattr(working, "command", lambda run, out: [*words, run.label])
+        monkeypatch.setattr(working, "command", lambda run, *_: [*words, run.label])
 
     return use
 

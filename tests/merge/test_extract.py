@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from architectures import build, logits, reload
 from commands import Command
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import TEXT, tiny, tokenizer_of
 from transformers import AutoModelForCausalLM
 
@@ -73,6 +77,56 @@ def test_peft_makes_the_tuned_model_of_the_base(
     assert torch.allclose(again(ids).logits, expected, atol=1e-4 * expected.abs().max().item())
 
 
+def test_the_base_may_have_older_names_and_buffers(tmp_path: Path) -> None:
+    base, out = tiny("gpt2", tmp_path / "base"), tmp_path / "out"
+    file = base / "model.safetensors"
+    old = {k.removeprefix("transformer."): w for k, w in load_file(file).items()}
+    save_file(old | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, file, {"format": "pt"})
+    model = tuned(base, tmp_path / "tuned", 2)
+    with torch.no_grad():
+        model.transformer.wpe.weight += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    done = extract(base, tmp_path / "tuned", out, 2)
+    assert done.error < 1e-5 and done.whole == ("transformer.wpe",)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out)).eval()
+    ids = torch.arange(3, 12)[None]
+    expected = model(ids).logits
+    assert torch.allclose(again(ids).logits, expected, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind, head", [("roberta", "classifier"), ("llama", "score")])
+def test_a_head_that_the_base_has_not_is_saved_whole(kind: str, head: str, tmp_path: Path) -> None:
+    base, out = tiny(kind, tmp_path / "base"), tmp_path / "out"
+    cls: Any = transformers.AutoModelForSequenceClassification
+    model = cls.from_pretrained(base, num_labels=4, pad_token_id=1).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("output.dense.weight", "q_proj.weight")):
+                weight += torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
+    model.save_pretrained(tmp_path / "tuned")
+    done = extract(base, tmp_path / "tuned", out, 2)
+    assert done.error < 1e-5 and done.whole == (head,)
+    plain = cls.from_pretrained(base, num_labels=4, pad_token_id=1)
+    again = PeftModel.from_pretrained(plain, str(out)).eval()
+    ids = torch.arange(3, 12)[None]
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+    assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+def test_names_on_disk_are_not_those_of_the_model(tmp_path: Path) -> None:
+    model, out = build("llava"), tmp_path / "out"
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("q_proj.weight"):
+                weight += torch.outer(torch.arange(16.0), torch.ones(16)) / 20
+    model.save_pretrained(tmp_path / "tuned")
+    assert extract(tmp_path / "base", tmp_path / "tuned", out, 1).error < 1e-5
+    again = PeftModel.from_pretrained(reload(model, tmp_path / "base"), str(out))
+    assert torch.allclose(logits(again), logits(model), atol=1e-4)
+
+
 def test_the_error_is_measured_over_all_that_changed(command: Command, tmp_path: Path) -> None:
     base, out = tiny("llama", tmp_path / "base"), tmp_path / "out"
     before = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
@@ -102,6 +156,20 @@ def test_what_cannot_be_extracted(command: Command, tmp_path: Path) -> None:
         extract(base, tied, tmp_path / "out", 2)
     wider = tiny("llama", tmp_path / "wider", intermediate_size=32)
     with pytest.raises(UserError, match="expected models of one architecture"):
+        extract(base, wider, tmp_path / "out", 2)
+    gemma = tiny("gemma2", tmp_path / "gemma")
+    with pytest.raises(UserError, match=r"is a llama, .* a gemma2"):
+        extract(base, gemma, tmp_path / "out", 2)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(
+        UserError, match=r"nan: model\.layers\.1\.self_attn\.q_proj\.weight holds NaN"
+    ):
+        extract(base, tmp_path / "nan", tmp_path / "out", 2)
+    (wider / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^[^`]*wider has no model\.safetensors"):
         extract(base, wider, tmp_path / "out", 2)
     code, _, told = command("extract", base, wider, "--out", tmp_path / "out", "--rank", "auto")
     assert code == 2 and "--error" in told and not (tmp_path / "out").exists()

@@ -67,8 +67,7 @@ def checkpoint(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Stor
                         found[key] = _stored(file, key, f.get_slice(key), parts.get(key))
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"`into_base`: {file} cannot be read ({reason(error)}); it is missing, truncated "
-                "or damaged"
+                f"{file} cannot be read ({reason(error)}); it is missing, truncated or damaged"
             ) from None
     return found
 
@@ -76,12 +75,12 @@ def checkpoint(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Stor
 def _stored(file: Path, key: str, view: Any, packed: Packed | None) -> Stored:
     shape, name = tuple(view.get_shape()), view.get_dtype()
     if 0 in shape:
-        raise empty(f"`into_base`: {file}", key, shape)
+        raise empty(str(file), key, shape)
     if packed is not None:
         return Stored(file, key, packed.shape, packed.dtype, packed)
     if name not in DTYPES:
         raise DataError(
-            f"`into_base`: {key} in {file} has dtype {name}, which is quantised in a way that is "
+            f"{key} in {file} has dtype {name}, which is quantised in a way that is "
             "not undone here (bitsandbytes' 4 and 8 bits are); name the model that it was made from"
         )
     return Stored(file, key, shape, DTYPES[name])
@@ -92,14 +91,13 @@ def _shards(folder: Path) -> Sequence[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise DataError(
-            f"`into_base`: {folder} has no {SINGLE} and no {INDEX}; expected a model saved as "
-            "safetensors"
+            f"{folder} has no {SINGLE} and no {INDEX}; expected a model saved as safetensors"
         )
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"`into_base`: {folder / INDEX} cannot be read: {error}") from None
+        raise StorageError(f"{folder / INDEX} cannot be read: {error}") from None
     wrong = [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[\w.-]+", n)]
     if wrong:
-        raise DataError(f"`into_base`: {folder / INDEX} names {wrong[0]!r}; expected a file beside")
+        raise DataError(f"{folder / INDEX} names {wrong[0]!r}; expected a file beside")
     return [folder / name for name in names]

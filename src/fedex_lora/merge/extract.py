@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fedex_lora.aggregation.adapter import Factors, uniform
 from fedex_lora.aggregation.seeding import derive
-from fedex_lora.disk import new_directory
+from fedex_lora.disk import check_free, new_directory
 from fedex_lora.errors import DataError, some
-from fedex_lora.merge.checkpoint import Stored, checkpoint
+from fedex_lora.merge.checkpoint import checkpoint
+from fedex_lora.merge.factors import finite
+from fedex_lora.merge.opening import AUTO, build, read_config
+from fedex_lora.merge.target import Target
 from fedex_lora.model.config import WEIGHTS, published, with_ranks, write_config
 from fedex_lora.model.keys import NAMES, PREFIX
 from fedex_lora.model.layer import transposed
@@ -33,10 +36,10 @@ class Extracted:
 
     Attributes:
         rank: Of all layers, the largest that one needs.
-        error: ‖Δ − written‖_F / ‖Δ‖_F over all tensors of the model, Δ = tuned − base.
+        error: ‖Δ − written‖_F / ‖Δ‖_F over all parameters that both have, Δ = tuned − base.
         errors: The same by adapted layer.
-        whole: Embeddings that were saved as they are.
-        left_out: Tensors that changed and are no part of an adapter, with ‖Δ‖_F.
+        whole: Modules that were saved as they are: embeddings, heads, what the base has none of.
+        left_out: Parameters that changed and are no part of an adapter, with ‖Δ‖_F.
         vocabulary: Rows of the tuned embedding, where the base has others.
     """
 
@@ -110,8 +113,10 @@ def extract(
 ) -> Extracted:
     """Writes a PEFT adapter that makes `tuned` of `base`, as well as its rank can.
 
-    Every Linear and Conv1D layer that changed gets factors; embeddings that changed, the output's
-    too, are saved whole, tied ones under both names. One pair of tensors is in memory at a time.
+    Both are seen as the class of `tuned`, whatever their files call its parameters. Every Linear
+    and Conv1D layer that changed gets factors. Embeddings and heads that changed, and modules that
+    `base` has none of, are saved whole, tied embeddings under both names. One pair of tensors is in
+    memory at a time.
 
     Args:
         base, tuned: Folders with config.json and safetensors, of one architecture.
@@ -120,135 +125,188 @@ def extract(
         base_name: What the adapter calls its base.
 
     Raises:
-        UserError: The models differ in more than weights and vocabulary, or not at all; `out` is in
-            use or cannot be written.
+        UserError: The models differ in more than weights, heads and vocabulary, or not at all, or
+            hold NaN or infinity; `out` is in use or cannot be written.
     """
-    (net, config), (_, other) = _net(base), _net(tuned)
-    tied = [bool(getattr(one, "tie_word_embeddings", False)) for one in (config, other)]
-    if tied[0] != tied[1]:
+    check_free(out)
+    before, after = _models(base, tuned)
+    modules, factors = _Modules(before, after), {}
+    saved, errors, left_out = set[str](), {}, {}
+    missed, total, vocabulary = 0.0, 0.0, None
+    for name, _ in after.net.named_parameters():
+        old, new = before.value(name), after.value(name)
+        whole = modules.whole(name)
+        if old is None and new is None:
+            continue  # computed, and not kept on disk
+        for folder, tensor in ((base, old), (tuned, new)):
+            if tensor is not None and not finite(tensor):
+                raise DataError(f"{folder}: {name} holds NaN or infinity; its training went wrong")
+        if new is None:
+            raise DataError(f"{tuned}: its files hold nothing for {name}; it is not complete")
+        if old is None:
+            saved.add(whole or name.rpartition(".")[0])
+            continue
+        if old.shape == new.shape:
+            change = new.float() - old.float()
+        elif whole and old.shape[1:] == new.shape[1:]:
+            change = new.float()
+            vocabulary = len(new) if whole in modules.embeddings else vocabulary
+        else:
+            raise DataError(
+                f"{name}: is {tuple(old.shape)} in {base} and {tuple(new.shape)} in {tuned}; "
+                "expected models of one architecture"
+            )
+        size = change.norm().item()
+        if size == 0:
+            continue
+        total += size**2
+        layer = name.removesuffix(".weight")
+        if whole and (embeddings or whole not in modules.embeddings):
+            saved.add(whole)
+        elif whole or layer not in modules.linear:
+            left_out[name] = size
+            missed += size**2
+        else:
+            change = change.T if transposed(modules.linear[layer]) else change
+            left, right, lost = best(change, rank, error, derive(0, "extract", name))
+            factors[layer], errors[layer] = Factors(right, left, 1.0), lost / size
+            missed += lost**2
+    if not factors:
+        raise DataError(f"{tuned}: no layer of it differs from {base}; there is nothing to extract")
+    factors = uniform({**modules.zeros(factors), **factors})
+    saved |= {other for one in saved for other in modules.tied(one)}
+    with new_directory(out, "the adapter", "extract again") as made:
+        _write(made, factors, sorted(saved), base_name or published(str(base)), after)
+    told = (missed / total) ** 0.5
+    widest = next(iter(factors.values())).rank
+    return Extracted(out, widest, told, errors, tuple(sorted(saved)), left_out, vocabulary)
+
+
+def _models(base: Path, tuned: Path) -> tuple[Target, Target]:
+    """Both as the class of `tuned`, without numbers."""
+    configs = [read_config(folder) for folder in (base, tuned)]
+    kind = (configs[1].architectures or ["AutoModel"])[0]
+    if type(configs[0]) is not type(configs[1]):
+        kinds = [config.model_type for config in configs]
+        raise DataError(
+            f"the models are of different kinds: {base} is a {kinds[0]}, {tuned} a {kinds[1]}; "
+            "expected one architecture"
+        )
+    before, after = (
+        Target(folder, config, kind, build(folder, kind, config), checkpoint(folder, config.dtype))
+        for folder, config in zip((base, tuned), configs)
+    )
+    names = [{name for name, _ in model.net.named_parameters()} for model in (before, after)]
+    ends = [f"{name}.weight" for name in _ends(after.net)]
+    if [before.tied(end) for end in ends] != [after.tied(end) for end in ends]:
+        tied = [config.get_text_config().tie_word_embeddings for config in configs]
         raise DataError(
             f"tie_word_embeddings: {tied[0]} in {base}, {tied[1]} in {tuned}; expected models of "
             "one architecture"
         )
-    before, after = checkpoint(base), checkpoint(tuned)
-    names, factors = _Names(net), {}
-    whole: dict[str, Tensor] = {}
-    errors, left_out, missed, total, vocabulary = {}, {}, 0.0, 0.0, None
-    for key, old, new in _pairs(before, after):
-        module = names.module(key)
-        kind = names.kinds.get(module)
-        if old.shape != new.shape:
-            if kind is None or old.shape[1:] != new.shape[1:] or module not in names.vocabulary:
-                raise DataError(
-                    f"{key}: is {tuple(old.shape)} in {base} and {tuple(new.shape)} in {tuned}; "
-                    "expected models of one architecture"
-                )
-            vocabulary, size = new.shape[0], new.read().float().norm().item()
-            change = None
-        else:
-            change = new.read().float() - old.read().float()
-            size = change.norm().item()
-            if size == 0:
-                continue
-        total += size**2
-        if module in names.vocabulary and embeddings:
-            whole[module] = new.read()
-        elif change is None or kind is None or module in names.vocabulary or change.ndim != 2:
-            left_out[key] = size
-            missed += size**2
-        else:
-            turned = transposed(kind)
-            seed = derive(0, "extract", key)
-            left, right, lost = best(change.T if turned else change, rank, error, seed)
-            factors[module], errors[module] = Factors(right, left, 1.0), lost / size
-            missed += lost**2
-    if not factors:
-        raise DataError(f"{tuned}: no layer of it differs from {base}; there is nothing to extract")
-    factors = uniform({**names.zeros(factors), **factors})
-    if whole and tied[0]:
-        shared: dict[str, Tensor] = dict.fromkeys(names.vocabulary, next(iter(whole.values())))
-        whole = shared
-    with new_directory(out, "the adapter", "extract again") as made:
-        _write(made, factors, whole, base_name or published(str(base)), net)
-    widest = next(iter(factors.values())).rank
-    whole_names = tuple(sorted(whole))
-    told = (missed / total) ** 0.5
-    return Extracted(out, widest, told, errors, whole_names, left_out, vocabulary)
-
-
-def _net(folder: Path) -> tuple[Any, Any]:
-    """The model without numbers: names and kinds of its layers."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder))
-        made = getattr(transformers, (config.architectures or [""])[0])
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{folder}: no model of transformers: {error}") from None
-    with torch.device("meta"):
-        return made(config), config
-
-
-class _Names:
-    """Which module of a model a tensor on disk belongs to."""
-
-    def __init__(self, net: Any) -> None:
-        kinds = (nn.Linear, nn.Embedding, Conv1D)
-        self.kinds = {n: m for n, m in net.named_modules() if isinstance(m, kinds)}
-        ends = {id(net.get_input_embeddings()), id(net.get_output_embeddings())}
-        self.vocabulary = [name for name, m in self.kinds.items() if id(m) in ends]
-        self.prefix = net.base_model_prefix
-
-    def module(self, key: str) -> str:
-        """The module whose weight the tensor is, or its own name."""
-        name = key.removesuffix(".weight") if key.endswith(".weight") else key
-        return (
-            name
-            if name in self.kinds or f"{self.prefix}.{name}" not in self.kinds
-            else (f"{self.prefix}.{name}")
-        )
-
-    def zeros(self, changed: Mapping[str, Factors]) -> dict[str, Factors]:
-        """Factors of nothing for layers called like changed ones: readers adapt all of these."""
-        ends = {name.rpartition(".")[2] for name in changed}
-        found = {}
-        for name, m in self.kinds.items():
-            if name.rpartition(".")[2] in ends and name not in self.vocabulary:
-                shape = m.weight.shape if not transposed(m) else m.weight.shape[::-1]
-                found[name] = Factors(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1), 1.0)
-        return found
-
-
-def _pairs(
-    before: Mapping[str, Stored], after: Mapping[str, Stored]
-) -> Iterator[tuple[str, Stored, Stored]]:
-    """Tensors that both have; a tied output may be on disk in one of them alone."""
-    odd = sorted(key for key in before.keys() ^ after.keys() if not key.endswith("lm_head.weight"))
+    odd = sorted(names[0] ^ names[1])
     if odd:
         raise DataError(
             f"the models are of different kinds: only one of them has {some(odd, 3)}; expected one "
             "architecture"
         )
-    for key in before.keys() & after.keys():
-        yield key, before[key], after[key]
+    return before, after
+
+
+def _ends(net: Any) -> list[str]:
+    """The embeddings of tokens, the output's too."""
+    ends = (net.get_input_embeddings(), net.get_output_embeddings())
+    return [name for name, module in net.named_modules(remove_duplicate=False) if module in ends]
+
+
+class _Modules:
+    """What becomes of a model's modules if they changed.
+
+    Attributes:
+        linear: Linear and Conv1D layers, but the output's embedding.
+        embeddings: Names of all embeddings.
+    """
+
+    def __init__(self, before: Target, after: Target) -> None:
+        self._after, net = after, after.net
+        kinds = dict(net.named_modules(remove_duplicate=False))
+        self.embeddings = {n for n, m in kinds.items() if isinstance(m, nn.Embedding)}
+        self.embeddings |= {*_ends(net)}
+        self.linear = {
+            name: m
+            for name, m in kinds.items()
+            if isinstance(m, nn.Linear | Conv1D) and name not in self.embeddings
+        }
+        # beside the backbone, and not the output's embedding
+        heads = [] if net.base_model is net else [n for n, _ in net.named_children()]
+        heads = [h for h in heads if not any(f"{e}.".startswith(f"{h}.") for e in self.embeddings)]
+        held = [name for name, _ in net.named_parameters() if before.holds(name)]
+        new = [_highest(n, held) for n, _ in net.named_parameters() if n not in held]
+        self._whole = {*heads, *new, *self.embeddings}
+
+    def whole(self, name: str) -> str | None:
+        """The module that is saved as it is if the parameter changed; None for a layer's."""
+        around = (m for m in self._whole if name.startswith(f"{m}."))
+        return min(around, key=len, default=None)
+
+    def tied(self, module: str) -> set[str]:
+        """Modules that share their weight with that one, and itself."""
+        return {name.removesuffix(".weight") for name in self._after.tied(f"{module}.weight")}
+
+    def zeros(self, changed: Mapping[str, Factors]) -> dict[str, Factors]:
+        """Factors of nothing for layers called like changed ones: readers adapt all of these."""
+        ends = {name.rpartition(".")[2] for name in changed}
+        found = {}
+        for name, m in self.linear.items():
+            if name.rpartition(".")[2] in ends and self.whole(f"{name}.weight") is None:
+                out, inp = m.weight.shape[::-1] if transposed(m) else m.weight.shape
+                found[name] = Factors(torch.zeros(1, inp), torch.zeros(out, 1), 1.0)
+        return found
+
+
+def _highest(name: str, held: Sequence[str]) -> str:
+    """The highest module around a parameter within which none of `held` is."""
+    module, above = name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0]
+    while above and not any(one.startswith(f"{above}.") for one in held):
+        module, above = above, above.rpartition(".")[0]
+    return module
 
 
 def _write(
-    folder: Path, factors: Mapping[str, Factors], whole: Mapping[str, Tensor], base: str, net: Any
+    folder: Path, factors: Mapping[str, Factors], saved: Sequence[str], base: str, model: Target
 ) -> None:
-    ends = sorted({name.rpartition(".")[2] for name in factors})
-    kinds = dict(net.named_modules())
+    layers = [model.net.get_submodule(name) for name in factors]
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(net, "lm_head") else None,
+        "task_type": _task(model, saved),
         "base_model_name_or_path": base,
-        "target_modules": ends,
-        "modules_to_save": sorted({name.rpartition(".")[2] for name in whole}) or None,
-        "fan_in_fan_out": any(transposed(kinds[name]) for name in factors),
+        "target_modules": sorted({name.rpartition(".")[2] for name in factors}),
+        "modules_to_save": list(saved) or None,
+        "fan_in_fan_out": any(map(transposed, layers)),
         "bias": "none",
         "lora_dropout": 0.0,
     }
     write_config(with_ranks(config, {n: (f.rank, f.scale) for n, f in factors.items()}), folder)
     a, b = NAMES[False]
-    tensors = {f"{PREFIX}{name}.weight": tensor.clone() for name, tensor in whole.items()}
+    tensors: dict[str, Tensor] = {}
     for name, f in factors.items():
         tensors |= {f"{PREFIX}{name}.{a}": f.A, f"{PREFIX}{name}.{b}": f.B}
+    for name, _ in model.net.named_parameters(remove_duplicate=False):
+        if any(name.startswith(f"{module}.") for module in saved):
+            value = model.value(name)
+            assert value is not None
+            tensors[PREFIX + name] = value
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def _task(model: Target, saved: Sequence[str]) -> str | None:
+    """What PEFT calls the use of the model; None where it would expect a head that is not saved."""
+    for task, auto in AUTO.items():
+        if getattr(transformers, auto)._model_mapping.get(type(model.config), None) is type(
+            model.net
+        ):
+            heads = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+            return (
+                None if heads and not set(saved) & {"classifier", "score", "qa_outputs"} else task
+            )
+    return None

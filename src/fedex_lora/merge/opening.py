@@ -55,28 +55,16 @@ def open_target(
     if not folder.exists() and not is_local(name):
         revision = adapter.config.get("revision") if named == name else None
         folder = download(name, _FILES, revision)
-    if not (config := folder / "config.json").is_file():
-        raise StorageError(f"{name}: there is no {config}; expected a model's folder")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except _CANNOT_BUILD as error:
-        raise _unknown(folder, error) from None
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
-    if found and method != "bitsandbytes":
-        raise DataError(
-            f"`into_base`: {folder} is quantised by {method}, which is not undone here "
-            "(bitsandbytes' 4 and 8 bits are); name the model that it was made from"
-        )
+    config = read_config(folder)
     stored = checkpoint(folder, getattr(config, "dtype", None))
     unknown: list[UserError] = []
     unfit: list[UserError] = []
     for auto_model in _classes(adapter.config, config):
         config = transformers.AutoConfig.from_pretrained(folder)
         try:
-            net = _build(auto_model, config)
-        except _CANNOT_BUILD as error:
-            unknown.append(_unknown(folder, error))
+            net = build(folder, auto_model, config)
+        except UserError as error:
+            unknown.append(error)
             continue
         try:
             target = _target(Target(folder, config, auto_model, net, stored), trained, copies)
@@ -88,9 +76,47 @@ def open_target(
     raise [*unfit, *unknown][0]
 
 
+def read_config(folder: Path) -> Any:
+    """The config of the model in a folder.
+
+    Raises:
+        UserError: There is none, or the model is quantised in a way that is not known here.
+    """
+    if not (config := folder / "config.json").is_file():
+        raise StorageError(f"{folder}: there is no {config}; expected a model's folder")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except _CANNOT_BUILD as error:
+        raise _unknown(folder, error) from None
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
+    if found and method != "bitsandbytes":
+        raise DataError(
+            f"{folder} is quantised by {method}, which is not undone here (bitsandbytes' 4 and 8 "
+            "bits are); name the model that it was made from"
+        )
+    return config
+
+
+def build(folder: Path, kind: str, config: Any) -> Any:
+    """The model without numbers.
+
+    Args:
+        folder: Where it lies, for errors.
+        kind: A class of transformers, or an Auto class.
+
+    Raises:
+        UserError: There is no such class, or it cannot be made of the config.
+    """
+    try:
+        return _build(kind, config)
+    except _CANNOT_BUILD as error:
+        raise _unknown(folder, error) from None
+
+
 def _unknown(folder: Path, error: Exception) -> UserError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DataError(f"`into_base`: {folder} is no model that transformers knows: {first}")
+    return DataError(f"{folder} is no model that transformers knows: {first}")
 
 
 def _classes(adapter: Mapping[str, Any], config: Any) -> list[str]:

@@ -55,12 +55,10 @@ class Packed:
                 weight = functional.dequantize_4bit(file.get_tensor(key), state)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise StorageError(
-                f"`into_base`: {key} cannot be dequantised: {error!r}; the file is damaged"
+                f"{key} cannot be dequantised: {error!r}; the file is damaged"
             ) from None
         if tuple(weight.shape) != self.shape:
-            raise DataError(
-                f"`into_base`: {key} dequantised is {tuple(weight.shape)}; expected {self.shape}"
-            )
+            raise DataError(f"{key} dequantised is {tuple(weight.shape)}; expected {self.shape}")
         return weight
 
 
@@ -77,8 +75,7 @@ def packed_parts(file: Any, keys: Sequence[str], dtype: torch.dtype) -> dict[str
                 found[weight] = Packed(beside, shape, own, True)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise StorageError(
-                    f"`into_base`: {key} is no state of a quantised weight: {error!r}; the file is "
-                    "damaged"
+                    f"{key} is no state of a quantised weight: {error!r}; the file is damaged"
                 ) from None
         elif key.endswith(".SCB"):
             weight = f"{key.removesuffix('SCB')}weight"
@@ -110,7 +107,7 @@ def requantised(weight: Tensor, kind: str) -> Tensor:
 
 
 def _bitsandbytes() -> Any:
-    check_installed("bitsandbytes", "`into_base`: a quantised model")
+    check_installed("bitsandbytes", "a quantised model")
     from bitsandbytes import functional  # noqa: PLC0415 (heavy, and not always installed)
 
     return functional

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -78,6 +78,17 @@ class Target:
         """Where on disk the parameter's value is; a tied one is under one of its names."""
         found = [n for n in (name, *self.tied(name)) if n in self.names.direct]
         return self.names.direct[found[0]] if found else None
+
+    def holds(self, name: str) -> bool:
+        """Whether the files have the parameter's value."""
+        return self.source(name) is not None or name in self.names.groups
+
+    def value(self, name: str) -> Tensor | None:
+        """The parameter's value, as transformers makes it; None where the files have none."""
+        key, group = self.source(name), self.names.groups.get(name)
+        if key is not None:
+            return self.stored[key].read()
+        return group and group.forward({k: self.stored[k].read() for k in group.keys})[name]
 
     def parameter(self, key: str) -> str:
         """The model's name for what an adapter saved besides its factors."""

@@ -52,11 +52,13 @@ class Run:
         """The run's directory within the grid's."""
         return f"{self.cell}/{plain_text(self.label)}-seed{self.seed}"
 
-    def command(self, out: Path, resume: bool) -> list[str]:
+    def command(self, out: Path, resume: bool, first_rounds: Path | None = None) -> list[str]:
         """What runs it in a process of its own."""
         sets = [x for text in (*self.sets, f"seed={self.seed}") for x in ("--set", text)]
         start = [sys.executable, "-m", "fedex_lora", "run", str(self.file)]
-        return [*start, *sets, "--out", str(out / self.name), *(["--resume"] if resume else [])]
+        shared = ["--first-rounds", str(first_rounds)] if first_rounds else []
+        more = [*shared, *(["--resume"] if resume else [])]
+        return [*start, *sets, "--out", str(out / self.name), *more]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ vary:                           # every combination is run
 columns: lora.r                 # goes across the table; without it the metrics do
 choose: [lora.r]                # the first seed tells, on the rows that select rounds, which of
                                 # these choices the other seeds run
+train_once: true                # methods take over each other's first round of training
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Grid(Part):
     vary: dict[str, Any] = Field(default={})
     columns: str | None = None
     choose: list[str] = Field(default=[])  # axes whose best choice at the first seed is kept
+    train_once: bool = False  # methods take over each other's first round: the same bits
 
     def axes(self) -> dict[str, dict[str, Overrides]]:
         """Of each name in `vary`: what every choice is called, and what it sets."""
