@@ -11,7 +11,9 @@ from test_compare import results
 from fedex_lora.cli.demo import verdict
 from fedex_lora.engines.training import HFTrainer
 from fedex_lora.experiments.compare import compare
+from fedex_lora.experiments.once import Once
 from fedex_lora.runs.reopened import read_round
+from fedex_lora.runs.run import start_run
 from fedex_lora.runs.watch import Silent
 
 METHODS = ["local", "fedit", "fedex", "ffa"]
@@ -46,6 +48,33 @@ def test_methods_share_their_first_round_and_nothing_else_changes(tmp_path, trai
         assert one["last"] == other["last"] and one["deviation"] == other["deviation"]
         a, b = (read_round(tmp_path / n / f"{method}-seed0", 2).state for n in ("once", "anew"))
         assert all((a.head[name] == b.head[name]).all() for name in a.head)
+
+
+def test_later_runs_take_over_what_earlier_ones_trained_if_only_the_server_differs(
+    tmp_path, trained
+):
+    once = Once(tmp_path / "kept")
+
+    def run(name, **changes):
+        trained.clear()
+        spec = recipe(tmp_path, **changes)
+        start_run(spec, tmp_path / name, assemble=once)
+        head = read_round(tmp_path / name, 1).state.head
+        return len(trained), {key: value.clone() for key, value in head.items()}
+
+    one = {"rounds": 1}
+    count, head = run("first", federation=one)
+    assert count == 3
+    taken, same = run("median", federation={**one, "mean": "median", "liars": 1, "min_clients": 3})
+    assert taken == 0 and any((same[name] != head[name]).any() for name in head)
+    assert run("longer", federation=one, training={"num_train_epochs": 2})[0] == 3
+    penalised = {"name": "hetlora", "options": {"decay": 0.5, "penalty": 0.1}}
+    assert run("plain", federation=one, method={"name": "hetlora"})[0] == 0
+    assert run("pruned", federation=one, method=penalised)[0] == 3  # another loss
+    for path in (tmp_path / "kept").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])  # as a full disk may leave it
+    again, anew = run("again", federation=one)
+    assert again == 3 and all((anew[name] == head[name]).all() for name in head)
 
 
 def test_seeds_do_not_share(tmp_path, trained):

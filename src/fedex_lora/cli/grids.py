@@ -48,7 +48,12 @@ def grid(
             while todo and not failed:  # what they found may say what else is to be run
                 tried += len(todo)
                 failed = work(
-                    todo, path, jobs, _tell, lambda run: write_comparison(found, run.cell, path)
+                    todo,
+                    path,
+                    jobs,
+                    _tell,
+                    lambda run: write_comparison(found, run.cell, path),
+                    found.grid.train_once,
                 )
                 todo = left(due(found, path), path)
     except KeyboardInterrupt:

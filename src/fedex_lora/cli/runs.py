@@ -60,6 +60,10 @@ def run(
         typer.Option(help="As engine.kind: local, flower, flower-simulation, ..."),
     ] = None,
     deployment: Deployment = Path("deployment"),
+    first_rounds: Annotated[
+        Path | None,
+        typer.Option(help="A folder by which runs take over each other's first round of training."),
+    ] = None,
     monitor: Address = None,
     log_json: LogJson = False,
     show_rows: ShowRows = False,
@@ -68,7 +72,7 @@ def run(
     sets = [*set, *([f"engine.kind={engine}"] if engine else [])]
     spec = read_recipe(recipe, sets, announce)
     path = out or runs_folder(f"{spec.name}-{spec.method.name}-seed{spec.seed}")
-    _run(spec, path, resume, deployment, monitor)
+    _run(spec, path, resume, deployment, monitor, first_rounds)
 
 
 @app.command()
@@ -104,8 +108,16 @@ def resume(
     _run(RunDir(run).recipe(), run, True, deployment, monitor)
 
 
-def _run(spec: Recipe, path: Path, resume: bool, deployment: Path, monitor: str | None) -> None:
+def _run(
+    spec: Recipe,
+    path: Path,
+    resume: bool,
+    deployment: Path,
+    monitor: str | None,
+    first_rounds: Path | None = None,
+) -> None:
     """With the engine that the recipe names."""
+    from fedex_lora.runs.here import by_kind
     from fedex_lora.runs.run import resume_run, start_run
     from fedex_lora.runs.rundir import RunDir
 
@@ -115,6 +127,13 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path, monitor: str 
         where = ["--deployment", str(deployment)] if spec.engine.kind == "flower" else []
         return shlex.join(["fedex-lora", "resume", str(path), *where])
 
+    assemble = by_kind
+    if first_rounds is not None:
+        if spec.engine.kind != "local":
+            raise RecipeError("--first-rounds: only runs with engine.kind=local share trainings")
+        from fedex_lora.experiments.once import Once
+
+        assemble = Once(first_rounds)
     with displays(go_on) as show, ExitStack() as stack:
         shown: Watcher = show("")
         if monitor is not None:
@@ -131,9 +150,9 @@ def _run(spec: Recipe, path: Path, resume: bool, deployment: Path, monitor: str 
 
             results = simulate(spec, path, resume, shown)
         elif resume:
-            results = resume_run(path, spec, shown)
+            results = resume_run(path, spec, shown, assemble)
         else:
-            results = start_run(spec, path, shown)
+            results = start_run(spec, path, shown, assemble)
     show_results(path, results)
 
 

@@ -16,7 +16,7 @@ from fedex_lora.errors import RecipeError, number, size
 from fedex_lora.experiments.analysis.scores import judged, scores_by_split
 from fedex_lora.experiments.analysis.statistics import Estimate, estimate, spread
 from fedex_lora.experiments.analysis.study import is_exact_average
-from fedex_lora.experiments.once import Once
+from fedex_lora.experiments.once import FOLDER, Once
 from fedex_lora.recipe import MethodSpec, Recipe
 from fedex_lora.runs.here import by_kind
 from fedex_lora.runs.run import resume_run, start_run
@@ -68,14 +68,15 @@ def compare(
 
     Args:
         train_once: Whether methods take over each other's first round (`Once`): the same bits, and
-            seconds that leave out what was taken over.
+            seconds that leave out what was taken over. It is kept in `out`, also for further
+            methods later.
     """
     if not methods:
         raise RecipeError(f"`methods`: expected one or more of {', '.join(METHODS)}")
     variants = {(m, s): variant(recipe, m, s) for m in methods for s in seeds}
     known = RunDir(out).comparison()
     results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}
-    assemble = Once() if train_once else by_kind
+    assemble = Once(out / FOLDER) if train_once else by_kind
     settled: dict[str, Any] = {}  # what an earlier run has measured in place of "auto"
     for method, seed in sorted(variants, key=lambda v: seeds.index(v[1])):
         one = variants[method, seed]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fedex_lora.experiments.grid.plan import Run, standing
+from fedex_lora.experiments.once import FOLDER
 from fedex_lora.runs.lock import locked
 from fedex_lora.runs.rundir import RunDir
 
@@ -30,9 +31,9 @@ _BUSY = "another grid is at work here, {owner}; wait for it or end it, or name a
 _PROMPT = "$ "  # before the command in a log
 
 
-def command(run: Run, out: Path) -> list[str]:
+def command(run: Run, out: Path, train_once: bool = False) -> list[str]:
     """Starts a run, or resumes it where it was begun."""
-    return run.command(out, resume=standing(run, out) == "begun")
+    return run.command(out, standing(run, out) == "begun", out / FOLDER if train_once else None)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def work(
     jobs: int,
     tell: Tell,
     finished: Callable[[Run], None],
+    train_once: bool = False,
 ) -> dict[str, str]:
     """Runs all of them, `jobs` at a time.
 
@@ -57,6 +59,7 @@ def work(
 
     Args:
         finished: Is called after each run that ended well.
+        train_once: Whether methods take over each other's first round (`Once`).
 
     Returns:
         The runs that failed, by name, with the reason.
@@ -78,7 +81,7 @@ def work(
                         run = waiting.popleft()
                         tell(f"started   {run.name} ({len(waiting)} more wait)")
                         try:
-                            busy[slot] = _start(run, out, command(run, out), slot)
+                            busy[slot] = _start(run, out, command(run, out, train_once), slot)
                         except OSError as error:
                             failed[run.name] = f"it cannot be started: {error}"
                 time.sleep(0.1)
