@@ -29,13 +29,15 @@ of any machine, add to it:
 
     fedex-lora grid recipes/real/private.yaml --data DIR --out runs/private
     fedex-lora grid recipes/real/private-none.yaml --data DIR --out runs/private
-    fedex-lora grid recipes/real/private-twin.yaml --data DIR --out runs/private
+    fedex-lora grid recipes/real/private-twin.yaml --data DIR --out runs/private --only PAIR
     python docs/private.py add runs/private
     python docs/private.py
 
-Privacy is that of single rows ([differential-privacy.md](differential-privacy.md)). Learning rate
-and clipping bound of each method and ε are those that scored best on validation at the first seed;
-that seed counts among the others. The noise is a rehearsal's, so that runs repeat.
+Privacy is that of single rows ([differential-privacy.md](differential-privacy.md)). Each method's
+learning rate and clipping bound are the pair that scored best on validation at the first seed at
+ε 3; other ε take the same, and runs without privacy choose their own learning rate. That seed
+counts among the others. Frozen weights are bfloat16. The noise is a rehearsal's, so that runs
+repeat. PAIR is what was chosen for {exact}, e.g. `'sst2-learning_rate=0.01-max_grad_norm=4.0/*'`.
 """
 NOISE = """\
 ## How much of the residual is noise
@@ -115,7 +117,7 @@ def tables(found: Arms) -> Iterator[str]:
     yield markdown_table(["method", *columns], rows(score))
     yield f"{EXACT} less the method, of equal seeds, with the 95 % interval:\n"
     yield markdown_table([f"{EXACT} less", *columns], rows(less, EXACT))
-    yield "Learning rate and clipping bound that were chosen (of so many pairs tried):\n"
+    yield "Learning rate and clipping bound (of so many pairs tried there):\n"
     yield markdown_table(["method", *columns], rows(picked))
 
 
@@ -139,8 +141,10 @@ def noise(found: Arms) -> Iterator[str]:
 
 def page(runs: Sequence[Run]) -> Iterator[str]:
     found = arms(runs)
-    yield ABOUT
+    yield ABOUT.format(exact=EXACT)
     yield f"{len(runs)} runs.\n"
+    if all(len(by_choice) == 1 for by_choice in found.values()):
+        yield "Nothing was chosen yet: of each method and ε one pair was tried.\n"
     yield from tables(found)
     yield from noise(found)
     yield from environments(runs)

@@ -13,6 +13,7 @@ from test_aggregate import federation, fresh_like, run
 
 from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.aggregation.assignments.robust_pca import sparse_part
+from fedex_lora.aggregation.assignments.sketched import omega
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import UserError
 
@@ -176,6 +177,32 @@ def test_robust_pca_finds_what_was_hidden():
     own.view(-1)[torch.randperm(4800, generator=g)[:150]] = 10.0
     found = sparse_part(common + own)
     assert (found - own).norm() < 0.05 * own.norm() and not sparse_part(0 * own).any()
+
+
+@some
+@drawn
+def test_fedask_is_what_two_exchanges_of_sketches_come_to(n, seed, eta):
+    for name, p in (("fedask", 0), ("fedask-both", 1)):
+        for site, starts, ends, out in sent(name, n, seed, eta, oversampling=p):
+            rank = SITES[site].rank
+            products = [product(s) + eta * (product(e) - product(s)) for s, e in zip(starts, ends)]
+            y = mean([x @ omega(SITES[site].inp, rank + p) for x in products], n)
+            q = torch.linalg.qr(y).Q  # which the server sends, and clients answer
+            z = mean([q.T @ x for x in products], n)
+            u, values, vh = torch.linalg.svd(z, full_matrices=False)
+            close(product(out.factors[site]), q @ u[:, :rank] * values[:rank] @ vh[:rank])
+            balanced = out.factors[site].A.norm(dim=1), out.factors[site].B.norm(dim=0)
+            close(*balanced)
+            close(balanced[0] ** 2, values[:rank] / SITES[site].scale)
+
+
+def test_no_rank_of_fedask_dies_where_a_product_lacks_some():
+    wide = {"q": LayerShape(out=7, inp=8, rank=4, scale=1.7)}
+    (start,), (end,) = federation(METHODS["fedask"], 1, 0, wide)
+    end.layers["q"].B[:, 1:] = 0
+    pair = run(METHODS["fedask"], wide, [start], [end], [1]).factors["q"]
+    close(product(pair), product(end.layers["q"]))
+    close(pair.A[1:] @ pair.A.T, torch.eye(4, dtype=torch.float64)[1:])
 
 
 def test_with_no_boost_fedrpca_is_plain_averaging():

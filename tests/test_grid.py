@@ -104,6 +104,10 @@ WRONG = {
     "methods: [ffa]\nmethods: [ffa]": "given twice",
     "methods: [ffa]\nvary: {lora.r: [1]}\nchoose: [lora.rr]": "choose: expected .*mean 'lora.r'",
     "methods: [ffa]\nchoose: [recipe]": "choose: recipes differ in their data",
+    "methods: [ffa]\nvary: {lora.r: [1]}\nchoose_at: {lora.r: 1}": "choose_at: there is nothing",
+    "methods: [ffa]\nvary: {lora.r: [1]}\nchoose: [lora.r]\nchoose_at: {lora.r: 1}": "not an axis",
+    "methods: [ffa]\nvary: {lora.r: [1, 2], training.max_steps: [3]}\nchoose: [lora.r]\n"
+    "choose_at: {training.max_steps: 4}": "choose_at.training.max_steps: expected one of 3",
     "methods: [full, {name: ffa, rank_factor: 2, set: {lora.rank_pattern: {q: 2}}}]": "rank_factor",
 }
 
@@ -197,6 +201,29 @@ def test_later_seeds_run_what_was_best_on_validation_at_the_first(folder, tmp_pa
         "tiny-r=1-max_steps=3/fedex-seed1",
         "tiny-r=1-max_steps=4/fedit-seed1",
         "tiny-r=2-max_steps=3/fedit-seed1",
+    ]
+
+
+def test_what_was_best_in_one_place_is_run_in_the_others(folder, tmp_path):
+    more = "vary: {training.max_steps: [5, 4], lora.r: [1, 2]}\nchoose: [lora.r]\n"
+    found = small(folder, "fedit, fedex", more + "choose_at: {training.max_steps: 4}\n")
+    judges = due(found, tmp_path)
+    assert [run.name for run in judges] == [
+        "tiny-max_steps=4-r=1/fedit-seed0",
+        "tiny-max_steps=4-r=1/fedex-seed0",
+        "tiny-max_steps=4-r=2/fedit-seed0",
+        "tiny-max_steps=4-r=2/fedex-seed0",
+    ]
+    for run, score in zip(judges, (0.2, 0.9, 0.3, 0.4)):
+        make_run(run, tmp_path, score)
+    others = [run.name for run in due(found, tmp_path) if run not in judges]
+    assert others == [
+        "tiny-max_steps=5-r=1/fedex-seed0",
+        "tiny-max_steps=5-r=1/fedex-seed1",
+        "tiny-max_steps=5-r=2/fedit-seed0",
+        "tiny-max_steps=5-r=2/fedit-seed1",
+        "tiny-max_steps=4-r=1/fedex-seed1",
+        "tiny-max_steps=4-r=2/fedit-seed1",
     ]
 
 

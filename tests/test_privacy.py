@@ -54,5 +54,7 @@ def test_what_secure_aggregation_cannot_do_is_refused_by_name() -> None:
         block = {"secure_aggregation": {"threshold": threshold}}
         assert "more than half of the 4" in _problems(privacy=block, federation={"clients": 4})
     block = {"secure_aggregation": {"rank": 12}}
-    assert "is for fedex-svd" in _problems(privacy=block)
+    assert "is for fedex-svd, fedask-both" in _problems(privacy=block)
+    assert "is for fedex-svd" in _problems(privacy=block, method={"name": "fedask"})
+    assert _problems(privacy=block, method={"name": "fedask-both"}) == ""
     assert _problems(privacy=block, method={"name": "fedex-svd", "rank": 4}) == ""

@@ -35,17 +35,22 @@ def made(folder: Path, **blocks: Any) -> Any:
     return recipe(folder, **{"training": TRAINING, "privacy": PRIVACY, **blocks})
 
 
-def test_a_step_is_the_clipped_and_noised_mean_over_the_expected_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("physical", [1, 3])
+def test_a_step_is_the_clipped_and_noised_mean_over_the_expected_batch(
+    tmp_path: Path, physical: int
+) -> None:
     """Two steps of plain SGD, with the draws of a rehearsal replayed: the rows' own gradients by
-    torch alone, in float64 from there on. L = 2 by two passes of one row."""
+    torch alone, in the order of the draw, in float64 from there on. L = 2 by passes of one row; L =
+    6 by passes of three in the order of their lengths."""
     tiny("roberta", tmp_path / "roberta", **NO_DROPOUT)
     federation = set_up(made(tmp_path))
     model, task, rows = federation.model, federation.task, federation.clients["ann"]
     sgd = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.3, "max_steps": 2}
     start = federation.initial
     turn = Turn("ann", 1, rows, start, frozenset("AB"), 5)
-    bound, sigma, account = 0.5, 0.8, Accounts(1e-3)
-    trainer = PrivateTrainer(task, {**TRAINING, **sgd}, bound, {"ann": sigma}, account, True)
+    bound, sigma, account, expected_rows = 0.5, 0.8, Accounts(1e-3), 2 * physical
+    training = {**TRAINING, **sgd, "per_device_train_batch_size": physical}
+    trainer = PrivateTrainer(task, training, bound, {"ann": sigma}, account, True)
     (found,) = trainer(model, [turn])
 
     bits, collate = rehearsed(derive(5, "private", 1, "ann")), task.collator(model.tokenizer)
@@ -53,7 +58,7 @@ def test_a_step_is_the_clipped_and_noised_mean_over_the_expected_batch(tmp_path:
     model.freeze(frozenset("AB"))
     clipped = 0
     for _ in range(2):
-        drawn = poisson_sample(bits, len(rows), 2 / 9)
+        drawn = poisson_sample(bits, len(rows), expected_rows / 9)
         names = [n for n, p in model.module.named_parameters() if p.requires_grad]
         total = {n: torch.zeros_like(model.module.get_parameter(n)).double() for n in names}
         for row in drawn:
@@ -67,14 +72,14 @@ def test_a_step_is_the_clipped_and_noised_mean_over_the_expected_batch(tmp_path:
             for n in groups:
                 parameter = model.module.get_parameter(n)
                 noise = normal(bits, parameter).double()
-                parameter -= (0.3 * (total[n] + sigma * bound * noise) / 2).float()
+                parameter -= (0.3 * (total[n] + sigma * bound * noise) / expected_rows).float()
     assert clipped  # else the bound is not tested
     expected, got = flat(model.read()), flat(found.end)
     for name, tensor in expected.items():
         moved = (tensor - flat(start)[name]).norm()
         assert (got[name] - tensor).norm() <= 1e-4 * moved, name
-    assert account.spent == {"ann": (Steps(0.8, 2 / 9, 2),)}
-    assert found.metrics["epsilon"] == epsilon([Steps(0.8, 2 / 9, 2)], 1e-3)
+    assert account.spent == {"ann": (Steps(0.8, expected_rows / 9, 2),)}
+    assert found.metrics["epsilon"] == epsilon(account.spent["ann"], 1e-3)
     assert "loss" not in found.metrics  # it is not noised
 
 

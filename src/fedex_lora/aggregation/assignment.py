@@ -73,6 +73,8 @@ class Assignment(ABC):
         ranks_may_differ: Whether clients may have different LoRA ranks.
         gradients: Whether `assign` makes the factors of round 1 of a gradient: clients send those
             of the adapted layers' whole weights in that round.
+        sketched: Whether it takes its sums over products from sketches, which may lose something;
+            they may do so under secure aggregation too.
     """
 
     name: ClassVar[str] = ""
@@ -86,6 +88,7 @@ class Assignment(ABC):
     head_private: ClassVar[bool] = False
     ranks_may_differ: ClassVar[bool] = False
     gradients: ClassVar[bool] = False
+    sketched: ClassVar[bool] = False
 
     def first(self, layer: LayerShape, factors: Factors, seed: int) -> Assigned:
         """What clients start round 1 from.

@@ -34,6 +34,7 @@ from fedex_lora.aggregation.assignments.inner import Inner
 from fedex_lora.aggregation.assignments.own_pair import OwnPair
 from fedex_lora.aggregation.assignments.robust_pca import RobustPca
 from fedex_lora.aggregation.assignments.shared_a import SharedA
+from fedex_lora.aggregation.assignments.sketched import Sketched
 from fedex_lora.aggregation.assignments.sparse_start import SparseStart
 from fedex_lora.aggregation.assignments.thresholded import Thresholded
 from fedex_lora.aggregation.registry import Registry
@@ -234,6 +235,8 @@ _OWN: dict[str, Method] = {
     "fedex-hetero": Method("both", OwnSvd(), "exact", "open problem in arXiv 2410.09432, sec. 5"),
     "flexlora": Method("both", Svd(), "dropped", "Bai et al., arXiv 2402.11505"),
     "fedsvd": Method("B", Svd(), "zero", "arXiv 2505.12805"),
+    "fedask": Method("B", Sketched(), "zero", "Wen et al., arXiv 2507.09990"),
+    "fedask-both": Method("both", Sketched(), "dropped", "arXiv 2507.09990, without privacy"),
     "rolora": Method("alternate", Average(), "zero", "arXiv 2409.02346"),
     "fedsa": Method("both", SharedA(), "dropped", "Guo et al., arXiv 2410.01463"),
     "fedmomentum": Method("both", SvdAndRest(), "exact", "Yan et al., arXiv 2603.08014"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fedex_lora.aggregation.assignment import Svd
 from fedex_lora.aggregation.methods import METHODS, Method
 from fedex_lora.recipe.part import Problem
 
@@ -72,7 +71,9 @@ def _example_level(recipe: Blocks) -> Iterator[Problem]:
 
 def _linear(method: Method) -> bool:
     """Whether all that the server publishes is a function of the mean of the updates."""
-    of_mean = type(method.assignment) is Svd and method.trains == "B"
+    of_mean = (
+        method.trains == "B" and not method.in_ledger and "ends" not in method.assignment.needs
+    )
     return (method.means_alone or of_mean) and not method.pooled
 
 

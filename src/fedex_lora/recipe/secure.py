@@ -39,8 +39,10 @@ def secure_problems(recipe: Blocks) -> Iterator[Problem]:
         yield "federation.scaffold", f"the coordinator keeps every client's variate; {_SUMS}"
     if fed.align:
         yield "federation.align", f"needs every client's factors; {_SUMS}"
-    if secure.rank != "exact" and method.residual != "truncated":
-        having = ", ".join(n for n, m in METHODS.items() if m.residual == "truncated")
+    sketched = {n for n, m in METHODS.items() if m.assignment.sketched and m.trains == "both"}
+    cut = [n for n, m in METHODS.items() if m.residual == "truncated" or n in sketched]
+    if secure.rank != "exact" and recipe.method.name not in cut:
+        having = ", ".join(cut)
         yield f"{key}.rank", f"a sketch that loses something is for {having}; set it to exact"
     if recipe.records.save_updates:
         yield "records.save_updates", "under secure aggregation nobody sees an update"

@@ -202,25 +202,36 @@ def left(runs: Sequence[Run], out: Path) -> list[Run]:
 def due(plan: Plan, out: Path) -> list[Run]:
     """The runs that are to be made, as far as finished ones tell.
 
-    Without `choose` all. With it those of the first seed; of the other seeds those whose choice was
-    the best there (of equal ones the first), once all that compete with it are finished.
+    Without `choose` all. With it those that judge, of the first seed and, with `choose_at`, of that
+    choice alone; of the others those whose choice was the best there (of equal ones the first),
+    once all that compete with it are finished.
     """
-    if not plan.grid.choose:
+    grid, there = plan.grid, plan.grid.judging()
+    if not grid.choose:
         return [*plan.runs]
-    first, chosen = plan.grid.seeds[0], set[tuple[str, str]]()
+
+    def judges(run: Run) -> bool:
+        at = all(run.choice[axis] == label for axis, label in there.items())
+        return at and run.seed == grid.seeds[0]
+
+    def arm(run: Run) -> tuple[str, ...]:
+        fixed = (v for axis, v in run.choice.items() if axis not in (*grid.choose, *there))
+        return run.label, *fixed
+
+    def chosen(run: Run) -> tuple[str, ...]:
+        return tuple(run.choice[axis] for axis in grid.choose)
+
     rivals: dict[tuple[str, ...], list[Run]] = {}
-    for run in plan.every:
-        if run.seed == first:
-            fixed = (v for axis, v in run.choice.items() if axis not in plan.grid.choose)
-            rivals.setdefault((run.label, *fixed), []).append(run)
-    for runs in rivals.values():
+    for run in filter(judges, plan.every):
+        rivals.setdefault(arm(run), []).append(run)
+    best = dict[tuple[str, ...], tuple[str, ...]]()
+    for key, runs in rivals.items():
         results = [RunDir(out / run.name).results() for run in runs]
         sign = 1 if recipe_task(runs[0].recipe).higher_is_better else -1
         scores = [sign * r["best"]["score"] for r in results if r is not None]
         if len(scores) == len(runs):
-            best = runs[scores.index(max(scores))]
-            chosen.add((best.cell, best.label))
-    return [r for r in plan.runs if r.seed == first or (r.cell, r.label) in chosen]
+            best[key] = chosen(runs[scores.index(max(scores))])
+    return [run for run in plan.runs if judges(run) or best.get(arm(run)) == chosen(run)]
 
 
 def told(run: Run, out: Path) -> str:

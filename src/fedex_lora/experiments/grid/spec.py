@@ -15,6 +15,7 @@ vary:                           # every combination is run
 columns: lora.r                 # goes across the table; without it the metrics do
 choose: [lora.r]                # the first seed tells, on the rows that select rounds, which of
                                 # these choices the other seeds run
+choose_at: {epochs: short}      # only there; the other choices on this axis run what was best there
 train_once: true                # methods take over each other's first round of training
 """
 
@@ -84,11 +85,19 @@ class Grid(Part):
     vary: dict[str, Any] = Field(default={})
     columns: str | None = None
     choose: list[str] = Field(default=[])  # axes whose best choice at the first seed is kept
+    choose_at: dict[str, Any] = Field(default={})  # the choice on other axes where that is told
     train_once: bool = False  # methods take over each other's first round: the same bits
 
     def axes(self) -> dict[str, dict[str, Overrides]]:
         """Of each name in `vary`: what every choice is called, and what it sets."""
         return {name: _choices(name, given) for name, given in self.vary.items()}
+
+    def judging(self) -> dict[str, str]:
+        """`choose_at` by the labels of the choices."""
+        return {
+            name: value if isinstance(self.vary[name], dict) else _label(name, value)
+            for name, value in self.choose_at.items()
+        }
 
     def problems(self) -> Iterator[Problem]:
         yield from _settled("set", self.set)
@@ -101,7 +110,11 @@ class Grid(Part):
         if any(seed < 0 for seed in self.seeds):
             yield "seeds", "expected whole numbers of at least 0"
         known = [RECIPES, *self.vary]
-        axes = {"columns": [self.columns] if self.columns else [], "choose": self.choose}
+        axes = {
+            "columns": [self.columns] if self.columns else [],
+            "choose": self.choose,
+            "choose_at": list(self.choose_at),
+        }
         for key, named in axes.items():
             for name in named:
                 if name not in known:
@@ -109,6 +122,14 @@ class Grid(Part):
                     yield key, text + did_you_mean(name, known)
         if RECIPES in self.choose:
             yield "choose", "recipes differ in their data; choose among names in `vary`"
+        if self.choose_at and not self.choose:
+            yield "choose_at", "there is nothing to choose; give `choose` too, or leave it out"
+        for name, value in self.choose_at.items():
+            given = self.vary.get(name, [])
+            if name in self.choose or name == RECIPES:
+                yield f"choose_at.{name}", "not an axis of its own; name another one of `vary`"
+            elif isinstance(given, list | dict) and value not in list(given):
+                yield f"choose_at.{name}", f"expected one of {', '.join(map(str, given))}"
 
     def _set_twice(self) -> Iterator[Problem]:
         """Keys that are varied and set besides: names would say what is not so."""
@@ -131,8 +152,11 @@ def _keys_of(name: str, given: Any) -> dict[str, None]:
 def _choices(name: str, given: Any) -> dict[str, Overrides]:
     if isinstance(given, dict):
         return given
-    short = name.rpartition(".")[2]
-    return {f"{short}={plain_text(value)}": {name: value} for value in given}
+    return {_label(name, value): {name: value} for value in given}
+
+
+def _label(name: str, value: Any) -> str:
+    return f"{name.rpartition('.')[2]}={plain_text(value)}"
 
 
 def plain_text(value: Any) -> str:
