@@ -11,6 +11,7 @@ import transformers
 from merging import CASES, CLS, LM, base, command, logits, plain, save, saved
 from safetensors.torch import load_file, save_file
 
+from fedex_lora.errors import UserError
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.base import merge_into_base
 from fedex_lora.merge.plan import make_plan
@@ -202,6 +203,70 @@ def test_ways_to_begin_that_change_the_base_are_refused(how, base, command, tmp_
     text = " ".join(err.split())
     assert code == 2 and f"'{how}', which took B·A out of the base" in text
     assert "path_initial_model_for_weight_conversion" in text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_with_a_byte_order_mark(bert, encoding, tmp_path):
+    merge(bert, tmp_path / "expected", [3, 1])
+    for folder in bert:
+        text = (folder / CONFIG).read_text()
+        (folder / CONFIG).write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    merge(bert, tmp_path / "out", [3, 1])
+    expected, got = (load_file(tmp_path / n / WEIGHTS) for n in ("expected", "out"))
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "field, one, other",
+    [
+        ("layer_replication", [[0, 2], [1, 2]], [[0, 1], [0, 2]]),
+        ("alora_invocation_tokens", [5, 6], [5, 7]),
+    ],
+)
+def test_where_updates_are_added_is_kept(base, field, one, other, tmp_path):
+    """PEFT's model with the merged adapter moves as the mean of both does, linear in ΔW."""
+    config = {"r": 2, "lora_alpha": 3, "target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+    folder, lora = base("llama"), config | {field: one}
+    made = [save(folder, LM[0], tmp_path / f"a{i}", i, **lora).folder for i in range(2)]
+    merge(made, tmp_path / "out", [3, 1])
+
+    def hidden(adapter):
+        model = peft.PeftModel.from_pretrained(plain(folder, LM[0]), adapter).double().eval()
+        ids = torch.tensor([[3, 9, 5, 6, 11, 4]])
+        extra = {"alora_offsets": [4]} if "alora" in field else {}
+        with torch.no_grad():
+            return model(input_ids=ids, **extra).logits
+
+    first, second, got = map(hidden, [*made, tmp_path / "out"])
+    assert (first - second).norm() > 1e-2 * first.norm()
+    assert torch.allclose(got, (3 * first + second) / 4, rtol=1e-5, atol=1e-6)
+    edit(made[1], **{field: other})
+    with pytest.raises(UserError, match=f"{field}: .*no adapter adds their mean"):
+        merge(made, tmp_path / "no", [3, 1])
+    with pytest.raises(UserError, match=f"{field}: .*which no plain model has"):
+        plan = make_plan([open_adapter(str(made[0]))], None, True)
+        merge_into_base(plan, str(folder), tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"lora_alpha": "16"}, "lora_alpha is '16'; expected a number"),
+        ({"alpha_pattern": {"query": None}}, "alpha_pattern is .* numbers by the names of layers"),
+        ({"peft_type": None, "fine_tune_type": "lora", "num_layers": 2}, r"MLX.s own form"),
+    ],
+)
+def test_what_is_wrong_in_a_config_is_said_once(bert, fields, message, tmp_path):
+    edit(bert[0], **fields)
+    with pytest.raises(UserError, match=message) as told:
+        open_adapter(str(bert[0]))
+    assert "num_layers" not in str(told.value)
+
+
+def test_other_files_of_tensors_are_named(bert):
+    (bert[0] / WEIGHTS).rename(bert[0] / "adapters.safetensors")
+    with pytest.raises(UserError, match=r"there is no .*; there is adapters\.safetensors"):
+        open_adapter(str(bert[0]))
 
 
 def test_fields_that_change_nothing_are_passed_over(bert, command, tmp_path):

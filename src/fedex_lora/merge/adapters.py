@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -18,18 +17,20 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import LayerShape
 from fedex_lora.disk import reason
-from fedex_lora.errors import DataError, StorageError
+from fedex_lora.errors import DataError, StorageError, some
 from fedex_lora.merge.experts import Form, forms
 from fedex_lora.merge.factors import Term, finite
 from fedex_lora.merge.tokens import indices, of_tokens
-from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty
+from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty, read_config
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.plain import unsupported
 
 PICKLE = "adapter_model.bin"
+WHERE = ("layer_replication", "alora_invocation_tokens")
+"""Fields that say where ΔW is added, and not what it is."""
 # trained biases and tokens are averaged, experts merged one by one, tied factors apart
 _DEALT_WITH = frozenset(
-    {"bias", "trainable_token_indices", "target_parameters", "ensure_weight_tying"}
+    {"bias", "trainable_token_indices", "target_parameters", "ensure_weight_tying", *WHERE}
 )
 _SUFFIXES = {f".{n}": i for names in NAMES.values() for i, n in enumerate(names)}
 Shape = tuple[int, ...]
@@ -194,12 +195,7 @@ def download(name: str, files: Sequence[str], revision: str | None = None) -> Pa
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{folder / CONFIG}: cannot be read: {reason(error)}") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{folder / CONFIG}: not what PEFT writes: expected a JSON object")
+    config = read_config(folder)
     for fields, expected, fits in _FORMS:
         for field in fields:
             value = config.get(field)
@@ -220,6 +216,15 @@ _FORMS = (
         lambda value: isinstance(value, str),
     ),
     (("auto_mapping",), "an object", lambda value: isinstance(value, dict)),
+    (("r", "lora_alpha"), "a number", lambda value: type(value) in (int, float)),
+    (
+        ("rank_pattern", "alpha_pattern"),
+        "numbers by the names of layers",
+        lambda value: (
+            not value
+            or (isinstance(value, dict) and all(type(n) in (int, float) for n in value.values()))
+        ),
+    ),
 )
 
 
@@ -234,7 +239,9 @@ def _weights(folder: Path, allow_pickle: bool) -> Path:
             f"{pickled} is a pickle, which may run code; save the adapter as safetensors, or trust "
             "it with `allow_pickle` (it is still read as plain tensors only)"
         )
-    raise StorageError(f"{folder}: there is no {WEIGHTS}; expected it beside {CONFIG}")
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    there = f"; there is {some(others, 3)}" if others else ""
+    raise StorageError(f"{folder}: there is no {WEIGHTS}; expected it beside {CONFIG}{there}")
 
 
 def _places(

@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from fedex_lora.errors import DataError, StorageError, UserError
-from fedex_lora.merge.adapters import Adapter, Shape, download, is_local
+from fedex_lora.merge.adapters import WHERE, Adapter, Shape, download, is_local
 from fedex_lora.merge.checkpoint import checkpoint
 from fedex_lora.merge.target import Target
 from fedex_lora.model.load import quiet
@@ -50,6 +50,12 @@ def open_target(
         UserError: There is no such model, its files are not safetensors or damaged, it is
             quantised in a way that is not known here, or the tensors do not fit it.
     """
+    for field in WHERE:
+        if value := adapter.config.get(field):
+            raise DataError(
+                f"`into_base`: {adapter.name} has {field}: {value!r}, which no plain model has; "
+                "merge into an adapter instead"
+            )
     named = adapter.config.get("base_model_name_or_path")
     folder = Path(name).expanduser()
     if not folder.exists() and not is_local(name):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedex_lora.errors import DataError, RecipeError, some
-from fedex_lora.merge.adapters import Adapter, Shape
+from fedex_lora.merge.adapters import WHERE, Adapter, Shape
 from fedex_lora.merge.factors import Sum, Term, weighted_sum
 from fedex_lora.merge.tokens import of_tokens
 
@@ -158,6 +158,9 @@ def make_plan(
             + "\n".join(ways)
         )
     _check_shapes(adapters)
+    for field in WHERE:
+        for told in _settings(adapters, field, lambda c, field=field: c.get(field) or None):
+            raise DataError(f"{told}: no adapter adds their mean; merge those that are alike")
     layers = sorted(set.intersection(*(set(a.places) for a in adapters)))
     if not layers:
         raise DataError("no layer is adapted by all of the adapters; there is nothing to merge")

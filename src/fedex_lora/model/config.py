@@ -14,11 +14,27 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fedex_lora.errors import DataError, RecipeError
+from fedex_lora.disk import reason
+from fedex_lora.errors import DataError, RecipeError, StorageError
 from fedex_lora.model.keys import NAMES, PREFIX
 from fedex_lora.model.plain import configured
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's adapter_config.json, also with a byte order mark, as Windows' editors save it.
+
+    Raises:
+        UserError: It cannot be read, or is no JSON object.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder / CONFIG}: cannot be read: {reason(error)}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{folder / CONFIG}: not what PEFT writes: expected a JSON object")
+    return config
 
 
 def write_config(config: Mapping[str, Any], directory: Path) -> None:
@@ -108,7 +124,7 @@ def above_limits(rank: int, would_miss: Mapping[int, float]) -> list[str]:
 
 def misread(directory: Path) -> list[str]:
     """Which programs read the adapter in a directory wrongly, and by how much."""
-    config = json.loads((directory / CONFIG).read_text())
+    config = read_config(directory)
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     ends = [f".{names[0]}" for names in NAMES.values()]

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
-from fedex_lora.errors import RecipeError
+from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.model.config import (
     CONFIG,
     WEIGHTS,
     adapter_folder,
     empty,
     published,
+    read_config,
     with_ranks,
     write_config,
 )
@@ -116,9 +117,8 @@ def read_adapter(
 
 def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        config = json.loads((directory / CONFIG).read_text())
-        stored = load_file(directory / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        config, stored = read_config(directory), load_file(directory / WEIGHTS)
+    except (UserError, OSError, ValueError, SafetensorError) as error:
         raise RecipeError(
             f"lora.init: {directory} is no PEFT adapter: {error}; "
             f"expected a folder with {CONFIG} and {WEIGHTS}"

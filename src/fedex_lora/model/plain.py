@@ -57,6 +57,8 @@ def unsupported(config: Mapping[str, Any], also: frozenset[str] = frozenset()) -
 
 
 def _why(key: str, config: Mapping[str, Any]) -> str:
+    if key == "peft_type" and config.get("fine_tune_type"):
+        return "is MLX's own form (lora_a, lora_b, scale); save it in PEFT's"
     if key != "init_lora_weights":
         return _WHY.get(key, "is no field of LoRA that is known here")
     how = str(config[key]).lower()
@@ -73,6 +75,7 @@ def _why(key: str, config: Mapping[str, Any]) -> str:
 def _refused(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
         yield "peft_type"
+        return  # its other fields have other meanings
     init = config.get("init_lora_weights", True)
     if (init.lower() if init == "Gaussian" else init) not in (*_LEAVE_THE_BASE, None):
         yield "init_lora_weights"

@@ -75,7 +75,7 @@ def template_of(given: str) -> str:
     if given in TEMPLATES:
         return TEMPLATES[given]
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        return Path(given).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise RecipeError(
             f"task.template: {given!r} is neither a template's name ({', '.join(TEMPLATES)}) nor "

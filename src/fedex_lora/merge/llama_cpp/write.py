@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import quants
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from fedex_lora.errors import DataError, StorageError
 from fedex_lora.merge.checkpoint import checkpoint
 from fedex_lora.merge.llama_cpp.architecture import architecture, describe
 from fedex_lora.merge.llama_cpp.vocabulary import add_vocabulary
-from fedex_lora.model.config import CONFIG, WEIGHTS
+from fedex_lora.model.config import WEIGHTS, read_config
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.load import locate
 from fedex_lora.model.plain import configured, unsupported
@@ -88,9 +88,8 @@ def write_adapter(folder: Path, out: Path, base: str, kind: Kind = "f32") -> Wri
             architecture.
     """
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-        stored = load_file(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
+        config, stored = read_config(folder), load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: no PEFT adapter: {reason(error)}") from None
     if refused := unsupported(config):
         raise DataError(f"{folder}: {refused}; GGUF has plain adapters alone")
