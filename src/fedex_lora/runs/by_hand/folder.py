@@ -150,11 +150,13 @@ def told(text: bytes, where: str) -> Told:
         UserError: It is none.
     """
     try:
-        return Told.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        at = "".join(f"{part}: " for part in first["loc"])
+        return Told.model_validate(parsed(text))
+    except ValueError as error:
+        wrong = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            wrong = "".join(f"{part}: " for part in first["loc"]) + first["msg"]
         raise ProtocolError(
-            f'{where}: {at}{first["msg"]}; expected {{"examples": 512}}, the number of rows that '
-            "were trained on"
+            f'{where}: {wrong}; expected {{"examples": 512}}, the number of rows that were trained '
+            "on"
         ) from None
