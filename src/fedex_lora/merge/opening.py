@@ -14,7 +14,7 @@ from fedex_lora.errors import DataError, StorageError, UserError
 from fedex_lora.merge.adapters import WHERE, Adapter, Shape, download, is_local
 from fedex_lora.merge.checkpoint import checkpoint
 from fedex_lora.merge.target import Target
-from fedex_lora.model.load import quiet
+from fedex_lora.model.load import locate, quiet
 
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 AUTO = {
@@ -57,10 +57,7 @@ def open_target(
                 "merge into an adapter instead"
             )
     named = adapter.config.get("base_model_name_or_path")
-    folder = Path(name).expanduser()
-    if not folder.exists() and not is_local(name):
-        revision = adapter.config.get("revision") if named == name else None
-        folder = download(name, _FILES, revision)
+    folder = model_folder(name, adapter.config.get("revision") if named == name else None)
     config = read_config(folder)
     stored = checkpoint(folder, getattr(config, "dtype", None))
     unknown: list[UserError] = []
@@ -80,6 +77,21 @@ def open_target(
         except UserError as error:
             unfit.append(error)
     raise [*unfit, *unknown][0]
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Where a model's files are: in a folder, an installed package, or from the hub.
+
+    Args:
+        name: A path, `package:NAME/SUB` or a hub id.
+        revision: On the hub.
+
+    Raises:
+        UserError: There is no such package, or the hub has it not.
+    """
+    folder = Path(locate(name) if name.startswith("package:") else name).expanduser()
+    there = folder.exists() or is_local(name)
+    return folder if there else download(name, _FILES, revision)
 
 
 def read_config(folder: Path) -> Any:
