@@ -48,10 +48,10 @@ class Display:
     def started(self, start: Start) -> None:
         now, per_round = self._clock(), start.per_round or len(start.examples)
         self._pace, self._phase = Pace(start.rounds, per_round, start.done, now), None
-        examples = tally(start.examples)
+        examples = f", training examples {tally(start.examples)}" if start.examples else ""
         self._print(
             f"{self.label or start.name}: {start.method}, seed {start.seed}, "
-            f"{start.rounds} rounds, training examples {examples}  →  {start.out}",
+            f"{start.rounds} rounds{examples}  →  {start.out}",
             style="bold",
         )
         self._show()
@@ -88,7 +88,9 @@ class Display:
             self._print(f"    with late updates of {some(late)}", wrap=False)
 
     def scored(self, record: Record) -> None:
-        self._print(f"  round {record['round']}; clients' own rows: {number(record['score'], 3)}")
+        whose = some(list(record.get("client_scores", {}))) or "nobody"
+        score = "" if record["scores"] else f": {number(record['score'], 3)}"
+        self._print(f"  round {record['round']} was scored by {whose} on rows of their own{score}")
 
     def note(self, text: str) -> None:
         self._print(f"note: {spoken(text)}", style="yellow")

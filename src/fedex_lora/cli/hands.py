@@ -23,7 +23,7 @@ from fedex_lora.cli.common import (
     whole_number,
 )
 from fedex_lora.cli.runs import show_results
-from fedex_lora.errors import RecipeError, StorageError
+from fedex_lora.errors import RecipeError, StorageError, number
 
 if TYPE_CHECKING:
     from fedex_lora.runs.by_hand.opening import Opened
@@ -52,11 +52,11 @@ def open_command(
 
         run = out or runs_folder(f"{recipe.name}-{recipe.method.name}-seed{recipe.seed}")
         begin_run(recipe, run)
+    elif not what.is_dir():
+        raise StorageError(f"{what}: no recipe and no run there")
     elif set or out:
         option = "--set" if set else "--out"
         raise RecipeError(f"{option}: is for a recipe; {what} is a run, which has begun")
-    elif not what.is_dir():
-        raise StorageError(f"{what}: no recipe and no run there")
     phase.info("loading libraries")
     from fedex_lora.runs.by_hand.opening import open_round
 
@@ -64,7 +64,10 @@ def open_command(
 
 
 def _show_opened(run: Path, opened: Opened) -> None:
-    say(f"Round {opened.round} of {opened.rounds} is open. The coordinator's key: {opened.key}")
+    what = f"Round {opened.round} of {opened.rounds} is open"
+    if opened.scores_alone:
+        what = "All rounds are over; the clients are to score the last model"
+    say(f"{what}. The coordinator's key: {opened.key}")
     for client, folder in opened.folders.items():
         say(f"{client}: hand over {folder}; there: fedex-lora turn FOLDER --data FILE")
     given = shlex.join(opened.folders.values())
@@ -87,8 +90,6 @@ def close_command(
     addresses = [*updates, *context.args]
     if odd := next((text for text in addresses if text.startswith("-")), None):
         raise RecipeError(f"{odd}: no such option")
-    if not addresses:
-        raise RecipeError("--updates: missing; name the folders that came back")
     counts = {}
     for text in examples:
         name, _, count = text.partition("=")
@@ -112,10 +113,15 @@ def turn(
     key: Annotated[
         Path | None, typer.Option(help="The coordinator's coordinator.pub, got on another way.")
     ] = None,
+    score_only: Annotated[
+        bool,
+        typer.Option("--score-only", help="Score the model sent, for who trains it otherwise."),
+    ] = False,
     set: Sets = [],  # noqa: B006
     show_rows: ShowRows = False,
 ) -> None:
-    """Train a client's turn of a round by hand; the update comes to lie in its folder."""
+    """Train a client's turn of a round by hand; the update comes to lie in its folder. Where
+    clients score models (evaluation.where), score the one that was sent on this client's rows."""
     phase.info("loading libraries")
     from fedex_lora.runs.by_hand.turning import take_turn
 
@@ -126,11 +132,17 @@ def turn(
             data,
             key=key,
             sets=set,
+            train=not score_only,
             on_step=lambda turn, *step: display.turn(turn.round, turn.client, *step),
         )
-    one, loss = taken.turn, taken.metrics.get("loss")
-    told = "" if loss is None else f", training loss {loss:.3f}"
-    say(f"{one.client}, round {one.round} of {one.rounds}: {taken.examples} rows{told}")
+    one, update, scored = taken.turn, taken.update, taken.scored
+    if scored is not None:
+        found = ", ".join(f"{name} {number(value, 3)}" for name, value in scored.scores.items())
+        say(f"{one.client}, the model after round {one.round - 1}, {scored.rows} rows: {found}")
+    if update is not None:
+        loss = update.metrics.get("loss")
+        told = "" if loss is None else f", training loss {loss:.3f}"
+        say(f"{one.client}, round {one.round} of {one.rounds}: {update.examples} rows{told}")
     if key is None:
         say(f"The folder is signed by the key {taken.key}; is that the coordinator's?")
     say(f"Send back {taken.address}")

@@ -18,10 +18,15 @@ class Engine(Transport, Protocol):
         stage: The coordinator's own model.
         examples: How many rows each client trains on, as it declared.
         validation: How many rows of its own each client scores models on, by client.
+        scores_later: Whether what clients think of a round's model comes with the next round's
+            updates, and not before.
     """
 
     settings: Settings
     stage: Stage
+
+    @property
+    def scores_later(self) -> bool: ...
 
     @property
     def examples(self) -> Mapping[str, int]: ...

@@ -42,6 +42,8 @@ class LocalEngine:
         transform: What becomes of an update before it is sent.
     """
 
+    scores_later = False
+
     def __init__(
         self,
         stage: Stage,

@@ -33,6 +33,21 @@ def best_record(records: Sequence[Record], higher: bool) -> Record | None:
     return max(scored, key=lambda r: (sign * r["score"], -_loss(r), r["round"]), default=None)
 
 
+def exhausted(records: Sequence[Record], higher: bool, patience: int | None) -> bool:
+    """Whether `patience` evaluations in a row brought no better score.
+
+    Example:
+        >>> scored = [{"round": i, "score": score} for i, score in enumerate([0.5, 0.4, 0.3])]
+        >>> exhausted(scored, True, 2), exhausted(scored, True, 3), exhausted(scored, False, 2)
+        (True, False, False)
+    """
+    best = best_record(records, higher)
+    if patience is None or best is None:
+        return False
+    later = [r for r in records if r["round"] > best["round"]]
+    return sum("score" in r for r in later) >= patience
+
+
 def comparable(records: Sequence[Record]) -> bool:
     """Whether the same clients scored all of these rounds, or the server did."""
     return len({tuple(r.get("scored_by", ())) for r in records if r.get("score") is not None}) < 2

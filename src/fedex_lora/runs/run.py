@@ -20,6 +20,7 @@ from fedex_lora.federation.loop import Record, deliver, run_round
 from fedex_lora.federation.messages import Update
 from fedex_lora.federation.secure.messages import SecureTransport
 from fedex_lora.federation.secure.round import secure_round
+from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, admit, begin
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, dump_recipe
@@ -30,11 +31,11 @@ from fedex_lora.runs.export import export_adapter, export_model
 from fedex_lora.runs.extend import extended
 from fedex_lora.runs.here import Assemble, by_kind
 from fedex_lora.runs.preflight import check, check_room, check_weights
-from fedex_lora.runs.records import best_record, comparable
+from fedex_lora.runs.records import best_record, comparable, exhausted
 from fedex_lora.runs.registered import registered
 from fedex_lora.runs.reopened import Trained
 from fedex_lora.runs.rundir import DATA, RunDir, environment, plain
-from fedex_lora.runs.scoring import selected, server_scores
+from fedex_lora.runs.scoring import lacks_scores, selected, server_scores
 from fedex_lora.runs.watch import Silent, Start, Watcher
 
 
@@ -161,9 +162,11 @@ class Run:
         self.watcher.started(Start(*names, rounds, federation.examples, out, per_round, done))
         if recipe.records.save_updates and self.state.version == 0:
             self._save_global({})
+        late = self._take_scores()
         saved: Future[None] | None = None  # a round is written while the next one trains
         with quick_collections(), ThreadPoolExecutor(1, "saving") as saving:
             while self.state.version < until and not self._exhausted():
+                late = False
                 self._admit()
                 state, record = self._round()
                 told = private.told(self.federation, self.engine, record, self.records)
@@ -178,8 +181,11 @@ class Run:
                 self.watcher.round_done(record)
         if saved is not None:
             saved.result()
-        if self.state.version < rounds and not self._exhausted():
+        over = self.state.version == rounds or self._exhausted()
+        if not over or (self._lacks_scores() and not late):
             return {}
+        if late:
+            self._save(self.state, self._saved_beside(self.records[-1]))
         return self._close()
 
     def best(self) -> Record | None:
@@ -187,12 +193,21 @@ class Run:
         return best_record(self.records, self.federation.task.higher_is_better)
 
     def _exhausted(self) -> bool:
-        """Whether `evaluation.patience` evaluations in a row brought no better score."""
-        patience, best = self.federation.recipe.evaluation.patience, self.best()
-        if patience is None or best is None:
-            return False
-        later = [r for r in self.records if r["round"] > best["round"]]
-        return sum("score" in r for r in later) >= patience
+        patience = self.federation.recipe.evaluation.patience
+        return exhausted(self.records, self.federation.task.higher_is_better, patience)
+
+    def _lacks_scores(self) -> bool:
+        later = self.engine.scores_later and bool(self.records)
+        return later and lacks_scores(self.federation.recipe, self.records[-1])
+
+    def _take_scores(self) -> bool:
+        """Records what clients that score later found of the last round, if that is to be done."""
+        if lacks := self._lacks_scores():
+            record = dict(self.records[-1])
+            self.state = self._scored(self.state, record, self.federation.settings, later=True)
+            self.records[-1] = plain(record)
+            self.watcher.scored(self.records[-1])
+        return lacks
 
     def _admit(self) -> None:
         """Clients that have come late take part from now on."""
@@ -226,22 +241,41 @@ class Run:
             self._save_global(record["weights"], state)
         trained = sum(c.get("seconds", 0.0) for c in record["clients"].values())
         evaluated = perf_counter()
-        last = state.version == settings.rounds
-        if last or state.version % recipe.evaluation.every == 0:
-            # those of the next round get this model anyhow; of pooled rows every silo has a share
-            everybody = last or settings.method.pooled
-            clients = settings.sample(state.version + 1)
-            clients = sorted(self.engine.validation) if everybody else clients
-            state, scored, sent = self.evaluate(state, clients, selection_only=True)
-            record |= scored
-            for client, nbytes in sent.items():
-                record["bytes_down"][client] = record["bytes_down"].get(client, 0) + nbytes
+        state = self._scored(state, record, settings)
         now = perf_counter()
         record["seconds"] |= {"train": trained, "evaluate": now - evaluated, "round": now - began}
         return state, plain(record)
 
+    def _scored(
+        self, state: ServerState, record: Record, settings: Settings, later: bool = False
+    ) -> ServerState:
+        """Adds to a round's record how good its model is; the state, with who holds it.
+
+        Args:
+            later: Whether what clients found has come after the round.
+        """
+        last, engine = state.version == settings.rounds, self.engine
+        if not last and state.version % self.federation.recipe.evaluation.every:
+            return state
+        # those of the next round get this model anyhow; of pooled rows every silo has a share
+        everybody = last or settings.method.pooled
+        clients = sorted(engine.validation) if everybody else settings.sample(state.version + 1)
+        if later != engine.scores_later:
+            clients = []
+        if not clients and not self.federation.evaluation:
+            return state
+        state, scored, sent = self.evaluate(state, clients, selection_only=True, known=record)
+        record |= scored
+        down = dict(record["bytes_down"])
+        record["bytes_down"] = down | {c: down.get(c, 0) + n for c, n in sent.items()}
+        return state
+
     def evaluate(
-        self, state: ServerState, clients: Sequence[str], selection_only: bool = False
+        self,
+        state: ServerState,
+        clients: Sequence[str],
+        selection_only: bool = False,
+        known: Record | None = None,
     ) -> tuple[ServerState, Record, Mapping[str, int]]:
         """Scores of the global model on the server's rows, and of the clients' on their own.
 
@@ -251,16 +285,17 @@ class Run:
         Args:
             clients: Whose rows. In a run, those of the next round: they get the model anyhow.
             selection_only: The first of the server's splits alone.
+            known: The state's record, if it may have the server's scores.
 
         Returns:
             The state, with who holds the model; `scores` by split, `client_scores` by client and
             `score`, the number that selects; and the bytes that were sent to clients for it.
         """
         federation, engine = self.federation, self.engine
-        scores, alone = server_scores(federation, engine.stage, state, selection_only)
+        scores, alone = server_scores(federation, engine.stage, state, selection_only, known)
         own: Mapping[str, Mapping[str, float]] = {}
         sent: Mapping[str, int] = {}
-        if any(engine.validation.values()):
+        if clients and federation.recipe.evaluation.where != "server":
             state, own, sent, missed = deliver(state, federation.settings, engine, clients)
             for client, why in missed.items():
                 self.watcher.note(f"round {state.version}: no scores of {client}: {why}")

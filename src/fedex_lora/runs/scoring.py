@@ -10,8 +10,17 @@ from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.stage import Stage
 from fedex_lora.federation.record import Record
 from fedex_lora.federation.state import ServerState
+from fedex_lora.recipe import Recipe
 
 Scores = dict[str, float]
+
+
+def lacks_scores(recipe: Recipe, record: Record) -> bool:
+    """Whether clients are to score the model after this record's round, and none has so far."""
+    where, every = recipe.evaluation.where, recipe.evaluation.every
+    last = record["round"] == recipe.federation.rounds
+    due = where != "server" and (last or record["round"] % every == 0)
+    return due and "client_scores" not in record
 
 
 def server_scores(

@@ -59,6 +59,8 @@ class RemoteEngine:
         remember: Keeps the identity and the declared rows, before a round's messages are sent.
     """
 
+    scores_later = False
+
     def __init__(
         self,
         guests: Guests,

@@ -16,8 +16,9 @@ from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Lost, Scores, Update
 from fedex_lora.federation.settings import Settings
 from fedex_lora.recipe import Recipe
+from fedex_lora.runs.by_hand.folder import SCORES, Scored
 from fedex_lora.runs.by_hand.opening import names_of
-from fedex_lora.runs.by_hand.update import Waiting, read_update
+from fedex_lora.runs.by_hand.update import Back, Waiting, read_back
 from fedex_lora.runs.here import Assemble, stage_of
 from fedex_lora.runs.run import resume_run, start_run
 from fedex_lora.runs.rundir import BY_HAND, RunDir
@@ -25,7 +26,10 @@ from fedex_lora.runs.watch import Silent, Watcher
 
 
 class Carried:
-    """A transport whose updates were carried here; clients score nothing."""
+    """A transport whose updates were carried here. With an update comes how good the client finds
+    the model that it started from: that of the round before."""
+
+    scores_later = True
 
     def __init__(
         self, addresses: Sequence[str], waiting: Waiting, settings: Settings, stage: Stage
@@ -33,48 +37,70 @@ class Carried:
         self.addresses, self.waiting = addresses, waiting
         self.settings, self.stage = settings, stage
         self.examples: Mapping[str, int] = {}  # what updates say is taken
-        self.validation: Mapping[str, int] = {}
+        self.validation = dict.fromkeys(settings.clients, 0)
+        self._told: dict[str, tuple[str, Scored | None]] | None = None  # address, scores; by client
 
     def newcomers(self) -> list[str]:
         return []
 
     def train(self, exchange: Exchange) -> Iterator[Update | Lost]:
-        """All updates, if there is nothing wrong with any; who sent none is lost.
+        """All updates; who sent none is lost."""
+        found = self._checked(exchange)
+        for client in exchange.clients:
+            update = self._read(found[client][0], exchange).update if client in found else None
+            yield update or Lost(client, "no update was given")
+
+    def evaluate(self, exchange: Exchange) -> Iterator[Scores | Lost]:
+        """What the updates say of the model that they started from; the last one is fetched by
+        whoever wants it."""
+        found = {} if exchange.final else self._checked(exchange)
+        for client in () if exchange.final else exchange.clients:
+            _, scored = found.get(client, ("", None))
+            if scored is not None:
+                self.validation[client] = scored.rows
+                yield Scores(client, scored.scores)
+            else:
+                lacking = f"its update holds no {SCORES}" if client in found else "none were given"
+                yield Lost(client, lacking)
+
+    def _checked(self, exchange: Exchange) -> Mapping[str, tuple[str, Scored | None]]:
+        """By client, where its update lies and its scores, if there is nothing wrong with any.
 
         Raises:
             UserError: All that is wrong, a line for each address.
         """
-        found: dict[str, str] = {}
+        if self._told is not None:
+            return self._told
+        found: dict[str, tuple[str, Scored | None]] = {}
         problems = []
         counts = {}
         for address in self.addresses:
             try:
-                update = self._read(address, exchange)
+                back = self._read(address, exchange)
             except UserError as error:
                 text = str(error)
                 problems.append(text if text.startswith(address) else f"{address}: {text}")
                 continue
-            if update.client in found:
-                other = found[update.client]
-                problems.append(f"{address}: {update.client}'s, as {other} is; give one of them")
-            found.setdefault(update.client, address)
-            counts[update.client] = update.examples
+            client = back.client
+            if client in found:
+                problems.append(
+                    f"{address}: {client}'s, as {found[client][0]} is; give one of them"
+                )
+            found.setdefault(client, (address, back.scored))
+            if back.update is not None:
+                counts[client] = back.update.examples
         if problems:
             raise ProtocolError(
                 "\n".join(problems) + f"\nRound {exchange.round} stays open, and nothing is changed"
             )
-        check_shares(replace(exchange.settings, examples=counts))
-        for client in exchange.clients:
-            if client in found:
-                yield self._read(found[client], exchange)
-            else:
-                yield Lost(client, "no update was given")
+        if counts:
+            check_shares(replace(exchange.settings, examples=counts))
+        self._told = found
+        return found
 
-    def evaluate(self, exchange: Exchange) -> Iterator[Scores]:
-        yield from ()
-
-    def _read(self, address: str, exchange: Exchange) -> Update:
-        return read_update(address, self.waiting, exchange, self.stage.model)
+    def _read(self, address: str, exchange: Exchange) -> Back:
+        stage = self.stage
+        return read_back(address, self.waiting, exchange, stage.model, stage.task)
 
 
 def by_hand(addresses: Sequence[str] = (), examples: Mapping[str, int] | None = None) -> Assemble:
@@ -109,9 +135,11 @@ def close_round(
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
     """Aggregates the updates of the round that is open; after the last one the run is finished.
+    Where clients score models it is so once they have scored the last one.
 
     Args:
-        addresses: Of turns' folders with `update/` in them, or of updates alone.
+        addresses: Of turns' folders with `update/` in them, or of updates alone. Of scores alone
+            there may be none.
         examples: How many rows were trained on, by client, where updates do not say.
 
     Returns:
@@ -129,4 +157,7 @@ def close_round(
             f"{run}: its last round, {recipe.federation.rounds}, is closed; `fedex-lora resume "
             f"{run} --rounds N` goes on with more rounds"
         )
+    state = directory.newest()[0]
+    if not addresses and (state is None or state.version < recipe.federation.rounds):
+        raise ProtocolError("`updates`: missing; name the folders that came back")
     return resume_run(run, None, watcher or Silent(), by_hand(addresses, examples), most=1)

@@ -7,7 +7,10 @@ recipe.yaml              what the run is
 broadcast.safetensors    what `fedex-lora turn` starts from: factors, head and increments
 adapter/                 the same start as a PEFT adapter, for any trainer
 increment/               from round 2 on: what the frozen base has grown by, as a PEFT adapter
-update/                  what comes back: a PEFT adapter, and update.json
+update/                  what comes back: a PEFT adapter and update.json; scores.json where clients
+                         score the model that they were sent
+
+The folders that follow the last round are for scores alone: without adapter/ and increment/.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
@@ -27,7 +30,8 @@ from fedex_lora.runs.by_hand.signing import fingerprint, verify
 TURN, SIGNATURE, KEY = "turn.json", "turn.json.sig", "coordinator.pub"
 RECIPE, BROADCAST = "recipe.yaml", "broadcast.safetensors"
 ADAPTER, INCREMENT, UPDATE, INFO = "adapter", "increment", "update", "update.json"
-FORMAT = 1
+SCORES = "scores.json"
+FORMAT = 2
 
 
 class Told(BaseModel):
@@ -35,6 +39,13 @@ class Told(BaseModel):
 
     examples: Annotated[int, Field(ge=1, strict=True)] | None = None
     metrics: dict[str, FiniteFloat] = {}
+
+
+class Scored(BaseModel):
+    """What scores.json says: how good the model sent is, on so many of the client's own rows."""
+
+    rows: Annotated[int, Field(ge=1, strict=True)]
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class Turn:
         rounds: Of the run.
         client: Whose turn it is.
         token: What only the coordinator and this client know of the turn.
-        trains: Which factors are trained, of "A" and "B".
+        trains: Which factors are trained, of "A" and "B"; none where scores alone are asked for.
+        scores: Whether the client is to score the model that it is sent.
         agreed: What recipes must have in common, by dotted name.
         digests: Of the pretrained weights, the tokenizer and the initial adapter.
         files: SHA-256 of the other files, by path in the folder.
@@ -59,6 +71,7 @@ class Turn:
     client: str
     token: str
     trains: list[str]
+    scores: bool
     agreed: dict[str, Any]
     digests: dict[str, str]
     files: dict[str, str]
@@ -143,20 +156,26 @@ def read_turn(folder: Path, key: Path | None = None) -> tuple[Turn, str]:
     return turn, fingerprint(pem)
 
 
-def told(text: bytes, where: str) -> Told:
-    """What an update.json says.
+_EXPECTED: dict[type[BaseModel], str] = {
+    Told: '{"examples": 512}, the number of rows that were trained on',
+    Scored: '{"rows": 57, "scores": {"accuracy": 0.8}}, of the model before the training',
+}
+Found = TypeVar("Found", bound=BaseModel)
+
+
+def told(kind: type[Found], path: Path) -> Found | None:
+    """What a file of an update says, an update.json or a scores.json; None if it is absent.
 
     Raises:
         UserError: It is none.
     """
     try:
-        return Told.model_validate(parsed(text))
+        return kind.model_validate(parsed(path.read_bytes()))
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         wrong = str(error)
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
             wrong = "".join(f"{part}: " for part in first["loc"]) + first["msg"]
-        raise ProtocolError(
-            f'{where}: {wrong}; expected {{"examples": 512}}, the number of rows that were trained '
-            "on"
-        ) from None
+        raise ProtocolError(f"{path.name}: {wrong}; expected {_EXPECTED[kind]}") from None

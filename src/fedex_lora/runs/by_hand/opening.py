@@ -19,6 +19,7 @@ from fedex_lora.engines.remote.wire import NOTHING, facts
 from fedex_lora.engines.setup import Federation, roster, set_up_server, surroundings
 from fedex_lora.errors import ProtocolError, RecipeError, StorageError
 from fedex_lora.federation.codec import encode_broadcast
+from fedex_lora.federation.record import Record
 from fedex_lora.federation.state import (
     ServerState,
     base_increment,
@@ -45,7 +46,10 @@ from fedex_lora.runs.by_hand.folder import (
     turn_of,
 )
 from fedex_lora.runs.by_hand.signing import fingerprint, public, signer
+from fedex_lora.runs.records import exhausted
 from fedex_lora.runs.rundir import BY_HAND, RunDir
+from fedex_lora.runs.scoring import lacks_scores
+from fedex_lora.tasks import Task
 
 PRIVATE = "coordinator.key"  # in the run's directory
 
@@ -57,12 +61,14 @@ class Opened:
     Attributes:
         folders: Addresses of the clients' folders.
         key: Fingerprint of the coordinator's key, for clients to compare.
+        scores_alone: Whether all rounds are over, and clients are to score the last model.
     """
 
     round: int
     rounds: int
     folders: dict[str, str]
     key: str
+    scores_alone: bool
 
 
 def names_of(recipe: Recipe) -> list[str]:
@@ -100,7 +106,8 @@ def names_of(recipe: Recipe) -> list[str]:
 
 
 def open_round(run: Path, to: str | None = None) -> Opened:
-    """Writes the folders of a run's next round.
+    """Writes the folders of a run's next round; after the last one, where clients score models,
+    folders for the scores of the last one.
 
     Opening a round once more writes the same files again, and leaves updates as they are.
 
@@ -120,26 +127,58 @@ def open_round(run: Path, to: str | None = None) -> Opened:
     with surroundings(recipe), directory.held():
         state, extra, _ = directory.newest()
         federation = set_up_server(recipe, extra.get("clients") or names_of(recipe))
-        state = state or begin(federation.settings, federation.initial)
+        settings = federation.settings
+        scores, alone = _asked(directory, recipe, extra.get("record"), federation.task)
+        state = state or begin(settings, federation.initial)
         known = directory.read_json(BY_HAND) or {"run": secrets.token_hex(8), "opened": {}}
         to = to or str(known.get("to", run / "by-hand"))
         round, folders = state.version + 1, {}
+        last = alone and state.version == settings.rounds
+        where = f"scores-{state.version:04d}" if alone else f"round-{round:04d}"
         key, opened = signer(run / PRIVATE), {}
-        for client in federation.settings.sample(round):
+        for client in settings.clients if last else settings.sample(round):
             with tempfile.TemporaryDirectory() as work:
                 folder = Path(work)
                 token = sha256(key.sign(f"{known['run']}/{round}/{client}".encode()))[:32]
-                turn = _write(federation, state, client, folder, known["run"], token)
+                about = _write(federation, state, client, folder, alone)
+                turn = Turn(
+                    known["run"], round, settings.rounds, client, token, scores=scores, **about
+                )
                 (folder / TURN).write_bytes(turn.text())
                 (folder / SIGNATURE).write_bytes(key.sign(turn.text()))
                 (folder / KEY).write_bytes(public(key))
-                folders[client] = share.below(to, f"round-{round:04d}", client)
+                folders[client] = share.below(to, where, client)
                 _check_free(folders[client], turn)
                 share.put(folder, folders[client], last=TURN)
                 opened[client] = sha256(turn.text())
         known |= {"to": to, "opened": {**known["opened"], str(round): opened}}
         directory.write_json(BY_HAND, known)
-        return Opened(round, federation.settings.rounds, folders, fingerprint(public(key)))
+        return Opened(round, settings.rounds, folders, fingerprint(public(key)), alone)
+
+
+def _asked(
+    directory: RunDir, recipe: Recipe, record: Record | None, task: Task
+) -> tuple[bool, bool]:
+    """Whether clients are to score the model after the last round, whose record this is, and
+    whether that is all: no round follows.
+
+    Raises:
+        UserError: There is nothing to ask for.
+    """
+    if record is None:
+        return False, False
+    scores, done = lacks_scores(recipe, record), record["round"]
+    before = [r for r in directory.records() if r["round"] < done]
+    patience = recipe.evaluation.patience
+    over = done == recipe.federation.rounds or exhausted(
+        [*before, record], task.higher_is_better, patience
+    )
+    if over and not scores:  # the process died before it had written the results
+        raise ProtocolError(
+            f"{directory.path}: its rounds are over; `fedex-lora round close {directory.path}` "
+            "finishes it"
+        )
+    return scores, over
 
 
 def _check_free(address: str, turn: Turn) -> None:
@@ -154,29 +193,25 @@ def _check_free(address: str, turn: Turn) -> None:
 
 
 def _write(
-    federation: Federation, state: ServerState, client: str, folder: Path, run: str, token: str
-) -> Turn:
-    """All files but turn.json and what belongs to it."""
+    federation: Federation, state: ServerState, client: str, folder: Path, scores_alone: bool
+) -> dict[str, Any]:
+    """Writes all files but turn.json and what belongs to it; what turn.json says of them."""
     recipe, settings, model = federation.recipe, federation.settings, federation.model
     (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     message = broadcast_to(state, settings, client, NOTHING)
     (folder / BROADCAST).write_bytes(encode_broadcast(message))
-    start = start_of(state, settings, client)
-    model.save_adapter(start, folder / ADAPTER, base_name=recipe.model.name)
-    own = None if settings.method.shared_base else start.layers
-    _write_increment(model, recipe, state, own, folder / INCREMENT)
+    if not scores_alone:
+        start = start_of(state, settings, client)
+        model.save_adapter(start, folder / ADAPTER, base_name=recipe.model.name)
+        own = None if settings.method.shared_base else start.layers
+        _write_increment(model, recipe, state, own, folder / INCREMENT)
     found = facts(recipe, federation.task, model, federation.initial)
-    return Turn(
-        run,
-        message.round,
-        settings.rounds,
-        client,
-        token,
-        sorted(settings.method.trained(message.round)),
-        dict(found.agreed),
-        dict(found.digests),
-        digests_of(folder),
-    )
+    return {
+        "trains": [] if scores_alone else sorted(settings.method.trained(message.round)),
+        "agreed": dict(found.agreed),
+        "digests": dict(found.digests),
+        "files": digests_of(folder),
+    }
 
 
 def _write_increment(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors
 from fedex_lora.disk import parsed, reason
-from fedex_lora.errors import ProtocolError
+from fedex_lora.engines.remote.replies import check_scores
+from fedex_lora.errors import ProtocolError, UserError
 from fedex_lora.federation.checks import check
 from fedex_lora.federation.codec import worded
 from fedex_lora.federation.loop import Exchange
@@ -25,7 +26,20 @@ from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.plain import configured, unsupported
 from fedex_lora.runs.by_hand import share
-from fedex_lora.runs.by_hand.folder import INFO, TURN, UPDATE, Told, changed, sha256, told, turn_of
+from fedex_lora.runs.by_hand.folder import (
+    INFO,
+    SCORES,
+    TURN,
+    UPDATE,
+    Scored,
+    Told,
+    Turn,
+    changed,
+    sha256,
+    told,
+    turn_of,
+)
+from fedex_lora.tasks import Task
 
 Base = Callable[[str], Tensor]  # of a layer's name: its frozen weight, out × in
 _EMBEDDING = ".base_layer.weight"  # PEFT saves adapted embeddings along
@@ -47,43 +61,75 @@ class Waiting:
     examples: Mapping[str, int]
 
 
-def read_update(address: str, waiting: Waiting, exchange: Exchange, model: AdaptedModel) -> Update:
-    """The update at an address: a turn's folder with `update/` in it, or that alone.
+@dataclass(frozen=True)
+class Back:
+    """What came back from a client.
+
+    Attributes:
+        update: What it trained; None where scores alone were asked for.
+        scored: How good it finds the model that it was sent; None if it was not asked, or did not
+            say.
+    """
+
+    client: str
+    update: Update | None
+    scored: Scored | None
+
+
+def read_back(
+    address: str, waiting: Waiting, exchange: Exchange, model: AdaptedModel, task: Task
+) -> Back:
+    """What lies at an address: a turn's folder with `update/` in it, or that alone.
 
     Raises:
         UserError: It is of another run, round or client, of a recipe or a start that was changed,
-            or no adapter of the shape that was sent out; or the address cannot be read.
+            no adapter of the shape that was sent out, or scores that cannot be; or the address
+            cannot be read.
     """
     with share.local(address) as folder:
         where = folder / UPDATE if (folder / UPDATE).is_dir() else folder
-        client = _whose(folder, waiting, exchange)
-        start = exchange.start(client)
-        # PEFT puts an adapter that has a name of its own into a subfolder
-        adapter = adapter_folder(where) if where.name == UPDATE else where
-        got = _tensors(adapter, start, _bases(exchange, client, model))
-        info = where / INFO
-        given = told(info.read_bytes(), INFO) if info.is_file() else Told()
-        examples = waiting.examples.get(client, given.examples)
-        if examples is None:
+        turn = _turn(folder, waiting, exchange)
+        scored = told(Scored, where / SCORES) if turn.scores else None
+        if scored is not None:
+            if not scored.scores:
+                raise ProtocolError(f"{SCORES}: holds no score; expected {task.primary} at least")
+            try:
+                check_scores(scored.scores, task)
+            except UserError as error:
+                raise ProtocolError(f"{SCORES}: {error}") from None
+        update = _update(where, turn.client, waiting, exchange, model) if turn.trains else None
+        return Back(turn.client, update, scored)
+
+
+def _update(
+    where: Path, client: str, waiting: Waiting, exchange: Exchange, model: AdaptedModel
+) -> Update:
+    start = exchange.start(client)
+    # PEFT puts an adapter that has a name of its own into a subfolder
+    adapter = adapter_folder(where) if where.name == UPDATE else where
+    got = _tensors(adapter, start, _bases(exchange, client, model))
+    given = told(Told, where / INFO) or Told()
+    examples = waiting.examples.get(client, given.examples)
+    if examples is None:
+        raise ProtocolError(
+            "how many rows were trained on is not said; write "
+            f'{{"examples": N}} into {UPDATE}/{INFO}, or give `examples={client}=N`'
+        )
+    trained = exchange.settings.method.sent(exchange.round)
+    for name, value in flat(start).items():
+        kind = name.partition("/")[0]
+        if kind not in trained and kind != "head" and not torch.equal(got[name], value):
             raise ProtocolError(
-                "how many rows were trained on is not said; write "
-                f'{{"examples": N}} into {UPDATE}/{INFO}, or give `examples={client}=N`'
+                f"{worded(name)} is frozen in this round, and was changed; train "
+                f"{' and '.join(sorted(trained & set('AB')))} and the head alone"
             )
-        trained = exchange.settings.method.sent(exchange.round)
-        for name, value in flat(start).items():
-            kind = name.partition("/")[0]
-            if kind not in trained and kind != "head" and not torch.equal(got[name], value):
-                raise ProtocolError(
-                    f"{worded(name)} is frozen in this round, and was changed; train "
-                    f"{' and '.join(sorted(trained & set('AB')))} and the head alone"
-                )
-        update = Update(exchange.round, client, only(got, trained), examples, given.metrics)
-        check(update, start, exchange.round, exchange.settings)
-        return update
+    update = Update(exchange.round, client, only(got, trained), examples, given.metrics)
+    check(update, start, exchange.round, exchange.settings)
+    return update
 
 
-def _whose(folder: Path, waiting: Waiting, exchange: Exchange) -> str:
-    """The client whose turn it was, if that turn is open."""
+def _turn(folder: Path, waiting: Waiting, exchange: Exchange) -> Turn:
+    """Whose turn it was, if that turn is open."""
     try:
         text = (folder / TURN).read_bytes()
     except OSError:
@@ -110,7 +156,7 @@ def _whose(folder: Path, waiting: Waiting, exchange: Exchange) -> str:
         )
     if wrong := changed(folder, turn):
         raise ProtocolError(f"{wrong[0]} was changed; train again from the folder as it was sent")
-    return turn.client
+    return turn
 
 
 def _bases(exchange: Exchange, client: str, model: AdaptedModel) -> Base:
