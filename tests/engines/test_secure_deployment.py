@@ -39,6 +39,27 @@ def test_real_processes_bring_the_bits_of_one(tmp_path: Path) -> None:
     assert not left  # the keys to what Flower still remembers
 
 
+def test_training_with_noise_brings_the_bits_of_one_process(tmp_path: Path) -> None:
+    """A rehearsal of DP-SGD, whose draws and noise repeat."""
+    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    given = recipe(tmp_path, federation={"clients": 3, "rounds": 2}, training=small)
+    raw = secured(given).model_dump()
+    raw["federation"].pop("partition")
+    by_row = {"example_level": {"noise_multiplier": 0.8, "delta": 1e-2}, "rehearsal": True}
+    spec = Recipe.model_validate({**raw, "privacy": by_row})
+    across = remote(without_files(spec, spec.data.path), wait_for_clients=500.0, min_clients=3)
+    files = [path for _, (path,) in spec.data.files()]
+    with deployed(tmp_path / "deployment", across, files) as deployment:
+        launch(across, tmp_path / "run", deployment.folder, False, Silent())
+    start_run(spec, tmp_path / "local")
+    same_bits(tmp_path / "local", tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    here = (tmp_path / "local" / "metrics.jsonl").read_text().splitlines()
+    for line, other in zip(lines, here, strict=True):
+        spent = [json.loads(x)["privacy"]["epsilon"] for x in (line, other)]
+        assert spent[0].keys() == set(SIZES) and spent[0] == pytest.approx(spent[1])
+
+
 def test_a_simulation_brings_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
