@@ -202,6 +202,21 @@ def test_quantisation_needs_its_library(path, monkeypatch):
         CASES["llama"].load(path("llama"), placement="side", quantisation="nf4")
 
 
+def test_a_head_that_the_checkpoint_lacks_and_that_is_tied_is_named(tmp_path):
+    """As of a sentence encoder, which was saved without its masked language model's head."""
+    spec = LoraSpec(target_modules=["query"])
+    name = str(tiny("bert", tmp_path / "bert"))
+    with pytest.raises(UserError, match=r"model\.name: the checkpoint has no cls.*saved with it"):
+        load_model(
+            ModelSpec(name=name, device="cpu"),
+            spec,
+            seed=0,
+            auto_model="AutoModelForMaskedLM",
+            peft_task_type=None,
+            model_kwargs={},
+        )
+
+
 def test_what_the_hub_s_library_warns_of_is_said_once(caplog, monkeypatch):
     hub, said = logging.getLogger("huggingface_hub"), []
     own = logging.Handler()

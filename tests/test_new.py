@@ -111,3 +111,37 @@ def test_values_read_back_as_they_were():
     values = {"name": "x: y", "task": {"prompt": "a\n{b}: #c", "labels": ["1", "no", "ü, v"]}}
     values |= {"training": {"learning_rate": 1e-3, "num_train_epochs": 1}, "seed": 0}
     assert yaml.safe_load(commented(values, "head")) == values
+
+
+@pytest.mark.parametrize(
+    "task, row, labels",
+    [
+        (
+            "token-classification",
+            {"tokens": ["Ann", "Lee", "ran"], "tags": "B-PER I-PER O"},
+            ["PER"],
+        ),
+        (
+            "token-classification",
+            {"text": "Ann ran", "entities": [{"start": 0, "end": 3, "label": "PER"}]},
+            ["PER"],
+        ),
+        (
+            "multi-label-classification",
+            {"text": "Ann ran", "labels": ["I-2", "B-1"]},
+            ["B-1", "I-2"],
+        ),
+    ],
+)
+def test_classes_are_those_of_the_rows(task, row, labels, place, tmp_path, command):
+    tags = {"tags": row["tags"].split()} if "tags" in row else {}
+    files = [tmp_path / f"{name}.jsonl" for name in ("ann", "bob")]
+    for file in files:
+        file.write_text((json.dumps(row | tags) + "\n") * 9)
+    given = ["--model", place / "model", "--method", "fedex", "--task", task]
+    code, said, err = command(
+        "new", tmp_path / "my.yaml", *given, "--data", files[0], "--data", files[1]
+    )
+    assert code == 0 and "?" not in said, err
+    assert load_recipe(tmp_path / "my.yaml").task.labels == labels  # type: ignore[attr-defined]
+    assert command("data", tmp_path / "my.yaml")[0] == 0

@@ -151,7 +151,7 @@ def _task(kind: str, files: list[Path], sets: list[str]) -> dict[str, Any]:
     from fedex_lora.data.read import read
     from fedex_lora.recipe import spec_of
     from fedex_lora.recipe.meanings import MEANINGS
-    from fedex_lora.runs.first_recipe import labels_of, task_fields
+    from fedex_lora.runs.first_recipe import form_of, labels_of, task_fields
 
     spec, block = spec_of(kind), dict[str, Any](kind=kind)
     assert spec is not None
@@ -170,9 +170,10 @@ def _task(kind: str, files: list[Path], sets: list[str]) -> dict[str, Any]:
             what += f" The rows have {some(columns)})"
             block[field] = _answer(f"--set task.{field}=...", None, what, str, guess)
     if "labels" in spec.model_fields and "labels" not in block:
-        column = next((f for f in spec.model_fields if f.startswith(("label_", "tag"))), "")
+        form = form_of(spec, columns)
+        column = form[-1] if form else "label_column"
         name = block.get(column, spec.model_fields[column].default)
-        block["labels"] = labels_of(sample, name)
+        block["labels"] = labels_of(sample, name, bool(form))
     return block
 
 
