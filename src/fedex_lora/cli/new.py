@@ -64,7 +64,11 @@ def new(
             opened.write(text)
     except OSError as error:
         raise StorageError(f"{recipe}: cannot be written: {error.strerror}") from error
-    load_recipe(recipe)
+    try:
+        load_recipe(recipe)
+    except UserError:
+        recipe.unlink()
+        raise
     say(f"Written: {recipe}\nNext: fedex-lora plan {recipe}, then fedex-lora run {recipe}")
 
 
@@ -161,7 +165,8 @@ def _task(kind: str, files: list[Path], sets: list[str]) -> dict[str, Any]:
         if not equals or name == key or name not in spec.model_fields or name == "kind":
             known = ", ".join(f"task.{field}" for field in spec.model_fields if field != "kind")
             raise RecipeError(f"--set {text}: expected KEY=VALUE with one of {known}")
-        block[name] = yaml.safe_load(value)
+        # braces of a prompt are no mapping
+        block[name] = value if spec.model_fields[name].annotation is str else yaml.safe_load(value)
     sample = [_train_file(files[0])] if files[0].is_dir() else files
     columns = read(sample[0]).column_names
     for field, guess in task_fields(spec, columns):

@@ -14,7 +14,7 @@ import yaml
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.read import read
 from fedex_lora.errors import DataError, did_you_mean, some
-from fedex_lora.recipe import TaskSpec
+from fedex_lora.recipe import TaskSpec, spec_of
 from fedex_lora.recipe.meanings import MEANINGS
 
 MOST_LABELS = 100
@@ -117,14 +117,16 @@ def first_recipe(
         evaluation: A directory with the server's rows to score on; without one, and with files,
             each client keeps a tenth of its rows for that.
     """
-    chosen, language = METHODS[method], "labels" not in task
+    chosen, spec = METHODS[method], spec_of(task["kind"])
+    language = spec is None or spec.vocabulary
     values: dict[str, Any] = {"name": name, "seed": 0, "model": {"name": model}}
     if chosen.trains != "all":
         values["lora"] = {"r": 8, "lora_alpha": 16}
     cut = {"rank": 8} if chosen.residual == "truncated" else {}
     values["method"] = {"name": method, **cut}
     values["federation"] = {"rounds": 5}
-    values["task"] = {**task, "max_length": 512 if language else 128}
+    length = task.get("max_length", 512 if language else 128)
+    values["task"] = {**task, "max_length": length}
     if len(files) == 1:
         values["federation"] |= {"clients": 3, "partition": {"kind": "iid"}}
         values["data"] = {"path": str(files[0])}
