@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
-from results import claims, difference, environments, model_name, setting
+from results import claims, difference, environments, further_metrics, model_name, setting
 from results_why import EXACT, REFERENCE, share_missed
 from scipy import stats
 
@@ -113,15 +113,23 @@ def unpacked(root: Path, file: Path) -> list[Run]:
 
 
 def groups(runs: Sequence[Run]) -> dict[str, Study]:
-    """Runs that may be taken together: one model, partition, number of rounds and epochs."""
+    """Runs that may be taken together: one model, partition, number of rows, rounds and epochs."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         r = run.recipe
         dealt = "alike" if r.federation.partition.kind == "iid" else "uneven"
         length = f"{r.federation.rounds} × {r.training.get('num_train_epochs')} epochs"
-        name = f"{model_name(r.model.name)}, clients {dealt}, {length}"
+        name = (
+            f"{model_name(r.model.name)}, {r.data.train_examples} rows, clients {dealt}, {length}"
+        )
         found.setdefault(name, []).append(run)
     return {name: study(some) for name, some in found.items()}
+
+
+def is_plain(run: Run) -> bool:
+    """Whether the method is as its paper has it, with none of the options that go with any."""
+    spec = run.recipe.federation
+    return spec.mean == "weighted" and not spec.align and spec.server_optimizer is None
 
 
 def seeds_needed(spread_: float, wanted: float = DIFFERENCE) -> int:
@@ -171,6 +179,9 @@ def group(name: str, part: Study) -> Iterator[str]:
             + [spread(missed)]
         )
     yield markdown_table(header, rows)
+    for task in part.tasks:
+        if part.of(task)[0].run.recipe.task.generates:
+            yield from further_metrics(part, task)
     if len(rows) > 1 and (over := paired(part, arms[EXACT], arms[REFERENCE])) is not None:
         yield f"Over these tasks: {over.verdict()}\n"
 
@@ -204,7 +215,10 @@ def many(parts: Mapping[str, Study]) -> Iterator[str]:
     yield METHODS
     points: dict[str, list[tuple[float, float]]] = {}  # by method: MB, gain
     for name, part in parts.items():
-        reference = next(p.arm for p in part.placed if p.run.recipe.method.name == REFERENCE)
+        plain = [p.arm for p in part.placed if p.label == REFERENCE and is_plain(p.run)]
+        if not plain:
+            continue
+        reference = plain[0]
         for task in part.tasks:
             arms = [row for row in arm_scores(part, task) if row.by_split]
             if len(arms) < MANY:
@@ -235,10 +249,9 @@ def many(parts: Mapping[str, Study]) -> Iterator[str]:
 
 def page(runs: Sequence[Run]) -> Iterator[str]:
     plt.rcParams["svg.hashsalt"] = "claims"  # the same files from the same runs
-    every = groups(runs)
     compared = {
         name: part
-        for name, part in every.items()
+        for name, part in groups([run for run in runs if is_plain(run)]).items()
         if {EXACT, REFERENCE} <= {p.run.recipe.method.name for p in part.placed}
     }
     yield ABOUT
@@ -247,7 +260,7 @@ def page(runs: Sequence[Run]) -> Iterator[str]:
     for name, part in compared.items():
         yield from group(name, part)
     yield PLOT
-    yield from many(compared)
+    yield from many(groups(runs))
     for model in dict.fromkeys(run.recipe.model.name for run in runs):
         told = claims([run for run in runs if run.recipe.model.name == model], tested=True)
         yield from (text.replace("these runs", model_name(model)) for text in told)

@@ -219,6 +219,8 @@ def test_with_no_boost_fedrpca_is_plain_averaging():
         ("florist", {"energy": 0.0}, "energy: expected a number above 0 and at most 1, got 0.0"),
         ("florist", {"energy": float("nan")}, "energy: expected a number above 0"),
         ("florist", {"energy": "all"}, "energy: expected a float, got 'all'"),
+        ("fedask", {"oversampling": 1.5}, "oversampling: expected an int, got 1.5"),
+        ("fedask", {"oversampling": -1}, "oversampling: expected a number of at least 0, got -1"),
         ("florist", {"energy": True}, "energy: expected a float, got True"),
         ("lora-fair", {"penalty": -1.0}, "penalty: expected a number of at least 0, got -1.0"),
         ("fedrpca", {"boost": float("inf")}, "boost: expected a number of at least 0, got inf"),

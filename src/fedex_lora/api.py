@@ -118,6 +118,10 @@ class Federation:
         **options: Any,
     ) -> None:
         chosen = get_method(method)
+        if not isinstance(clients, Mapping):
+            raise UserError(
+                f"clients: expected rows by client, {{name: Dataset}}, got {type(clients).__name__}"
+            )
         rows = {name: _inputs(model, part, name) for name, part in clients.items()}
         if not rows:
             raise UserError("clients: there are none; expected rows by client, {name: Dataset}")
@@ -321,10 +325,17 @@ def _pooled(rows: Mapping[str, Any]) -> Dataset:
 def _inputs(model: Model, rows: Any, whose: str) -> Any:
     """The columns that the model takes, as transformers.Trainer keeps them; of a module of one's
     own the rows are whatever its train function takes."""
-    if not hasattr(rows, "__len__") or not len(rows):
+    if not hasattr(rows, "__len__"):
+        raise UserError(f"{whose}: expected rows that can be counted, got {type(rows).__name__}")
+    if not len(rows):
         raise UserError(f"{whose}: expected rows, got {type(rows).__name__} without any")
     if model.tokenizer is None:
         return rows
+    if not hasattr(rows, "select_columns"):
+        raise UserError(
+            f"{whose}: expected a datasets.Dataset, got {type(rows).__name__}; a list becomes one "
+            "by Dataset.from_list"
+        )
     base = getattr(model.module, "get_base_model", lambda: model.module)()
     taken = {*inspect.signature(base.forward).parameters, "labels", "label", "label_ids"}
     kept = [name for name in rows.column_names if name in taken]

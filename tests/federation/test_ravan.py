@@ -11,6 +11,7 @@ from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 from oracles import mean, relative
 from simulation import EXAMPLES, SITES, initial, settings, simulate
+from small_runs import recipe
 
 from fedex_lora.aggregation.adapter import AdapterState, LayerShape, folded
 from fedex_lora.errors import UserError
@@ -105,6 +106,13 @@ def test_a_layer_narrower_than_the_rank_gets_zeros(out, inp):
     assert f.B.shape == (out, 4) and f.A.shape == (4, inp)
     assert torch.linalg.matrix_rank(f.B) == min(out, 4)
     assert torch.linalg.matrix_rank(f.A) == min(inp, 4)
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, {"r": 9, "rank_pattern": {"query": 4}}])
+def test_more_heads_than_the_rank_are_refused_where_they_are_asked_for(lora, tmp_path):
+    with pytest.raises(ValueError, match=r"method\.options\.heads: 5 heads share the rank of 4"):
+        recipe(tmp_path, lora=lora, method={"name": "ravan", "options": {"heads": 5}})
+    recipe(tmp_path, lora={"r": 2}, method={"name": "ravan"})
 
 
 def test_numbers_of_heads_that_cannot_be_are_refused():

@@ -96,6 +96,19 @@ def test_a_client_that_joins_dilutes_the_mean():
     assert not any(t.any() for t in start_of(begin(s, initial(s)), s, "a").variates.values())
 
 
+def test_a_variate_that_is_far_larger_than_the_others_is_refused_with_its_update():
+    def wild(update):
+        factor = 30.0 if update.client == "b" else 1.0
+        tensors = {n: t * factor if "variate" in n else t for n, t in update.tensors.items()}
+        return replace(update, tensors=tensors)
+
+    states, _, (record,) = simulate(fed("fedex", norm_ratio=10.0), 1, breaks=wild)
+    assert list(record["refused"]) == ["b"] and "b" not in states[1].variates
+    assert record["refused"]["b"].startswith("its control variates have a norm of ")
+    _, _, (record,) = simulate(fed("fedex", norm_ratio=40.0), 1, breaks=wild)
+    assert not record["refused"]
+
+
 def test_a_variate_that_is_no_number_is_refused():
     s = fed("fedex")
 

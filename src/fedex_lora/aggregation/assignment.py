@@ -90,6 +90,10 @@ class Assignment(ABC):
     gradients: ClassVar[bool] = False
     sketched: ClassVar[bool] = False
 
+    def misfits(self, rank: int) -> Iterator[str]:
+        """Which options ask for more than LoRA's rank gives, and why."""
+        yield from ()
+
     def first(self, layer: LayerShape, factors: Factors, seed: int) -> Assigned:
         """What clients start round 1 from.
 

@@ -197,8 +197,8 @@ class Method:
             kind = type(self.options[name])
             alike = kind is float and type(value) is int
             if type(value) is not kind and not alike:
-                told = f"method.options.{name}: expected a {kind.__name__}, got {value!r}"
-                raise UserError(told)
+                expected = f"a{'n' if kind is int else ''} {kind.__name__}"
+                raise UserError(f"method.options.{name}: expected {expected}, got {value!r}")
         changed = replace(self, assignment=replace(self.assignment, **dict(given)))
         for what in changed.assignment.problems():
             raise UserError(f"method.options.{what}")

@@ -372,6 +372,7 @@ def federation_settings(
         align=fed.align,
         optimizer=fed.optimizer,
         scaffold=fed.scaffold,
+        spectrum=recipe.records.spectrum,
         asynchronous=fed.asynchronous and Asynchronous(**fed.asynchronous.model_dump()),
     )
 

@@ -17,7 +17,7 @@ from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UpdateRefused, UserError
 from fedex_lora.federation.codec import worded
-from fedex_lora.federation.messages import VARIATE, Tensors, Update, flat
+from fedex_lora.federation.messages import VARIATE, Tensors, Update, flat, variates_in
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, own_part, sent_part
 
@@ -64,6 +64,12 @@ def check(update: Update, start: AdapterState, round: int, settings: Settings) -
     return norm
 
 
+def variate_norm(update: Update) -> float:
+    """The norm of an update's control variates together, which are gradients; 0 if it has none."""
+    norms = map(torch.linalg.vector_norm, variates_in(update.tensors).values())
+    return math.hypot(*(norm.item() for norm in norms))
+
+
 def _check_tensors(got: Tensors, expected: Tensors) -> None:
     if got.keys() != expected.keys():
         wrong = sorted(got.keys() ^ expected.keys())[0]
@@ -85,10 +91,15 @@ def _check_tensors(got: Tensors, expected: Tensors) -> None:
             )
 
 
-def outliers(norms: Mapping[str, float], ratio: float | None) -> dict[str, str]:
+def outliers(
+    norms: Mapping[str, float], ratio: float | None, told: str = "it changed by"
+) -> dict[str, str]:
     """Clients whose norm is more than `ratio` times the median of the others', and why.
 
     From three clients on. The median withstands liars as long as they are fewer than half.
+
+    Args:
+        told: What the norm is of, for the reason.
 
     Example:
         >>> list(outliers({"a": 1.0, "b": 2.0, "c": 90.0}, 10.0))
@@ -103,7 +114,7 @@ def outliers(norms: Mapping[str, float], ratio: float | None) -> dict[str, str]:
         median = statistics.median(n for other, n in norms.items() if other != client)
         if 0 < median * ratio < norm:
             found[client] = (
-                f"it changed by {norm:.4g}, the median of the others is {median:.4g}; "
+                f"{told} {norm:.4g}, the median of the others is {median:.4g}; "
                 f"federation.max_norm_ratio is {ratio:g}"
             )
     return found

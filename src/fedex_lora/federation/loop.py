@@ -14,7 +14,7 @@ from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.aggregator import Aggregate, Aggregator
 from fedex_lora.aggregation.combining import Combining
 from fedex_lora.errors import QuorumLost, UpdateRefused, UserError
-from fedex_lora.federation.checks import check, outliers, too_large
+from fedex_lora.federation.checks import check, outliers, too_large, variate_norm
 from fedex_lora.federation.codec import (
     broadcast_nbytes,
     decode_update,
@@ -153,7 +153,9 @@ def run_round(
             else:
                 _receive(reply, exchange, tally, spool)
         if settings.method.exchanges:
-            for client, why in outliers(tally.all_norms, settings.norm_ratio).items():
+            ratio, told = settings.norm_ratio, "its control variates have a norm of"
+            found = outliers(tally.variate_norms, ratio, told)
+            for client, why in {**found, **outliers(tally.all_norms, ratio)}.items():
                 tally.refuse(client, why)
         for client, rounds in delays(state, settings, sorted(tally.taken)).items():
             held, due = spool.get(client), exchange.round + rounds
@@ -264,6 +266,8 @@ def _receive(update: Update, exchange: Exchange, tally: Tally, spool: Spool) -> 
         tally.refused[client] = str(refusal)
         return
     spool.put(update)
+    if settings.scaffold:
+        tally.variate_norms[client] = variate_norm(update)
     tally.taken[client] = Taken(update.examples, update.metrics)
     tally.seconds += perf_counter() - began
 

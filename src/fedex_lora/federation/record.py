@@ -5,13 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 
+from fedex_lora.aggregation.adapter import AdapterState, folded
 from fedex_lora.aggregation.aggregator import Aggregate
+from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Increment
 from fedex_lora.federation.late import Late
 from fedex_lora.federation.settings import Settings
-from fedex_lora.federation.state import ServerState
+from fedex_lora.federation.state import ServerState, global_factors
 
 Record = dict[str, Any]
 
@@ -34,6 +38,7 @@ class Tally:
     late: dict[str, Late] = field(default_factory=dict)
     delayed: dict[str, int] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
+    variate_norms: dict[str, float] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -103,12 +108,30 @@ def record_of(
         record["ideal"] = statistics.fmean(result.ideal.values())
         record["deviation_by_site"] = dict(result.deviation)
         record["ideal_by_site"] = dict(result.ideal)
+    if settings.spectrum:
+        spectra = {name: w.singular_values() for name, w in _changes(settings, after).items()}
+        first = {name: s[: settings.spectrum].tolist() for name, s in spectra.items()}
+        record["spectrum_by_site"] = first
+        record["change_by_site"] = {name: s.norm().item() for name, s in spectra.items()}
     if after.carry:
         record["carry"] = _norm(after.carry)
         record["sent"] = _norm(after.ledger.newest())
     if result is not None and settings.method.residual == "truncated":
         record["left_out"] = _left_out(settings, after, result)
     return record
+
+
+def _changes(settings: Settings, after: ServerState) -> dict[str, Delta]:
+    """G − W0 of every layer."""
+    pairs = folded(AdapterState(global_factors(after, settings), after.head)).layers
+    found = {}
+    for name in settings.layers:
+        parts = [pairs[name].delta()] if name in pairs else []
+        if (base := after.ledger.factored(name)) is not None:
+            parts.append(base)
+        if parts:
+            found[name] = reduce(add, parts)
+    return found
 
 
 def _left_out(settings: Settings, after: ServerState, result: Aggregate) -> float:

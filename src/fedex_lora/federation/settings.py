@@ -63,6 +63,7 @@ class Settings:
         align: Whether clients' pairs are rotated before they are averaged.
         scaffold: Whether clients' steps are corrected by control variates.
         asynchronous: How updates count that come in a later round; None: they are dropped.
+        spectrum: How many singular values of each layer's global change the records have.
         optimizer: What the server makes of the increments of G; None: it adds them.
 
     Raises:
@@ -93,6 +94,7 @@ class Settings:
     liars: int = 0
     align: bool = False
     scaffold: bool = False
+    spectrum: int = 0
     asynchronous: Asynchronous | None = None
     optimizer: ServerOptimizer | None = None
 

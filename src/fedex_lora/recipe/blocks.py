@@ -31,6 +31,7 @@ class EvaluationSpec(Part):
 
 class RecordsSpec(Part):
     save_updates: bool = False
+    spectrum: int = Field(default=0, ge=0)  # singular values of each layer's change, every round
 
 
 class EngineSpec(Part):

@@ -84,7 +84,7 @@ def _client_level(recipe: Blocks) -> Iterator[Problem]:
         yield (
             "method.name",
             f"{name} publishes more of the updates than their mean, on which the noise is ({key}). "
-            f"Take one of {able}; or privacy.example_level, which goes with every method",
+            f"Take one of {able}; or privacy.example_level, where A and B are all that is trained",
         )
     if recipe.federation.combining.robust:
         yield (

@@ -292,6 +292,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "privacy.client_level.clip_learning_rate": ("0.2", "How fast the bound's logarithm follows."),
     "privacy.rehearsal": ("true", "Noise follows from the seed: for tests, and not private."),
     "records.save_updates": ("true", "Keep every update, so that anybody can recompute the mean."),
+    "records.spectrum": ("16", "How many singular values of each layer's global change to record, "
+        "every round."),
     "engine.kind": ("flower", "Clients in this process, on machines of their own, or simulated "
                     "(local, flower, flower-simulation); or a registered transport."),
     "engine.train": ("null", "A training loop that a package or script registers, in the place "

@@ -45,6 +45,10 @@ class Recipe(Blocks):
         yield from self._sparse()
         yield from self._own_loop()
         yield from self._privacy()
+        method = METHODS[self.method.name]
+        if self.records.spectrum and (method.personal or method.trains == "all"):
+            told = "no global model" if method.personal else "no adapted layers"
+            yield "records.spectrum", f"{self.method.name} has {told}; leave it out"
         if self.task.lacks_labels and self.data.source is None:
             yield "task.labels", "missing; list all labels, in the order all clients agree on"
         if self.model.quantisation and METHODS[self.method.name].trains == "all":
@@ -188,6 +192,11 @@ class Recipe(Blocks):
         name, method = self.method.name, METHODS[self.method.name]
         if method.trains != "inner":
             return
+        least = min([self.lora.r, *self.lora.rank_pattern.values()])
+        for what in self.method.chosen.assignment.misfits(least):
+            option, _, why = what.partition(": ")
+            if option in self.method.options:
+                yield f"method.options.{option}", why
         if self.lora.init is not None:
             yield "lora.init", f"{name} makes its own factors; leave it out"
         if not method.assignment.gradients:

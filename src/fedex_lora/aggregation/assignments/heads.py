@@ -31,8 +31,9 @@ class Heads(Assignment):
     paper's choice of heads for clients with little room is not here.
 
     Attributes:
-        heads: How many the rank r is divided into, no more than r. Where they do not divide it, the
-            last one is narrower, and the rest of its H counts for nothing.
+        heads: How many the rank r is divided into; r of them where r is less than the default.
+            Where they do not divide it, the last one is narrower, and the rest of its H counts for
+            nothing.
 
     Source:
         Raje, Askin, Jhunjhunwala, Joshi, "Ravan: Multi-Head Low-Rank Adaptation for Federated
@@ -42,6 +43,10 @@ class Heads(Assignment):
     name = "B and A fixed, heads averaged"
 
     heads: int = 4
+
+    def misfits(self, rank: int) -> Iterator[str]:
+        if self.heads > rank:
+            yield f"heads: {self.heads} heads share the rank of {rank}; expected no more than that"
 
     def first(self, layer: LayerShape, factors: Factors, seed: int) -> Assigned:
         import torch  # noqa: PLC0415 (the table is read without it)
