@@ -240,6 +240,20 @@ def test_what_cannot_be_is_refused_before_round_1(model, clients, options, reaso
 def test_rows_and_lora_that_cannot_be_used_are_refused(folder, model, clients):
     with pytest.raises(fl.UserError, match=r"dora.*cannot be aggregated exactly"):
         loaded(folder, use_dora=True)
+    with pytest.raises(
+        fl.UserError, match=r"LoraConfig\.init_lora_weights: expected .*got \"pissa\""
+    ):
+        loaded(folder, init_lora_weights="pissa")
+    with pytest.raises(fl.UserError, match=r"LoraConfig\.rank_pattern\.query: expected a rank"):
+        loaded(folder, rank_pattern={"query": 0})
+    with pytest.raises(fl.UserError, match=r"Model\.dtype: expected .*got \"int3\""):
+        fl.Model.from_pretrained(str(folder), None, dtype="int3")
+    with pytest.raises(fl.UserError, match="expected peft's LoraConfig, got dict"):
+        fl.Model.from_pretrained(str(folder), {"r": 2})  # type: ignore[arg-type]
+    with pytest.raises(fl.UserError, match=r"ann: expected a datasets\.Dataset, got list"):
+        federated(model, {**clients, "ann": [{"input_ids": [3]}]})
+    with pytest.raises(fl.UserError, match=r"expected rows by client.*, got list"):
+        federated(model, [*clients.values()])
     raw = Dataset.from_dict({"sentence": ["a"], "class": [1]})
     with pytest.raises(
         fl.UserError, match="eve: 1 rows with the columns sentence, class; expected"

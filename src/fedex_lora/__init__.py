@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
     from fedex_lora.aggregation.assignment import Assigned, Assignment
     from fedex_lora.aggregation.methods import Method, register_method
-    from fedex_lora.api import Federation, HFTrainer, Model
+    from fedex_lora.api import Federation, HFTrainer, Model, PrivateTrainer
     from fedex_lora.engines.transforms import chain, clip, gaussian_noise
     from fedex_lora.engines.turn import Trained
     from fedex_lora.errors import (
@@ -55,6 +55,7 @@ _HOMES = {  # where a public name is defined
     "Metric": "tasks",
     "MissingDependency": "errors",
     "Model": "api",
+    "PrivateTrainer": "api",
     "ProtocolError": "errors",
     "QuorumLost": "errors",
     "RecipeError": "errors",
@@ -95,6 +96,7 @@ __all__ = [
     "Metric",
     "MissingDependency",
     "Model",
+    "PrivateTrainer",
     "ProtocolError",
     "QuorumLost",
     "RecipeError",

@@ -12,15 +12,14 @@ Rows are `datasets.Dataset`s that are encoded already, as for transformers.Train
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from fedex_lora.aggregation.adapter import AdapterState, folded, fresh, uniform
 from fedex_lora.aggregation.methods import Method, get_method
@@ -28,59 +27,21 @@ from fedex_lora.disk import new_directory
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.own_loop import OwnLoop
 from fedex_lora.engines.stage import Stage
-from fedex_lora.engines.training import HFTrainer as Trainer
+from fedex_lora.engines.trainers import Batches, HFTrainer, PrivateTrainer
 from fedex_lora.engines.training import score
-from fedex_lora.engines.turn import Train, Trained, Transform, Turn
+from fedex_lora.engines.turn import Train, Trained, Transform
 from fedex_lora.errors import UserError
 from fedex_lora.federation.checks import check_shares
 from fedex_lora.federation.loop import run_round
 from fedex_lora.federation.settings import Settings, check_options
 from fedex_lora.federation.state import ServerState, begin, global_factors, start_of
-from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.given import Model
 from fedex_lora.runs.bar import Barred
 from fedex_lora.runs.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fedex_lora.runs.export import as_adapter, check_finite
 from fedex_lora.runs.records import Round, Rounds
-from fedex_lora.tasks.base import Collate
 
 _POOLED = "all"  # the one client of a method that pools the rows
-
-
-class HFTrainer:
-    """Trains clients by transformers.Trainer, one after the other.
-
-    Args:
-        collate: Makes a batch of rows; by default they are padded, labels by −100.
-        training: Arguments of TrainingArguments.
-    """
-
-    together = 1
-
-    def __init__(self, collate: Collate | None = None, **training: Any) -> None:
-        self.collate, self.training = collate, training
-
-    def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
-        return Trainer(_Batches(self.collate), self.training)(model, turns)
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """How rows become batches where there is no task."""
-
-    collate: Collate | None = None
-    image: bool = False
-
-    def collator(self, tokenizer: Any) -> Collate:
-        if self.collate is not None:
-            return self.collate
-        single, sequences = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
-
-        def padded(rows: list[dict[str, Any]]) -> Any:
-            listed = isinstance(rows[0].get("labels"), list)
-            return (sequences if listed else single)(rows)
-
-        return padded
 
 
 class Federation:
@@ -91,8 +52,9 @@ class Federation:
         clients: Each client's rows. Columns that the model does not take are left out. With a
             module of one's own, anything that has a length and that `train` takes.
         method: Its name, or one of one's own.
-        train: How a client trains: an `HFTrainer`, or a function `train(module, rows, *, round,
-            client, rng)` that trains the module in place and returns a `Trained`.
+        train: How a client trains: an `HFTrainer`, a `PrivateTrainer`, or a function
+            `train(module, rows, *, round, client, rng)` that trains the module in place and returns
+            a `Trained`.
         transform: What becomes of an update before it is sent; see `chain`.
         seed: Everything random derives from it.
         ranks: One LoRA rank a client, where the method allows it.
@@ -118,6 +80,10 @@ class Federation:
         **options: Any,
     ) -> None:
         chosen = get_method(method)
+        if not isinstance(clients, Mapping):
+            raise UserError(
+                f"clients: expected rows by client, {{name: Dataset}}, got {type(clients).__name__}"
+            )
         rows = {name: _inputs(model, part, name) for name, part in clients.items()}
         if not rows:
             raise UserError("clients: there are none; expected rows by client, {name: Dataset}")
@@ -211,7 +177,7 @@ class Federation:
                 "as it was trained"
             )
         self.show(client)
-        batches = _Batches(train.collate if isinstance(train, HFTrainer) else None)
+        batches = Batches(train.collate if isinstance(train, HFTrainer) else None)
         kept = _inputs(self.model, rows, "evaluate")
         return score(self.model.adapted, batches, kept, batch_size, metric)
 
@@ -239,6 +205,8 @@ class Federation:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         told = {"history": [r.record for r in self.history], "identity": self._identity()}
+        if isinstance(train := self.engine.train_with, PrivateTrainer):
+            told["spent"] = train.kept()
         save_checkpoint(folder, self.state, told)
 
     @classmethod
@@ -263,6 +231,8 @@ class Federation:
                 f"{path}: was saved with another {key}: {then.get(key)!r} then, {now[key]!r} now"
             )
         federation.state = state
+        if isinstance(train := federation.engine.train_with, PrivateTrainer):
+            train.take_up(extra.get("spent", {}))
         federation.history = Rounds(Round(r["round"], r) for r in extra["history"])
         return federation
 
@@ -321,10 +291,17 @@ def _pooled(rows: Mapping[str, Any]) -> Dataset:
 def _inputs(model: Model, rows: Any, whose: str) -> Any:
     """The columns that the model takes, as transformers.Trainer keeps them; of a module of one's
     own the rows are whatever its train function takes."""
-    if not hasattr(rows, "__len__") or not len(rows):
+    if not hasattr(rows, "__len__"):
+        raise UserError(f"{whose}: expected rows that can be counted, got {type(rows).__name__}")
+    if not len(rows):
         raise UserError(f"{whose}: expected rows, got {type(rows).__name__} without any")
     if model.tokenizer is None:
         return rows
+    if not hasattr(rows, "select_columns"):
+        raise UserError(
+            f"{whose}: expected a datasets.Dataset, got {type(rows).__name__}; a list becomes one "
+            "by Dataset.from_list"
+        )
     base = getattr(model.module, "get_base_model", lambda: model.module)()
     taken = {*inspect.signature(base.forward).parameters, "labels", "label", "label_ids"}
     kept = [name for name in rows.column_names if name in taken]

@@ -92,6 +92,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_text(path: Path) -> str:
+    """A text in UTF-8, or in UTF-16 or UTF-32 as Windows' programs write it.
+
+    Raises:
+        OSError: It cannot be read.
+        UnicodeDecodeError: It is no text.
+    """
+    return path.read_text(encoding=json.detect_encoding(path.read_bytes()))
+
+
 def parsed(text: str | bytes) -> Any:
     """What a JSON text says.
 

@@ -141,6 +141,25 @@ def test_a_bad_update_is_named_and_the_round_stays_open(name: str, copy: Path) -
     assert RunDir(copy / "run").newest()[0] is None
 
 
+def named_by_windows(folder: Path) -> None:
+    """The adapter has a name of its own, and update.json is what PowerShell's `>` writes."""
+    update, inner = folder / "update", folder / "update/hospital"
+    inner.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (update / file).rename(inner / file)
+    said = (update / "update.json").read_text()
+    (update / "update.json").write_bytes(f"{said}\r\n".encode("utf-16"))
+
+
+def test_an_update_with_a_name_of_its_own_is_the_same(copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(copy, tmp_path / "other")
+    close_round(copy / "run", turns(copy))
+    named_by_windows(tmp_path / "other/out-run/round-0001/bob")
+    close_round(tmp_path / "other/run", turns(tmp_path / "other"))
+    expected, got = state(copy / "run"), state(tmp_path / "other/run")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def test_who_sends_nothing_is_left_out(copy: Path) -> None:
     assert close_round(copy / "run", [turns(copy)[0], turns(copy)[2]]) == {}
     (record,) = RunDir(copy / "run").records()

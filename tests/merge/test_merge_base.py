@@ -7,7 +7,21 @@ import shutil
 import pytest
 import torch
 import transformers
-from merging import CASES, CLS, LM, WEIGHTS, Case, base, command, logits, oracle, plain, save, saved
+from merging import (
+    CASES,
+    CLS,
+    LM,
+    WEIGHTS,
+    Case,
+    base,
+    command,
+    logits,
+    oracle,
+    plain,
+    save,
+    saved,
+    update,
+)
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
@@ -217,3 +231,19 @@ def test_a_head_for_other_labels_sets_them_and_another_size_is_refused(base, com
     refused(
         command, tmp_path, adapter.folder, other, "expected the model that they were trained on"
     )
+
+
+def test_a_base_in_an_installed_package(command, tmp_path, monkeypatch):
+    package = tmp_path / "site" / "of_models"
+    path = tiny("llama", package / "model")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    config = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    adapter = save(path, "AutoModelForCausalLM", tmp_path / "a", 1, **config)
+    name, out = "package:of_models/model", tmp_path / "out"
+    code, _, told = command(adapter.folder, "--into-base", name, "--out", out)
+    assert code == 0, told
+    expected = load_file(path / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    expected = expected + update([adapter], [1.0], "model.layers.0.self_attn.q_proj")
+    got = load_file(out / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.allclose(got.double(), expected, atol=1e-6)

@@ -145,6 +145,7 @@ def test_an_adapter_in_a_subfolder_is_found_and_several_are_named(bert, command,
 def test_an_adapter_in_a_subfolder_of_the_hub(bert, command, tmp_path, monkeypatch):
     hub = tmp_path / "hub"
     shutil.copytree(bert[0], hub / "north")
+    shutil.copytree(bert[0], tmp_path / "deep/round/2/x")
     asked = []
 
     def download(name, allow_patterns, revision):
@@ -158,6 +159,11 @@ def test_an_adapter_in_a_subfolder_of_the_hub(bert, command, tmp_path, monkeypat
         assert code == 0, err
     assert asked[0] == ("org/many", [f"north/{CONFIG}", f"north/{WEIGHTS}"])
     assert asked[2:] == [("org/many", [f"*/{CONFIG}"]), asked[0]]
+    hub = tmp_path / "deep/round"
+    code, _, err = command("org/deep", bert[1], "--out", tmp_path / "org-deep")
+    assert code == 0, err
+    code, _, err = command("org/deep:x", "--out", tmp_path / "no")
+    assert code == 2 and "error: org/deep:x: there is no" in err
 
 
 # how they began -------------------------------------------------------------------------------

@@ -13,8 +13,22 @@ from small_runs import recipe
 from typer.testing import CliRunner
 
 from fedex_lora.cli import app
+from fedex_lora.engines.setup import set_up
+from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis.runs import read_run
-from fedex_lora.runs.attack import FILE, auc, halves, judged, lira
+from fedex_lora.runs.attack import (
+    FILE,
+    _losses,
+    attack,
+    auc,
+    by_update,
+    halves,
+    judged,
+    lira,
+    seen_updates,
+)
+from fedex_lora.runs.here import stage_of
+from fedex_lora.runs.reopened import read_round
 from fedex_lora.runs.run import start_run
 
 
@@ -50,7 +64,7 @@ def test_lira_sees_past_how_hard_a_row_is_and_the_loss_alone_does_not() -> None:
 def test_the_command_attacks_runs_and_their_reports_say_so(tmp_path: Path) -> None:
     private = {"example_level": {"epsilon": 2.0, "delta": 1e-2}}
     small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    start_run(recipe(tmp_path), tmp_path / "plain")
+    start_run(recipe(tmp_path, records={"save_updates": True}), tmp_path / "plain")
     start_run(recipe(tmp_path, privacy=private, training=small), tmp_path / "private")
     runs = [str(tmp_path / name) for name in ("plain", "private")]
     result = CliRunner().invoke(app, ["attack", *runs, "--shadows", "2"], terminal_width=200)
@@ -59,6 +73,13 @@ def test_the_command_attacks_runs_and_their_reports_say_so(tmp_path: Path) -> No
     told = json.loads((tmp_path / "private" / FILE).read_text())
     assert (told["members"], told["others"]) == (17, 10)  # of all clients; validation and test
     assert told["attacks"].keys() == {"loss", "lira"}
+    assert json.loads((tmp_path / "plain" / FILE).read_text())["attacks"].keys() == {
+        "loss",
+        "update",
+        "owner",
+        "lira",
+    }
+    assert any("(owner) on the single updates" in n for n in read_run(tmp_path / "plain").notes)
     notes = read_run(tmp_path / "private").notes
     assert any("membership inference (lira)" in note for note in notes)
 
@@ -69,3 +90,49 @@ def test_what_cannot_be_attacked_is_refused_by_name(tmp_path: Path) -> None:
     assert result.exit_code != 0 and "evaluation.where: server" in str(result.exception)
     result = CliRunner().invoke(app, ["attack", str(tmp_path / "run"), "--shadows", "3"])
     assert "even number" in str(result.exception)
+
+
+def test_owner_and_update_tell_what_single_updates_show() -> None:
+    """Three clients, losses N(0, 1) but lower by 2 of one's own rows by one's own update: a row's
+    own loss less the others' mean is apart by 2 and 1 in means of variance 1 + ½."""
+    rng = np.random.default_rng(3)
+    owner = [name for name in "abc" for _ in range(500)] + ["a", "b", "c"] * 200
+    member = np.arange(len(owner)) < 1500
+    seen = {}
+    for name in "abc":
+        mine = np.array([whose == name for whose in owner]) & member
+        seen[name] = rng.normal(size=len(owner)) - 2 * mine
+    found = by_update(seen, member, owner)
+    assert found["update"].auc == pytest.approx(norm.cdf(2 / math.sqrt(2)), abs=0.02)
+    # of one's own N(2, 3/2), of others N(-1, 3/2)
+    assert found["owner"].auc == pytest.approx(norm.cdf(3 / math.sqrt(3)), abs=0.03)
+    expected = norm.cdf(2 / math.sqrt(1.5)) - norm.cdf(-1 / math.sqrt(1.5))
+    assert found["owner"].advantage == pytest.approx(expected, abs=0.03)
+    assert by_update({}, member, owner) == {}
+    assert by_update({"a": seen["a"]}, member, owner).keys() == {"update"}
+
+
+@pytest.mark.parametrize("method", ["fedex-reinit", "fedex-hetero"])
+def test_the_update_of_a_round_of_one_client_is_the_model_that_it_leads_to(
+    tmp_path: Path, method: str
+) -> None:
+    spec = recipe(
+        tmp_path,
+        method={"name": method},
+        federation={"rounds": 3, "clients_per_round": 1},
+        records={"save_updates": True},
+    )
+    start_run(spec, tmp_path / "run")
+    told = attack(tmp_path / "run", which="last")
+    found = read_round(tmp_path / "run", "last")
+    federation = set_up(found.recipe)
+    stage, rows = stage_of(federation), federation.evaluation["validation"]
+    seen = seen_updates(tmp_path / "run", federation, stage, found.state, rows)
+    stage.show_global(found.state, federation.settings)
+    (losses,) = seen.values()
+    assert losses == pytest.approx(_losses(federation, rows), rel=1e-4)
+    assert "owner" not in told["attacks"]
+    (folder,) = (tmp_path / "run" / "rounds" / "0003" / "clients").iterdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"0003.*a saved update that cannot be read"):
+        attack(tmp_path / "run", which="last")

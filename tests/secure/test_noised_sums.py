@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,17 @@ def test_the_mean_has_a_share_of_noise_of_each_who_stayed(method):
         now |= {f"A/{name}": factors.A, f"B/{name}": factors.B}
     for name, moved in expected.items():
         assert torch.allclose(now[name].double() - before[name], moved, atol=1e-6), name
+
+
+@pytest.mark.parametrize("step, times", [("send", 1), ("open numbers", 0)])
+def test_a_round_is_begun_anew_only_before_its_noised_sum_may_be_open(step, times):
+    s, state = made()
+    assert s.secure is not None
+    s, crowd, notes = replace(s, secure=replace(s.secure, repeat=1)), Crowd(), []
+    crowd.gone = {"c01": step, "c02": step}
+    with pytest.raises(QuorumLost, match="3 must stay"):
+        secure_round(state, s, crowd, notes.append)
+    assert len(notes) == times
 
 
 def test_as_many_shares_as_must_stay_make_the_whole_noise():

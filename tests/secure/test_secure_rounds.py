@@ -134,6 +134,30 @@ def test_below_the_threshold_the_state_stands() -> None:
     assert again.version == 1
 
 
+def test_a_round_that_loses_too_many_is_begun_anew_as_often_as_is_allowed() -> None:
+    s = settings("fedex", 4, secured=Secure(repeat=2))
+    state, notes = begin(s, initial(s)), list[str]()
+    whole, undisturbed = secure_round(state, s, Crowd())
+    assert "begun_anew" not in undisturbed
+    crowd = Crowd({"c01": "train", "c02": "send"})
+
+    def back(text: str) -> None:
+        notes.append(text)
+        crowd.gone = {}
+
+    after, record = secure_round(state, s, crowd, back)
+    assert record["begun_anew"] == 1 and record["lost"] == {} and len(notes) == 1
+    assert "3 must stay" in notes[0] and "begun anew (1 of 2)" in notes[0]
+    assert torch.equal(model(after, s)["q"], model(whole, s)["q"])
+    assert record["bytes_up"]["c00"] > 1.9 * undisturbed["bytes_up"]["c00"]
+    assert record["bytes_down"]["c00"] > 1.5 * undisturbed["bytes_down"]["c00"]
+
+    lost, notes = {"c01": "train", "c02": "send"}, []
+    with pytest.raises(QuorumLost, match="3 must stay"):
+        secure_round(state, s, Crowd(lost), notes.append)
+    assert len(notes) == 2
+
+
 @pytest.mark.parametrize("method", ["fedex-svd", "fedask-both"])
 def test_a_sketch_of_lower_rank_is_nearly_the_best_of_it(method: str) -> None:
     exact, small = (settings(method, 6, secured=Secure(rank=p)) for p in (None, 10))

@@ -35,3 +35,15 @@ def test_a_run_and_the_same_run_resumed(tmp_path: Path) -> None:
     record = json.loads(line)
     assert record["secure"] and set(record["clients"]) == set(SIZES)
     assert all(set(client) == {"examples"} for client in record["clients"].values())
+
+
+def test_rehearsed_failures_are_drawn_anew_with_the_round(tmp_path: Path) -> None:
+    raw = recipe(tmp_path, federation={"clients": 3, "rounds": 2, "failure_rate": 0.7}).model_dump()
+    raw["federation"].pop("partition")
+    raw["privacy"]["secure_aggregation"] = {"repeat": 30}
+    raw["evaluation"]["where"] = "server"
+    start_run(Recipe.model_validate(raw), tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert sum(record.get("begun_anew", 0) for record in records) > 0
+    assert all(len(record["clients"]) >= 2 for record in records)

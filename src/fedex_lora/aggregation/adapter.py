@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.sparse import sparse_name, spread
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def mixed(state: AdapterState) -> AdapterState:
     return AdapterState(layers, state.head)
 
 
-def uniform(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+def uniform(layers: Mapping[Name, Factors]) -> dict[Name, Factors]:
     """The same changes at one rank for all layers, the largest, and at scale 1: padded with zeros.
 
     Example:

@@ -65,6 +65,12 @@ class Ledger:
             return Ledger(tuple(e for e in self.entries if e[0] > version), {}, version)
         return self
 
+    def until(self, version: int) -> Ledger:
+        """This ledger as it was at a version that is no older than its snapshot."""
+        assert version >= self.snapshot_version
+        entries = tuple(e for e in self.entries if e[0] <= version)
+        return Ledger(entries, self.snapshot, self.snapshot_version)
+
     def extended(self, part: Ledger, version: int | None = None) -> Ledger:
         """This ledger brought up to date by `part`, as `since` gave it.
 

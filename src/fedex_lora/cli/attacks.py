@@ -22,8 +22,9 @@ def attack_command(
 ) -> None:
     """Try to tell which rows a run was trained on: membership inference by loss, and by LiRA.
 
-    Several runs, with and without privacy, stand in one table. What comes of it is written into
-    each run's attack.json, and its report has it.
+    Where a run saved its updates, these are attacked too, as a server that sees more than sums can:
+    `update`, and whose a row is, `owner`. Several runs, with and without privacy, stand in one
+    table. What comes of it is written into each run's attack.json, and its report has it.
     """
     from fedex_lora.runs.attack import FILE, attack
     from fedex_lora.runs.spent import line

@@ -52,11 +52,12 @@ def common(
 def make_console() -> Console:
     """For what is asked for. Below a notebook's kernel there seems to be a terminal, but one that
     knows no cursor: it gets lines, as a file does."""
-    return Console(force_terminal=False if "JPY_PARENT_PID" in os.environ else None)
+    terminal = False if "JPY_PARENT_PID" in os.environ else None
+    return Console(force_terminal=terminal, emoji=False)  # which it makes of ":x:"
 
 
 console = make_console()
-errors = Console(stderr=True, soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True, emoji=False)
 
 
 def _show_rows(whole: bool) -> bool:

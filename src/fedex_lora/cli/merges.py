@@ -185,13 +185,12 @@ def extract_command(
     limit, tolerance = rank_option(rank, error)
     if limit is None and not tolerance:
         raise RecipeError("--rank: expected a number, or auto with --error")
-    from fedex_lora.merge.adapters import download, is_local
     from fedex_lora.merge.extract import extract
+    from fedex_lora.merge.opening import model_folder
+    from fedex_lora.model.config import published
     from fedex_lora.model.load import quiet
 
-    files = ("config.json", "*.safetensors", "*.safetensors.index.json")
-    before, after = (Path(n) if is_local(n) else download(n, files) for n in (base, tuned))
-    name = None if is_local(base) else base
+    before, after, name = model_folder(base), model_folder(tuned), published(base)
     with quiet():
         done = extract(before, after, out, limit, tolerance, embeddings=embeddings, base_name=name)
     say(f"Written: {done.path}, rank {done.rank}")

@@ -155,7 +155,8 @@ class LocalEngine:
         """Who fails in a rehearsal: never so many that the round is below its quorum."""
 
         def draw(client: str) -> float:
-            seed = derive(self.settings.seed, "fail", exchange.round, client)
+            anew = ("begun anew", exchange.attempt) if exchange.attempt else ()
+            seed = derive(self.settings.seed, "fail", exchange.round, client, *anew)
             return torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
 
         clients: Sequence[str] = exchange.clients

@@ -389,4 +389,5 @@ def secure_settings(recipe: Recipe) -> Secure | None:
     if level is not None:
         seed = recipe.seed if recipe.privacy.rehearsal else None
         noise = SumNoise(level.clip, level.noise_multiplier * level.clip, least, seed)
-    return Secure(least, asked.bits, None if asked.rank == "exact" else asked.rank, noise)
+    rank = None if asked.rank == "exact" else asked.rank
+    return Secure(least, asked.bits, rank, noise, asked.repeat)

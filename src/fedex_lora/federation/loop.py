@@ -56,6 +56,7 @@ class Exchange:
         clients: Who is asked, sorted.
         scored: Whether, where nothing is trained, scores are asked for.
         final: Whether no round follows: the model is delivered, to be kept.
+        attempt: How often the round was given up before.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Exchange:
         clients: Sequence[str],
         scored: bool = True,
         final: bool = False,
+        attempt: int = 0,
     ) -> None:
         self.state, self.settings, self.clients = state, settings, clients
-        self.scored, self.final = scored, final
+        self.scored, self.final, self.attempt = scored, final, attempt
         self._starts: dict[object, AdapterState] = {}  # by rank
 
     @property

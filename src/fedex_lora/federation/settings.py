@@ -30,12 +30,14 @@ class Secure:
         bits: Of fixed point, below a tensor's largest entry.
         rank: Of the sketch of the clients' products; None for one that loses nothing.
         noise: What clients add to what they send; None for none.
+        repeat: How often a round that loses too many clients is begun anew.
     """
 
     threshold: int | None = None
     bits: int = 40
     rank: int | None = None
     noise: SumNoise | None = None
+    repeat: int = 0
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,8 @@ def _find(name: str, allow_pickle: bool) -> Path:
         repository, _, within = name.partition(":")
         path = download(repository, [f"{within}/{f}" if within else f for f in files]) / within
         if not within and not (path / CONFIG).is_file():
-            there = adapter_folder(download(name, [f"*/{CONFIG}"])).name
+            root = download(name, [f"*/{CONFIG}"])
+            there = adapter_folder(root).relative_to(root).as_posix()
             path = download(name, [f"{there}/{file}" for file in files]) / there
     if not (path / CONFIG).is_file():
         raise StorageError(f"{name}: there is no {path / CONFIG}; expected a folder with it")

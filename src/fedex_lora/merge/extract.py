@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -21,7 +20,7 @@ from fedex_lora.errors import DataError, some
 from fedex_lora.merge.checkpoint import checkpoint
 from fedex_lora.merge.factors import finite
 from fedex_lora.merge.opening import AUTO, build, read_config
-from fedex_lora.merge.target import Target
+from fedex_lora.merge.target import Target, vocabulary
 from fedex_lora.model.config import WEIGHTS, published, with_ranks, write_config
 from fedex_lora.model.keys import NAMES, PREFIX
 from fedex_lora.model.layer import transposed
@@ -114,9 +113,9 @@ def extract(
     """Writes a PEFT adapter that makes `tuned` of `base`, as well as its rank can.
 
     Both are seen as the class of `tuned`, whatever their files call its parameters. Every Linear
-    and Conv1D layer that changed gets factors. Embeddings and heads that changed, and modules that
-    `base` has none of, are saved whole, tied embeddings under both names. One pair of tensors is in
-    memory at a time.
+    and Conv1D layer that changed gets factors, and so do a mixture's stacked experts. Embeddings
+    and heads that changed, and modules that `base` has none of, are saved whole, tied embeddings
+    under both names. One pair of tensors is in memory at a time.
 
     Args:
         base, tuned: Folders with config.json and safetensors, of one architecture.
@@ -130,9 +129,10 @@ def extract(
     """
     check_free(out)
     before, after = _models(base, tuned)
-    modules, factors = _Modules(before, after), {}
+    modules = _Modules(before, after)
+    factors: dict[tuple[str, int], Factors] = {}  # by parameter and expert
     saved, errors, left_out = set[str](), {}, {}
-    missed, total, vocabulary = 0.0, 0.0, None
+    missed, total, tokens = 0.0, 0.0, None
     for name, _ in after.net.named_parameters():
         old, new = before.value(name), after.value(name)
         whole = modules.whole(name)
@@ -150,7 +150,7 @@ def extract(
             change = new.float() - old.float()
         elif whole and old.shape[1:] == new.shape[1:]:
             change = new.float()
-            vocabulary = len(new) if whole in modules.embeddings else vocabulary
+            tokens = len(new) if whole in modules.embeddings else tokens
         else:
             raise DataError(
                 f"{name}: is {tuple(old.shape)} in {base} and {tuple(new.shape)} in {tuned}; "
@@ -160,26 +160,35 @@ def extract(
         if size == 0:
             continue
         total += size**2
-        layer = name.removesuffix(".weight")
         if whole and (embeddings or whole not in modules.embeddings):
             saved.add(whole)
-        elif whole or layer not in modules.linear:
+        elif name not in modules.adapted:
             left_out[name] = size
             missed += size**2
         else:
-            change = change.T if transposed(modules.linear[layer]) else change
-            left, right, lost = best(change, rank, error, derive(0, "extract", name))
-            factors[layer], errors[layer] = Factors(right, left, 1.0), lost / size
+            lost = 0.0
+            for i, matrix in enumerate(modules.matrices(name, change)):
+                left, right, off = best(matrix, rank, error, derive(0, "extract", name))
+                factors[name, i] = Factors(right, left, 1.0)
+                lost = math.hypot(lost, off)
+            errors[name.removesuffix(".weight")] = lost / size
             missed += lost**2
     if not factors:
         raise DataError(f"{tuned}: no layer of it differs from {base}; there is nothing to extract")
     factors = uniform({**modules.zeros(factors), **factors})
     saved |= {other for one in saved for other in modules.tied(one)}
-    with new_directory(out, "the adapter", "extract again") as made:
-        _write(made, factors, sorted(saved), base_name or published(str(base)), after)
-    told = (missed / total) ** 0.5
     widest = next(iter(factors.values())).rank
-    return Extracted(out, widest, told, errors, tuple(sorted(saved)), left_out, vocabulary)
+    with new_directory(out, "the adapter", "extract again") as made:
+        _write(
+            made,
+            _by_layer(after, factors),
+            widest,
+            sorted(saved),
+            base_name or published(str(base)),
+            after,
+        )
+    told = (missed / total) ** 0.5
+    return Extracted(out, widest, told, errors, tuple(sorted(saved)), left_out, tokens)
 
 
 def _models(base: Path, tuned: Path) -> tuple[Target, Target]:
@@ -197,7 +206,7 @@ def _models(base: Path, tuned: Path) -> tuple[Target, Target]:
         for folder, config in zip((base, tuned), configs)
     )
     names = [{name for name, _ in model.net.named_parameters()} for model in (before, after)]
-    ends = [f"{name}.weight" for name in _ends(after.net)]
+    ends = [f"{name}.weight" for name in vocabulary(after.net)]
     if [before.tied(end) for end in ends] != [after.tied(end) for end in ends]:
         tied = [config.get_text_config().tie_word_embeddings for config in configs]
         raise DataError(
@@ -213,17 +222,12 @@ def _models(base: Path, tuned: Path) -> tuple[Target, Target]:
     return before, after
 
 
-def _ends(net: Any) -> list[str]:
-    """The embeddings of tokens, the output's too."""
-    ends = (net.get_input_embeddings(), net.get_output_embeddings())
-    return [name for name, module in net.named_modules(remove_duplicate=False) if module in ends]
-
-
 class _Modules:
     """What becomes of a model's modules if they changed.
 
     Attributes:
-        linear: Linear and Conv1D layers, but the output's embedding.
+        adapted: Parameters that get factors, by name: weights of Linear and Conv1D layers, but the
+            output's embedding, and a mixture's stacked experts.
         embeddings: Names of all embeddings.
     """
 
@@ -231,18 +235,32 @@ class _Modules:
         self._after, net = after, after.net
         kinds = dict(net.named_modules(remove_duplicate=False))
         self.embeddings = {n for n, m in kinds.items() if isinstance(m, nn.Embedding)}
-        self.embeddings |= {*_ends(net)}
-        self.linear = {
-            name: m
-            for name, m in kinds.items()
-            if isinstance(m, nn.Linear | Conv1D) and name not in self.embeddings
-        }
+        self.embeddings |= {*vocabulary(net)}
         # beside the backbone, and not the output's embedding
         heads = [] if net.base_model is net else [n for n, _ in net.named_children()]
         heads = [h for h in heads if not any(f"{e}.".startswith(f"{h}.") for e in self.embeddings)]
         held = [name for name, _ in net.named_parameters() if before.holds(name)]
         new = [_highest(n, held) for n, _ in net.named_parameters() if n not in held]
         self._whole = {*heads, *new, *self.embeddings}
+        self._owners = kinds
+        self.adapted = {
+            name: p
+            for name, p in net.named_parameters()
+            if self.whole(name) is None and self._has_factors(name, p)
+        }
+
+    def _has_factors(self, name: str, parameter: Tensor) -> bool:
+        module, _, leaf = name.rpartition(".")
+        if parameter.ndim == 3:
+            return "experts" in module.rpartition(".")[2]
+        return isinstance(self._owners[module], nn.Linear | Conv1D) and leaf == "weight"
+
+    def matrices(self, name: str, value: Tensor) -> list[Tensor]:
+        """A parameter that gets factors, or its change, as matrices out × in: one an expert."""
+        owner = self._owners[name.rpartition(".")[0]]
+        turned = transposed(owner) or bool(getattr(owner, "is_transposed", False))
+        parts = value.unbind() if value.ndim == 3 else [value]
+        return [part.T if turned else part for part in parts]
 
     def whole(self, name: str) -> str | None:
         """The module that is saved as it is if the parameter changed; None for a layer's."""
@@ -253,15 +271,42 @@ class _Modules:
         """Modules that share their weight with that one, and itself."""
         return {name.removesuffix(".weight") for name in self._after.tied(f"{module}.weight")}
 
-    def zeros(self, changed: Mapping[str, Factors]) -> dict[str, Factors]:
+    def zeros(self, changed: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Factors]:
         """Factors of nothing for layers called like changed ones: readers adapt all of these."""
-        ends = {name.rpartition(".")[2] for name in changed}
-        found = {}
-        for name, m in self.linear.items():
-            if name.rpartition(".")[2] in ends and self.whole(f"{name}.weight") is None:
-                out, inp = m.weight.shape[::-1] if transposed(m) else m.weight.shape
-                found[name] = Factors(torch.zeros(1, inp), torch.zeros(out, 1), 1.0)
-        return found
+        ends = {_end(name) for name, _ in changed}
+        return {
+            (name, i): Factors(torch.zeros(1, part.shape[1]), torch.zeros(part.shape[0], 1), 1.0)
+            for name, parameter in self.adapted.items()
+            if _end(name) in ends
+            for i, part in enumerate(self.matrices(name, parameter))
+        }
+
+
+def _end(name: str) -> str:
+    """A layer's own name, and a parameter's with that of its module."""
+    parts = name.split(".")
+    return parts[-2] if parts[-1] == "weight" else ".".join(parts[-2:])
+
+
+def _by_layer(
+    model: Target, factors: Mapping[tuple[str, int], Factors]
+) -> dict[str, tuple[str, Factors]]:
+    """By PEFT's name of a layer: what it is targeted by, and its factors (see `merge.experts`)."""
+    parts: dict[str, list[Factors]] = {}
+    for (name, _), one in factors.items():
+        parts.setdefault(name, []).append(one)
+    found = {}
+    for name, own in parts.items():
+        module, _, leaf = name.rpartition(".")
+        layer = module
+        if len(own) > 1:
+            leaves = [n for n, _ in model.net.get_submodule(module).named_parameters(recurse=False)]
+            after = [n for n in leaves[leaves.index(leaf) + 1 :] if f"{module}.{n}" in parts]
+            layer += ".base_layer" * len(after)
+        a = torch.cat([f.A for f in own])
+        b = torch.stack([f.B for f in own], dim=-1).flatten(1)
+        found[layer] = (_end(name), Factors(a, b, 1.0))
+    return found
 
 
 def _highest(name: str, held: Sequence[str]) -> str:
@@ -273,23 +318,30 @@ def _highest(name: str, held: Sequence[str]) -> str:
 
 
 def _write(
-    folder: Path, factors: Mapping[str, Factors], saved: Sequence[str], base: str, model: Target
+    folder: Path,
+    layers: Mapping[str, tuple[str, Factors]],
+    rank: int,
+    saved: Sequence[str],
+    base: str,
+    model: Target,
 ) -> None:
-    layers = [model.net.get_submodule(name) for name in factors]
+    targets = {end for end, _ in layers.values()}
+    modules = [m for n, m in model.net.named_modules() if n in layers]
     config = {
         "peft_type": "LORA",
         "task_type": _task(model, saved),
         "base_model_name_or_path": base,
-        "target_modules": sorted({name.rpartition(".")[2] for name in factors}),
+        "target_modules": sorted(end for end in targets if "." not in end),
+        "target_parameters": sorted(end for end in targets if "." in end) or None,
         "modules_to_save": list(saved) or None,
-        "fan_in_fan_out": any(map(transposed, layers)),
+        "fan_in_fan_out": any(map(transposed, modules)),
         "bias": "none",
         "lora_dropout": 0.0,
     }
-    write_config(with_ranks(config, {n: (f.rank, f.scale) for n, f in factors.items()}), folder)
+    write_config(with_ranks(config, dict.fromkeys(layers, (rank, 1.0))), folder)
     a, b = NAMES[False]
     tensors: dict[str, Tensor] = {}
-    for name, f in factors.items():
+    for name, (_, f) in layers.items():
         tensors |= {f"{PREFIX}{name}.{a}": f.A, f"{PREFIX}{name}.{b}": f.B}
     for name, _ in model.net.named_parameters(remove_duplicate=False):
         if any(name.startswith(f"{module}.") for module in saved):

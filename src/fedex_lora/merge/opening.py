@@ -13,8 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from fedex_lora.errors import DataError, StorageError, UserError
 from fedex_lora.merge.adapters import WHERE, Adapter, Shape, download, is_local
 from fedex_lora.merge.checkpoint import checkpoint
-from fedex_lora.merge.target import Target
-from fedex_lora.model.load import quiet
+from fedex_lora.merge.target import Target, vocabulary
+from fedex_lora.model.load import locate, quiet
 
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 AUTO = {
@@ -57,10 +57,7 @@ def open_target(
                 "merge into an adapter instead"
             )
     named = adapter.config.get("base_model_name_or_path")
-    folder = Path(name).expanduser()
-    if not folder.exists() and not is_local(name):
-        revision = adapter.config.get("revision") if named == name else None
-        folder = download(name, _FILES, revision)
+    folder = model_folder(name, adapter.config.get("revision") if named == name else None)
     config = read_config(folder)
     stored = checkpoint(folder, getattr(config, "dtype", None))
     unknown: list[UserError] = []
@@ -80,6 +77,21 @@ def open_target(
         except UserError as error:
             unfit.append(error)
     raise [*unfit, *unknown][0]
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Where a model's files are: in a folder, an installed package, or from the hub.
+
+    Args:
+        name: A path, `package:NAME/SUB` or a hub id.
+        revision: On the hub.
+
+    Raises:
+        UserError: There is no such package, or the hub has it not.
+    """
+    folder = Path(locate(name) if name.startswith("package:") else name).expanduser()
+    there = folder.exists() or is_local(name)
+    return folder if there else download(name, _FILES, revision)
 
 
 def read_config(folder: Path) -> Any:
@@ -188,13 +200,7 @@ def _misfits(target: Target, others: Mapping[str, Shape]) -> dict[str, Shape]:
 
 def _tokens(target: Target, others: Mapping[str, Shape]) -> int | None:
     """How many tokens the adapters' embeddings have, if that is another number."""
-    ends = (target.net.get_input_embeddings(), target.net.get_output_embeddings())
-    names = {
-        f"{name}.{leaf}"
-        for name, module in target.net.named_modules(remove_duplicate=False)
-        if module in ends
-        for leaf in ("weight", "bias")
-    }
+    names = {f"{name}.{leaf}" for name in vocabulary(target.net) for leaf in ("weight", "bias")}
     rows = {shape[0] for name, shape in _misfits(target, others).items() if name in names}
     return rows.pop() if len(rows) == 1 else None
 
@@ -202,8 +208,7 @@ def _tokens(target: Target, others: Mapping[str, Shape]) -> int | None:
 def _labels(target: Target, others: Mapping[str, Shape]) -> int | None:
     if target.auto_model not in (AUTO["SEQ_CLS"], AUTO["TOKEN_CLS"]):
         return None
-    ends = target.net.get_input_embeddings()
-    embedded = {f"{n}.weight" for n, m in target.net.named_modules() if m is ends}
+    embedded = {f"{name}.weight" for name in vocabulary(target.net)}
     rows = {s[0] for n, s in _misfits(target, others).items() if s and n not in embedded}
     return rows.pop() if len(rows) == 1 else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,15 @@ class Spot:
     parameter: str | None
     group: Group | None
     turned: bool
+
+
+def vocabulary(net: Any) -> list[str]:
+    """Names of the embeddings of tokens, the output's too; none where a model does not tell."""
+    ends = []
+    for get in (net.get_input_embeddings, net.get_output_embeddings):
+        with suppress(NotImplementedError, AttributeError):
+            ends.append(get())
+    return [name for name, module in net.named_modules(remove_duplicate=False) if module in ends]
 
 
 class Target:
@@ -207,9 +217,7 @@ class Target:
             )
 
     def _vocabulary(self, layer: str) -> str:
-        ends = (self.net.get_input_embeddings(), self.net.get_output_embeddings())
-        embeddings = [n for n, m in self.net.named_modules(remove_duplicate=False) if m in ends]
-        if layer not in embeddings:
+        if layer not in vocabulary(self.net):
             return ""
         return (
             "; if the vocabulary was enlarged, save the adapters with save_embedding_layers=True: "

@@ -15,7 +15,7 @@ from fedex_lora.merge.factors import Reduced, finite, reduce
 from fedex_lora.merge.names import Group
 from fedex_lora.merge.plan import Plan
 from fedex_lora.merge.quantised import requantised
-from fedex_lora.merge.target import Spot, Target
+from fedex_lora.merge.target import Spot, Target, vocabulary
 from fedex_lora.merge.tokens import embedding_of, indices, of_tokens
 from fedex_lora.merge.write import working_bytes
 
@@ -247,8 +247,7 @@ def _untied(plan: Plan, target: Target, others: Mapping[str, str], changed: set[
         names = target.tied(name)
         if len(names) > 1 and not _stay_equal(plan, names, others, changed):
             found |= set(names)
-    ends = (target.net.get_input_embeddings(), target.net.get_output_embeddings())
-    embeddings = {n for n, m in target.net.named_modules(remove_duplicate=False) if m in ends}
+    embeddings = vocabulary(target.net)
     for name in sorted(found):
         if name.removesuffix(".weight") not in embeddings:
             raise DataError(

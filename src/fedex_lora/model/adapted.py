@@ -238,6 +238,14 @@ class AdaptedModel:
         config = self.module.peft_config[ADAPTER]
         save_adapter(state, self._layers, config, Path(directory), base_name)
 
+    def saved(self, directory: Path) -> AdapterState:
+        """What `save_adapter` wrote, at its own ranks and scales.
+
+        Raises:
+            UserError: None lies there, or one of another model.
+        """
+        return read_adapter(directory, self._layers, self._read_head(), self._w0, any_rank=True)
+
     def merged(
         self, state: AdapterState, increment: Increment, dtype: torch.dtype | None = None
     ) -> Any:

@@ -81,11 +81,16 @@ def _at_least_rank_1(f: Factors) -> Factors:
 
 
 def read_adapter(
-    directory: Path, layers: Mapping[str, Layer], head: Mapping[str, Tensor], w0: Pretrained
+    directory: Path,
+    layers: Mapping[str, Layer],
+    head: Mapping[str, Tensor],
+    w0: Pretrained,
+    any_rank: bool = False,
 ) -> AdapterState:
     """The adapter in `directory`, if it is one for these layers at their ranks and scales.
 
     Args:
+        any_rank: Other ranks and scales are taken as they are.
         directory: A PEFT adapter with safetensors weights.
         layers: The model's adapted layers.
         head: The model's head; it stays as it is where the adapter has none.
@@ -110,7 +115,7 @@ def read_adapter(
     factors = {}
     for name, (a, b) in wanted.items():
         factors[name] = _fitting(
-            directory, config, name, tensors.pop(a), tensors.pop(b), layers[name].shape
+            directory, config, name, tensors.pop(a), tensors.pop(b), layers[name].shape, any_rank
         )
     return AdapterState(factors, _read_head(directory, tensors, head, w0))
 
@@ -138,7 +143,13 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _fitting(
-    directory: Path, config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, layer: LayerShape
+    directory: Path,
+    config: Mapping[str, Any],
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    layer: LayerShape,
+    any_rank: bool,
 ) -> Factors:
     """A layer's factors at the recipe's rank and scale; rows and columns of zeros are padding."""
     rank = a.shape[0]
@@ -150,6 +161,8 @@ def _fitting(
             f"{config.get('base_model_name_or_path')!r}"
         )
     _, scale = configured(config, name, rank)
+    if any_rank:
+        return Factors(a, b, scale)
     padded = rank > layer.rank and not a[layer.rank :].any() and not b[:, layer.rank :].any()
     if (rank != layer.rank and not padded) or abs(scale - layer.scale) > 1e-6 * abs(scale):
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")

@@ -10,6 +10,7 @@ from torch import nn
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import AdaptedModel, adapt, load_model
 from fedex_lora.recipe import LoraSpec, ModelSpec
+from fedex_lora.recipe.draft import part_of
 
 _OURS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
 _OURS |= {"auto_mapping", "peft_version", "runtime_config"}  # nothing that changes the adapter
@@ -94,16 +95,16 @@ class Model:
         Raises:
             UserError: No such model, or LoRA as asked for cannot be aggregated exactly.
         """
-        spec = ModelSpec.model_validate(
-            {"name": name, "dtype": dtype, "placement": placement, "device": device}
-        )
+        options = {"name": name, "dtype": dtype, "placement": placement, "device": device}
+        spec = part_of(ModelSpec, options, "Model")
+        wanted = None if lora is None else _spec_of(lora)
         task_type = None if lora is None else lora.task_type
         task_type = None if task_type is None else str(getattr(task_type, "value", task_type))
         if task_type is None and auto == "AutoModelForSequenceClassification":
             task_type = "SEQ_CLS"
         adapted = load_model(
             spec,
-            None if lora is None else _spec_of(lora),
+            wanted,
             auto_model=auto,
             peft_task_type=task_type,
             model_kwargs=kwargs,
@@ -125,6 +126,8 @@ class Model:
 
 
 def _spec_of(config: LoraConfig) -> LoraSpec:
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"lora: expected peft's LoraConfig, got {type(config).__name__}")
     default, known = LoraConfig(), set(LoraSpec.model_fields)
     given = {
         key: value
@@ -137,4 +140,4 @@ def _spec_of(config: LoraConfig) -> LoraSpec:
             f"it out. Supported are {', '.join(sorted(known - {'init', 'ranks'}))}"
         )
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in given.items()}
-    return LoraSpec.model_validate(plain)
+    return part_of(LoraSpec, plain, "LoraConfig")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedex_lora.errors import DataError
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty
+from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder, empty, read_config
 from fedex_lora.model.keys import PREFIX, adapter_keys
 from fedex_lora.model.load import TOKENIZER, load_base, quiet
 from fedex_lora.recipe import ModelSpec
@@ -60,11 +59,8 @@ def base_of(adapter: Path) -> dict[str, str]:
     Raises:
         UserError: The config cannot be read.
     """
-    try:
-        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-        found = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{adapter / CONFIG}: no adapter's config: {error}") from error
+    config = read_config(adapter)
+    found = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
     return {key: value for key, value in found.items() if value}
 
 

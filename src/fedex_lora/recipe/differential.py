@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedex_lora.aggregation.methods import METHODS, Method
@@ -39,6 +39,13 @@ _OFF: dict[str, Any] = {"bf16": False, "fp16": False, "report_to": "none",
                         "dataloader_drop_last": False, "gradient_checkpointing": False}  # fmt: skip
 
 
+def unfit_arguments(training: Mapping[str, Any]) -> Iterator[Problem]:
+    """Arguments of TrainingArguments that do not go with DP-SGD, and what to do."""
+    for name, value in training.items():
+        if name not in _PRIVATE and not (name in _OFF and value == _OFF[name]):
+            yield name, _WHY.get(name, "has no meaning with DP-SGD; leave it out")
+
+
 def differential_problems(recipe: Blocks) -> Iterator[Problem]:
     """What does not go with differential privacy, by key, and what to do."""
     privacy = recipe.privacy
@@ -57,9 +64,8 @@ def differential_problems(recipe: Blocks) -> Iterator[Problem]:
 
 def _example_level(recipe: Blocks) -> Iterator[Problem]:
     key = "privacy.example_level"
-    for name, value in recipe.training.items():
-        if name not in _PRIVATE and not (name in _OFF and value == _OFF[name]):
-            yield f"training.{name}", f"{_WHY.get(name, 'leave it out')} ({key})"
+    for name, why in unfit_arguments(recipe.training):
+        yield f"training.{name}", f"{why} ({key})"
     if recipe.engine.precision == "bfloat16":
         yield "engine.precision", f"{_HALF} ({key})"
     if recipe.engine.fuse not in (1, "auto"):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -21,6 +21,7 @@ from fedex_lora.recipe.whole import Recipe
 from fedex_lora.recipe.wording import expected
 
 Keys = tuple[str | int, ...]
+_Part = TypeVar("_Part", bound=Part)
 
 _BLOCKS = [name for name in Recipe.model_fields if name not in ("name", "seed")]
 
@@ -174,6 +175,22 @@ def describe(
             yield keys, _unknown(keys, raw, root)
         else:
             yield _wrong(detail, raw, root)
+
+
+def part_of(kind: type[_Part], raw: Mapping[str, Any], name: str) -> _Part:
+    """A block of values that Python code gives.
+
+    Args:
+        name: What they are the fields of, for errors.
+
+    Raises:
+        UserError: What is wrong with each of them.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        found = [(name, *map(str, keys), what) for keys, what in describe(error, raw, kind)]
+    raise RecipeError("\n".join(f"{'.'.join(keys)}: {what}" for *keys, what in found))
 
 
 def _field(keys: Keys, root: type[Part]) -> tuple[Keys, FieldInfo | None, type[Part]]:

@@ -276,6 +276,8 @@ MEANINGS: Mapping[str, tuple[str, str]] = {  # by key, or `key (task's kind)`: e
     "privacy.secure_aggregation.bits": ("32", "Of fixed point, below a tensor's largest entry."),
     "privacy.secure_aggregation.rank": ("16", "Of the sketch of the products; `exact` for no "
         "approximation."),
+    "privacy.secure_aggregation.repeat": ("2", "How often a round that loses too many clients is "
+        "begun anew; after that the run stops, to be resumed."),
     "privacy.example_level.epsilon": ("8", "Differential privacy of single rows (DP-SGD): what a "
         "run may spend of a client's rows."),
     "privacy.example_level.delta": ("1.0e-5", "The probability with which epsilon may not hold."),

@@ -16,6 +16,7 @@ class SecureAggregation(Part):
     threshold: int | None = Field(default=None, ge=2)  # clients that must stay; None: above half
     bits: int = Field(default=40, ge=16, le=48)  # of fixed point, below a tensor's largest entry
     rank: Literal["exact"] | int = "exact"  # of the sketch of the products
+    repeat: int = Field(default=0, ge=0)  # how often a round that loses too many is begun anew
 
     def problems(self) -> Iterator[Problem]:
         if self.rank != "exact" and self.rank < 1:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.disk import read_text
 from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.recipe import LoraSpec, Recipe, limits
 from fedex_lora.recipe.draft import Draft, Keys, Places
@@ -160,7 +161,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Places, list[str]]:
         UserError: It is unreadable, no YAML, or no block of keys.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise StorageError(f"{path}: there is no such file; expected a recipe in YAML") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -3,8 +3,11 @@
 Members are rows of the clients, others are rows that the run was evaluated on. The loss attack
 (Yeom et al. 2018, arXiv 1709.01604) says "member" where the loss is below the mean loss of members.
 LiRA (Carlini et al. 2022, arXiv 2112.03570) trains shadow runs by the same recipe on random halves
-of both, and compares what they think of a row when it was in and when it was out. What these find
-is no bound for what others could: a privacy budget is one.
+of both, and compares what they think of a row when it was in and when it was out.
+
+The model is all that sums over clients show. A server that sees single updates has each client's
+model as well: the loss attack on that, and a guess at whose a row is. What these find is no bound
+for what others could: a privacy budget is one.
 """
 
 from __future__ import annotations
@@ -17,18 +20,24 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.disk import write_atomic
 from fedex_lora.engines.private.losses import example_losses
 from fedex_lora.engines.setup import Federation, set_up, surroundings
-from fedex_lora.errors import RecipeError
+from fedex_lora.engines.stage import Stage
+from fedex_lora.errors import RecipeError, StorageError, UserError
 from fedex_lora.federation.loop import Record, run_round
-from fedex_lora.federation.state import begin
+from fedex_lora.federation.state import ServerState, begin
+from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.runs import private
 from fedex_lora.runs.by_client import begin_round
 from fedex_lora.runs.here import local_engine, stage_of
 from fedex_lora.runs.reopened import Which, read_round
+from fedex_lora.runs.rundir import RunDir
 from fedex_lora.tasks.base import evaluating, longest_first
 
 FILE = "attack.json"
@@ -105,6 +114,34 @@ def halves(models: int, rows: int, seed: int) -> np.ndarray:
     return order < models // 2
 
 
+def by_update(
+    seen: Mapping[str, np.ndarray], member: np.ndarray, owner: Sequence[str]
+) -> dict[str, Found]:
+    """The attacks of who sees single updates: `update`, the loss attack on the update of a row's
+    owner, and `owner`, whose of the clients a member is, by how much lower its loss is by one
+    client's update than by the others' in the mean. It is judged over pairs of row and client.
+
+    Args:
+        seen: Losses of all rows by each client's update; nothing comes of none.
+    """
+    clients, found = sorted(seen), dict[str, Found]()
+    if not clients:
+        return found
+    losses = np.stack([seen[c] for c in clients])  # clients × rows
+    mine = np.array([[whose == c for whose in owner] for c in clients])
+    known = mine.any(0)
+    own = (losses * mine).sum(0)[known]
+    if (member & known).any() and (~member & known).any():
+        threshold = -float(own[member[known]].mean())
+        found["update"] = judged(-own, member[known], threshold)
+    among = known & member
+    if len(clients) > 1 and len({whose for whose, there in zip(owner, among) if there}) > 1:
+        others = (losses.sum(0) - losses) / (len(clients) - 1)
+        lower = (others - losses)[:, among]
+        found["owner"] = judged(lower.ravel(), mine[:, among].ravel(), 0.0)
+    return found
+
+
 def attack(
     run: Path,
     shadows: int = 0,
@@ -132,6 +169,8 @@ def attack(
         stage.show_global(found.state, federation.settings)
         losses = _losses(federation, rows)
         results = {"loss": judged(-losses, member, -float(losses[member].mean()))}
+        seen = seen_updates(run, federation, stage, found.state, rows)
+        results |= by_update(seen, member, owner)
         if shadows:
             within = halves(shadows, len(rows), derive(found.recipe.seed, "shadows"))
             scores = []
@@ -150,6 +189,35 @@ def attack(
     }
     write_atomic(run / FILE, (json.dumps(told, indent=1) + "\n").encode())
     return told
+
+
+def seen_updates(
+    run: Path, federation: Federation, stage: Stage, state: ServerState, rows: Dataset
+) -> dict[str, np.ndarray]:
+    """By client, the loss of each row by what the client's saved update of the round makes of the
+    model; nothing where `records.save_updates` was not set.
+
+    Raises:
+        UserError: A saved update is damaged.
+    """
+    before, found = state.ledger.until(state.version - 1), dict[str, np.ndarray]()
+    kept, model = RunDir(run).saved_updates(state.version), federation.model
+    for client, (folder, own) in kept.items():
+        part = None if federation.settings.method.shared_base else _saved(model, own).layers
+        stage.place(before, part=part)
+        model.write(_saved(model, folder))
+        found[client] = _losses(federation, rows)
+    return found
+
+
+def _saved(model: AdaptedModel, folder: Path) -> AdapterState:
+    try:
+        if model.layers:
+            return model.saved(folder)
+        return AdapterState({}, load_file(folder / "parameters.safetensors"))
+    except (UserError, OSError, SafetensorError) as error:
+        why = str(error).removeprefix("lora.init: ")
+        raise StorageError(f"{folder}: a saved update that cannot be read: {why}") from None
 
 
 def _candidates(federation: Federation, most: int) -> tuple[Dataset, np.ndarray, list[str]]:

@@ -226,7 +226,8 @@ class Run:
         saves, checkpoints = recipe.records.save_updates, self.directory.checkpoints
         if settings.secure is not None:
             # rounds by hand, whose transport carries no sums, refuse a block on privacy
-            state, record = secure_round(self.state, settings, cast(SecureTransport, self.engine))
+            transport = cast(SecureTransport, self.engine)
+            state, record = secure_round(self.state, settings, transport, self.watcher.note)
         else:
             state, record = run_round(
                 self.state,

@@ -300,6 +300,13 @@ class RunDir:
         save_state(model, folder, base, state)
         write_atomic(folder / "update.json", json.dumps(plain(info), indent=1).encode())
 
+    def saved_updates(self, round: int) -> dict[str, tuple[Path, Path]]:
+        """By client, where its update of a round lies, and its own factors of the round before."""
+        rounds = self.path / "rounds"
+        own = rounds / f"{round - 1:04d}" / "global" / "own"
+        found = sorted((rounds / f"{round:04d}" / "clients").glob("*/update.json"))
+        return {file.parent.name: (file.parent, own / file.parent.name) for file in found}
+
     def save_global(
         self,
         model: AdaptedModel,

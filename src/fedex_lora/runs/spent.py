@@ -35,11 +35,15 @@ def sentences(privacy: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
+_SEEN = {"update": "single updates", "owner": "single updates"}  # attacks that need more
+
+
 def attacked(told: Mapping[str, Any]) -> list[str]:
     """What attack.json says, in words; nothing where nobody attacked, or it is damaged."""
     try:
         return [
-            f"membership inference ({name}) on the model of round {told['round']}: AUC "
+            f"membership inference ({name}) on the {_SEEN.get(name, 'model')} of round "
+            f"{told['round']}: AUC "
             f"{found['auc']:.3f} [{found['low']:.3f}, {found['high']:.3f}], advantage "
             f"{found['advantage']:+.3f}, {told['members']} members and {told['others']} others"
             for name, found in told.get("attacks", {}).items()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedex_lora.disk import read_text
 from fedex_lora.errors import RecipeError, did_you_mean
 
 _SYSTEM_FIRST = (  # the system prompt, for formats that put it into the first question
@@ -75,7 +76,7 @@ def template_of(given: str) -> str:
     if given in TEMPLATES:
         return TEMPLATES[given]
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8-sig")
+        return read_text(Path(given).expanduser())
     except (OSError, UnicodeDecodeError):
         raise RecipeError(
             f"task.template: {given!r} is neither a template's name ({', '.join(TEMPLATES)}) nor "

@@ -20,9 +20,11 @@ from fedex_lora.federation.settings import Settings
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task
+from fedex_lora.tasks.base import Collate
 
 if TYPE_CHECKING:
     from fedex_lora.engines.private.account import Spending
+    from fedex_lora.engines.private.losses import Losses
     from fedex_lora.engines.private.own_account import OwnAccount
     from fedex_lora.engines.private.plan import Plan
 
@@ -43,6 +45,18 @@ def check_model(
         return
     for module in ("opacus", "dp_accounting"):
         check_installed(module, "privacy.example_level")
+    try_rows(model, task.collator(model.tokenizer), rows, initial, task.regression)
+
+
+def try_rows(
+    model: AdaptedModel,
+    collate: Collate,
+    rows: Dataset,
+    initial: AdapterState,
+    regression: bool,
+    losses: Losses | None = None,
+) -> None:
+    """Whether gradients of some rows in one batch are those of each by itself, where B ≠ 0."""
     from fedex_lora.engines.private.gradients import check_gradients  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(0)
@@ -52,16 +66,16 @@ def check_model(
     }
     model.write(AdapterState(moved, initial.head))
     model.freeze(frozenset("AB"))
-    collate = task.collator(model.tokenizer)
     chosen = [rows[i] for i in _unlike(rows)]
-    check_gradients(model, [collate([row]) for row in chosen], collate(chosen), task.regression)
+    alone, together = [collate([row]) for row in chosen], collate(chosen)
+    check_gradients(model, alone, together, regression, losses)
     model.write(initial)
 
 
 def _unlike(rows: Dataset) -> list[int]:
     """The shortest row, the longest, and one between them."""
     order = list(range(len(rows)))
-    if "input_ids" in rows.column_names:
+    if "input_ids" in getattr(rows, "column_names", ()):
         lengths = [len(ids) for ids in rows["input_ids"]]
         order.sort(key=lambda i: lengths[i])
     return sorted({order[0], order[len(order) // 2], order[-1]})[:_TRIED]

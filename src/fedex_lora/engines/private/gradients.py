@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedex_lora.engines.private.losses import example_losses
+from fedex_lora.engines.private.losses import Losses, logits_losses
 from fedex_lora.errors import RecipeError
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.model.layer import ADAPTER, Layer
@@ -100,7 +100,10 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients(
-    model: AdaptedModel, batch: Mapping[str, Tensor], regression: bool
+    model: AdaptedModel,
+    batch: Mapping[str, Tensor],
+    regression: bool,
+    losses: Losses | None = None,
 ) -> dict[str, Tensor | None]:
     """Each example's gradients by parameter, without dropout; None where Opacus saw none.
 
@@ -114,10 +117,12 @@ def gradients(
         m.training = own and not isinstance(m, nn.Dropout)
     try:
         with per_example(model):
-            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
-            logits = module(**inputs).logits
-            labels = batch["labels"].to(model.device)
-            example_losses(logits, labels, regression).sum().backward()
+            there = {k: v.to(model.device) for k, v in batch.items()}
+            if losses is None:
+                each = logits_losses(module, there, regression)
+            else:
+                each = losses(module, there)
+            each.sum().backward()
             found = {name: getattr(p, "grad_sample", None) for name, p in trained(module).items()}
     finally:
         for m, mode in modes.items():
@@ -127,7 +132,11 @@ def gradients(
 
 
 def check_gradients(
-    model: AdaptedModel, rows: Sequence[Batch], whole: Batch, regression: bool
+    model: AdaptedModel,
+    rows: Sequence[Batch],
+    whole: Batch,
+    regression: bool,
+    losses: Losses | None = None,
 ) -> None:
     """Whether the gradient of every example in a batch is that of the example by itself.
 
@@ -137,13 +146,14 @@ def check_gradients(
     Args:
         rows: Batches of one example.
         whole: The batch of them all.
+        losses: Of one's own; by default those of the logits.
 
     Raises:
         UserError: A parameter's is not; it is named.
     """
     try:
-        together = gradients(model, whole, regression)
-        alone = [gradients(model, row, regression) for row in rows]
+        together = gradients(model, whole, regression, losses)
+        alone = [gradients(model, row, regression, losses) for row in rows]
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise RecipeError(
             f"privacy.example_level: Opacus cannot take this model's gradients by example: {error}"

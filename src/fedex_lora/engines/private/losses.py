@@ -7,10 +7,16 @@ batch's is their sum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional
 
-from fedex_lora.tasks.base import IGNORED
+from fedex_lora.tasks.base import IGNORED, Batch
+
+Losses = Callable[[Any, Batch], Tensor]
+"""(module, batch) → the loss of each of its rows, one of one's own."""
 
 
 def example_losses(
@@ -45,3 +51,11 @@ def example_losses(
     if labels.dim() == 1:
         return each
     return each.sum(1) / labels.ne(IGNORED).sum(1).clamp(min=1)
+
+
+def logits_losses(
+    module: Any, batch: Batch, regression: bool = False, smoothing: float = 0.0
+) -> Tensor:
+    """`example_losses` of a batch and its `labels` by the module's logits."""
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    return example_losses(module(**inputs).logits, batch["labels"], regression, smoothing)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.private.account import Spending, Steps
 from fedex_lora.engines.private.gradients import per_example
-from fedex_lora.engines.private.losses import example_losses
+from fedex_lora.engines.private.losses import Losses, logits_losses
 from fedex_lora.engines.private.plan import shape_of
 from fedex_lora.engines.training import Batches, make_trainer
 from fedex_lora.engines.turn import OnTurn, Trained, Turn
@@ -58,6 +58,7 @@ class PrivateTrainer:
         account: Where every turn is taken down before it begins.
         rehearsal: Draws and noise are functions of the run's seed: for tests, and not private.
         on_step: Is told (turn, steps done, steps in all, loss).
+        losses: Of one's own; by default those of the logits.
     """
 
     task: Predicting
@@ -67,6 +68,7 @@ class PrivateTrainer:
     account: Spending
     rehearsal: bool = False
     on_step: OnTurn | None = None
+    losses: Losses | None = None
     together: int = 1
 
     def __call__(self, model: AdaptedModel, turns: Sequence[Turn]) -> list[Trained]:
@@ -79,14 +81,14 @@ class PrivateTrainer:
         seed = derive(turn.seed, "private", turn.round, turn.client)
         bits = rehearsed(seed) if self.rehearsal else secret
         model.write(turn.start)
-        model.freeze(turn.trained)
+        model.freeze(turn.trained, turn.head)
         smoothing = float(self.training.get("label_smoothing_factor", 0.0))
         collate, lengths = self.task.collator(model.tokenizer), _lengths(rows)
         with tempfile.TemporaryDirectory() as directory:
             args = {"train_sampling_strategy": "random", **self.training}
             trainer = make_trainer(model, self.task, rows, args, seed, directory)
             trainer.create_optimizer_and_scheduler(spent.count)
-            head = frozen_head(model.module, rows)
+            head = None if self.losses is not None else frozen_head(model.module, rows)
             model.module.train()
             with per_example(model):
                 inner: Any = trainer.optimizer
@@ -102,7 +104,7 @@ class PrivateTrainer:
                     ]
                     for part in parts:
                         batch = collate([rows[row] for row in part])
-                        _backward(model, batch, self.task.regression, smoothing, head)
+                        _backward(model, batch, self.task.regression, smoothing, head, self.losses)
                         optimizer.accumulate()
                     optimizer.finish()
                     trainer.lr_scheduler.step()  # pyright: ignore
@@ -120,22 +122,28 @@ class PrivateTrainer:
 
 
 def _backward(
-    model: AdaptedModel, batch: Batch, regression: bool, smoothing: float, head: Head | None
+    model: AdaptedModel,
+    batch: Batch,
+    regression: bool,
+    smoothing: float,
+    head: Head | None,
+    losses: Losses | None = None,
 ) -> None:
-    labels = batch.pop("labels").to(model.device)
-    inputs = {k: v.to(model.device) for k, v in batch.items()}
-    if head is None:
-        logits = model.module(**inputs).logits
-        total = example_losses(logits, labels, regression, smoothing).sum()
+    there = {k: v.to(model.device) for k, v in batch.items()}
+    if losses is not None:
+        total = losses(model.module, there).sum()
+    elif head is None:
+        total = logits_losses(model.module, there, regression, smoothing).sum()
     else:
+        labels = there.pop("labels")
         weights = 1 / labels[:, 1:].ne(IGNORED).sum(1).clamp(min=1)
-        total = token_losses(head, inputs, labels, smoothing, weights).total
+        total = token_losses(head, there, labels, smoothing, weights).total
     total.backward()
 
 
 def _lengths(rows: Dataset) -> list[int]:
     """Of each row; images have none."""
-    if "input_ids" not in rows.column_names:
+    if "input_ids" not in getattr(rows, "column_names", ()):
         return [0] * len(rows)
     return [len(ids) for ids in rows["input_ids"]]
 

@@ -28,35 +28,71 @@ _UNUSABLE = (UserError, LookupError, TypeError, ValueError, AttributeError)
 _SLACK = 1 + 1e-5  # of a norm that was clipped in float32
 
 
+class TooFew(QuorumLost):
+    """Too few clients are left to open a sum."""
+
+
 def secure_round(
-    state: ServerState, settings: Settings, transport: SecureTransport
+    state: ServerState,
+    settings: Settings,
+    transport: SecureTransport,
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[ServerState, Record]:
     """Keys, shares, training and sizes, numbers, and twice the shares that open a sum.
+
+    A round that loses too many clients is begun anew, with new masks, as often as the settings
+    have it. If noise is in its numbers, only as long as nobody was asked for shares of them: so
+    what is released of a round, and has to be paid for, is one sum.
+
+    Args:
+        note: Is told of a round that is begun anew.
 
     Returns:
         The next state and the round's record, without what is a single client's.
 
     Raises:
-        QuorumLost: Too few clients are left to open a sum, or it is nothing to train from; `state`
-            still stands.
+        QuorumLost: Too few clients are left to open a sum (`TooFew`), or it is nothing to train
+            from; `state` still stands.
     """
-    return _Round(state, settings, transport).run()
+    assert settings.secure is not None
+    given_up: list[_Round] = []
+    while True:
+        current = _Round(state, settings, transport, len(given_up))
+        try:
+            after, record = current.run()
+            break
+        except TooFew as error:
+            released = current.opening and settings.secure.noise is not None
+            if len(given_up) == settings.secure.repeat or released:
+                raise
+            given_up.append(current)
+            note(f"{error}; the round is begun anew ({len(given_up)} of {settings.secure.repeat})")
+    if given_up:
+        record["begun_anew"] = len(given_up)
+    for earlier in given_up:
+        for spent, more in (("bytes_down", earlier.down), ("bytes_up", earlier.tally.up)):
+            for client, count in more.items():
+                record[spent][client] = record[spent].get(client, 0) + count
+    return after, record
 
 
 class _Round:
     """A round under way.
 
     Attributes:
+        attempt: How often it was given up before.
         books: What is known of the two sums.
         tally: Who was lost, and why.
+        opening: Whether clients were asked for shares of the numbers' sum.
     """
 
-    def __init__(self, state: ServerState, settings: Settings, transport: SecureTransport) -> None:
+    def __init__(
+        self, state: ServerState, settings: Settings, transport: SecureTransport, attempt: int
+    ) -> None:
         assert settings.secure is not None
         self.state, self.settings, self.secure = state, settings, settings.secure
-        self.transport = transport
+        self.transport, self.attempt, self.opening = transport, attempt, False
         self.round, self.asked = state.version + 1, settings.sample(state.version + 1)
-        self.exchange = Exchange(state, settings, self.asked)
         self.tally, self.down = Tally(), dict.fromkeys(self.asked, 0)
         context = f"{secrets.token_hex(16)} round {self.round}"
         self.context = context
@@ -76,6 +112,7 @@ class _Round:
         about = {"exponents": exponents, "halvings": self._halvings(members)}
         count = sum(math.prod(shape) for shape in shapes.values())
         total, present = self._summed("send", dict.fromkeys(left, about), count)
+        self.opening = True
         self._open("numbers", total, present)
         began = perf_counter()
         found = fixed.decode(total, shapes, exponents, self.secure.bits)
@@ -196,7 +233,7 @@ class _Round:
     ) -> list[str]:
         """Asks all, takes each answer as it comes, and says whose could be used."""
         names, useful = sorted(asks), []
-        exchange = Exchange(self.state, self.settings, names)
+        exchange = Exchange(self.state, self.settings, names, attempt=self.attempt)
         messages = {client: Ask(what, asks[client], numbers) for client in names}
         for client, message in messages.items():
             self.down[client] += message.nbytes
@@ -260,7 +297,7 @@ class _Round:
 
     def _lost_quorum(self, why: str) -> None:
         reasons = [f"{c}: {text}" for c, text in {**self.tally.lost, **self.tally.refused}.items()]
-        raise QuorumLost("; ".join([f"round {self.round}: {why}", *reasons]))
+        raise TooFew("; ".join([f"round {self.round}: {why}", *reasons]))
 
 
 def nbytes(answer: Answer) -> int:

@@ -170,12 +170,12 @@ def told(kind: type[Found], path: Path) -> Found | None:
         UserError: It is none.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate(parsed(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        at = "".join(f"{part}: " for part in first["loc"])
-        raise ProtocolError(
-            f"{path.name}: {at}{first['msg']}; expected {_EXPECTED[kind]}"
-        ) from None
+    except ValueError as error:
+        wrong = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            wrong = "".join(f"{part}: " for part in first["loc"]) + first["msg"]
+        raise ProtocolError(f"{path.name}: {wrong}; expected {_EXPECTED[kind]}") from None

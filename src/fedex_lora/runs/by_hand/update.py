@@ -22,7 +22,7 @@ from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import Update, flat, only
 from fedex_lora.federation.state import base_increment
 from fedex_lora.model.adapted import AdaptedModel
-from fedex_lora.model.config import CONFIG, WEIGHTS
+from fedex_lora.model.config import CONFIG, WEIGHTS, adapter_folder
 from fedex_lora.model.keys import NAMES, PREFIX, adapter_keys
 from fedex_lora.model.plain import configured, unsupported
 from fedex_lora.runs.by_hand import share
@@ -105,7 +105,9 @@ def _update(
     where: Path, client: str, waiting: Waiting, exchange: Exchange, model: AdaptedModel
 ) -> Update:
     start = exchange.start(client)
-    got = _tensors(where, start, _bases(exchange, client, model))
+    # PEFT puts an adapter that has a name of its own into a subfolder
+    adapter = adapter_folder(where) if where.name == UPDATE else where
+    got = _tensors(adapter, start, _bases(exchange, client, model))
     given = told(Told, where / INFO) or Told()
     examples = waiting.examples.get(client, given.examples)
     if examples is None:
