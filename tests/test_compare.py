@@ -6,10 +6,11 @@ from fedex_lora.experiments.compare import difference_table, markdown
 
 
 def results(**scores):
-    """By method, the test scores of seeds 0, 1, ..."""
+    """By method, or by a label of fedex, the test scores of seeds 0, 1, ..."""
     return {
         method.replace("_", "-"): [
             {
+                "method": "fedex" if "labelled" in method else method,
                 "seed": seed,
                 "metric": "accuracy",
                 "best": {"scores": {"validation": {"accuracy": 0.1}, "test": {"accuracy": score}}},
@@ -30,6 +31,11 @@ def test_methods_are_paired_with_the_exact_one_by_seed():
     assert header[0] == "test accuracy against fedex"
     assert rows == [["fedit", "3", "−0.303", "−0.318 to −0.289", "lower"]]
     assert "| fedit | 3 | −0.303 |" in markdown(found)
+
+
+def test_labels_of_a_grid_are_no_methods():
+    header, rows = difference_table(results(fedit=[0.5, 0.6], labelled=[0.8, 0.9]))  # type: ignore[misc]
+    assert header[0] == "test accuracy against labelled" and rows[0][0] == "fedit"
 
 
 @pytest.mark.parametrize("scores", [{"fedex": [0.5, 0.6]}, {"fedex": [0.5], "fedit": [0.4]}])

@@ -1,5 +1,6 @@
 """Loading: what is found where, and what is refused."""
 
+import logging
 import random
 
 import huggingface_hub
@@ -14,7 +15,7 @@ from fedex_lora.aggregation.delta import Delta
 from fedex_lora.errors import UserError
 from fedex_lora.model.adapted import load_model
 from fedex_lora.model.inject import inject
-from fedex_lora.model.load import Base
+from fedex_lora.model.load import Base, quiet
 from fedex_lora.recipe import LoraSpec, ModelSpec
 
 __all__ = ["path"]
@@ -199,3 +200,30 @@ def test_quantisation_needs_its_library(path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'fedex-lora\[quantised\]'"):
         CASES["llama"].load(path("llama"), placement="side", quantisation="nf4")
+
+
+def test_a_head_that_the_checkpoint_lacks_and_that_is_tied_is_named(tmp_path):
+    """As of a sentence encoder, which was saved without its masked language model's head."""
+    spec = LoraSpec(target_modules=["query"])
+    name = str(tiny("bert", tmp_path / "bert"))
+    with pytest.raises(UserError, match=r"model\.name: the checkpoint has no cls.*saved with it"):
+        load_model(
+            ModelSpec(name=name, device="cpu"),
+            spec,
+            seed=0,
+            auto_model="AutoModelForMaskedLM",
+            peft_task_type=None,
+            model_kwargs={},
+        )
+
+
+def test_what_the_hub_s_library_warns_of_is_said_once(caplog, monkeypatch):
+    hub, said = logging.getLogger("huggingface_hub"), []
+    own = logging.Handler()
+    own.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(hub, "handlers", [own])  # as its library adds one when it is imported
+    with quiet():
+        hub.getChild("utils").warning("Retrying")
+    assert caplog.messages == ["Retrying"] and not said
+    hub.getChild("utils").warning("again")
+    assert said == ["again"]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fedex_lora.cli import app
 from fedex_lora.errors import RecipeError
 from fedex_lora.recipe.reader import load_recipe
-from fedex_lora.runs.first_recipe import commented
+from fedex_lora.runs.first_recipe import commented, first_recipe
 
 COLUMNS = {"text-classification": ["review", "label"], "causal-lm": ["note"]}
 
@@ -111,3 +111,57 @@ def test_values_read_back_as_they_were():
     values = {"name": "x: y", "task": {"prompt": "a\n{b}: #c", "labels": ["1", "no", "ü, v"]}}
     values |= {"training": {"learning_rate": 1e-3, "num_train_epochs": 1}, "seed": 0}
     assert yaml.safe_load(commented(values, "head")) == values
+
+
+@pytest.mark.parametrize(
+    "task, row, labels",
+    [
+        (
+            "token-classification",
+            {"tokens": ["Ann", "Lee", "ran"], "tags": "B-PER I-PER O"},
+            ["PER"],
+        ),
+        (
+            "token-classification",
+            {"text": "Ann ran", "entities": [{"start": 0, "end": 3, "label": "PER"}]},
+            ["PER"],
+        ),
+        (
+            "multi-label-classification",
+            {"text": "Ann ran", "labels": ["I-2", "B-1"]},
+            ["B-1", "I-2"],
+        ),
+    ],
+)
+def test_classes_are_those_of_the_rows(task, row, labels, place, tmp_path, command):
+    tags = {"tags": row["tags"].split()} if "tags" in row else {}
+    files = [tmp_path / f"{name}.jsonl" for name in ("ann", "bob")]
+    for file in files:
+        file.write_text((json.dumps(row | tags) + "\n") * 9)
+    given = ["--model", place / "model", "--method", "fedex", "--task", task]
+    code, said, err = command(
+        "new", tmp_path / "my.yaml", *given, "--data", files[0], "--data", files[1]
+    )
+    assert code == 0 and "?" not in said, err
+    assert load_recipe(tmp_path / "my.yaml").task.labels == labels  # type: ignore[attr-defined]
+    assert command("data", tmp_path / "my.yaml")[0] == 0
+
+
+def test_a_prompt_is_given_as_it_is_and_a_recipe_that_is_none_is_not_left(place, tmp_path, command):
+    file = tmp_path / "my.yaml"
+    given = [part for name in ("ann", "bob") for part in ("--data", place / f"{name}2.jsonl")]
+    given += ["--model", place / "model", "--method", "fedex", "--task", "instruction"]
+    prompt = ("--set", "task.prompt={q}", "--set", "task.response={a}")
+    code, _, err = command("new", file, *given, *prompt, "--set", "task.max_length=two")
+    assert code == 2 and "task.max_length" in err and not file.exists()
+    assert command("new", file, *given, *prompt)[0] == 0
+    task = load_recipe(file).task
+    assert (task.prompt, task.max_length) == ("{q}", 512)  # type: ignore[attr-defined]
+
+
+def test_rows_are_as_long_as_their_task_has_them(place):
+    files = [Path("a.csv"), Path("b.csv")]
+    kinds = {"text-regression": 128, "multiple-choice": 128, "causal-lm": 512}
+    for kind, length in kinds.items():
+        found = first_recipe("x", "model", {"kind": kind}, "fedex", files, None)
+        assert found["task"]["max_length"] == length

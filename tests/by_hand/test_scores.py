@@ -25,7 +25,7 @@ ODD = {
     '{"rows": 2, "scores": {}}': r"holds no score; expected accuracy",
     '{"rows": 0, "scores": {"accuracy": 0.5}}': r"rows: .*greater than or equal to 1; expected",
     '{"rows": 2, "scores": {"accuracy": null}}': r"scores: accuracy: .*valid number; expected",
-    '{"rows"': r"Invalid JSON.*; expected",
+    '{"rows"': r"Expecting ':' delimiter.*; expected",
 }
 
 

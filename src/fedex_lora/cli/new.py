@@ -64,7 +64,11 @@ def new(
             opened.write(text)
     except OSError as error:
         raise StorageError(f"{recipe}: cannot be written: {error.strerror}") from error
-    load_recipe(recipe)
+    try:
+        load_recipe(recipe)
+    except UserError:
+        recipe.unlink()
+        raise
     say(f"Written: {recipe}\nNext: fedex-lora plan {recipe}, then fedex-lora run {recipe}")
 
 
@@ -151,7 +155,7 @@ def _task(kind: str, files: list[Path], sets: list[str]) -> dict[str, Any]:
     from fedex_lora.data.read import read
     from fedex_lora.recipe import spec_of
     from fedex_lora.recipe.meanings import MEANINGS
-    from fedex_lora.runs.first_recipe import labels_of, task_fields
+    from fedex_lora.runs.first_recipe import form_of, labels_of, task_fields
 
     spec, block = spec_of(kind), dict[str, Any](kind=kind)
     assert spec is not None
@@ -161,7 +165,8 @@ def _task(kind: str, files: list[Path], sets: list[str]) -> dict[str, Any]:
         if not equals or name == key or name not in spec.model_fields or name == "kind":
             known = ", ".join(f"task.{field}" for field in spec.model_fields if field != "kind")
             raise RecipeError(f"--set {text}: expected KEY=VALUE with one of {known}")
-        block[name] = yaml.safe_load(value)
+        # braces of a prompt are no mapping
+        block[name] = value if spec.model_fields[name].annotation is str else yaml.safe_load(value)
     sample = [_train_file(files[0])] if files[0].is_dir() else files
     columns = read(sample[0]).column_names
     for field, guess in task_fields(spec, columns):
@@ -170,9 +175,10 @@ def _task(kind: str, files: list[Path], sets: list[str]) -> dict[str, Any]:
             what += f" The rows have {some(columns)})"
             block[field] = _answer(f"--set task.{field}=...", None, what, str, guess)
     if "labels" in spec.model_fields and "labels" not in block:
-        column = next((f for f in spec.model_fields if f.startswith(("label_", "tag"))), "")
+        form = form_of(spec, columns)
+        column = form[-1] if form else "label_column"
         name = block.get(column, spec.model_fields[column].default)
-        block["labels"] = labels_of(sample, name)
+        block["labels"] = labels_of(sample, name, bool(form))
     return block
 
 

@@ -188,9 +188,9 @@ def compare_command(
             train_once,
         )
     show_comparison(results, path, train_once)
-    chosen = {name: METHODS[name.partition(":")[0]] for name in results}
+    chosen = {name: METHODS[name.partition(":")[0]] for name in comma_separated(methods)}
     exact = (name for name, method in chosen.items() if _exact_for_all(method))
-    offered = next(exact, next(iter(results)))
+    offered = next(exact, next(iter(chosen)))
     if not chosen[offered].personal:
         best = path / f"{offered.replace(':', '-')}-seed{numbers[0]}"
         if export and not (best / "final" / "model").exists():

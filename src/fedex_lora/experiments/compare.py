@@ -146,7 +146,7 @@ def difference_table(results: Results) -> tuple[list[str], list[list[str]]] | No
     """Each method's paired difference from the exact one (else the first), by seed, on the last
     split; None where no two runs have a seed in common, or there is one seed."""
     found = [m for m, runs in results.items() if runs]
-    exact = (m for m in found if is_exact_average(METHODS[m.partition(":")[0]]))
+    exact = (m for m in found if is_exact_average(METHODS[results[m][0]["method"]]))
     reference = next(exact, found[0])
     rows = []
     for method in found:

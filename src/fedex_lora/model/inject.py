@@ -97,6 +97,12 @@ def inject(
     for name, module in heads(model):
         original: Any = model.get_submodule(name)
         if any(id(p) in tied for p in original.original_module.parameters()):
+            if name in new:
+                raise RecipeError(
+                    f"model.name: the checkpoint has no {name}, which the task needs, and which "
+                    "cannot be trained anew, since it shares its weight with the embeddings; take "
+                    "a model that was saved with it"
+                )
             raise RecipeError(
                 f"lora.modules_to_save: {name} shares its weight with another layer (tied "
                 "embeddings), which training it would separate; leave it out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -238,13 +239,17 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Runs a block without transformers' messages and progress bars."""
+    """Runs a block without transformers' messages and progress bars; what the hub's library warns
+    of goes to the process's own log alone, and not to stderr as well."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    handlers, hub.handlers = hub.handlers, []
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
+        hub.handlers = handlers
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()

@@ -32,10 +32,12 @@ class TaskSpec(Part):
         vocabulary: Whether its model has logits for every word of the vocabulary, which take most
             of the memory that training takes.
         scored: What its block has beyond the defaults where a model is only scored.
+        forms: Where its rows may have one of several forms, the keys of the columns of each.
     """
 
     vocabulary: ClassVar[bool] = True
     scored: ClassVar[Mapping[str, Any]] = {}
+    forms: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     kind: str
     max_length: int = Field(default=128, ge=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.read import read
 from fedex_lora.errors import DataError, did_you_mean, some
-from fedex_lora.recipe import TaskSpec
+from fedex_lora.recipe import TaskSpec, spec_of
 from fedex_lora.recipe.meanings import MEANINGS
 
 MOST_LABELS = 100
@@ -34,7 +35,10 @@ def task_fields(spec: type[TaskSpec], columns: Sequence[str]) -> Iterator[tuple[
     """
     taken = {f.default for key, f in spec.model_fields.items() if key.endswith("_column")}
     left = [name for name in columns if name not in taken]
+    other = [key for form in spec.forms if form != form_of(spec, columns) for key in form]
     for key, field in spec.model_fields.items():
+        if key in ("labels", *other):  # the rows have them
+            continue
         if key.endswith("_column") and isinstance(field.default, str):
             if field.default not in columns:
                 yield key, left.pop(0) if left else ""
@@ -43,8 +47,26 @@ def task_fields(spec: type[TaskSpec], columns: Sequence[str]) -> Iterator[tuple[
             yield key, guess.get(key, "")
 
 
-def labels_of(files: Sequence[Path], column: str) -> list[str]:
+def form_of(spec: type[TaskSpec], columns: Sequence[str]) -> tuple[str, ...]:
+    """Of a task whose rows may have one of several forms, the keys of the form that these columns
+    are of, or else of the first; of others nothing.
+
+    Example:
+        >>> from fedex_lora.recipe import spec_of
+        >>> form_of(spec_of("token-classification"), ["id", "text", "entities"])
+        ('text_column', 'entities_column')
+    """
+    fits = (
+        form for form in spec.forms if {spec.model_fields[k].default for k in form} <= {*columns}
+    )
+    return next(chain(fits, spec.forms), ())
+
+
+def labels_of(files: Sequence[Path], column: str, entities: bool = False) -> list[str]:
     """All classes that the rows of some files have in a column, sorted; numbers by value.
+
+    Args:
+        entities: Whether they are tags or entities, whose classes they are then: PER of B-PER.
 
     Raises:
         UserError: There is no such column, or there are more values than classes can be.
@@ -55,15 +77,21 @@ def labels_of(files: Sequence[Path], column: str) -> list[str]:
         if column not in rows.column_names:
             near = did_you_mean(column, rows.column_names)
             raise DataError(f"{file}: no column {column!r}; it has {some(rows.column_names)}{near}")
-        values = rows.unique(column)
-        nested = (value if isinstance(value, list) else [value] for value in values)
-        found |= {str(value) for value in chain.from_iterable(nested) if value is not None}
-        if len(found) > MOST_LABELS:
-            raise DataError(
-                f"{file}: column {column!r} has more than {MOST_LABELS} different values, so it "
-                "holds no classes; name another with `set=task.label_column=NAME`"
-            )
+        for value in rows[column]:
+            found.update(_classes(value, entities))
+            if len(found) > MOST_LABELS:
+                raise DataError(
+                    f"{file}: column {column!r} has more than {MOST_LABELS} different values, so "
+                    "it holds no classes; name another with `set=task.label_column=NAME`"
+                )
     return sorted(found, key=lambda text: (0, float(text), "") if _number(text) else (1, 0, text))
+
+
+def _classes(value: Any, entities: bool) -> Iterator[str]:
+    for one in value if isinstance(value, list) else [value]:
+        text = one.get("label") if isinstance(one, Mapping) else one
+        if text is not None and not (entities and text == "O"):
+            yield re.sub("^[BI]-", "", str(text)) if entities else str(text)
 
 
 def _number(text: str) -> bool:
@@ -89,14 +117,16 @@ def first_recipe(
         evaluation: A directory with the server's rows to score on; without one, and with files,
             each client keeps a tenth of its rows for that.
     """
-    chosen, language = METHODS[method], "labels" not in task
+    chosen, spec = METHODS[method], spec_of(task["kind"])
+    language = spec is None or spec.vocabulary
     values: dict[str, Any] = {"name": name, "seed": 0, "model": {"name": model}}
     if chosen.trains != "all":
         values["lora"] = {"r": 8, "lora_alpha": 16}
     cut = {"rank": 8} if chosen.residual == "truncated" else {}
     values["method"] = {"name": method, **cut}
     values["federation"] = {"rounds": 5}
-    values["task"] = {**task, "max_length": 512 if language else 128}
+    length = task.get("max_length", 512 if language else 128)
+    values["task"] = {**task, "max_length": length}
     if len(files) == 1:
         values["federation"] |= {"clients": 3, "partition": {"kind": "iid"}}
         values["data"] = {"path": str(files[0])}

@@ -48,6 +48,7 @@ _log = logging.getLogger(__name__)
 
 class TokenClassification(TaskSpec):
     vocabulary = False
+    forms = (("tokens_column", "tags_column"), ("text_column", "entities_column"))
 
     labels: list[str]  # the classes of entities, in the order that all clients agree on
     tokens_column: str = "tokens"
