@@ -8,9 +8,11 @@ of several machines add up there; one that is there already is replaced.
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import matplotlib.pyplot as plt
 from results import claims, difference, environments, further_metrics, model_name, setting
@@ -36,6 +38,7 @@ KEPT = HERE / "runs.jsonl"
 FILES = ("recipe.yaml", "metrics.jsonl", "results.json", "environment.json", "data.json")
 DIFFERENCE = 0.005  # of a score, that is to be seen
 POWER = 0.8  # the chance of seeing it where it is there
+BESIDE = ("ffa", "centralized")
 MANY = 6  # methods, from which on they are a comparison of their own
 
 ABOUT = """\
@@ -126,10 +129,18 @@ def groups(runs: Sequence[Run]) -> dict[str, Study]:
     return {name: study(some) for name, some in found.items()}
 
 
-def is_plain(run: Run) -> bool:
-    """Whether the method is as its paper has it, with none of the options that go with any."""
+def is_tested(run: Run) -> bool:
+    """Whether it is of a method of the claims, with none of the options that go with any."""
     spec = run.recipe.federation
-    return spec.mean == "weighted" and not spec.align and spec.server_optimizer is None
+    plain = spec.mean == "weighted" and not spec.align and spec.server_optimizer is None
+    return plain and run.recipe.method.name in (EXACT, REFERENCE, *BESIDE)
+
+
+def named(part: Study) -> Study:
+    """Its arms by what their runs' directories are called, as the rows of a grid are."""
+    labels = (p.run.path.name.rpartition("-seed")[0] for p in part.placed)
+    none: dict[str, Any] = {"settings": {}, "named": {}, "condition": {}}
+    return Study(tuple(replace(p, label=label, **none) for p, label in zip(part.placed, labels)))
 
 
 def seeds_needed(spread_: float, wanted: float = DIFFERENCE) -> int:
@@ -162,7 +173,7 @@ def group(name: str, part: Study) -> Iterator[str]:
     yield f"## {name}\n"
     yield setting(part.placed[0].run).split(" Data: ")[0] + "\n"
     arms = {p.run.recipe.method.name: p.arm for p in part.placed}
-    others = [arms[m] for m in ("ffa", "centralized") if m in arms]
+    others = [arms[m] for m in BESIDE if m in arms]
     header = ["task, metric", "seeds", REFERENCE, EXACT, f"{EXACT} less {REFERENCE}"]
     header += ["seeds for half a point", *(f"{arm} less {REFERENCE}" for arm in others), "missed"]
     rows = []
@@ -215,24 +226,20 @@ def many(parts: Mapping[str, Study]) -> Iterator[str]:
     yield METHODS
     points: dict[str, list[tuple[float, float]]] = {}  # by method: MB, gain
     for name, part in parts.items():
-        plain = [p.arm for p in part.placed if p.label == REFERENCE and is_plain(p.run)]
-        if not plain:
-            continue
-        reference = plain[0]
         for task in part.tasks:
             arms = [row for row in arm_scores(part, task) if row.by_split]
             if len(arms) < MANY:
                 continue
             split = judged_split(part.of(task)[0].run)
-            header = ["method", "seeds", "score", f"less {reference}", "deviation", "up", "down"]
+            header = ["method", "seeds", "score", f"less {REFERENCE}", "deviation", "up", "down"]
             rows = []
             for arm in arms:
                 scores = [*arm.by_split.values()][-1]
                 sent = fmean(arm.bytes_up), fmean(arm.bytes_down)
                 row = [arm.arm, str(len(scores)), spread(scores)]
-                row += [difference(part, arm.arm, task, reference), significant(arm.deviation)]
+                row += [difference(part, arm.arm, task, REFERENCE), significant(arm.deviation)]
                 rows.append(row + [size(value) for value in sent])
-                found = paired(part, arm.arm, reference, task)
+                found = paired(part, arm.arm, REFERENCE, task)
                 if found is not None and arm.arm != "centralized":
                     points.setdefault(arm.arm, []).append((sum(sent) / 1e6, found.difference.mean))
             yield f"### {task}, {split}: {name}\n"
@@ -251,7 +258,7 @@ def page(runs: Sequence[Run]) -> Iterator[str]:
     plt.rcParams["svg.hashsalt"] = "claims"  # the same files from the same runs
     compared = {
         name: part
-        for name, part in groups([run for run in runs if is_plain(run)]).items()
+        for name, part in groups([run for run in runs if is_tested(run)]).items()
         if {EXACT, REFERENCE} <= {p.run.recipe.method.name for p in part.placed}
     }
     yield ABOUT
@@ -260,7 +267,7 @@ def page(runs: Sequence[Run]) -> Iterator[str]:
     for name, part in compared.items():
         yield from group(name, part)
     yield PLOT
-    yield from many(groups(runs))
+    yield from many({name: named(part) for name, part in groups(runs).items()})
     for model in dict.fromkeys(run.recipe.model.name for run in runs):
         told = claims([run for run in runs if run.recipe.model.name == model], tested=True)
         yield from (text.replace("these runs", model_name(model)) for text in told)
