@@ -250,7 +250,8 @@ def many(parts: Mapping[str, Study]) -> Iterator[str]:
         axes.scatter(*zip(*at), s=24, marker=marks[i % len(marks)], label=arm, color=f"C{i % 10}")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="MB up and down, all clients together", ylabel=f"score less {REFERENCE}'s")
-    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    if points:
+        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "methods.svg", metadata={"Date": None})
 
 
