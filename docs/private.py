@@ -36,8 +36,9 @@ of any machine, add to it:
 Privacy is that of single rows ([differential-privacy.md](differential-privacy.md)). Each method's
 learning rate and clipping bound are the pair that scored best on validation at the first seed at
 ε 3; other ε take the same, and runs without privacy choose a rate of their own, of
-the same two. That seed counts among the others. Frozen weights are bfloat16. The noise is a rehearsal's, so that runs
-repeat. PAIR is what was chosen for {exact}, e.g. `'sst2-learning_rate=0.01-max_grad_norm=4.0/*'`.
+the same two. That seed counts among the others. Frozen weights are bfloat16. The noise is a
+rehearsal's, so that runs repeat. PAIR is what was chosen for {exact}, e.g.
+`'sst2-learning_rate=0.01-max_grad_norm=4.0/*'`.
 """
 NOISE = """\
 ## How much of the residual is noise
