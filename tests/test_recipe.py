@@ -315,13 +315,6 @@ def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
     assert line == "r.yaml:7: lora.r: given twice; the first is at r.yaml:6"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_recipe_as_windows_writes_it(encoding: str, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_bytes(MINIMAL.replace("\n", "\r\n").encode(encoding))
-    (tmp_path / "plain.yaml").write_text(MINIMAL)
-    assert load_recipe(tmp_path / "r.yaml") == load_recipe(tmp_path / "plain.yaml")
-
-
 def test_a_file_that_is_absent_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such file"):
         load_recipe(tmp_path / "none.yaml")

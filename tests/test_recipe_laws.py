@@ -114,3 +114,10 @@ def test_no_value_gives_anything_but_a_recipe_or_a_clear_error(
             assert line.startswith(f"{path}:") and len(line) < 1000
     else:
         assert list(limits(recipe)) == [] and load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_as_windows_writes_it(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(MINIMAL.replace("\n", "\r\n").encode(encoding))
+    (tmp_path / "plain.yaml").write_text(MINIMAL)
+    assert load_recipe(tmp_path / "r.yaml") == load_recipe(tmp_path / "plain.yaml")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,16 @@ from tiny import TEXT, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedex_lora.merge.adapters import open_adapter
+from fedex_lora.merge.plan import make_plan
+from fedex_lora.merge.write import merge_adapters
+
 LM = ("AutoModelForCausalLM", "CAUSAL_LM")
 CLS = ("AutoModelForSequenceClassification", "SEQ_CLS")
+
+
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -160,3 +169,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def command(command: Command) -> Command:
     """Runs `fedex-lora merge`; returns (exit code, output, errors)."""
     return partial(command, "merge")
+
+
+def merge(
+    folders: Sequence[Path], out: Path, weights: list[float] | None = None, **options: Any
+) -> Any:
+    """Merges adapters on disk, by a strict plan."""
+    plan = make_plan([open_adapter(str(f)) for f in folders], weights, True, **options)
+    return merge_adapters(plan, out)
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    """Sets fields of an adapter's config."""
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+
+
+@pytest.fixture
+def bert(base: Any, tmp_path: Path) -> list[Path]:
+    """Two adapters with a head, on BERT with an adapted embedding."""
+    case = CASES["bert"]
+    return [a.folder for a in saved(case, base("bert"), tmp_path)]

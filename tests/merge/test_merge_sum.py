@@ -7,9 +7,21 @@ import peft
 import pytest
 import torch
 import transformers
-from merging import CASES, CLS, LM, base, command, plain, save, saved, update
+from merging import (
+    CASES,
+    CLS,
+    CONFIG,
+    FILE,
+    LM,
+    PREFIX,
+    base,
+    command,
+    plain,
+    save,
+    saved,
+    update,
+)
 from safetensors.torch import load_file
-from test_merge_found import CONFIG, PREFIX, WEIGHTS
 
 from fedex_lora.merge.adapters import open_adapter
 from fedex_lora.merge.base import merge_into_base
@@ -95,6 +107,6 @@ def test_heads_in_a_sum_need_the_base_s_own(base, command, tmp_path):
     # weights that sum to 1 are a mean: no base is needed
     code, _, err = command(*folders, "--sum", "--weights", "1.5,-0.5", "--out", tmp_path / "mean")
     assert code == 0, err
-    got = load_file(tmp_path / "mean" / WEIGHTS)[f"{PREFIX}classifier.weight"]
+    got = load_file(tmp_path / "mean" / FILE)[f"{PREFIX}classifier.weight"]
     torch.testing.assert_close(got.double(), 1.5 * one - 0.5 * two, rtol=1e-6, atol=1e-6)
     assert CLS[1] == json.loads((tmp_path / "mean" / CONFIG).read_text())["task_type"]

@@ -18,7 +18,7 @@ from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.sparse import sparse_name
 from fedex_lora.errors import RecipeError
 from fedex_lora.model.files import read_adapter, save_adapter
-from fedex_lora.model.inject import head_names, heads, inject
+from fedex_lora.model.inject import check_no_statistics, head_names, heads, inject
 from fedex_lora.model.layer import ADAPTER, Layer, copy_of
 from fedex_lora.model.load import (
     TOKENIZER,
@@ -340,7 +340,7 @@ def load_model(
     head_seed = derive(seed, "head")
     keep = [] if lora is None else head_names(lora, peft_task_type)
     base = load_base(model, auto_model, model_kwargs, head_seed, keep, processor)
-    _check_no_statistics(base.model, model.name)
+    check_no_statistics(base.model, model.name)
     if lora is None:
         return AdaptedModel(base, base.model, [], workdir=workdir)
     peft_model, layers = inject(base, lora, peft_task_type, head_seed)
@@ -362,22 +362,12 @@ def adapt(
     Raises:
         UserError: LoRA as asked for cannot be aggregated exactly, or matches no layer.
     """
-    _check_no_statistics(module, type(module).__name__)
+    check_no_statistics(module, type(module).__name__)
     base = Base(module, None, None, frozenset(), False)
     if lora is None:
         return AdaptedModel(base, module, [])
     peft_model, layers = inject(base, lora, None, derive(seed, "head"))
     return AdaptedModel(base, peft_model, layers, side=side, init=lora.init)
-
-
-def _check_no_statistics(model: nn.Module, name: str) -> None:
-    """Training changes them, yet they are no parameters: they would leak from client to client."""
-    for module_name, module in model.named_modules():
-        if getattr(module, "track_running_stats", False):
-            raise RecipeError(
-                f"model.name: {name!r} normalises batches by running statistics ({module_name}), "
-                "which are neither averaged nor reset; take a model with layer normalisation"
-            )
 
 
 def _plain_state(model: nn.Module, head: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

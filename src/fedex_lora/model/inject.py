@@ -31,6 +31,16 @@ def head_names(lora: LoraSpec, task_type: str | None) -> list[str]:
     return [*(lora.modules_to_save or []), *_CLASSIFIERS.get(task_type or "", [])]
 
 
+def check_no_statistics(model: nn.Module, name: str) -> None:
+    """Training changes them, yet they are no parameters: they would leak from client to client."""
+    for module_name, module in model.named_modules():
+        if getattr(module, "track_running_stats", False):
+            raise RecipeError(
+                f"model.name: {name!r} normalises batches by running statistics ({module_name}), "
+                "which are neither averaged nor reset; take a model with layer normalisation"
+            )
+
+
 def inject(
     base: Base, lora: LoraSpec, task_type: str | None, seed: int
 ) -> tuple[PeftModel, list[Layer]]:
