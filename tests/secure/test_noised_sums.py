@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from crowd import Crowd, initial, settings
-from pydantic import ValidationError
 from small_runs import StopAfter, recipe
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.private.account import Steps, epsilon
 from fedex_lora.errors import ProtocolError, QuorumLost
+from fedex_lora.federation.loop import Exchange
 from fedex_lora.federation.messages import flat, only
 from fedex_lora.federation.noise import SumNoise
 from fedex_lora.federation.randomness import normal, rehearsed
@@ -145,6 +145,37 @@ def test_a_rehearsal_is_resumed_bit_for_bit_with_its_account(tmp_path):
     assert last["secure"] and "loss" not in last and "deviation" not in last
 
 
-def test_a_bound_that_follows_norms_is_refused_where_nobody_sees_norms(tmp_path):
-    with pytest.raises(ValidationError, match=r"client_level.adaptive: under privacy.secure_"):
-        private(tmp_path, adaptive=True)
+def test_clients_tell_in_the_sum_how_many_are_within_the_bound():
+    """±½ of each, with a share of noise that is drawn after that of the drifts; at twice the bound
+    of the recipe with twice the noise."""
+    s, state = made(noise=replace(NOISE, of_count=0.3))
+    quiet = Crowd(spread=1e-4)
+    _, record = secure_round(state, replace(s, clip=0.4), quiet)
+    expected = 0.0
+    for client in s.clients:
+        bits = rehearsed(derive(5, "share of noise", 1, client))
+        drift = quiet.trained(Exchange(state, s, s.clients), client)[1].tensors
+        for name in sorted(drift):
+            normal(bits, drift[name].double())
+        drawn = normal(bits, torch.empty(1, dtype=torch.float64)).item()
+        expected += 0.5 + 0.3 / math.sqrt(3) * drawn
+    assert record["within"] == pytest.approx(expected, abs=1e-9)
+    _, loud = secure_round(state, replace(s, clip=0.4), Crowd(spread=0.5))
+    assert loud["within"] == pytest.approx(expected - 4, abs=1e-9)
+    assert replace(NOISE, of_count=0.3).at(0.4).deviation == 0.8
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, math.inf, 1, "1.0"])
+def test_a_client_takes_no_bound_that_is_none_nor_one_beside_its_recipe_s(bound):
+    with pytest.raises(ProtocolError, match="expected a number above 0"):
+        replace(NOISE, of_count=0.3).at(bound)
+    with pytest.raises(ProtocolError, match="its own recipe is fixed"):
+        NOISE.at(bound)
+
+
+def test_the_bound_follows_the_norms_that_nobody_sees(tmp_path):
+    result = start_run(private(tmp_path, adaptive=True, clip=1e-4), tmp_path / "run")
+    first, second = RunDir(tmp_path / "run").records()
+    assert not {"within", "norms"} & first.keys()
+    assert second["privacy"]["clip"] == first["privacy"]["next_clip"] != 1e-4
+    assert result["privacy"]["epsilon"]["ann"] == epsilon([Steps(0.8, 1.0, 2)], 1e-3)

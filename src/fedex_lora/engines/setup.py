@@ -32,7 +32,7 @@ from fedex_lora.engines.private.begin import check_model
 from fedex_lora.engines.training import try_settings
 from fedex_lora.errors import RecipeError, UserError, Withheld
 from fedex_lora.federation.checks import check_shares
-from fedex_lora.federation.noise import SumNoise
+from fedex_lora.federation.noise import SumNoise, split
 from fedex_lora.federation.settings import Secure, Settings
 from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.model.architectures import Architecture, architecture
@@ -347,6 +347,7 @@ def federation_settings(
     ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
     widest = max(ranks.values(), default=0)
     layers = {n: s.at_rank(widest) if widest else s for n, s in model.layers.items()}
+    level = recipe.privacy.client_level
     return Settings(
         method=method,
         seed=recipe.seed,
@@ -364,6 +365,7 @@ def federation_settings(
         wire_dtype=getattr(torch, fed.wire_dtype),
         oversample=fed.oversample,
         max_norm=fed.max_norm,
+        clip=level.clip if level is not None and level.adaptive else None,
         norm_ratio=fed.max_norm_ratio,
         max_share=fed.max_share,
         secure=secure_settings(recipe),
@@ -387,7 +389,10 @@ def secure_settings(recipe: Recipe) -> Secure | None:
     least = asked.threshold or recipe.federation.sampled // 2 + 1
     noise, level = None, recipe.privacy.client_level
     if level is not None:
+        of_sum, of_count = level.noise_multiplier, None
+        if level.adaptive:
+            of_sum, of_count = split(level.noise_multiplier, recipe.federation.sampled)
         seed = recipe.seed if recipe.privacy.rehearsal else None
-        noise = SumNoise(level.clip, level.noise_multiplier * level.clip, least, seed)
+        noise = SumNoise(level.clip, of_sum * level.clip, least, seed, of_count)
     rank = None if asked.rank == "exact" else asked.rank
     return Secure(least, asked.bits, rank, noise, asked.repeat)

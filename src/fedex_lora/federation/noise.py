@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.seeding import derive
+from fedex_lora.errors import ProtocolError
 from fedex_lora.federation.messages import Tensors
 from fedex_lora.federation.randomness import Bits, normal, rehearsed, secret
 
@@ -51,6 +52,22 @@ class MeanNoise:
         return found
 
 
+WITHIN = "within"
+
+
+def told_bound(bound: object, adaptive: bool) -> float:
+    """A bound that a client was told. Whichever it is costs the same, as the noise follows it.
+
+    Raises:
+        ProtocolError: It is no bound, or by the client's own recipe the bound is fixed.
+    """
+    if not adaptive:
+        raise ProtocolError("told a bound; that of its own recipe is fixed (client_level.adaptive)")
+    if type(bound) is not float or not 0 < bound < math.inf:
+        raise ProtocolError(f"told a bound of {str(bound)[:40]}; expected a number above 0")
+    return bound
+
+
 _TAIL = 12.0  # standard deviations that no entry of the noise exceeds, but for 1e-32
 
 
@@ -59,22 +76,45 @@ class SumNoise:
     """Σ over the clients that stay of (a clipped drift + N(0, deviation²/least)): never less noise
     than deviation², as at least so many stay.
 
+    Where the bound follows the drifts' norms, it is a round's own, and the sum has a part of its
+    own, `WITHIN`: over the same clients ±½ + N(0, of_count²/least), +½ of who is within the bound.
+
     Attributes:
         bound: C, of a drift over all its tensors together.
         deviation: Of the noise on the sum: noise multiplier times C.
         least: t, how many clients must stay.
         seed: Of a rehearsal, whose noise hides nothing.
+        of_count: Deviation of the noise on the count; None where the bound is fixed.
     """
 
     bound: float
     deviation: float
     least: int
     seed: int | None = None
+    of_count: float | None = None
+
+    def at(self, bound: object) -> SumNoise:
+        """The same with a round's bound, by which the noise is as much larger or smaller; None for
+        the bound as it stands.
+
+        Raises:
+            ProtocolError: It is no bound, or the bound is fixed.
+        """
+        if bound is None:
+            return self
+        new = told_bound(bound, self.of_count is not None)
+        return replace(self, bound=new, deviation=self.deviation * (new / self.bound))
 
     @property
     def largest(self) -> float:
         """Of a drift's entries, noise included; a number that follows from no client's."""
         return self.bound + _TAIL * self.deviation / math.sqrt(self.least)
+
+    @property
+    def largest_count(self) -> float:
+        """The same of a client's part of the count."""
+        assert self.of_count is not None
+        return 0.5 + _TAIL * self.of_count / math.sqrt(self.least)
 
     def share(self, drift: Tensors, client: str, round: int) -> dict[str, Tensor]:
         """What a client adds to the sum, in float64."""
@@ -85,7 +125,11 @@ class SumNoise:
         norm = math.hypot(*(torch.linalg.vector_norm(t).item() for t in exact.values()))
         factor = min(1.0, self.bound / norm) if norm else 1.0  # float32 may have rounded upwards
         one = self.deviation / math.sqrt(self.least)
-        return {name: factor * t + one * normal(bits, t) for name, t in exact.items()}
+        found = {name: factor * t + one * normal(bits, t) for name, t in exact.items()}
+        if self.of_count is not None:
+            within = torch.tensor([_half(norm, self.bound)], dtype=torch.float64)
+            found[WITHIN] = within + self.of_count / math.sqrt(self.least) * normal(bits, within)
+        return found
 
 
 def split(noise: float, asked: int) -> tuple[float, float]:
@@ -101,24 +145,32 @@ def split(noise: float, asked: int) -> tuple[float, float]:
     return (noise**-2 - (2 * of_count) ** -2) ** -0.5, of_count
 
 
-def next_bound(
-    bound: float,
-    norms: Iterable[float],
-    asked: int,
-    noise: float,
-    quantile: float,
-    rate: float,
-    bits: Bits = secret,
-) -> float:
-    """C·exp(−η(b̃ − γ)), where b̃ is the noised share of updates within the bound C.
+def count_within(norms: Iterable[float], bound: float, noise: float, bits: Bits = secret) -> float:
+    """Σ ±½ + N(0, noise²), +½ of each update that is within the bound.
 
     Args:
         norms: Of the updates as they came, clipped.
-        noise: σ_b, of the count.
+        noise: σ_b.
+    """
+    drawn = normal(bits, torch.empty(1, dtype=torch.float64)).item()
+    return sum(_half(norm, bound) for norm in norms) + noise * drawn
+
+
+def _half(norm: float, bound: float) -> float:
+    return 0.5 if norm < bound * (1 - SLACK) else -0.5
+
+
+def next_bound(bound: float, within: float, asked: int, quantile: float, rate: float) -> float:
+    """C·exp(−η(b̃ − γ)), where b̃ is the noised share of updates within the bound C.
+
+    Args:
+        within: What `count_within` gives.
+        asked: m; who did not come counts as half within.
         quantile: γ.
         rate: η.
+
+    Example:
+        >>> next_bound(1.0, -2.0, 4, 0.5, 0.2) > 1.0  # all four were beyond it
+        True
     """
-    within = sum((0.5 if norm < bound * (1 - SLACK) else -0.5) for norm in norms)
-    drawn = normal(bits, torch.empty(1, dtype=torch.float64)).item()
-    share = (within + noise * drawn) / asked + 0.5
-    return bound * math.exp(-rate * (share - quantile))
+    return bound * math.exp(-rate * (within / asked + 0.5 - quantile))

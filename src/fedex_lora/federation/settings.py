@@ -55,6 +55,7 @@ class Settings:
         flush: Whether the last round sends the residual whole.
         oversample: How many times as many clients are asked as are needed; the first win.
         max_norm: Bound of an update's norm.
+        clip: Bound that a round's clients are told to clip to, where it follows their norms.
         norm_ratio: Bound of an update's norm in medians of the round's other norms.
         max_share: Bound of one client's share of the weights.
         examples: Rows by client, as declared before round 1; they hold for the run. Empty where
@@ -88,6 +89,7 @@ class Settings:
     wire_dtype: torch.dtype = torch.float32
     oversample: float = 1.0
     max_norm: float | None = None
+    clip: float | None = None
     norm_ratio: float | None = None
     max_share: float | None = None
     examples: Mapping[str, int] = field(default_factory=dict)

@@ -125,15 +125,3 @@ def _client_level(recipe: Blocks) -> Iterator[Problem]:
         )
     if recipe.training.get("report_to", "none") != "none":
         yield "training.report_to", f"reports of a training are without noise ({key}); leave it out"
-    level = recipe.privacy.client_level
-    if level is not None and level.adaptive and recipe.privacy.secure_aggregation is not None:
-        yield (
-            "privacy.client_level.adaptive",
-            "under privacy.secure_aggregation nobody sees the norms that the bound would follow; "
-            "leave it out",
-        )
-    elif level is not None and level.adaptive and recipe.engine.kind != "local":
-        yield (
-            "privacy.client_level.adaptive",
-            "the bound of a round is not sent to clients on other machines; leave it out",
-        )

@@ -31,8 +31,10 @@ def secure_problems(recipe: Blocks) -> Iterator[Problem]:
             f"expected more than half of the {fed.sampled} clients of a round, and no more "
             f"than they are, got {secure.threshold}; two halves could be told two stories",
         )
-    if recipe.privacy.example_level is not None:
-        yield key, "does not go with privacy.example_level yet; leave one of them out"
+    level = recipe.privacy.example_level
+    if level is not None and level.epsilon is not None and secure.repeat:
+        why = "would be paid for twice, which the noise of privacy.example_level is not planned for"
+        yield f"{key}.repeat", f"a round that is begun anew {why}; set 0"
     if fed.combining.robust:
         yield "federation.mean", f"{fed.mean} needs every client's factors; {_SUMS}"
     if fed.scaffold:

@@ -285,7 +285,8 @@ def _shadow(
     }
     examples = {name: len(part) for name, part in parts.items()}
     seed = derive(federation.recipe.seed, "shadow", number)
-    settings = replace(federation.settings, examples=examples, seed=seed)
+    # without sums: their noise is then drawn on the mean, no more than a sum has
+    settings = replace(federation.settings, examples=examples, seed=seed, secure=None)
     shadow = replace(federation, clients=parts, settings=settings)
     engine, state = local_engine(shadow), begin(settings, federation.initial)
     records: list[Record] = []

@@ -15,7 +15,14 @@ from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.transforms import clip
 from fedex_lora.errors import check_installed
-from fedex_lora.federation.noise import SLACK, MeanNoise, next_bound, split
+from fedex_lora.federation.noise import (
+    SLACK,
+    WITHIN,
+    MeanNoise,
+    count_within,
+    next_bound,
+    split,
+)
 from fedex_lora.federation.randomness import Bits, rehearsed, secret
 from fedex_lora.federation.record import Record
 from fedex_lora.recipe.privacy import ClientLevel
@@ -73,7 +80,9 @@ def begin_round(
     bound = _bound(spec, records)
     if isinstance(engine, LocalEngine):
         engine.transform = clip(bound)
-    settings = replace(federation.settings, max_norm=bound * (1 + SLACK), norm_ratio=None)
+    told = bound if spec.adaptive else None
+    most = bound * (1 + SLACK)
+    settings = replace(federation.settings, max_norm=most, norm_ratio=None, clip=told)
     if settings.secure is not None:
         return replace(federation, settings=settings), None
     of_sum = split(spec.noise_multiplier, asked)[0] if spec.adaptive else spec.noise_multiplier
@@ -108,11 +117,14 @@ def told(federation: Federation, record: Record, records: Sequence[Record]) -> A
     found["steps"] = {c: as_json(spent[c]) for c in sorted(spent)}
     found["clip"] = found["next_clip"] = bound
     if spec.adaptive:
-        norms = [record["norms"][client] for client in record["clients"]]
-        of_count = split(spec.noise_multiplier, asked)[1]
-        bits = _bits(federation, "count", record["round"])
+        if WITHIN in record:
+            within = record.pop(WITHIN)
+        else:
+            norms = [record["norms"][client] for client in record["clients"]]
+            bits = _bits(federation, "count", record["round"])
+            within = count_within(norms, bound, split(spec.noise_multiplier, asked)[1], bits)
         found["next_clip"] = next_bound(
-            bound, norms, asked, of_count, spec.quantile, spec.clip_learning_rate, bits
+            bound, within, asked, spec.quantile, spec.clip_learning_rate
         )
     for key in [key for key in record if key.startswith(_TELLING)]:
         del record[key]

@@ -207,6 +207,8 @@ class RemoteEngine:
             "held": held,
             "evaluate": exchange.scored and not run.trains,
         }
+        if run.kind == "round" and exchange.settings.clip is not None:
+            about["clip"] = exchange.settings.clip
         if run.asks:
             about |= {"step": run.asks[client].step, "ask": run.asks[client].about}
         if run.brings(client):

@@ -39,6 +39,7 @@ from fedex_lora.engines.turn import Train, Transform, take_turns, turn_of
 from fedex_lora.errors import UserError, for_others
 from fedex_lora.federation.codec import decode_update, encode_about, encode_update, read_about
 from fedex_lora.federation.messages import Update, flat
+from fedex_lora.federation.noise import told_bound
 from fedex_lora.federation.secure.messages import limit
 from fedex_lora.federation.secure.sums import Summand, summand
 from fedex_lora.federation.settings import Settings
@@ -233,7 +234,8 @@ def _add(blob: bytes, about: Mapping[str, Any], institution: Institution) -> byt
     def added(widths: Mapping[str, int]) -> Summand:
         held = caught_up(blob, about, cache, identity, settings, institution.initial)
         cache.save(held)
-        return summand(settings, widths, held.adapter, _update(institution, held))
+        update = _update(institution, held, about["ask"].get("clip"))
+        return summand(settings, widths, held.adapter, update)
 
     return respond(about, keeper, added)
 
@@ -276,7 +278,7 @@ def _train(
 ) -> tuple[bytes, Update]:
     """The update's message, and the update; own factors are put where they are kept."""
     settings, client, start = institution.settings, institution.name, held.adapter
-    update = _update(institution, held)
+    update = _update(institution, held, about.get("clip"))
     said = common(about, client) | {"kind": "update"}
     blob = encode_update(update, start, settings.wire_dtype, said)
     assignment = settings.method.assignment
@@ -288,12 +290,19 @@ def _train(
     return blob, update
 
 
-def _update(institution: Institution, held: Held) -> Update:
-    """What the client trains in one turn."""
+def _update(institution: Institution, held: Held, bound: object) -> Update:
+    """What the client trains in one turn.
+
+    Args:
+        bound: Of its update, where it follows the clients' norms; None where it was told none.
+    """
     settings, rows = institution.settings, institution.rows
+    transform, level = institution.transform, institution.recipe.privacy.client_level
+    if bound is not None:
+        transform = clip(told_bound(bound, level is not None and level.adaptive))
     turn = turn_of(settings, institution.name, held.version + 1, rows, held.adapter)
     (update,) = take_turns(
-        institution.stage, institution.train, [turn], held.ledger, settings, institution.transform
+        institution.stage, institution.train, [turn], held.ledger, settings, transform
     )
     return update
 

@@ -39,6 +39,7 @@ class Member:
         everybody: Who takes part.
         widths: Of the sketches, by layer.
         round: That is trained.
+        clip: The round's bound, where it follows the clients' norms.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Member:
     everybody: list[str] = field(default_factory=list)
     widths: dict[str, int] = field(default_factory=dict)
     round: int = 0
+    clip: float | None = None
 
     def dump(self) -> dict[str, Any]:
         """As JSON. It holds secrets, and goes into no file."""
@@ -90,10 +92,12 @@ class Member:
             for label, session in self.sessions.items():
                 session.receive(about["letters"][label], about["commitments"][label])
             self.widths = {str(name): width for name, width in about["widths"].items()}
-            self.round = int(about["round"])
-            votes = fixed.votes(sized(added(self.widths), secure.noise).tensors)
+            self.round, self.clip = int(about["round"]), about.get("clip")
+            noise = self._noise(secure)
+            found = added(self.widths)
+            votes = fixed.votes(sized(found, noise).tensors)
             self.sessions["sizes"].mask(votes)
-            return Answer(self.name, vector=votes)
+            return Answer(self.name, dict(found.told), votes)
         if ask.step != "send":
             raise ProtocolError(f"asked for {str(ask.step)[:40]!r}, which is no step of a round")
         return self._send(about, secure, added(self.widths))
@@ -120,6 +124,9 @@ class Member:
             found[label] = session.share(keys, threshold)
         return self._told(dealt=found)
 
+    def _noise(self, secure: Secure) -> SumNoise | None:
+        return None if secure.noise is None else secure.noise.at(self.clip)
+
     def _check_noise(self, noise: SumNoise, present: Iterable[str]) -> None:
         """That the shares of noise in a sum are as many as it is to have."""
         count = len(set(present) & set(self.everybody))
@@ -132,11 +139,11 @@ class Member:
         exponents, halvings = about.get("exponents"), about.get("halvings")
         if type(halvings) is not int or not 0 <= halvings <= _HALVINGS:
             raise ProtocolError("asked for weights in a strange unit")
-        if not isinstance(exponents, list) or len(exponents) != len(added.tensors):
+        expected = sized(added, noise := self._noise(secure)).tensors.values()
+        if not isinstance(exponents, list) or len(exponents) != len(expected):
             raise ProtocolError("the sizes that were agreed on are not those of its tensors")
-        if (noise := secure.noise) is not None:
-            expected = [fixed.exponent(t) for t in sized(added, noise).tensors.values()]
-            if exponents != expected:
+        if noise is not None:
+            if exponents != [fixed.exponent(t) for t in expected]:
                 raise ProtocolError("asked for a unit that is not the bound's and the noise's")
             added = noised(added, noise, self.name, self.round)
         weight = added.weight * 2.0**-halvings

@@ -16,6 +16,7 @@ from fedex_lora.errors import QuorumLost, UserError
 from fedex_lora.federation.checks import too_large
 from fedex_lora.federation.loop import Exchange, count_down, each_once
 from fedex_lora.federation.messages import Lost
+from fedex_lora.federation.noise import WITHIN
 from fedex_lora.federation.record import Record, Taken, Tally, record_of
 from fedex_lora.federation.secure import fixed, sums
 from fedex_lora.federation.secure.messages import SUMS, Answer, Ask, SecureTransport, Step, Sum
@@ -94,6 +95,8 @@ class _Round:
         self.transport, self.attempt, self.opening = transport, attempt, False
         self.round, self.asked = state.version + 1, settings.sample(state.version + 1)
         self.tally, self.down = Tally(), dict.fromkeys(self.asked, 0)
+        self.bound = {} if settings.clip is None else {"clip": settings.clip}
+        self.told: dict[str, dict[str, float]] = {}
         context = f"{secrets.token_hex(16)} round {self.round}"
         self.context = context
         self.books = {x: Book(f"{context} {x}", self.secure.threshold) for x in SUMS}
@@ -127,10 +130,15 @@ class _Round:
                 "doing it is cannot be seen in it"
             )
         self.tally.seconds += perf_counter() - began
-        self.tally.taken = {c: Taken(self.settings.examples.get(c, 0), {}) for c in present}
+        rows = self.settings.examples
+        self.tally.taken = {c: Taken(rows.get(c, 0), self.told[c]) for c in present}
         record = record_of(self.settings, after, result, self.tally, self.down)
         loss, told = (found["loss"] / found["count"]).tolist()
-        return after, {**record, "secure": True, **({"loss": loss / told} if told else {})}
+        if told:
+            record["loss"] = loss / told
+        if WITHIN in found:  # noised by the clients, as all of the sum
+            record[WITHIN] = found[WITHIN].item() * 2.0 ** about["halvings"]
+        return after, {**record, "secure": True}
 
     def _keys(self) -> None:
         self.published: dict[str, Any] = {}
@@ -179,7 +187,7 @@ class _Round:
                 senders = [c for c in book.around[client] if c in self.letters and c != client]
                 letters[label] = {c: self.letters[c][label][client] for c in senders}
                 commitments[label] = {c: book.commitments[c][client] for c in senders}
-            asks[client] = {
+            asks[client] = self.bound | {
                 "round": self.round,
                 "letters": letters,
                 "commitments": commitments,
@@ -199,6 +207,8 @@ class _Round:
             vector = answer.vector
             if vector is None or vector.shape != total.shape or vector.dtype != np.uint64:
                 raise UserError(f"sent no vector of {count} numbers")
+            if what == "train":
+                self.told[answer.client] = _told(answer)
             np.add(total, vector, out=total)
 
         present = self._ask(what, asks, take, count)
@@ -277,7 +287,8 @@ class _Round:
         most = self.settings.max_norm
         means = [t for name, t in found.items() if sums.is_learned(name)]
         norm = math.hypot(*(torch.linalg.vector_norm(t / found["count"]).item() for t in means))
-        if most is not None and (noise := self.secure.noise) is not None:
+        if most is not None and self.secure.noise is not None:
+            noise = self.secure.noise.at(self.settings.clip)
             spread = math.sqrt(sum(t.numel() for t in means)) + 6  # of noise, in deviations
             most += noise.deviation * spread / math.sqrt(noise.least * len(present))
         if most is not None and norm > most * _SLACK:
@@ -298,6 +309,15 @@ class _Round:
     def _lost_quorum(self, why: str) -> None:
         reasons = [f"{c}: {text}" for c, text in {**self.tally.lost, **self.tally.refused}.items()]
         raise TooFew("; ".join([f"round {self.round}: {why}", *reasons]))
+
+
+def _told(answer: Answer) -> dict[str, float]:
+    """What a client says of its account."""
+    found = {name: answer.about[name] for name in sums.OF_ACCOUNTS if name in answer.about}
+    for name, value in found.items():
+        if type(value) is not float or not 0 <= value < math.inf:
+            raise UserError(f"its {name} is {str(value)[:40]}; expected a number of at least 0")
+    return found
 
 
 def nbytes(answer: Answer) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -34,9 +34,10 @@ from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.statistics import Statistics, padded
 from fedex_lora.errors import ProtocolError
 from fedex_lora.federation.messages import Tensors, Update, replaced
-from fedex_lora.federation.noise import SumNoise
+from fedex_lora.federation.noise import WITHIN, SumNoise
 from fedex_lora.federation.settings import Settings
 
+OF_ACCOUNTS = ("epsilon", "noise_multiplier")  # of a private training; they follow from its plan
 MORE = 8  # rows that Ψ has beyond p
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,10 +48,12 @@ class Summand:
 
     Attributes:
         weight: n of the weights.
+        told: What the server is told of this client, beside the sums.
     """
 
     tensors: Tensors
     weight: float
+    told: Mapping[str, float] = field(default_factory=dict)
 
 
 def products(method: Method, round: int) -> frozenset[str]:
@@ -124,7 +127,8 @@ def shapes(settings: Settings, round: int, width: Mapping[str, int], head: Tenso
         if settings.ranks and products(method, round):
             found[f"ranks/{name}"] = (layer.rank,)
     # sorted: a head that was read from a file has another order than one that was trained
-    return found | {f"head/{name}": tuple(head[name].shape) for name in sorted(head)}
+    found |= {f"head/{name}": tuple(head[name].shape) for name in sorted(head)}
+    return found | ({WITHIN: (1,)} if settings.clip is not None else {})
 
 
 def summand(
@@ -173,7 +177,8 @@ def summand(
             found[f"ranks/{name}"] = (torch.arange(layer.rank) < rank).double()
     moved = {n: end.head[n].double() - t.double() for n, t in sorted(start.head.items())}
     weight = 1 if settings.weights == "uniform" else update.examples
-    return Summand(found | {f"head/{n}": t for n, t in moved.items()}, weight)
+    told = {name: update.metrics[name] for name in OF_ACCOUNTS if name in update.metrics}
+    return Summand(found | {f"head/{n}": t for n, t in moved.items()}, weight, told)
 
 
 def sized(added: Summand, noise: SumNoise | None) -> Summand:
@@ -183,14 +188,16 @@ def sized(added: Summand, noise: SumNoise | None) -> Summand:
         return added
     largest = torch.tensor(noise.largest, dtype=torch.float64)
     tensors = {n: largest if is_learned(n) else t for n, t in added.tensors.items()}
-    return Summand({**tensors, "loss": torch.zeros(2)}, added.weight)
+    if noise.of_count is not None:
+        tensors[WITHIN] = torch.tensor(noise.largest_count, dtype=torch.float64)
+    return replace(added, tensors={**tensors, "loss": torch.zeros(2)})
 
 
 def noised(added: Summand, noise: SumNoise, client: str, round: int) -> Summand:
     """A summand with the client's share of the noise, and without its loss."""
     learned = {name: t for name, t in added.tensors.items() if is_learned(name)}
     tensors = {**added.tensors, **noise.share(learned, client, round), "loss": torch.zeros(2)}
-    return Summand(tensors, added.weight)
+    return replace(added, tensors=tensors)
 
 
 def is_learned(name: str) -> bool:
