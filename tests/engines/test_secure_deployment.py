@@ -42,7 +42,7 @@ def ran(folder: Path, spec: Recipe) -> tuple[list[dict[str, Any]], list[dict[str
 
 
 def test_noised_sums_of_real_processes_have_the_bits_of_one(tmp_path: Path) -> None:
-    """A rehearsal, whose noise repeats; the bound of a round follows the norms of the one before."""
+    """A rehearsal, whose noise repeats; a round's bound follows the norms of the one before."""
     level = {"noise_multiplier": 0.8, "clip": 0.01, "delta": 1e-3, "adaptive": True}
     privacy = {"client_level": level, "secure_aggregation": True, "rehearsal": True}
     federation = {"clients": 3, "rounds": 2, "weights": "uniform"}
