@@ -215,4 +215,4 @@ def test_noise_on_the_mean_is_refused_beside_another_mean():
     for options in ({"mean": "median", "liars": 1, "min_clients": 3}, {"align": True}):
         s = federation_settings("fedit", **options)
         with pytest.raises(UserError, match="the noise is on the weighted mean alone"):
-            run_round(begin(s, initial(s)), s, None, noise=MeanNoise(1.0, 4))  # type: ignore[arg-type]
+            run_round(begin(s, initial(s)), s, None, noise=MeanNoise(1.0, 1.0, 4))  # type: ignore[arg-type]

@@ -12,11 +12,13 @@ from pydantic import ValidationError
 from small_runs import StopAfter, recipe
 
 from fedex_lora import Server
-from fedex_lora.aggregation.adapter import LayerShape
+from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
 from fedex_lora.engines.private.account import Steps, epsilon
 from fedex_lora.engines.private.plan import client_rounds
+from fedex_lora.engines.transforms import clip
 from fedex_lora.errors import UserError
 from fedex_lora.federation.loop import run_round
+from fedex_lora.federation.messages import flat, norm_of
 from fedex_lora.federation.noise import MeanNoise, count_within, next_bound, split
 from fedex_lora.federation.randomness import normal, rehearsed
 from fedex_lora.recipe.privacy import ClientLevel
@@ -39,7 +41,8 @@ class Given:
 
 @pytest.mark.parametrize("method", ["fedit", "ffa", "fedsvd"])
 def test_the_mean_is_noised_once_and_over_the_clients_that_were_asked(method: str) -> None:
-    """Two of three came: B moves by (d₁ + d₂ + noise)/3; of fedsvd the product B·A does."""
+    """Two of three came: B moves by (d₁ + d₂ + noise)/3; of fedsvd the product B·A does. What is
+    longer than the bound counts as long as that."""
     layers = {"q": LayerShape(out=5, inp=4, rank=2, scale=2.0)}
     server = Server(method, layers, ["a", "b", "c"], weights="uniform", min_clients=1)
     state, g = server.init(), torch.Generator().manual_seed(1)
@@ -47,9 +50,11 @@ def test_the_mean_is_noised_once_and_over_the_clients_that_were_asked(method: st
     for client in "ab":
         end = server.start(state, client)
         drifts.append(0.3 * torch.randn(5, 2, generator=g))
-        end.layers["q"].B.add_(drifts[-1])
+        end.layers["q"].B.add_(drifts[-1], alpha=2 if client == "a" else 1)
         updates[client] = server.update(state, client, end, examples=7)
-    noise = MeanNoise(0.5, 3, rehearsed(4))
+    bound = drifts[0].norm().item()
+    assert drifts[1].norm() < bound
+    noise = MeanNoise(bound, 0.5, 3, rehearsed(4))
     after, _ = run_round(state, server.settings, Given(updates), noise=noise)
     bits, names = rehearsed(4), sorted(updates["a"].tensors)
     drawn = {name: 0.5 * normal(bits, updates["a"].tensors[name]).double() for name in names}
@@ -62,6 +67,32 @@ def test_the_mean_is_noised_once_and_over_the_clients_that_were_asked(method: st
         assert torch.allclose(found.B.double(), start.B.double() + expected / 3, atol=1e-6)
     if method == "fedit":
         assert torch.allclose(found.A.double(), start.A + drawn["A/q"] / 3, atol=1e-6)
+
+
+def test_an_update_that_was_clipped_is_taken_however_small_the_bound() -> None:
+    """Entries near 1 are rounded by up to 6e-8, in sum by more than 1e-5 of the bound."""
+    g = torch.Generator().manual_seed(1)
+    layers = {"q": LayerShape(out=500, inp=1000, rank=2, scale=2.0)}
+    server = Server("fedit", layers, ["a", "b"], max_norm=1e-5, min_clients=1)
+    a = torch.randn(2, 1000, generator=g)
+    first = AdapterState({"q": Factors(a, torch.zeros(500, 2), 2.0)})
+    state, updates = server.init(first), {}
+    for client, most in (("a", 1e-5), ("b", 2e-4)):
+        end = server.start(state, client)
+        drift = {name: torch.randn(t.shape, generator=g) for name, t in flat(end).items()}
+        for name, moved in clip(most)(drift, None).items():  # type: ignore[arg-type]
+            flat(end)[name].add_(moved)
+        updates[client] = server.update(state, client, end, examples=7)
+    apart = (updates["a"].tensors[name] - t for name, t in flat(server.start(state, "a")).items())
+    assert norm_of(apart) > 1e-5 * (1 + 1e-3)
+    _, record = run_round(state, server.settings, Given(updates))
+    assert [*record["clients"]] == ["a"] and "changed by 0.0002" in record["refused"]["b"]
+
+
+def test_a_bound_does_not_run_away() -> None:
+    assert next_bound(1.0, 1e9, 3, 0.5, 0.2) == 1e-9
+    assert next_bound(1.0, -1e9, 3, 0.5, 0.2) == 1e9
+    assert next_bound(2.0, 1.5, 3, 0.5, 0.2) == 2.0 * math.exp(-0.1)
 
 
 def test_the_noise_of_the_bound_is_paid_by_that_of_the_mean() -> None:

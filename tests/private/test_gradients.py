@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,6 +12,7 @@ from adapted import CASES, path, random_state
 from tiny import TEXT
 from torch import Tensor
 
+from fedex_lora.engines.private import gradients as gradients_module
 from fedex_lora.engines.private.gradients import check_gradients, gradients, per_example
 from fedex_lora.engines.private.losses import example_losses
 from fedex_lora.engines.private.train import _backward
@@ -121,6 +124,21 @@ def test_a_model_that_mixes_rows_is_refused(path: Any) -> None:
         check_gradients(model, *rows, False)
     handle.remove()
     check_gradients(model, *rows, False)
+
+
+@pytest.mark.parametrize("size, taken", [(1e-9, True), (1e-5, False)])
+def test_a_gradient_that_is_zero_but_for_rounding_depends_on_no_row(
+    monkeypatch: pytest.MonkeyPatch, size: float, taken: bool
+) -> None:
+    """As of the keys' bias, which moves all scores of a softmax alike."""
+
+    def found(model: Any, rows: Any, *more: Any) -> dict[str, torch.Tensor]:
+        return {"w": torch.ones(len(rows), 4), "key.bias": size * torch.randn(len(rows), 4)}
+
+    monkeypatch.setattr(gradients_module, "gradients", found)
+    model: Any = SimpleNamespace(module=torch.nn.Linear(1, 1))
+    with nullcontext() if taken else pytest.raises(UserError, match=r"key\.bias depends on"):
+        check_gradients(model, ["a", "b"], "ab", False)  # type: ignore[arg-type]
 
 
 def test_a_parameter_that_opacus_passes_over_is_refused(

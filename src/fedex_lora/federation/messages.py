@@ -8,9 +8,11 @@ pair, pair/A/LAYER and pair/B/LAYER, never cross. `codec` makes bytes of message
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import (
@@ -105,6 +107,11 @@ class Lost:
     reason: str
     refused: bool = False
     resent: int = 0
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """Of tensors together, in float64."""
+    return math.hypot(*(torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in tensors))
 
 
 def flat(adapter: AdapterState) -> dict[str, Tensor]:

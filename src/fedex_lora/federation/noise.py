@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.errors import ProtocolError
-from fedex_lora.federation.messages import Tensors
+from fedex_lora.federation.messages import Tensors, norm_of
 from fedex_lora.federation.randomness import Bits, normal, rehearsed, secret
 
 SLACK = 1e-5  # of a bound: a norm that was clipped to it in float32
+LEAST, MOST = 1e-9, 1e9  # of a bound: beyond them float32 and sums in fixed point hold no noise
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class MeanNoise:
     """(Σ of the clipped drifts of those who came + N(0, deviation²)) / asked.
 
     Attributes:
+        bound: C, of a drift over all its tensors together; what rounding put on top is clipped.
         deviation: Of the noise on the sum: noise multiplier times bound.
         asked: m, how many clients the round is for: a number that no client changes.
         bits: Where the noise is drawn from.
     """
 
+    bound: float
     deviation: float
     asked: int
     bits: Bits = secret
@@ -43,13 +46,20 @@ class MeanNoise:
         Args:
             first: Whether it is the one that carries the noise.
         """
-        found = {}
-        for name in sorted(tensors):
-            drift = tensors[name] - start[name]
+        drift = {name: tensors[name] - start[name] for name in sorted(tensors)}
+        factor, found = _factor(drift, self.bound), {}
+        for name, moved in drift.items():
+            moved = factor * moved
             if first:
-                drift = drift + self.deviation * normal(self.bits, drift)
-            found[name] = start[name] + (taken / self.asked) * drift
+                moved = moved + self.deviation * normal(self.bits, moved)
+            found[name] = start[name] + (taken / self.asked) * moved
         return found
+
+
+def _factor(drift: Tensors, bound: float) -> float:
+    """What clips a drift that float32 may have rounded upwards."""
+    norm = norm_of(drift.values())
+    return bound / norm if norm > bound else 1.0
 
 
 WITHIN = "within"
@@ -63,8 +73,10 @@ def told_bound(bound: object, adaptive: bool) -> float:
     """
     if not adaptive:
         raise ProtocolError("told a bound; that of its own recipe is fixed (client_level.adaptive)")
-    if type(bound) is not float or not 0 < bound < math.inf:
-        raise ProtocolError(f"told a bound of {str(bound)[:40]}; expected a number above 0")
+    if type(bound) is not float or not LEAST <= bound <= MOST:
+        raise ProtocolError(
+            f"told a bound of {str(bound)[:40]}; expected a number from {LEAST:g} to {MOST:g}"
+        )
     return bound
 
 
@@ -122,12 +134,11 @@ class SumNoise:
         if self.seed is not None:
             bits = rehearsed(derive(self.seed, "share of noise", round, client))
         exact = {name: drift[name].double() for name in sorted(drift)}
-        norm = math.hypot(*(torch.linalg.vector_norm(t).item() for t in exact.values()))
-        factor = min(1.0, self.bound / norm) if norm else 1.0  # float32 may have rounded upwards
+        factor = _factor(exact, self.bound)
         one = self.deviation / math.sqrt(self.least)
         found = {name: factor * t + one * normal(bits, t) for name, t in exact.items()}
         if self.of_count is not None:
-            within = torch.tensor([_half(norm, self.bound)], dtype=torch.float64)
+            within = torch.tensor([_half(norm_of(exact.values()), self.bound)], dtype=torch.float64)
             found[WITHIN] = within + self.of_count / math.sqrt(self.least) * normal(bits, within)
         return found
 
@@ -161,7 +172,8 @@ def _half(norm: float, bound: float) -> float:
 
 
 def next_bound(bound: float, within: float, asked: int, quantile: float, rate: float) -> float:
-    """C·exp(−η(b̃ − γ)), where b̃ is the noised share of updates within the bound C.
+    """C·exp(−η(b̃ − γ)), where b̃ is the noised share of updates within the bound C; from `LEAST` to
+    `MOST`, as much noise may take it anywhere.
 
     Args:
         within: What `count_within` gives.
@@ -173,4 +185,5 @@ def next_bound(bound: float, within: float, asked: int, quantile: float, rate: f
         >>> next_bound(1.0, -2.0, 4, 0.5, 0.2) > 1.0  # all four were beyond it
         True
     """
-    return bound * math.exp(-rate * (within / asked + 0.5 - quantile))
+    exponent = -rate * (within / asked + 0.5 - quantile)
+    return min(MOST, max(LEAST, bound * math.exp(min(max(exponent, -100.0), 100.0))))

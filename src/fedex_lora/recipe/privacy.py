@@ -40,7 +40,7 @@ class ClientLevel(Part):
     """Noise on the mean of clipped updates: the result hides whether any one client took part."""
 
     noise_multiplier: float = Field(ge=0.01)
-    clip: float = Field(gt=0)  # bound of an update's norm; with `adaptive` the first one
+    clip: float = Field(ge=1e-9, le=1e9)  # bound of an update's norm; with `adaptive` the first one
     delta: float = Field(gt=0, lt=1)
     epsilon: float | None = Field(default=None, gt=0)  # the run stops at the last round within it
     adaptive: bool = False  # the bound follows `quantile` of the updates' norms

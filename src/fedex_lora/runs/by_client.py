@@ -86,7 +86,7 @@ def begin_round(
     if settings.secure is not None:
         return replace(federation, settings=settings), None
     of_sum = split(spec.noise_multiplier, asked)[0] if spec.adaptive else spec.noise_multiplier
-    noise = MeanNoise(of_sum * bound, asked, _bits(federation, "mean", round))
+    noise = MeanNoise(bound, of_sum * bound, asked, _bits(federation, "mean", round))
     return replace(federation, settings=settings), noise
 
 

@@ -13,9 +13,9 @@ import torch
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.federation.checks import too_large
+from fedex_lora.federation.checks import rounding, too_large
 from fedex_lora.federation.loop import Exchange, count_down, each_once
-from fedex_lora.federation.messages import Lost
+from fedex_lora.federation.messages import Lost, flat, norm_of
 from fedex_lora.federation.noise import WITHIN
 from fedex_lora.federation.record import Record, Taken, Tally, record_of
 from fedex_lora.federation.secure import fixed, sums
@@ -291,12 +291,13 @@ class _Round:
                 )
         most = self.settings.max_norm
         means = [t for name, t in found.items() if sums.is_learned(name)]
-        norm = math.hypot(*(torch.linalg.vector_norm(t / found["count"]).item() for t in means))
+        norm = norm_of(t / found["count"] for t in means)
         if most is not None and self.secure.noise is not None:
             noise = self.secure.noise.at(self.settings.clip)
             spread = math.sqrt(sum(t.numel() for t in means)) + 6  # of noise, in deviations
             most += noise.deviation * spread / math.sqrt(noise.least * len(present))
-        if most is not None and norm > most * _SLACK:
+        ends = flat(AdapterState(self.state.factors, self.state.head)).values()
+        if most is not None and norm > most * _SLACK + rounding(ends):
             raise QuorumLost(
                 f"round {self.round}: the mean changed by {norm:.4g}; every client clips its "
                 f"update to federation.max_norm, {most:g}, so somebody did not"
