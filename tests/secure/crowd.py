@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from fedex_lora.federation.messages import Lost, Update, flat, only
 from fedex_lora.federation.secure.member import Added, Member
 from fedex_lora.federation.secure.messages import Answer, Ask
 from fedex_lora.federation.secure.sums import summand
+from fedex_lora.federation.secure.told import origin
 from fedex_lora.federation.settings import Secure, Settings
 from fedex_lora.federation.state import start_of
 
@@ -71,7 +73,11 @@ class Crowd:
         return start, Update(exchange.round, client, tensors, rows, {"loss": float(rows)})
 
     def _added(self, exchange: Exchange, client: str) -> Added:
-        return lambda widths: summand(exchange.settings, widths, *self.trained(exchange, client))
+        state, s = exchange.state, exchange.settings
+        start = origin(s, AdapterState(state.factors, state.head), state.ledger)
+        return lambda widths: replace(
+            summand(s, widths, *self.trained(exchange, client)), start=start
+        )
 
     def train(self, exchange: Exchange) -> Iterator[Update | Lost]:
         for client in exchange.clients:

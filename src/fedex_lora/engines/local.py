@@ -18,6 +18,7 @@ from fedex_lora.federation.messages import Broadcast, Lost, Scores, Update, rece
 from fedex_lora.federation.secure.member import Member
 from fedex_lora.federation.secure.messages import Answer, Ask
 from fedex_lora.federation.secure.sums import Summand, summand
+from fedex_lora.federation.secure.told import origin
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import begin, start_of
 
@@ -105,20 +106,22 @@ class LocalEngine:
             for client in sorted(vanished):
                 yield Lost(client, "rehearsed failure (federation.failure_rate)")
             names = [client for client in names if client not in vanished]
-            self._trained = {}
+            self._trained, state = {}, exchange.state
+            same = origin(self.settings, AdapterState(state.factors, state.head), state.ledger)
             for start, update in self._updates(exchange, names):
                 self._trained[update.client] = start, update
-                yield self._answer(update.client, asks)
+                yield self._answer(update.client, asks, same)
             return
         for client in names:
             yield self._answer(client, asks)
 
-    def _answer(self, client: str, asks: Mapping[str, Ask]) -> Answer | Lost:
+    def _answer(self, client: str, asks: Mapping[str, Ask], start: str = "") -> Answer | Lost:
         member, secure = self._members.setdefault(client, Member(client)), self.settings.secure
         assert secure is not None
 
         def added(widths: Mapping[str, int]) -> Summand:
-            return summand(self.settings, widths, *self._trained[client])
+            found = summand(self.settings, widths, *self._trained[client])
+            return replace(found, start=start)
 
         try:
             return member.answer(asks[client], secure, added)

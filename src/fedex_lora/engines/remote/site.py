@@ -42,6 +42,7 @@ from fedex_lora.federation.messages import Update, flat
 from fedex_lora.federation.noise import told_bound
 from fedex_lora.federation.secure.messages import limit
 from fedex_lora.federation.secure.sums import Summand, summand
+from fedex_lora.federation.secure.told import origin
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import own_part
 from fedex_lora.recipe import Recipe
@@ -235,7 +236,8 @@ def _add(blob: bytes, about: Mapping[str, Any], institution: Institution) -> byt
         held = caught_up(blob, about, cache, identity, settings, institution.initial)
         cache.save(held)
         update = _update(institution, held, about["ask"].get("clip"))
-        return summand(settings, widths, held.adapter, update)
+        start = origin(settings, held.adapter, held.ledger)
+        return replace(summand(settings, widths, held.adapter, update), start=start)
 
     return respond(about, keeper, added)
 

@@ -21,6 +21,7 @@ from fedex_lora.federation.secure.messages import SUMS, Answer, Ask
 from fedex_lora.federation.secure.session import Session
 from fedex_lora.federation.secure.signer import Signer
 from fedex_lora.federation.secure.sums import Summand, noised, sized
+from fedex_lora.federation.secure.told import fingerprint
 from fedex_lora.federation.settings import Secure
 
 Added = Callable[[Mapping[str, int]], Summand]
@@ -40,6 +41,7 @@ class Member:
         widths: Of the sketches, by layer.
         round: That is trained.
         clip: The round's bound, where it follows the clients' norms.
+        told: What it was told of the round that the others have to be told too.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Member:
     widths: dict[str, int] = field(default_factory=dict)
     round: int = 0
     clip: float | None = None
+    told: str = ""
 
     def dump(self) -> dict[str, Any]:
         """As JSON. It holds secrets, and goes into no file."""
@@ -87,7 +90,7 @@ class Member:
                 raise ProtocolError("asked to open a sum that is none")
             if secure.noise is not None:
                 self._check_noise(secure.noise, map(str, present))
-            return self._told(shares=self.sessions[about["sum"]].reveal(map(str, present)))
+            return self._says(shares=self.sessions[about["sum"]].reveal(map(str, present)))
         if ask.step == "train":
             for label, session in self.sessions.items():
                 session.receive(about["letters"][label], about["commitments"][label])
@@ -96,8 +99,9 @@ class Member:
             noise = self._noise(secure)
             found = added(self.widths)
             votes = fixed.votes(sized(found, noise).tensors)
-            self.sessions["sizes"].mask(votes)
-            return Answer(self.name, dict(found.told), votes)
+            self.told = fingerprint(self.round, self.clip, self.widths, found.start)
+            self.sessions["sizes"].mask(votes, self.told)
+            return Answer(self.name, {**found.told, "start": found.start}, votes)
         if ask.step != "send":
             raise ProtocolError(f"asked for {str(ask.step)[:40]!r}, which is no step of a round")
         return self._send(about, secure, added(self.widths))
@@ -108,7 +112,7 @@ class Member:
         self.sessions = {label: Session(self.name, f"{context} {label}") for label in SUMS}
         keys = {label: session.keys() for label, session in self.sessions.items()}
         signature = None if signer is None else signer.sign(context, self.name, keys)
-        return self._told(keys=keys, signature=signature)
+        return self._says(keys=keys, signature=signature)
 
     def _shares(
         self, about: Mapping[str, Any], threshold: int | None, signer: Signer | None
@@ -122,7 +126,7 @@ class Member:
         for label, session in self.sessions.items():
             keys = {name: told["keys"][label] for name, told in everybody.items()}
             found[label] = session.share(keys, threshold)
-        return self._told(dealt=found)
+        return self._says(dealt=found)
 
     def _noise(self, secure: Secure) -> SumNoise | None:
         return None if secure.noise is None else secure.noise.at(self.clip)
@@ -154,10 +158,10 @@ class Member:
             secure.bits,
             len(self.everybody),
         )
-        self.sessions["numbers"].mask(vector)
+        self.sessions["numbers"].mask(vector, fingerprint(self.told, exponents, halvings))
         return Answer(self.name, vector=vector)
 
-    def _told(self, **about: Any) -> Answer:
+    def _says(self, **about: Any) -> Answer:
         return Answer(self.name, about)
 
 

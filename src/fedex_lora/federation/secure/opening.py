@@ -66,12 +66,17 @@ class Book:
                 raise ProtocolError(f"revealed another share of {dealer} than it was dealt")
 
     def open(
-        self, total: Vector, present: Iterable[str], shares: Mapping[str, Mapping[str, str]]
+        self,
+        total: Vector,
+        present: Iterable[str],
+        shares: Mapping[str, Mapping[str, str]],
+        told: str = "",
     ) -> None:
         """Takes the masks off the sum of the vectors of those present, in place.
 
         Args:
             shares: By holder and dealer; each was checked.
+            told: What all clients of the sum were told; see `told.fingerprint`.
 
         Raises:
             Unopened: Too few shares of somebody, or its shares are of another secret.
@@ -86,7 +91,8 @@ class Book:
                 continue
             for other in self.around[dealer]:
                 if other in present:
-                    seed = pair_seed(self.context, secret.hex(), dealer, self.keys[other], other)
+                    keys = self.keys[other]
+                    seed = pair_seed(self.context, secret.hex(), dealer, keys, other, told)
                     add_mask(total, seed, -sign(other, dealer))
 
     def _secret(self, dealer: str, here: bool, shares: Mapping[str, Mapping[str, str]]) -> bytes:

@@ -22,6 +22,7 @@ from fedex_lora.federation.secure import fixed, sums
 from fedex_lora.federation.secure.messages import SUMS, Answer, Ask, SecureTransport, Step, Sum
 from fedex_lora.federation.secure.opening import Book, Unopened
 from fedex_lora.federation.secure.primitives import Vector, canonical
+from fedex_lora.federation.secure.told import fingerprint, origin
 from fedex_lora.federation.settings import Settings
 from fedex_lora.federation.state import ServerState, step
 
@@ -96,7 +97,7 @@ class _Round:
         self.round, self.asked = state.version + 1, settings.sample(state.version + 1)
         self.tally, self.down = Tally(), dict.fromkeys(self.asked, 0)
         self.bound = {} if settings.clip is None else {"clip": settings.clip}
-        self.told: dict[str, dict[str, float]] = {}
+        self.accounts: dict[str, dict[str, float]] = {}
         context = f"{secrets.token_hex(16)} round {self.round}"
         self.context = context
         self.books = {x: Book(f"{context} {x}", self.secure.threshold) for x in SUMS}
@@ -109,14 +110,16 @@ class _Round:
         begun = bool(begun) or any(bool(f.B.any()) for f in self.state.factors.values())
         widths = sums.widths(self.settings, self.round, members, begun)
         shapes = sums.shapes(self.settings, self.round, widths, self.state.head)
+        self.origin = origin(self.settings, start, self.state.ledger)
+        told = fingerprint(self.round, self.settings.clip, widths, self.origin)
         votes, present = self._train(members, widths, len(shapes) * fixed.LEVELS)
-        left = self._open("sizes", votes, present)
+        left = self._open("sizes", votes, present, told)
         exponents = fixed.sizes(votes)
         about = {"exponents": exponents, "halvings": self._halvings(members)}
         count = sum(math.prod(shape) for shape in shapes.values())
         total, present = self._summed("send", dict.fromkeys(left, about), count)
         self.opening = True
-        self._open("numbers", total, present)
+        self._open("numbers", total, present, fingerprint(told, exponents, about["halvings"]))
         began = perf_counter()
         found = fixed.decode(total, shapes, exponents, self.secure.bits)
         self._check(found, about["halvings"], present)
@@ -131,11 +134,11 @@ class _Round:
             )
         self.tally.seconds += perf_counter() - began
         rows = self.settings.examples
-        self.tally.taken = {c: Taken(rows.get(c, 0), self.told[c]) for c in present}
+        self.tally.taken = {c: Taken(rows.get(c, 0), self.accounts[c]) for c in present}
         record = record_of(self.settings, after, result, self.tally, self.down)
-        loss, told = (found["loss"] / found["count"]).tolist()
-        if told:
-            record["loss"] = loss / told
+        loss, having = (found["loss"] / found["count"]).tolist()
+        if having:
+            record["loss"] = loss / having
         if WITHIN in found:  # noised by the clients, as all of the sum
             record[WITHIN] = found[WITHIN].item() * 2.0 ** about["halvings"]
         return after, {**record, "secure": True}
@@ -208,27 +211,29 @@ class _Round:
             if vector is None or vector.shape != total.shape or vector.dtype != np.uint64:
                 raise UserError(f"sent no vector of {count} numbers")
             if what == "train":
-                self.told[answer.client] = _told(answer)
+                if answer.about["start"] != self.origin:
+                    raise UserError("it starts from another model than the coordinator's")
+                self.accounts[answer.client] = _account(answer)
             np.add(total, vector, out=total)
 
         present = self._ask(what, asks, take, count)
         self._enough(present)
         return total, sorted(present)
 
-    def _open(self, label: Sum, total: Vector, present: list[str]) -> list[str]:
-        """Takes the masks off a sum; who helped is still there."""
+    def _open(self, label: Sum, total: Vector, present: list[str], told: str) -> list[str]:
+        """Takes the masks off a sum of clients that were told so; who helped is still there."""
         book, shares = self.books[label], {}
 
         def take(answer: Answer) -> None:
-            told = {str(name): str(share) for name, share in answer.about["shares"].items()}
-            book.check(answer.client, told, present)
-            shares[answer.client] = told
+            given = {str(name): str(share) for name, share in answer.about["shares"].items()}
+            book.check(answer.client, given, present)
+            shares[answer.client] = given
 
         about = {"sum": label, "present": present}
         left = self._ask("open", dict.fromkeys(present, about), take)
         began = perf_counter()
         try:
-            book.open(total, present, shares)
+            book.open(total, present, shares, told)
         except Unopened as error:
             self._lost_quorum(f"the sum cannot be opened: {error}")
         self.tally.seconds += perf_counter() - began
@@ -311,7 +316,7 @@ class _Round:
         raise TooFew("; ".join([f"round {self.round}: {why}", *reasons]))
 
 
-def _told(answer: Answer) -> dict[str, float]:
+def _account(answer: Answer) -> dict[str, float]:
     """What a client says of its account."""
     found = {name: answer.about[name] for name in sums.OF_ACCOUNTS if name in answer.about}
     for name, value in found.items():

@@ -145,8 +145,11 @@ class Session:
         self.peers = {name: keys for name, keys in self.peers.items() if name in self.held}
         self._check_enough(self.held)
 
-    def mask(self, vector: Vector) -> None:
+    def mask(self, vector: Vector, told: str = "") -> None:
         """Adds the masks in place.
+
+        Args:
+            told: What all clients of the sum were told; see `told.fingerprint`.
 
         Raises:
             ProtocolError: It was done already. A mask that is used twice hides nothing.
@@ -159,7 +162,7 @@ class Session:
         add_mask(vector, bytes.fromhex(self.seed), 1)
         for name, keys in self.peers.items():
             if name != self.name:
-                seed = pair_seed(self.context, self.mask_key, self.name, keys, name)
+                seed = pair_seed(self.context, self.mask_key, self.name, keys, name, told)
                 add_mask(vector, seed, sign(self.name, name))
 
     def reveal(self, present: Iterable[str]) -> dict[str, str]:
@@ -201,11 +204,13 @@ class Session:
         return agreed(own, key, "letter", self.context, sender, receiver)
 
 
-def pair_seed(context: str, mask_key: str, name: str, keys: Keys, other: str) -> bytes:
-    """The seed of the mask that two clients share."""
+def pair_seed(
+    context: str, mask_key: str, name: str, keys: Keys, other: str, told: str = ""
+) -> bytes:
+    """The seed of the mask that two clients share, if they were told the same."""
     first, second = sorted((name, other))
     own, their = bytes.fromhex(mask_key), bytes.fromhex(keys["mask"])
-    return agreed(own, their, "mask", context, first, second)
+    return agreed(own, their, "mask", context, first, second, told)
 
 
 def sign(name: str, other: str) -> int:

@@ -49,11 +49,13 @@ class Summand:
     Attributes:
         weight: n of the weights.
         told: What the server is told of this client, beside the sums.
+        start: Of what it was trained from; see `told.origin`. Empty where that is known already.
     """
 
     tensors: Tensors
     weight: float
     told: Mapping[str, float] = field(default_factory=dict)
+    start: str = ""
 
 
 def products(method: Method, round: int) -> frozenset[str]:

@@ -59,7 +59,14 @@ def extra(
     letters = dict.fromkeys(others, "0" * LETTER)
     dealt = {"letters": letters, "commitments": dict.fromkeys(around, commitment)}
     opened = {"shares": dict.fromkeys(around, "0" * SHARE)}
-    up: list[Any] = [told, {"dealt": dict.fromkeys(SUMS, dealt)}, {}, opened, {}, opened]
+    up: list[Any] = [
+        told,
+        {"dealt": dict.fromkeys(SUMS, dealt)},
+        {"start": _HASH},
+        opened,
+        {},
+        opened,
+    ]
     vectors = 8 * (numbers(settings, round, clients, begun, head) + len(shapes) * fixed.LEVELS)
     down: list[Any] = [
         {"context": _CONTEXT},
