@@ -6,6 +6,7 @@ of several machines add up there; one that is there already is replaced.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -76,7 +77,9 @@ METHODS = f"""\
 
 Where at least {MANY} methods ran. Score on the last split; what it is above {REFERENCE} with equal
 seeds, with its 95 % interval where two seeds or more ran; the deviation of the factors' product
-from the ideal update, before any residual (Frobenius norm); bytes of all clients and rounds.
+from the ideal update, before any residual (Frobenius norm); the share of the ideal update that
+averaging, or a residual cut to a rank, leaves out in the last round; bytes of all clients and
+rounds.
 Seconds are not told: methods took over each other's first round. In the plot a point is a method in
 one task, with clients alike or uneven.
 """
@@ -221,6 +224,19 @@ def draw(parts: Mapping[str, Study]) -> None:
     figure.savefig(HERE / "claims.svg", metadata={"Date": None})
 
 
+def left_out(run: Run) -> float | None:
+    """‖what the last round's mean of products has and the clients are not given‖ / ‖that mean‖,
+    over all layers; None where that is not what a method does."""
+    last, method = run.records[-1], run.recipe.method.chosen
+    if run.recipe.method.name == REFERENCE:
+        rest = math.hypot(*last["deviation_by_site"].values())
+    elif method.residual == "truncated" and not run.recipe.method.flush:
+        rest = last["left_out"]
+    else:
+        return None
+    return rest / math.hypot(*last["ideal_by_site"].values())
+
+
 def many(parts: Mapping[str, Study]) -> Iterator[str]:
     """A table for every group and task in which many methods ran, and methods.svg of them all."""
     yield METHODS
@@ -231,13 +247,16 @@ def many(parts: Mapping[str, Study]) -> Iterator[str]:
             if len(arms) < MANY:
                 continue
             split = judged_split(part.of(task)[0].run)
-            header = ["method", "seeds", "score", f"less {REFERENCE}", "deviation", "up", "down"]
+            header = ["method", "seeds", "score", f"less {REFERENCE}", "deviation", "left out"]
+            header += ["up", "down"]
             rows = []
             for arm in arms:
                 scores = [*arm.by_split.values()][-1]
                 sent = fmean(arm.bytes_up), fmean(arm.bytes_down)
                 row = [arm.arm, str(len(scores)), spread(scores)]
                 row += [difference(part, arm.arm, task, REFERENCE), significant(arm.deviation)]
+                shares = [left_out(p.run) for p in part.of(task) if p.arm == arm.arm]
+                row.append(spread([share for share in shares if share is not None]))
                 rows.append(row + [size(value) for value in sent])
                 found = paired(part, arm.arm, REFERENCE, task)
                 if found is not None and arm.arm != "centralized":

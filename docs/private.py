@@ -4,6 +4,7 @@
 them, into docs/private.jsonl, as docs/claims.py does with other runs.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +31,8 @@ of any machine, add to it:
     fedex-lora grid recipes/real/private.yaml --data DIR --out runs/private
     fedex-lora grid recipes/real/private-none.yaml --data DIR --out runs/private
     fedex-lora grid recipes/real/private-twin.yaml --data DIR --out runs/private --only PAIR
+    fedex-lora grid recipes/real/private-stsb.yaml --data DIR --out runs/private
+    fedex-lora grid recipes/real/private-stsb-none.yaml --data DIR --out runs/private
     python docs/private.py add runs/private
     python docs/private.py
 
@@ -38,7 +41,7 @@ learning rate and clipping bound are the pair that scored best on validation at 
 ε 3; other ε take the same, and runs without privacy choose a rate of their own, of
 the same two. That seed counts among the others. Frozen weights are bfloat16. The noise is a
 rehearsal's, so that runs repeat. PAIR is what was chosen for {exact}, e.g.
-`'sst2-learning_rate=0.01-max_grad_norm=4.0/*'`.
+`'sst2-learning_rate=0.01-max_grad_norm=4.0/*'`. On STS-B one bound was tried.
 """
 NOISE = """\
 ## How much of the residual is noise
@@ -113,7 +116,7 @@ def tables(found: Arms) -> Iterator[str]:
 
     run = next(iter(best.values()))
     first = run[min(run)]
-    yield f"## Scores\n\nThe first run: {setting(first)}\n"
+    yield f"## Scores: {task_of(first)}\n\nThe first run: {setting(first)}\n"
     yield f"{judged_split(first)}: mean ± standard deviation (seeds).\n"
     yield markdown_table(["method", *columns], rows(score))
     yield f"{EXACT} less the method, of equal seeds, with the 95 % interval:\n"
@@ -140,14 +143,18 @@ def noise(found: Arms) -> Iterator[str]:
         yield markdown_table(["", "seeds", "deviation", "of the twin", "share that is noise"], rows)
 
 
+def task_of(run: Run) -> str:
+    return str(getattr(run.recipe.task, "name", run.recipe.task.kind))
+
+
 def page(runs: Sequence[Run]) -> Iterator[str]:
-    found = arms(runs)
+    """The task with the most runs first."""
     yield ABOUT.format(exact=EXACT)
     yield f"{len(runs)} runs.\n"
-    if all(len(by_choice) == 1 for by_choice in found.values()):
-        yield "Nothing was chosen yet: of each method and ε one pair was tried.\n"
-    yield from tables(found)
-    yield from noise(found)
+    for task, _ in Counter(map(task_of, runs)).most_common():
+        found = arms([run for run in runs if task_of(run) == task])
+        yield from tables(found)
+        yield from noise(found)
     yield from environments(runs)
 
 

@@ -107,6 +107,15 @@ def test_nobody_there_to_answer(place, tmp_path):
     assert isinstance(done.exception, RecipeError) and "--task: missing" in str(done.exception)
 
 
+def test_where_nobody_answers_the_method_is_the_one_that_is_offered(place, tmp_path):
+    given = options(place, "--set", "task.text_column=review")
+    file = tmp_path / "my.yaml"
+    at = given.index("--method")
+    del given[at : at + 2]
+    done = CliRunner().invoke(app, ["new", str(file), *map(str, given)], input="")
+    assert done.exit_code == 0 and load_recipe(file).method.name == "fedex", done.output
+
+
 def test_values_read_back_as_they_were():
     values = {"name": "x: y", "task": {"prompt": "a\n{b}: #c", "labels": ["1", "no", "ü, v"]}}
     values |= {"training": {"learning_rate": 1e-3, "num_train_epochs": 1}, "seed": 0}

@@ -308,3 +308,10 @@ def test_records_that_are_missing_are_said(whole, begun):
     resume_run(begun, None, notes)
     assert any("metrics.jsonl: no record of round 1; totals lack them" in n for n in notes.notes)
     assert [r["round"] for r in RunDir(begun).records()] == [2, 3]
+
+
+def test_a_place_where_nothing_can_be_made_is_named_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"file: no directory to write into; name another"):
+        RunDir(tmp_path / "file" / "runs" / "one").check_free()
+    RunDir(tmp_path / "a" / "b").check_free()

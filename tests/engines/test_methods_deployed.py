@@ -28,6 +28,12 @@ FEDERATION = {"clients": 2, "rounds": 2}
 SHAPES = {
     "gradients, then a matrix between the factors": {"method": {"name": "fed-sb"}},
     "a sparse change of whole weights, then factors": {"method": {"name": "slora"}},
+    "a factor of the client's own": {"method": {"name": "fedsa"}, "evaluation": CLIENTS},
+    "matrices of several heads": {"method": {"name": "ravan"}, "lora": {"r": 4}},
+    "ranks that shrink": {
+        "method": {"name": "hetlora", "options": {"decay": 0.5, "penalty": 0.02}},
+        "federation": {**FEDERATION, "max_norm_ratio": 1000},
+    },
     "a pair of the client's own": {"method": {"name": "feddpa"}, "evaluation": CLIENTS},
     "variates, and a server optimizer": {
         "federation": {**FEDERATION, "scaffold": True, "server_optimizer": ADAM},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -49,7 +50,7 @@ def new(
     )
     if evaluation is not None and not evaluation.is_dir():
         raise StorageError(f"--evaluation: {evaluation} is no directory")
-    how = _answer("--method", method, "Method", _method, "fedex")
+    how = _answer("--method", method, "Method", _method, "fedex", needed=False)
 
     from fedex_lora.recipe.reader import load_recipe
     from fedex_lora.runs.first_recipe import commented, first_recipe
@@ -73,9 +74,17 @@ def new(
 
 
 def _answer(
-    option: str, given: str | None, question: str, read: Callable[[str], T], default: str = ""
+    option: str,
+    given: str | None,
+    question: str,
+    read: Callable[[str], T],
+    default: str = "",
+    needed: bool = True,
 ) -> T:
     """What an option says, or else what somebody answers, who is asked again after a mistake.
+
+    Args:
+        needed: Whether somebody has to answer; else the default is taken where there is nobody.
 
     Raises:
         UserError: The option is wrong, or nobody answers.
@@ -86,6 +95,9 @@ def _answer(
         try:
             text = typer.prompt(question, default=default or None)
         except typer.Abort:
+            if not needed and not sys.stdin.isatty():
+                say(default)
+                return read(default)
             raise RecipeError(f"{option}: missing, and nobody answers") from None
         try:
             return read(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -77,8 +78,11 @@ class RunDir:
             there = list(self.path.iterdir()) if self.path.is_dir() else []
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read: {reason(error)}") from None
-        if any(map(_precious, there)) or (self.path.exists() and not self.path.is_dir()):
+        above = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if any(map(_precious, there)) or (above == self.path and not above.is_dir()):
             raise StorageError(f"{self.path}: is in use; name a new or empty directory with `out`")
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise StorageError(f"{above}: no directory to write into; name another with `out`")
 
     @contextmanager
     def held(self) -> Iterator[None]:
