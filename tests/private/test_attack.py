@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedex_lora.cli import app
 from fedex_lora.engines.setup import set_up
 from fedex_lora.errors import UserError
 from fedex_lora.experiments.analysis.runs import read_run
+from fedex_lora.runs import attack as attack_module
 from fedex_lora.runs.attack import (
     FILE,
     _losses,
@@ -90,6 +92,34 @@ def test_what_cannot_be_attacked_is_refused_by_name(tmp_path: Path) -> None:
     assert result.exit_code != 0 and "evaluation.where: server" in str(result.exception)
     result = CliRunner().invoke(app, ["attack", str(tmp_path / "run"), "--shadows", "3"])
     assert "even number" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "level",
+    [
+        {"client_level": {"noise_multiplier": 0.8, "clip": 0.01, "delta": 1e-3, "epsilon": 5.0}},
+        {"example_level": {"noise_multiplier": 0.8, "delta": 1e-3, "epsilon": 4.2}},
+    ],
+)
+def test_shadows_train_as_many_rounds_as_the_budget_left_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: dict[str, Any]
+) -> None:
+    """Of half of the rows, which cost more by the same noise."""
+    federation = {"rounds": 3, "weights": "uniform"}
+    training = {"per_device_train_batch_size": 1}
+    spec = recipe(
+        tmp_path, method={"name": "ffa"}, federation=federation, privacy=level, training=training
+    )
+    assert start_run(spec, tmp_path / "run")["rounds"] == 1
+    rounds, plain = [], attack_module.run_round
+
+    def counted(state: Any, *arguments: Any, **options: Any) -> Any:
+        rounds.append(state.version + 1)
+        return plain(state, *arguments, **options)
+
+    monkeypatch.setattr(attack_module, "run_round", counted)
+    attack(tmp_path / "run", shadows=2)
+    assert rounds == [1, 1]
 
 
 def test_owner_and_update_tell_what_single_updates_show() -> None:

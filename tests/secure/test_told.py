@@ -1,7 +1,8 @@
-"""A server that tells clients of one sum different things learns nothing from it."""
+"""What server and clients tell each other beside a sum: a lie is of no use, or is refused."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,9 +15,10 @@ from crowd import Crowd, initial, settings
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.aggregation.delta import Delta
 from fedex_lora.aggregation.ledger import Ledger
-from fedex_lora.errors import QuorumLost
-from fedex_lora.federation.loop import Exchange
-from fedex_lora.federation.messages import Lost
+from fedex_lora.errors import QuorumLost, UpdateRefused
+from fedex_lora.federation.checks import account
+from fedex_lora.federation.loop import Exchange, run_round
+from fedex_lora.federation.messages import Lost, Update
 from fedex_lora.federation.noise import SumNoise
 from fedex_lora.federation.secure import fixed
 from fedex_lora.federation.secure.messages import Answer, Ask
@@ -108,6 +110,39 @@ def test_who_starts_from_another_model_is_left_out_or_spoils_the_sum() -> None:
     assert "another model" in record["refused"][VICTIM]
     with pytest.raises(QuorumLost, match="rows sum to"):
         secure_round(state, s, OtherModels(s, says=False))
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_who_tells_no_account_or_one_above_the_budget_is_left_out(secure: bool) -> None:
+    s = settings("fedit", 4, secure, epsilon=8.0)
+    told = {"c00": 8.0, "c01": 8.1, "c02": 7.0, "c03": 0.0}
+    _, record = (secure_round if secure else run_round)(begin(s, initial(s)), s, Telling(told))
+    assert record["clients"].keys() == told.keys() - {"c01"}
+    assert "its epsilon is 8.1; expected a number from 0 to 8" in record["refused"]["c01"]
+    assert record["clients"]["c02"]["epsilon"] == 7.0
+    with pytest.raises(QuorumLost, match="its epsilon is None"):
+        (secure_round if secure else run_round)(begin(s, initial(s)), s, Crowd())
+
+
+@pytest.mark.parametrize("value", [None, "8", 8, True, -1.0, math.nan, math.inf, [1.0]])
+def test_an_account_is_a_number(value: object) -> None:
+    s = settings("fedit", 2, epsilon=math.inf)
+    with pytest.raises(UpdateRefused, match="expected a number from 0 to inf"):
+        account({"epsilon": value, "noise_multiplier": 1.0}, s)
+    assert account({"epsilon": value}, settings("fedit", 2)) == {}
+
+
+class Telling(Crowd):
+    """Clients that tell an ε."""
+
+    def __init__(self, told: Mapping[str, float]) -> None:
+        super().__init__()
+        self.told = told
+
+    def trained(self, exchange: Exchange, client: str) -> tuple[AdapterState, Update]:
+        start, update = super().trained(exchange, client)
+        metrics = {"epsilon": self.told[client], "noise_multiplier": 1.0}
+        return start, replace(update, metrics=metrics)
 
 
 def test_an_origin_is_of_ledger_head_and_factors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -347,7 +348,7 @@ def federation_settings(
     ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
     widest = max(ranks.values(), default=0)
     layers = {n: s.at_rank(widest) if widest else s for n, s in model.layers.items()}
-    level = recipe.privacy.client_level
+    level, of_rows = recipe.privacy.client_level, recipe.privacy.example_level
     return Settings(
         method=method,
         seed=recipe.seed,
@@ -366,6 +367,7 @@ def federation_settings(
         oversample=fed.oversample,
         max_norm=fed.max_norm,
         clip=level.clip if level is not None and level.adaptive else None,
+        epsilon=None if of_rows is None else of_rows.epsilon or math.inf,
         norm_ratio=fed.max_norm_ratio,
         max_share=fed.max_share,
         secure=secure_settings(recipe),

@@ -47,6 +47,7 @@ def check(update: Update, start: AdapterState, round: int, settings: Settings) -
     for name, value in update.metrics.items():
         if not math.isfinite(value):
             raise UpdateRefused(f"its training {name} is {value}; expected a finite number")
+    account(update.metrics, settings)
     expected = sent_part(settings, flat(start), round)
     _check_tensors(update.tensors, expected)
     if update.kept and settings.method.exchanges:
@@ -58,6 +59,29 @@ def check(update: Update, start: AdapterState, round: int, settings: Settings) -
             f"it changed by {norm:.4g}; federation.max_norm is {settings.max_norm:g}"
         )
     return norm
+
+
+OF_ACCOUNTS = ("epsilon", "noise_multiplier")  # of a private training; they follow from its plan
+
+
+def account(told: Mapping[str, object], settings: Settings) -> dict[str, float]:
+    """What a client says of its account; nothing where nothing is counted.
+
+    Raises:
+        UpdateRefused: Something is missing or no number, or ε is above the budget, which the
+            client's own account would not have let it spend.
+    """
+    if settings.epsilon is None:
+        return {}
+    found: dict[str, float] = {}
+    for name in OF_ACCOUNTS:
+        value, most = told.get(name), settings.epsilon if name == "epsilon" else math.inf
+        if type(value) is not float or not (0 <= value <= most and value < math.inf):
+            raise UpdateRefused(
+                f"its {name} is {str(value)[:40]}; expected a number from 0 to {most:g}"
+            )
+        found[name] = value
+    return found
 
 
 def variate_norm(update: Update) -> float:

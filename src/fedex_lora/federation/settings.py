@@ -56,6 +56,8 @@ class Settings:
         oversample: How many times as many clients are asked as are needed; the first win.
         max_norm: Bound of an update's norm.
         clip: Bound that a round's clients are told to clip to, where it follows their norms.
+        epsilon: That no client's account of its rows may exceed, infinite for any; clients tell
+            theirs with every update. None where nothing is counted.
         norm_ratio: Bound of an update's norm in medians of the round's other norms.
         max_share: Bound of one client's share of the weights.
         examples: Rows by client, as declared before round 1; they hold for the run. Empty where
@@ -90,6 +92,7 @@ class Settings:
     oversample: float = 1.0
     max_norm: float | None = None
     clip: float | None = None
+    epsilon: float | None = None
     norm_ratio: float | None = None
     max_share: float | None = None
     examples: Mapping[str, int] = field(default_factory=dict)

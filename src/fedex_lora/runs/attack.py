@@ -176,7 +176,8 @@ def attack(
             scores = []
             for number, chosen in enumerate(within, start=1):
                 tell(f"shadow run {number} of {shadows}")
-                scores.append(_score(_shadow(federation, rows, owner, chosen, number)))
+                rounds = found.state.version
+                scores.append(_score(_shadow(federation, rows, owner, chosen, number, rounds)))
             ratios = lira(_score(losses), np.stack(scores), within)
             results["lira"] = judged(ratios, member, 0.0)
     told = {
@@ -276,9 +277,14 @@ def _score(losses: np.ndarray) -> np.ndarray:
 
 
 def _shadow(
-    federation: Federation, rows: Dataset, owner: Sequence[str], chosen: np.ndarray, number: int
+    federation: Federation,
+    rows: Dataset,
+    owner: Sequence[str],
+    chosen: np.ndarray,
+    number: int,
+    rounds: int,
 ) -> np.ndarray:
-    """Losses of all rows by a run that was trained on the chosen ones."""
+    """Losses of all rows by a run of so many rounds that was trained on the chosen ones."""
     parts: Mapping[str, Dataset] = {
         name: rows.select([i for i in np.flatnonzero(chosen) if owner[int(i)] == name])
         for name in federation.clients
@@ -286,11 +292,17 @@ def _shadow(
     examples = {name: len(part) for name, part in parts.items()}
     seed = derive(federation.recipe.seed, "shadow", number)
     # without sums: their noise is then drawn on the mean, no more than a sum has
-    settings = replace(federation.settings, examples=examples, seed=seed, secure=None)
-    shadow = replace(federation, clients=parts, settings=settings)
+    settings = replace(federation.settings, examples=examples, seed=seed, secure=None, epsilon=None)
+    recipe = federation.recipe
+    if (level := recipe.privacy.example_level) is not None and level.noise_multiplier is not None:
+        # the same noise on fewer rows costs more, and the budget is not theirs
+        level = level.model_copy(update={"epsilon": None})
+        privacy = recipe.privacy.model_copy(update={"example_level": level})
+        recipe = recipe.model_copy(update={"privacy": privacy})
+    shadow = replace(federation, recipe=recipe, clients=parts, settings=settings)
     engine, state = local_engine(shadow), begin(settings, federation.initial)
     records: list[Record] = []
-    while state.version < settings.rounds:
+    while state.version < rounds:
         bounded, noise = begin_round(shadow, engine, state.version + 1, records)
         state, record = run_round(state, bounded.settings, engine, noise=noise)
         if (told := private.told(shadow, engine, record, records)) is not None:

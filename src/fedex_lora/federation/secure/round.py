@@ -13,7 +13,7 @@ import torch
 
 from fedex_lora.aggregation.adapter import AdapterState
 from fedex_lora.errors import QuorumLost, UserError
-from fedex_lora.federation.checks import rounding, too_large
+from fedex_lora.federation.checks import account, rounding, too_large
 from fedex_lora.federation.loop import Exchange, count_down, each_once
 from fedex_lora.federation.messages import Lost, flat, norm_of
 from fedex_lora.federation.noise import WITHIN
@@ -213,7 +213,7 @@ class _Round:
             if what == "train":
                 if answer.about["start"] != self.origin:
                     raise UserError("it starts from another model than the coordinator's")
-                self.accounts[answer.client] = _account(answer)
+                self.accounts[answer.client] = account(answer.about, self.settings)
             np.add(total, vector, out=total)
 
         present = self._ask(what, asks, take, count)
@@ -315,15 +315,6 @@ class _Round:
     def _lost_quorum(self, why: str) -> None:
         reasons = [f"{c}: {text}" for c, text in {**self.tally.lost, **self.tally.refused}.items()]
         raise TooFew("; ".join([f"round {self.round}: {why}", *reasons]))
-
-
-def _account(answer: Answer) -> dict[str, float]:
-    """What a client says of its account."""
-    found = {name: answer.about[name] for name in sums.OF_ACCOUNTS if name in answer.about}
-    for name, value in found.items():
-        if type(value) is not float or not 0 <= value < math.inf:
-            raise UserError(f"its {name} is {str(value)[:40]}; expected a number of at least 0")
-    return found
 
 
 def nbytes(answer: Answer) -> int:

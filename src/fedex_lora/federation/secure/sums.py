@@ -33,11 +33,11 @@ from fedex_lora.aggregation.methods import Method
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.aggregation.statistics import Statistics, padded
 from fedex_lora.errors import ProtocolError
+from fedex_lora.federation.checks import OF_ACCOUNTS
 from fedex_lora.federation.messages import Tensors, Update, replaced
 from fedex_lora.federation.noise import WITHIN, SumNoise
 from fedex_lora.federation.settings import Settings
 
-OF_ACCOUNTS = ("epsilon", "noise_multiplier")  # of a private training; they follow from its plan
 MORE = 8  # rows that Ψ has beyond p
 Shapes = Mapping[str, tuple[int, ...]]
 
