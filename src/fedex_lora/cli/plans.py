@@ -69,6 +69,8 @@ def _say_what(found: Plan) -> None:
         few = [f"{name}: {n}" for name, n in list(found.examples.items())[:_SHOWN]]
         more = ["..."] if clients > _SHOWN else []
         say(f"Training examples: {', '.join([*few, *more])}\nRows: {found.about_examples}")
+    for note in found.privacy:
+        say(f"Privacy: {note}")
 
 
 def _rounds_table(found: Plan) -> Table:

@@ -5,7 +5,7 @@ Under secure aggregation the noise is in the sum already: see `SumNoise`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,46 +25,46 @@ from fedex_lora.federation.noise import (
 )
 from fedex_lora.federation.randomness import Bits, rehearsed, secret
 from fedex_lora.federation.record import Record
+from fedex_lora.federation.settings import Settings
 from fedex_lora.recipe.privacy import ClientLevel
 from fedex_lora.runs.spent import NOT_PRIVATE
-from fedex_lora.runs.watch import Watcher
 
 _TELLING = ("norms", "median_norm", "deviation", "ideal", "left_out")  # of updates without noise
 _PLAIN = ("examples", "steps", "seconds")  # of a client: they follow from its number of rows
 
 
-def settle(federation: Federation, watcher: Watcher) -> Federation:
-    """The federation with as many rounds as the budget allows; what is settled is said.
+def settled(
+    spec: ClientLevel, rehearsal: bool, settings: Settings, note: Callable[[str], None]
+) -> Settings:
+    """The settings with as many rounds as the budget allows; `note` is told what is settled.
 
     Raises:
         UserError: Not one round fits.
     """
-    spec, privacy = _spec(federation), federation.recipe.privacy
     check_installed("dp_accounting", "privacy.client_level")
     from fedex_lora.engines.private.plan import client_rounds  # noqa: PLC0415
 
-    settings = federation.settings
     schedule = [settings.sample(round) for round in range(1, settings.rounds + 1)]
     rounds = client_rounds(spec, schedule)
-    if privacy.rehearsal:
-        watcher.note(f"{NOT_PRIVATE}, and whoever has the recipe can subtract it")
+    if rehearsal:
+        note(f"{NOT_PRIVATE}, and whoever has the recipe can subtract it")
     else:
-        watcher.note("a private run does not repeat bit for bit: its noise follows from no seed")
+        note("a private run does not repeat bit for bit: its noise follows from no seed")
     sees = "the coordinator sees single updates, and is trusted"
     if settings.secure is not None and settings.secure.noise is not None:
         least = settings.secure.noise.least
         more = f"{(settings.sample_size / least) ** 0.5:.3g} times that if all stay"
         sees = f"clients add the noise in shares: what is asked for if {least} stay, {more}"
-    watcher.note(
+    note(
         "norms, deviations and training losses are of updates without noise, so none is recorded; "
         + sees
     )
     if rounds < settings.rounds:
-        watcher.note(
+        note(
             f"ε = {spec.epsilon:g} allows {rounds} of {settings.rounds} rounds; the run ends with "
             "the last that fits"
         )
-    return replace(federation, settings=replace(settings, rounds=rounds))
+    return replace(settings, rounds=rounds)
 
 
 def begin_round(

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.private.begin import notes, plan_of
 from fedex_lora.engines.setup import Federation
+from fedex_lora.errors import check_installed
 from fedex_lora.federation.record import Record
+from fedex_lora.federation.settings import Settings
+from fedex_lora.recipe import Recipe
 from fedex_lora.runs import by_client
 from fedex_lora.runs.spent import NOT_PRIVATE
 from fedex_lora.runs.watch import Watcher
 
 
 def settle(federation: Federation, watcher: Watcher, elsewhere: bool = False) -> Federation:
-    """The federation with as many rounds as the privacy budget allows; what is settled is said.
+    """The federation with as many rounds as the privacy budget allows; see `settled`."""
+    recipe, examples = federation.recipe, federation.examples
+    settings = settled(recipe, federation.settings, examples, watcher.note, elsewhere)
+    return replace(federation, settings=settings)
+
+
+def settled(
+    recipe: Recipe,
+    settings: Settings,
+    examples: Mapping[str, int],
+    note: Callable[[str], None],
+    elsewhere: bool = False,
+) -> Settings:
+    """The settings with as many rounds as the privacy budget allows.
 
     Args:
+        examples: Numbers of rows by client, as far as they are known.
+        note: Is told what is settled.
         elsewhere: Whether clients are on other machines.
 
     Raises:
         UserError: Not one round fits, or no account can be given of some client's rows.
     """
-    if federation.recipe.privacy.client_level is not None:
-        return by_client.settle(federation, watcher)
-    examples = federation.examples
-    plan = plan_of(federation.recipe, federation.settings, examples, elsewhere)
-    if plan is None:
-        return federation
-    for note in notes(federation.recipe, plan, list(examples)):
-        watcher.note(note)
-    return replace(federation, settings=replace(federation.settings, rounds=plan.rounds))
+    if (level := recipe.privacy.client_level) is not None:
+        return by_client.settled(level, recipe.privacy.rehearsal, settings, note)
+    if recipe.privacy.example_level is None:
+        return settings
+    check_installed("dp_accounting", "privacy.example_level")
+    plan = plan_of(recipe, settings, examples, elsewhere)
+    assert plan is not None
+    for text in notes(recipe, plan, list(examples)):
+        note(text)
+    return replace(settings, rounds=plan.rounds)
 
 
 def take_up(engine: Engine, records: Sequence[Record]) -> None:

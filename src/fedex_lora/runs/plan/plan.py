@@ -22,10 +22,12 @@ from fedex_lora.federation.settings import Settings
 from fedex_lora.model.architectures import count
 from fedex_lora.model.load import local_folder
 from fedex_lora.recipe import Recipe
+from fedex_lora.runs import private
 from fedex_lora.runs.plan.memory import Part, client_memory, server_memory
 from fedex_lora.runs.plan.timing import Timing, measure
 from fedex_lora.runs.plan.traffic import DryRun, Size, summed
 from fedex_lora.runs.preflight import KEPT, elsewhere
+from fedex_lora.runs.watch import Silent
 from fedex_lora.tasks import Task
 
 
@@ -70,6 +72,7 @@ class Plan:
         disk: Bytes of checkpoints, and of saved updates, at most.
         timing: None where nothing was measured.
         about_time: Why not.
+        privacy: What is settled of it before round 1.
     """
 
     recipe: Recipe
@@ -88,6 +91,7 @@ class Plan:
     disk: int
     timing: Timing | None
     about_time: str
+    privacy: Sequence[str]
 
 
 def plan(recipe: Recipe, measured: bool = True) -> Plan:
@@ -116,13 +120,20 @@ def plan(recipe: Recipe, measured: bool = True) -> Plan:
     else:
         # a cached model by its folder, so that no hub is asked
         here = recipe.model.model_copy(update={"name": str(folder), "revision": None})
-        federation = set_up(recipe.model_copy(update={"model": here}))
+        federation = private.settle(set_up(recipe.model_copy(update={"model": here})), Silent())
         examples, about = federation.examples, federation.description
         timing = measure(federation)
     clients = list(examples or roster(recipe) or client_names(recipe.federation.clients))
     if METHODS[recipe.method.name].pooled:
         clients = [POOLED]
-    settings = federation_settings(recipe, model, clients)
+    notes: list[str] = []
+    settings = private.settled(
+        recipe,
+        federation_settings(recipe, model, clients),
+        examples or {},
+        notes.append,
+        recipe.engine.kind != "local",
+    )
     run = DryRun(settings, model.head, recipe.lora.init is not None)
     rounds = [_round(run) for _ in range(settings.rounds)]
     delivery = summed(run.down(client) for client in settings.clients)
@@ -147,6 +158,7 @@ def plan(recipe: Recipe, measured: bool = True) -> Plan:
         KEPT * max(r.checkpoint + r.own for r in rounds) + _saved(recipe, rounds, settings),
         timing,
         why,
+        notes,
     )
 
 
