@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import recipe
+from small_runs import StopAfter, recipe
 
 from engines.in_process import InProcess, institutions, remote
 from engines.test_wire import same_bits
+from fedex_lora.engines.setup import set_up_server
 from fedex_lora.errors import QuorumLost
 from fedex_lora.recipe import Recipe
+from fedex_lora.runs import private
 from fedex_lora.runs.across_machines import across_machines
 from fedex_lora.runs.run import start_run
 from fedex_lora.runs.rundir import RunDir
@@ -75,3 +77,19 @@ def test_a_client_takes_no_bound_where_its_own_recipe_has_none_that_follows(tmp_
 
     with pytest.raises(QuorumLost, match=r"told a bound; that of its own recipe is fixed"):
         start_run(remote(spec), tmp_path / "run", None, telling)
+
+
+def test_an_account_that_a_client_forgot_does_not_lower_what_the_record_says(
+    tmp_path: Path,
+) -> None:
+    """Clients that begin anew after round 1 tell the ε of one turn again."""
+    spec = remote(made(tmp_path, "fedex", True, example_level=EXAMPLE))
+    clients = institutions(spec, tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        start_run(spec, tmp_path / "run", StopAfter(1), across_machines(InProcess(clients)))
+    (first,) = RunDir(tmp_path / "run").records()
+    spent = {**first["privacy"]["epsilon"], "ann": 29.5}
+    first["privacy"]["epsilon"] = spent
+    engine: Any = None
+    told = private.told(set_up_server(spec), engine, {"clients": first["clients"]}, [first])
+    assert told["epsilon"] == spent

@@ -91,7 +91,9 @@ def told(federation: Federation, engine: Engine, record: Record, records: Sequen
         return found
     before = records[-1]["privacy"]["epsilon"] if records else {}
     now = {c: m["epsilon"] for c, m in record["clients"].items() if "epsilon" in m}
-    return {**found, "epsilon": dict(sorted({**before, **now}.items()))}
+    # what was spent stays spent, also if a client forgot it
+    most = {c: max(before.get(c, 0.0), now.get(c, 0.0)) for c in sorted({*before, *now})}
+    return {**found, "epsilon": most}
 
 
 def _account(engine: Engine) -> Any:
