@@ -26,7 +26,7 @@ from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Recipe
 from fedex_lora.tasks import Task
 
-PROTOCOL = 3
+PROTOCOL = 4
 NOTHING = -1  # the version of a client that lost even its own factors
 
 Lineage = tuple[tuple[int, str], ...]
