@@ -79,7 +79,8 @@ Where at least {MANY} methods ran. Score on the last split; what it is above {RE
 seeds, with its 95 % interval where two seeds or more ran; the deviation of the factors' product
 from the ideal update, before any residual (Frobenius norm); the share of the ideal update that
 averaging, or a residual cut to a rank, leaves out in the last round; bytes of all clients and
-rounds.
+rounds. The residual of `fedex-svd-N` is sent whole in the last round; that of `fedex-svd-N-cut`
+(`recipes/real/truncation.yaml`) never is.
 Seconds are not told: methods took over each other's first round. In the plot a point is a method in
 one task, with clients alike or uneven.
 """
