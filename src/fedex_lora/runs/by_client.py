@@ -5,16 +5,16 @@ Under secure aggregation the noise is in the sum already: see `SumNoise`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedex_lora.aggregation.seeding import derive
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.local import LocalEngine
 from fedex_lora.engines.setup import Federation
 from fedex_lora.engines.transforms import clip
-from fedex_lora.errors import check_installed
+from fedex_lora.errors import UserError, check_installed
 from fedex_lora.federation.noise import (
     SLACK,
     WITHIN,
@@ -28,6 +28,9 @@ from fedex_lora.federation.record import Record
 from fedex_lora.federation.settings import Settings
 from fedex_lora.recipe.privacy import ClientLevel
 from fedex_lora.runs.spent import NOT_PRIVATE
+
+if TYPE_CHECKING:
+    from fedex_lora.engines.private.account import Steps
 
 _TELLING = ("norms", "median_norm", "deviation", "ideal", "left_out")  # of updates without noise
 _PLAIN = ("examples", "steps", "seconds")  # of a client: they follow from its number of rows
@@ -78,6 +81,8 @@ def begin_round(
         return federation, None
     spec, asked = _spec(federation), federation.settings.sample_size
     bound = _bound(spec, records)
+    if spec.epsilon is not None:
+        _check_budget(spec, spec.epsilon, _spent(federation, round, records))
     if isinstance(engine, LocalEngine):
         engine.transform = clip(bound)
     told = bound if spec.adaptive else None
@@ -95,22 +100,11 @@ def told(federation: Federation, record: Record, records: Sequence[Record]) -> A
 
     A client pays for every round that it is asked in, whether it came or not.
     """
-    from fedex_lora.engines.private.account import (  # noqa: PLC0415
-        Steps,
-        added,
-        as_json,
-        epsilon,
-        from_json,
-    )
+    from fedex_lora.engines.private.account import as_json, epsilon  # noqa: PLC0415
 
-    spec, settings = _spec(federation), federation.settings
-    bound, asked = _bound(spec, records), settings.sample_size
-    spent = {
-        client: from_json(steps)
-        for client, steps in (records[-1]["privacy"]["steps"] if records else {}).items()
-    }
-    for client in settings.sample(record["round"]):
-        spent[client] = added(spent.get(client, ()), Steps(spec.noise_multiplier, 1.0, 1))
+    spec = _spec(federation)
+    bound, asked = _bound(spec, records), federation.settings.sample_size
+    spent = _spent(federation, record["round"], records)
     found: dict[str, Any] = {"level": "client", "delta": spec.delta, "budget": spec.epsilon}
     found["private"] = NOT_PRIVATE if federation.recipe.privacy.rehearsal else True
     found["epsilon"] = {c: epsilon(spent[c], spec.delta) for c in sorted(spent)}
@@ -131,6 +125,32 @@ def told(federation: Federation, record: Record, records: Sequence[Record]) -> A
     for client, metrics in record["clients"].items():
         record["clients"][client] = {k: v for k, v in metrics.items() if k in _PLAIN}
     return found
+
+
+def _check_budget(spec: ClientLevel, budget: float, spent: Mapping[str, tuple[Steps, ...]]) -> None:
+    """Rounds within the plan are within the budget, but for those that are played again."""
+    from fedex_lora.engines.private.account import epsilon  # noqa: PLC0415
+
+    for client, steps in sorted(spent.items()):
+        if (total := epsilon(steps, spec.delta)) > budget:
+            raise UserError(
+                f"{client}: one more round would bring it to ε = {total:.4g}; the budget is "
+                f"{budget:g} at δ = {spec.delta:g} (privacy.client_level.epsilon)"
+            )
+
+
+def _spent(
+    federation: Federation, round: int, records: Sequence[Record]
+) -> dict[str, tuple[Steps, ...]]:
+    """By client, that round included."""
+    from fedex_lora.engines.private.account import Steps, added, from_json  # noqa: PLC0415
+
+    before = records[-1]["privacy"]["steps"] if records else {}
+    spent = {client: from_json(steps) for client, steps in before.items()}
+    for client in federation.settings.sample(round):
+        one = Steps(_spec(federation).noise_multiplier, 1.0, 1)
+        spent[client] = added(spent.get(client, ()), one)
+    return spent
 
 
 def _spec(federation: Federation) -> ClientLevel:

@@ -54,6 +54,19 @@ def settled(
     return replace(settings, rounds=plan.rounds)
 
 
+def with_all_spent(record: Record, written: Sequence[Record]) -> Record:
+    """A record to go on from, with the account of the newest one that was written: a round that is
+    played again has other noise, so what was spent on it before stays spent. A rehearsal's noise
+    is the same again, and costs nothing more.
+    """
+    newest = max(written, key=lambda r: r["round"], default=record)
+    there = newest.get("privacy")
+    if there is None or there["private"] is not True or newest["round"] < record["round"]:
+        return record
+    account = {key: there[key] for key in ("epsilon", "steps") if key in there}
+    return {**record, "privacy": {**record["privacy"], **account}}
+
+
 def take_up(engine: Engine, records: Sequence[Record]) -> None:
     """Goes on with the accounts of the last record, in a run that is resumed."""
     account = _account(engine)

@@ -97,7 +97,7 @@ def resume_run(
         watcher.note(f"{out} is finished; nothing to do")
         return results
     with surroundings(stored), directory.held():
-        records, then = directory.records(whole=True), directory.environment()
+        written, then = directory.records(whole=True), directory.environment()
         state, extra, notes = directory.newest()
         if different := directory.edited(stored, extra):
             raise StorageError(
@@ -116,11 +116,11 @@ def resume_run(
                 "last bits"
             )
         directory.write_json("environment.json", {**now, **registered(stored)})
-        records = [r for r in records if state and r["round"] < state.version]
+        records = [r for r in written if state and r["round"] < state.version]
         if state is None:
             state = begin(federation.settings, federation.initial)
         else:
-            records.append(extra["record"])
+            records.append(private.with_all_spent(extra["record"], written))
         if missing := {*range(1, state.version)} - {r["round"] for r in records}:
             rounds = ", ".join(map(str, sorted(missing)))
             watcher.note(f"{out}/metrics.jsonl: no record of round {rounds}; totals lack them")
