@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 from small_runs import recipe
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from fedex_lora.aggregation.adapter import fresh
 from fedex_lora.engines.setup import Federation, set_up
-from fedex_lora.engines.trainer import LabelledTrainer, walked_once
+from fedex_lora.engines.trainer import LabelledTrainer, seed_cpu, walked_once
 from fedex_lora.engines.training import HFTrainer, quick_collections
 from fedex_lora.engines.turn import Trained, Turn
 from fedex_lora.federation.messages import flat
@@ -65,6 +68,17 @@ def test_a_trainer_that_begins_anew_is_a_new_one(federation, training):
     taken = [turn.client for turn in turns(federation)]
     assert list(dict.fromkeys(steps)) and [c for c, done, *_ in steps if done == 1] == taken
     assert len(lasting._last) == 1
+
+
+def test_seeding_for_the_cpu_is_what_transformers_does():
+    def drawn() -> tuple[float, float, list[float]]:
+        return random.random(), np.random.rand(), torch.rand(2).tolist()
+
+    set_seed(7)
+    expected = drawn()
+    assert drawn() != expected
+    seed_cpu(7)
+    assert drawn() == expected
 
 
 def test_walking_once_and_counting_once_change_nothing(federation):
