@@ -112,7 +112,10 @@ class Layer:
                 "between A and B; leave it out"
             )
         if not self.embedding:
-            self.module.lora_B[ADAPTER] = with_inner(self.module.lora_B[ADAPTER], inner)
+            held = self.module.lora_B[ADAPTER]
+            new = with_inner(held, inner)
+            if new is not held:
+                self.module.lora_B[ADAPTER] = new
 
     def maps(self) -> list[Any]:
         """The modules that multiply by A and B; the layer itself where it does that."""
@@ -136,25 +139,27 @@ class Layer:
                 f"{self.name}: factors A {tuple(new.A.shape)}, B {tuple(new.B.shape)} do not fit; "
                 f"expected A (r, {self.shape.inp}) and B ({self.shape.out}, r)"
             )
-        if new.rank != self.factors()[0].shape[0]:
-            self._resize(new.rank)
+        a, b = self.factors()
+        if new.rank != a.shape[0]:
+            a, b = self._resize(new.rank)
         with torch.no_grad():
-            for parameter, value in zip(self.factors(), (new.A, new.B)):
-                parameter.copy_(value)
+            a.copy_(new.A)
+            b.copy_(new.B)
         self.module.r[ADAPTER] = new.rank
         self.module.scaling[ADAPTER] = new.scale
 
-    def _resize(self, rank: int) -> None:
+    def _resize(self, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
         a, b = self.factors()
         new_a = nn.Parameter(a.new_empty(rank, self.shape.inp), requires_grad=a.requires_grad)
         new_b = nn.Parameter(b.new_empty(self.shape.out, rank), requires_grad=b.requires_grad)
         if self.embedding:
             self.module.lora_embedding_A[ADAPTER] = new_a
             self.module.lora_embedding_B[ADAPTER] = new_b
-            return
+            return new_a, new_b
         linear_a, linear_b = self.module.lora_A[ADAPTER], self.module.lora_B[ADAPTER]
         linear_a.weight, linear_b.weight = new_a, new_b
         linear_a.out_features = linear_b.in_features = rank
+        return new_a, new_b
 
 
 def make_layer(name: str, module: Any, *, rslora: bool, gaussian: bool, fixed_rank: bool) -> Layer:
