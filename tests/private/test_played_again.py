@@ -32,6 +32,21 @@ def test_going_back_keeps_the_account(tmp_path: Path, rehearsal: bool, steps: in
     assert {s[2] for c in results["privacy"]["steps"].values() for s in c} == {steps}
 
 
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_with_no_checkpoint_left_the_account_is_not_begun_anew(
+    tmp_path: Path, rehearsal: bool
+) -> None:
+    start_run(made(tmp_path, rehearsal), tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        checkpoint.unlink()
+    (tmp_path / "run" / "results.json").unlink()
+    if rehearsal:
+        assert resume_run(tmp_path / "run")["rounds"]
+    else:
+        with pytest.raises(UserError, match=r"no checkpoint is whole, and its 2 rounds .* ε"):
+            resume_run(tmp_path / "run")
+
+
 def test_what_would_exceed_the_budget_is_refused(tmp_path: Path) -> None:
     spent = start_run(made(tmp_path), tmp_path / "free")["privacy"]["epsilon"]
     most = max(spent.values()) * 1.01

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fedex_lora.engines.engine import Engine
 from fedex_lora.engines.private.begin import notes, plan_of
 from fedex_lora.engines.setup import Federation
-from fedex_lora.errors import check_installed
+from fedex_lora.errors import StorageError, check_installed
 from fedex_lora.federation.record import Record
 from fedex_lora.federation.settings import Settings
 from fedex_lora.recipe import Recipe
-from fedex_lora.runs import by_client
-from fedex_lora.runs.spent import NOT_PRIVATE
+from fedex_lora.runs import by_client, spent
 from fedex_lora.runs.watch import Watcher
 
 
@@ -67,6 +67,21 @@ def with_all_spent(record: Record, written: Sequence[Record]) -> Record:
     return {**record, "privacy": {**record["privacy"], **account}}
 
 
+def check_unspent(written: Sequence[Record], run: Path) -> None:
+    """Whether a run of which no checkpoint is left may begin anew.
+
+    Raises:
+        UserError: Its records tell of a budget that was spent, which round 1 would count from zero.
+    """
+    there = [r["privacy"] for r in written if r.get("privacy")]
+    if there and there[-1]["private"] is True:
+        raise StorageError(
+            f"{run}: no checkpoint is whole, and its {len(written)} rounds have spent of the "
+            f"privacy budget, {spent.line(there[-1])}; begun anew they would be counted from zero. "
+            "Put a checkpoint back, or begin a new run and count both"
+        )
+
+
 def take_up(engine: Engine, records: Sequence[Record]) -> None:
     """Goes on with the accounts of the last record, in a run that is resumed."""
     account = _account(engine)
@@ -74,8 +89,8 @@ def take_up(engine: Engine, records: Sequence[Record]) -> None:
         return
     from fedex_lora.engines.private.account import from_json  # noqa: PLC0415
 
-    spent = records[-1]["privacy"]["steps"]
-    account.spent = {client: from_json(steps) for client, steps in spent.items()}
+    steps = records[-1]["privacy"]["steps"]
+    account.spent = {client: from_json(some) for client, some in steps.items()}
 
 
 def told(federation: Federation, engine: Engine, record: Record, records: Sequence[Record]) -> Any:
@@ -95,7 +110,7 @@ def told(federation: Federation, engine: Engine, record: Record, records: Sequen
         return None
     found: dict[str, Any] = {"level": "example", "delta": spec.delta, "budget": spec.epsilon}
     found["max_grad_norm"] = spec.max_grad_norm
-    found["private"] = NOT_PRIVATE if recipe.privacy.rehearsal else True
+    found["private"] = spent.NOT_PRIVATE if recipe.privacy.rehearsal else True
     if (account := _account(engine)) is not None:
         from fedex_lora.engines.private.account import as_json  # noqa: PLC0415
 

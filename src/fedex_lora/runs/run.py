@@ -84,8 +84,7 @@ def resume_run(
         most: As of `start_run`.
 
     Raises:
-        UserError: No run there, or another recipe than it began with; the differences are named.
-            Another process is at work on it. A file of it is damaged.
+        UserError: No run there, or one that is at work, damaged or began with another recipe.
     """
     directory, watcher = RunDir(out), watcher or Silent()
     stored = directory.recipe()
@@ -118,6 +117,7 @@ def resume_run(
         directory.write_json("environment.json", {**now, **registered(stored)})
         records = [r for r in written if state and r["round"] < state.version]
         if state is None:
+            private.check_unspent(written, out)
             state = begin(federation.settings, federation.initial)
         else:
             records.append(private.with_all_spent(extra["record"], written))
