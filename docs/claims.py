@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib.pyplot as plt
+from layers import layers
 from results import claims, difference, environments, further_metrics, model_name, setting
 from results_why import EXACT, REFERENCE, share_missed
 from scipy import stats
@@ -41,6 +42,7 @@ DIFFERENCE = 0.005  # of a score, that is to be seen
 POWER = 0.8  # the chance of seeing it where it is there
 BESIDE = ("ffa", "centralized")
 MANY = 6  # methods, from which on they are a comparison of their own
+ASSIGNMENTS = {"fedex", "fedex-reinit", "fedex-keep"}  # of Table 4
 
 ABOUT = """\
 # The claims on real models
@@ -75,12 +77,12 @@ METHODS = f"""\
 
 ![Score against bytes](methods.svg)
 
-Where at least {MANY} methods ran. Score on the last split; what it is above {REFERENCE} with equal
-seeds, with its 95 % interval where two seeds or more ran; the deviation of the factors' product
-from the ideal update, before any residual (Frobenius norm); the share of the ideal update that
-averaging, or a residual cut to a rank, leaves out in the last round; bytes of all clients and
-rounds. The residual of `fedex-svd-N` is sent whole in the last round; that of `fedex-svd-N-cut`
-(`recipes/real/truncation.yaml`) never is.
+Where at least {MANY} methods ran, or the assignments of Table 4. Score on the last split; what it
+is above {REFERENCE} with equal seeds, with its 95 % interval where two seeds or more ran; the
+deviation of the factors' product from the ideal update, before any residual (Frobenius norm); the
+share of the ideal update that averaging, or a residual cut to a rank, leaves out in the last round;
+bytes of all clients and rounds. The residual of `fedex-svd-N` is sent whole in the last round; that
+of `fedex-svd-N-cut` (`recipes/real/truncation.yaml`) never is.
 Seconds are not told: methods took over each other's first round. In the plot a point is a method in
 one task, with clients alike or uneven.
 """
@@ -120,17 +122,25 @@ def unpacked(root: Path, file: Path) -> list[Run]:
 
 
 def groups(runs: Sequence[Run]) -> dict[str, Study]:
-    """Runs that may be taken together: one model, partition, number of rows, rounds and epochs."""
+    """Runs that may be taken together: one model, partition, number of rows, rounds, epochs, and
+    rank; a method that ran at a rank at which the reference did not is beside the reference."""
+    ranks: dict[str, set[int]] = {}
+    for run in runs:
+        if run.recipe.method.name == REFERENCE:
+            ranks.setdefault(condition(run), set()).add(run.recipe.lora.r)
     found: dict[str, list[Run]] = {}
     for run in runs:
-        r = run.recipe
-        dealt = "alike" if r.federation.partition.kind == "iid" else "uneven"
-        length = f"{r.federation.rounds} × {r.training.get('num_train_epochs')} epochs"
-        name = (
-            f"{model_name(r.model.name)}, {r.data.train_examples} rows, clients {dealt}, {length}"
-        )
-        found.setdefault(name, []).append(run)
+        rank, known = run.recipe.lora.r, ranks.get(condition(run), set())
+        rank = min(known) if known and rank not in known else rank
+        found.setdefault(f"{condition(run)}, rank {rank}", []).append(run)
     return {name: study(some) for name, some in found.items()}
+
+
+def condition(run: Run) -> str:
+    r = run.recipe
+    dealt = "alike" if r.federation.partition.kind == "iid" else "uneven"
+    length = f"{r.federation.rounds} × {r.training.get('num_train_epochs')} epochs"
+    return f"{model_name(r.model.name)}, {r.data.train_examples} rows, clients {dealt}, {length}"
 
 
 def is_tested(run: Run) -> bool:
@@ -245,7 +255,7 @@ def many(parts: Mapping[str, Study]) -> Iterator[str]:
     for name, part in parts.items():
         for task in part.tasks:
             arms = [row for row in arm_scores(part, task) if row.by_split]
-            if len(arms) < MANY:
+            if len(arms) < MANY and not {row.arm for row in arms} >= ASSIGNMENTS:
                 continue
             split = judged_split(part.of(task)[0].run)
             header = ["method", "seeds", "score", f"less {REFERENCE}", "deviation", "left out"]
@@ -288,6 +298,7 @@ def page(runs: Sequence[Run]) -> Iterator[str]:
     for name, part in compared.items():
         yield from group(name, part)
     yield PLOT
+    yield from layers(runs, HERE / "layers.svg")
     yield from many({name: named(part) for name, part in groups(runs).items()})
     for model in dict.fromkeys(run.recipe.model.name for run in runs):
         told = claims([run for run in runs if run.recipe.model.name == model], tested=True)

@@ -10,6 +10,7 @@ from small_runs import recipe
 from test_results_page import make_run
 
 from fedex_lora.experiments.analysis.runs import read_runs
+from fedex_lora.runs.rundir import RunDir
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "claims.py"
 
@@ -68,3 +69,41 @@ def test_many_seeds_needed_are_near_the_normal_rule(script, spread):
     normal = NormalDist()
     wanted = ((normal.inv_cdf(0.975) + normal.inv_cdf(0.8)) * spread / 0.005) ** 2
     assert wanted < script["seeds_needed"](spread) < wanted + 3
+
+
+def test_the_deviation_by_layer_matrix_and_round(tmp_path, script):
+    given = recipe(tmp_path)
+    norms = {"layer.0.query": 1.0, "layer.1.query": 3.0, "layer.0.value": 0.5, "layer.1.value": 0.5}
+    none = {"clients": {}, "bytes_up": {}, "bytes_down": {}, "seconds": {"round": 1.0}}
+    for seed, rank in ((0, 4), (1, 4), (0, 1)):
+        make_run(tmp_path / f"runs{rank}" / "news", given, "fedit", seed, 0.5, lora={"r": rank})
+        records = [
+            {
+                "round": round,
+                **none,
+                "deviation_by_site": {name: norm / round for name, norm in norms.items()},
+                "ideal_by_site": {name: norm * round for name, norm in norms.items()},
+            }
+            for round in (1, 2)
+        ]
+        RunDir(tmp_path / f"runs{rank}" / "news" / f"fedit-seed{seed}").write_records(records)
+    runs = read_runs([tmp_path / "runs4", tmp_path / "runs1"])[0]
+    text = "\n".join(script["layers"](runs, tmp_path / "layers.svg"))
+    rows = [line for line in text.splitlines() if line.startswith("| roberta")]
+    # deeper over other: Q 3, V 1, so their geometric mean; Q / V = 2 / .5; rounds: 1/2, of ideals
+    # that grow as much 1/4
+    told = "1.732 ± 0.000 (1.000 ± 0.000) | 4.000 ± 0.000 (1.000 ± 0.000) | 0.500 ± 0.000 (0.250"
+    assert len(rows) == 2 and "| 1 | " in rows[0] and "| 2 | " + told in rows[1]
+    assert "Q, r 1" in (tmp_path / "layers.svg").read_text()
+
+
+def test_a_method_of_another_rank_stands_beside_the_reference(tmp_path, script):
+    given = recipe(tmp_path)
+    for method, rank in (("fedit", 2), ("fedit", 4), ("ravan", 8), ("fedex", 4)):
+        make_run(tmp_path / f"{rank}" / "news", given, method, 0, 0.5, lora={"r": rank})
+    found = script["groups"](read_runs([tmp_path / str(r) for r in (2, 4, 8)])[0])
+    names = {
+        name.rpartition(" ")[2]: [p.run.recipe.method.name for p in part.placed]
+        for name, part in found.items()
+    }
+    assert names == {"2": ["fedit", "ravan"], "4": ["fedex", "fedit"]}

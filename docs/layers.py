@@ -1,0 +1,102 @@
+"""Figures 2 to 9 of the paper on the page of claims: by layer, kind of matrix and round."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from results import model_name
+from results_why import REFERENCE
+
+from fedex_lora.experiments.analysis import deviation as dev
+from fedex_lora.experiments.analysis.runs import Run
+from fedex_lora.experiments.analysis.statistics import spread
+from fedex_lora.experiments.compare import markdown_table
+
+ABOUT = f"""\
+## By layer, matrix and round
+
+![Deviation by layer](layers.svg)
+
+What Figures 2 to 9 of the paper show, of the runs of {REFERENCE}. After round 1: the mean deviation
+‖ideal − averaged‖ of the deeper half of the layers over that of the other, and of all Q over all V;
+and over all rounds, of the last over the first. In brackets the same of ‖ideal − averaged‖ /
+‖ideal‖. Mean ± standard deviation over runs; the paper says below 1, above 1 and below 1. In the
+plot a line is the mean over runs, after round 1.
+"""
+RATIOS: tuple[Callable[[Sequence[dev.Deviation], dev.Scaling], float | None], ...] = (
+    dev.depth_trend,
+    dev.query_over_value,
+    dev.round_trend,
+)
+Kind = tuple[str, str, int, str, int, int]
+
+
+def kind_of(run: Run) -> Kind:
+    """Runs of one kind are taken together."""
+    r = run.recipe
+    dealt = "alike" if r.federation.partition.kind == "iid" else "uneven"
+    epochs, rounds = int(r.training.get("num_train_epochs", 1)), r.federation.rounds
+    rows = r.data.train_examples
+    return model_name(r.model.name), str(rows or "all"), r.lora.r, dealt, epochs, rounds
+
+
+def grouped(runs: Sequence[Run]) -> dict[Kind, dict[str, list[dev.Deviation]]]:
+    """The deviations of every run that averages factors, by kind and by task and seed."""
+    found: dict[Kind, dict[str, list[dev.Deviation]]] = {}
+    for run in runs:
+        spec = run.recipe.federation
+        plain = spec.mean == "weighted" and not spec.align and spec.server_optimizer is None
+        if plain and run.recipe.method.name == REFERENCE and (rows := dev.deviations(run)):
+            sample = f"{run.recipe.name}, seed {run.recipe.seed}"
+            found.setdefault(kind_of(run), {})[sample] = rows
+    return dict(sorted(found.items()))
+
+
+def ratio(
+    samples: Sequence[Sequence[dev.Deviation]],
+    trend: Callable[[Sequence[dev.Deviation], dev.Scaling], float | None],
+) -> str:
+    """exp of the trend of every run, of the deviation and, in brackets, relative to the ideal."""
+    told = [
+        spread([math.exp(t) for rows in samples if (t := trend(rows, scaling)) is not None])
+        for scaling in ("absolute", "relative")
+    ]
+    return "-" if told[0] == "-" else f"{told[0]} ({told[1]})"
+
+
+def layers(runs: Sequence[Run], svg: Path) -> Iterator[str]:
+    """The section, and its plot."""
+    found = grouped(runs)
+    if not found:
+        return
+    yield ABOUT
+    header = ["model", "rows", "r", "clients", "epochs", "rounds", "runs"]
+    header += ["deeper / other half", "Q / V", "last / first round"]
+    rows = [
+        [*map(str, kind), str(len(samples))]
+        + [ratio([*samples.values()], trend) for trend in RATIOS]
+        for kind, samples in found.items()
+    ]
+    yield markdown_table(header, rows)
+    draw(found, svg)
+
+
+def draw(found: Mapping[Kind, Mapping[str, Sequence[dev.Deviation]]], svg: Path) -> None:
+    """A panel a model: the deviation by layer after round 1, of Q and V."""
+    models = [*dict.fromkeys(kind[0] for kind in found)]
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(4.2 * len(models), 3.8), layout="constrained", squeeze=False
+    )
+    for axes, model in zip(panels[0], models, strict=True):
+        alike = [kind for kind in found if kind[0] == model and kind[3] == "alike"]
+        for i, kind in enumerate(alike):
+            for matrix, line in zip(dev.QUERY_VALUE, ("-", "--"), strict=True):
+                curve = dev.across_layers([*found[kind].values()], matrix, "absolute")
+                means = [sum(values) / len(values) for values in curve.values()]
+                label = f"{matrix}, r {kind[2]}, {kind[4]} epochs, {kind[1]} rows, {kind[5]} rounds"
+                axes.plot([*curve], means, line, color=f"C{i}", label=label)
+        axes.set(title=model, xlabel="layer", yscale="log")
+        axes.legend(fontsize="xx-small")
+    panels[0][0].set_ylabel("‖ideal − averaged‖")
+    figure.savefig(svg, metadata={"Date": None})
