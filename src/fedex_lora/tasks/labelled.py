@@ -150,8 +150,8 @@ class _Work:
         """Each token's loss, log Σ exp z − z of the token, and p = softmax(z)."""
         z = logits.detach().float()
         p = functional.softmax(z, dim=-1)
-        top, place = z.max(dim=-1, keepdim=True)
-        log_sum = top - p.gather(1, place).log()  # the largest p is no smaller than 1 / vocabulary
+        top, largest = z.amax(dim=-1, keepdim=True), p.amax(dim=-1, keepdim=True)
+        log_sum = top - largest.log()  # the largest p is no smaller than 1 / vocabulary
         found = log_sum - z.gather(1, self.targets[chunk, None])
         if self.smoothing:
             even = log_sum - z.mean(dim=-1, keepdim=True)
