@@ -88,6 +88,14 @@ def test_targets_that_match_nothing_are_refused_with_what_there_is(path):
         load(path("gpt2"), target_modules=["c_fc", "c_atn"])
     with pytest.raises(UserError, match=r"modules_to_save: 'klassifier' matches nothing"):
         load(path("bert"), modules_to_save=["klassifier"])
+    with pytest.raises(UserError, match=r"exclude_modules: 'qury' matches nothing"):
+        load(path("bert"), exclude_modules=["qury"])
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(UserError, match=rf"{field}: 'qury' .* adapted layers: query$"):
+            load(path("bert"), **{field: {"query": 2, "qury": 4}})
+    blocks = r"'word_embeddings' matches nothing in the blocks of lora\.layers_to_transform"
+    with pytest.raises(UserError, match=blocks):
+        load(path("bert"), target_modules=["query", "word_embeddings"], layers_to_transform=[1])
     with pytest.raises(UserError, match="layers_to_transform"):
         load(path("bert"), layers_pattern="layer")
 

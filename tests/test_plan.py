@@ -54,6 +54,20 @@ def test_a_plan_is_what_the_run_turns_out_to_be(folder):
     assert found.timing.run > 3 * sum(found.timing.steps.values()) * found.timing.step
 
 
+@pytest.mark.parametrize("name", ["fedsvd", "fedex-hetero", "feddpa"])
+def test_models_that_clients_score_are_sent_to_them(name, folder):
+    where = {"where": "clients", "every": 2, "client_fraction": 0.4}
+    asked = {"rounds": 3, "clients_per_round": 2}
+    r = recipe(folder, method={"name": name}, federation=asked, evaluation=where)
+    found = plan(r, measured=False)
+    results = start_run(r, folder / name)
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    for planned, record in zip(found.rounds, map(json.loads, lines), strict=True):
+        assert {c: s.bytes for c, s in planned.down.items()} == record["bytes_down"]
+    assert len(found.rounds[1].down) == len(found.rounds[2].down) == 3
+    assert found.delivery.bytes == results["bytes_delivery"]
+
+
 def test_what_clients_keep_for_themselves_counts_on_the_disk_and_not_in_memory(folder):
     r = recipe(folder, "gpt2", method={"name": "fedex-keep"}, federation={"rounds": 1})
     found = plan(r, measured=False)

@@ -89,7 +89,7 @@ def test_without_a_ledger_the_steps_are_of_the_averaged_factors(name, optimizer)
 @pytest.mark.parametrize("name", ["fedex", "fedex-svd", "fedex-keep", "fedit"])
 def test_a_run_that_goes_on_remembers(name, optimizer, tmp_path):
     s = settings(name, optimizer=optimizer, wire_dtype=torch.bfloat16)
-    states, _, records = simulate(s, 4)
+    states, _, _ = simulate(s, 4)
     save_checkpoint(tmp_path, states[2], {})
     state, _ = load_checkpoint(tmp_path / "round-0002.safetensors")
     _, again, _ = simulate(s, 2)
@@ -98,9 +98,23 @@ def test_a_run_that_goes_on_remembers(name, optimizer, tmp_path):
         same_state(state, expected)
         assert state.optimizer.keys() == expected.optimizer.keys() and state.optimizer
         assert all(torch.equal(t, expected.optimizer[n]) for n, t in state.optimizer.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, method in METHODS.items()
+        if method.trains != "all" and not list(ServerOptimizer("fedavgm").problems(method, 1.0))
+    ],
+)
+def test_messages_are_foretold_of_every_method_that_takes_one(name):
+    s = settings(name, optimizer=ServerOptimizer("fedadam"), wire_dtype=torch.bfloat16)
     played = DryRun(s, {n: t.shape for n, t in initial(s).head.items()})
-    for record in records:
-        assert {c: x.bytes for c, x in played.round()[1].items()} == record["bytes_down"]
+    for record in simulate(s, 4)[2]:
+        up, down = played.round()
+        assert {c: x.bytes for c, x in down.items()} == record["bytes_down"]
+        assert up.keys() == record["bytes_up"].keys()
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,23 @@ def test_texts_do_not_depend_on_the_batch(model, tokenizer, prompts, decoding):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("longer", [0, 1])
+def test_a_model_whose_rows_are_not_apart_gets_one_prompt_at_a_time(tokenizer, longer, caplog):
+    """Those of RWKV see padding, and in transformers each other."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2}
+    model = transformers.RwkvForCausalLM(
+        transformers.RwkvConfig(vocab_size=len(tokenizer), context_length=64, **size)
+    )
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    prompts, decoding = [[5, 9, 7], [8, 20, 9, 11][: 3 + longer]], Decoding(9)
+    alone = [generate(model, tokenizer, [ids], decoding, batch_size=3)[0] for ids in prompts]
+    assert not caplog.records
+    assert generate(model, tokenizer, prompts, decoding, batch_size=2) == alone
+    assert "one prompt at a time" in caplog.text
+
+
 def banned(row: Sequence[int], size: int) -> set[int]:
     """The tokens that would end an n-gram that is in the row already."""
     known = {tuple(row[i : i + size]) for i in range(len(row) - size + 1)}

@@ -81,6 +81,7 @@ ROWS = [
     ([9, 9, 2], 1),
 ]
 
+PLAIN: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, pad_token_type_id=0)
 LABELLED = sum(len(ids) - first for ids, first in ROWS)
 
 
@@ -280,10 +281,27 @@ def test_losses_by_row_without_gradients():
         assert sums[row] == pytest.approx(expected, rel=1e-5) and counts[row] == len(ids) - first
 
 
+def test_a_prompt_is_not_shared_where_padding_shows(monkeypatch, caplog):
+    """By the group with the longest rest, whose prompt is the longest, alone it would not."""
+    model, tokenizer = model_of("GPT2").eval(), PLAIN
+    groups = [
+        [
+            {"input_ids": [*p, 6, 7, end], "labels": [IGNORED] * len(p) + [6, 7, end]}
+            for end in (3, 4)
+        ]
+        for p in ([5, 7, 9, 11], [8, 3])
+    ]
+    monkeypatch.setattr(shared, "_positions", lambda body, places: {})
+    with caplog.at_level(logging.WARNING, shared.logger.name):
+        found = shared.continuation_losses(model, groups, tokenizer, 6)
+    assert "other scores than without" in caplog.text
+    assert found == shared._apart(model, groups, tokenizer, 6)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_prompt_shared_by_its_continuations_gives_the_same_losses(kind, caplog):
     model = model_of(kind).eval()
-    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, pad_token_type_id=0)
+    tokenizer = PLAIN
     prompts = [[5, 7, 9, 11, 4, 6, 8, 10], [8, 3, 4], [9, 12]]
     ends = [[[6, 7, 8], [6, 7, 9, 2], [6, 5]], [[3], [4]], [[10, 11, 12, 13, 3]]]
     groups = [

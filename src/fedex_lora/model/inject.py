@@ -56,9 +56,10 @@ def inject(
         UserError: If a name in the recipe matches nothing, or a layer cannot be adapted exactly.
     """
     model = base.model
-    _check_names(
-        "lora.modules_to_save", lora.modules_to_save, [n for n, _ in model.named_modules()]
-    )
+    everything = [name for name, _ in model.named_modules()]
+    _check_names("lora.modules_to_save", lora.modules_to_save, everything)
+    if isinstance(lora.exclude_modules, list):
+        _check_names("lora.exclude_modules", lora.exclude_modules, everything)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     tied = {i for i, names in owners.items() if names > 1}
     new = _untrained_modules(base.missing, head_names(lora, task_type))
@@ -97,7 +98,14 @@ def inject(
             f"lora.target_modules: {lora.target_modules!r} matches no layer; the model has: {kinds}"
         )
     if isinstance(lora.target_modules, list):
-        _check_names("lora.target_modules", lora.target_modules, names, kinds)
+        blocks = " in the blocks of lora.layers_to_transform"
+        where = "" if lora.layers_to_transform is None else blocks
+        _check_names("lora.target_modules", lora.target_modules, names, kinds, where)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(lora, field):
+            if not any(get_pattern_key([key], name) == key for name in names):
+                told = f"lora.{field}: {key!r} matches none of the adapted layers"
+                raise RecipeError(f"{told}: {', '.join(dict.fromkeys(map(_last, names)))}")
     for layer in layers:
         if id(layer.base.weight) in tied:
             raise RecipeError(
@@ -137,11 +145,17 @@ def _beside_language(model: Any) -> str | None:
     return rf"(?!{re.escape(name)}\.|lm_head$).*" if name else None
 
 
-def _check_names(field: str, wanted: list[str] | None, names: list[str], kinds: str = "") -> None:
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _check_names(
+    field: str, wanted: list[str] | None, names: list[str], kinds: str = "", where: str = ""
+) -> None:
     for want in wanted or []:
         if not any(name == want or name.endswith(f".{want}") for name in names):
-            has = kinds or ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in names if n))
-            raise RecipeError(f"{field}: {want!r} matches nothing; the model has: {has}")
+            has = kinds or ", ".join(dict.fromkeys(_last(n) for n in names if n))
+            raise RecipeError(f"{field}: {want!r} matches nothing{where}; the model has: {has}")
 
 
 def _untrained_modules(missing: frozenset[str], trained: list[str]) -> list[str]:
@@ -153,7 +167,7 @@ def _untrained_modules(missing: frozenset[str], trained: list[str]) -> list[str]
 
 def _kinds(model: nn.Module) -> str:
     kinds = {
-        name.rpartition(".")[2]
+        _last(name)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
     }

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from fedex_lora.errors import RecipeError
 from fedex_lora.tasks.base import evaluating, learned_positions, longest_first, pad, padding
 from fedex_lora.tasks.lazy import PreTrainedTokenizerBase, Tensor, nn, torch, transformers
 from fedex_lora.tasks.metrics import exact_match
 from fedex_lora.tasks.outputs import Outputs
-from fedex_lora.tasks.searching import beams, greedy
+from fedex_lora.tasks.searching import Live, beams, greedy, inputs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ def generate(
 ) -> list[str]:
     """The text that follows each prompt, up to the end-of-text token.
 
-    Prompts are generated from longest first, in batches padded on the left. The model's own
-    settings (its `generation_config`) have no influence. Training modes are left as they were.
+    Prompts are generated from longest first, in batches padded on the left; one at a time where
+    a batch would change the texts. The model's own settings (its `generation_config`) have no
+    influence. Training modes are left as they were.
 
     Args:
         model: A transformers or PEFT causal language model.
@@ -64,6 +69,10 @@ def generate(
     def generated(rows: Sequence[int], device: torch.device) -> list[str]:
         return _generate(model, tokenizer, [prompts[i] for i in rows], decoding, device)
 
+    if batch_size > 1 and len(prompts) > 1:
+        one = min(prompts, key=len)
+        room = max(map(len, prompts)) + decoding.max_new_tokens - len(one)
+        batch_size = batch_size if _rows_apart(model, tokenizer, one, room) else 1
     return batches(generated, model, prompts, decoding, batch_size, outputs)
 
 
@@ -108,6 +117,45 @@ def batches(
             if outputs:
                 outputs.add(new)
     return [texts[i] for i in range(len(prompts))]
+
+
+def _rows_apart(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], room: int
+) -> bool:
+    """Whether a prompt goes on as it does alone where it is padded and beside another one.
+
+    Not every model leaves padding and other rows out of account, so it is tried, once.
+
+    Args:
+        room: How many tokens more the model is known to have positions for.
+    """
+    found: list[Tensor] = []
+
+    def look(model: Any, input_ids: Tensor, generation_config: Any, **kept: Any) -> Tensor:
+        live = Live(model, input_ids, generation_config, inputs(kept))
+        first = live.logits()
+        rows = torch.arange(len(first), device=first.device)
+        live.go_on(rows, torch.full_like(rows, prompt[-1]))
+        found.append(torch.cat([first[0], live.logits()[0]]))
+        return input_ids
+
+    if model not in _apart:
+        longer = [*prompt, *[prompt[-1]] * min(3, room - 1)]
+        with evaluating(model) as device, _without_own_settings(model):
+            for given in ([prompt], [prompt, longer]):
+                _generate(model, tokenizer, given, Decoding(2), device, custom_generate=look)
+        _apart[model] = not found or _alike(*found)  # it may have a `generate` of its own
+        if not _apart[model]:
+            logger.warning("the model's answers change in a batch: one prompt at a time")
+    return _apart[model]
+
+
+_apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether logits are the same but for rounding, that of models in half precision included."""
+    return bool((other - one).norm() <= 0.1 * (one - one.mean()).norm())
 
 
 def verdicts(
@@ -169,19 +217,18 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     device: torch.device,
+    **more: Any,
 ) -> list[str]:
     rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in prompts]
     # on the left, so that every prompt ends where its text begins
     ids = pad(rows, "input_ids", padding(tokenizer), side="left").to(device)
-    more: dict[str, Any] = {}
     if decoding.no_repeat_ngram:
         ban = NoRepeatNgram(decoding.no_repeat_ngram, start=ids.shape[1])
         more["logits_processor"] = transformers.LogitsProcessorList([ban])
     generated = cast(Any, model).generate(
         input_ids=ids,
         attention_mask=pad(rows, "attention_mask", 0, side="left").to(device),
-        **_search(decoding, tokenizer),
-        **more,
+        **(_search(decoding, tokenizer) | more),
     )
     return [text_of(text, tokenizer) for text in generated[:, ids.shape[1] :].tolist()]
 

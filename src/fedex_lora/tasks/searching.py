@@ -53,8 +53,8 @@ def _chosen(key: str, value: Any, rows: Tensor) -> Any:
     if hasattr(value, "reorder_cache"):
         value.reorder_cache(rows)
         return value
-    if isinstance(value, tuple):  # the cache of an older model
-        return tuple(_chosen(key, part, rows) for part in value)
+    if isinstance(value, tuple | list):  # the cache of an older model, or of RWKV
+        return type(value)(_chosen(key, part, rows) for part in value)
     if key == "encoder_outputs":
         return type(value)(**{name: part[rows] for name, part in value.items()})
     if isinstance(value, torch.Tensor):  # positions may have a dimension of their own before
@@ -72,7 +72,7 @@ def greedy(max_new_tokens: int, end: int | None) -> Search:
     def search(
         model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **kept: Any
     ) -> Tensor:
-        live = Live(model, input_ids, generation_config, _inputs(kept))
+        live = Live(model, input_ids, generation_config, inputs(kept))
         start, found = input_ids.shape[1], [[] for _ in input_ids]
         owners = torch.arange(len(input_ids), device=input_ids.device)
         for step in range(1, max_new_tokens + 1):
@@ -103,7 +103,7 @@ def beams(max_new_tokens: int, end: int | None, width: int, length_penalty: floa
     def search(
         model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **kept: Any
     ) -> Tensor:
-        live = Live(model, input_ids, generation_config, _inputs(kept))
+        live = Live(model, input_ids, generation_config, inputs(kept))
         start, device = input_ids.shape[1], input_ids.device
         best: list[list[tuple[float, list[int]]]] = [[] for _ in input_ids]  # ended, best first
         owners = list(range(len(input_ids)))
@@ -156,7 +156,7 @@ def _ends(tokens: Tensor, end: int | None) -> Tensor:
     return torch.zeros_like(tokens, dtype=torch.bool) if end is None else tokens == end
 
 
-def _inputs(kept: dict[str, Any]) -> dict[str, Any]:
+def inputs(kept: dict[str, Any]) -> dict[str, Any]:
     """What transformers gives a search besides, without what is for searches of its own."""
     return {key: value for key, value in kept.items() if key not in _THEIRS}
 

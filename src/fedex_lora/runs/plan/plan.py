@@ -21,7 +21,7 @@ from fedex_lora.engines.setup import (
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.architectures import count
 from fedex_lora.model.load import local_folder
-from fedex_lora.recipe import Recipe
+from fedex_lora.recipe import EvaluationSpec, Recipe
 from fedex_lora.runs import private
 from fedex_lora.runs.plan.memory import Part, client_memory, server_memory
 from fedex_lora.runs.plan.timing import Timing, measure
@@ -135,7 +135,7 @@ def plan(recipe: Recipe, measured: bool = True) -> Plan:
         recipe.engine.kind != "local",
     )
     run = DryRun(settings, model.head, recipe.lora.init is not None)
-    rounds = [_round(run) for _ in range(settings.rounds)]
+    rounds = [_round(run, recipe.evaluation) for _ in range(settings.rounds)]
     delivery = summed(run.down(client) for client in settings.clients)
     messages = [s.bytes for r in rounds for part in (r.up, r.down) for s in part.values()]
     checkpoint = max(r.checkpoint for r in rounds)
@@ -162,8 +162,12 @@ def plan(recipe: Recipe, measured: bool = True) -> Plan:
     )
 
 
-def _round(run: DryRun) -> Round:
+def _round(run: DryRun, evaluation: EvaluationSpec) -> Round:
     up, down = run.round()
+    due = run.version == run.settings.rounds or run.version % evaluation.every == 0
+    if evaluation.where != "server" and due:
+        scored = run.scored()
+        down = {c: summed(m[c] for m in (down, scored) if c in m) for c in {**down, **scored}}
     ranks = run.ledger_ranks()
     layer = max(ranks, key=lambda name: ranks[name], default=None)
     shape = run.settings.layers[layer] if layer is not None else None

@@ -28,6 +28,7 @@ from fedex_lora.federation.state import (
     ServerState,
     begin,
     broadcast_to,
+    delivered,
     own_part,
     sent_part,
     start_of,
@@ -117,6 +118,16 @@ class DryRun:
         self._state = self._in_wire_dtype(step(self._state, self.settings, result, taken, kept))
         self._sizes.clear()
         return up, down
+
+    def scored(self) -> dict[str, Size]:
+        """Sizes of the messages with which clients get the model to score it: those of the next
+        round, who have it then, or all of them after the last."""
+        settings, next = self.settings, self.version + 1
+        asked = settings.clients if next > settings.rounds else settings.sample(next)
+        down = {client: self.down(client) for client in asked}
+        self._state = delivered(self._state, asked)
+        self._sizes.clear()
+        return down
 
     def down(self, client: str) -> Size:
         """The message that brings this client up to date."""
@@ -240,12 +251,15 @@ class DryRun:
         return self._started or trained
 
     def _in_wire_dtype(self, state: ServerState) -> ServerState:
-        """The newest tensors in the dtype in which they are sent."""
+        """The newest tensors in the dtype in which they are sent; drawn ones lose their numbers."""
         settings, version = self.settings, state.version
         if version == settings.rounds and settings.flush:
             return state
         to = settings.wire_dtype
-        factors = {n: Factors(f.A.to(to), f.B.to(to), f.scale) for n, f in state.factors.items()}
+        factors = {
+            n: Factors(f.A.to("meta", to), f.B.to("meta", to), f.scale)
+            for n, f in state.factors.items()
+        }
         entries = tuple(
             (v, {n: w.to(to) for n, w in inc.items()} if v == version else inc)
             for v, inc in state.ledger.entries
@@ -330,6 +344,7 @@ def _without_numbers(state: ServerState) -> ServerState:
         factors={
             n: Factors(f.A.to("meta"), f.B.to("meta"), f.scale) for n, f in state.factors.items()
         },
+        head={n: t.to("meta") for n, t in state.head.items()},
         ledger=Ledger((), snapshot, 0),
         own={c: {n: t.to("meta") for n, t in own.items()} for c, own in state.own.items()},
     )
