@@ -138,6 +138,11 @@ def test_what_has_no_name_is_refused_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"lm_head.weight: GGUF has factors of linear layers"):
         write_adapter(heads, tmp_path / "a.gguf", str(llama))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"cannot be read; name its base model with `base`: [^\n]+$"
+    ):
+        write_adapter(heads, tmp_path / "a.gguf", str(tmp_path))
     config = AutoModelForCausalLM.from_pretrained(llama).config
     with pytest.raises(UserError, match=r"rotor\.weight: llama\.cpp has no name for it"):
         architecture(config).tensor("model.layers.0.rotor.weight")

@@ -299,6 +299,11 @@ def test_the_command_line(command, quick, tmp_path):
     assert (tmp_path / "d.csv").read_text().count("\n") == 1 + 8 * 3
     code, _, err = command("deviation", run, "--round", 9)
     assert code == 2 and "--round: 9" in err
+    first, *lines = (run / "metrics.jsonl").read_text().splitlines()
+    unmeasured = {k: v for k, v in json.loads(first).items() if k != "deviation_by_site"}
+    (run / "metrics.jsonl").write_text("\n".join([json.dumps(unmeasured), *lines, ""]))
+    code, out, _ = command("deviation", run)  # as a method whose first rounds have no factors
+    assert code == 0 and "root mean square" in out
     code, _, err = command("deviation", made_up(tmp_path / "local", spec("local")))
     assert code == 2 and "no deviation" in err
 

@@ -80,7 +80,9 @@ def claims(runs: Runs) -> None:
 @app.command()
 def deviation(
     runs: Runs,
-    round: Annotated[int, typer.Option(min=1, help="After which round.")] = 1,
+    round: Annotated[
+        int | None, typer.Option(min=1, help="After which round; the first measured if not given.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--csv", help="Every site and round.")] = None,
 ) -> None:
     """Show how far averaging the factors is from the ideal update, by layer and matrix."""
@@ -100,7 +102,7 @@ def deviation(
     rows = [
         [name, "-" if layer is None else str(layer), kind, *_scaled(part, SCALINGS)]
         for name, rows in by_run.items()
-        for (layer, kind), part in _by_place(rows, round).items()
+        for (layer, kind), part in _by_place(rows, round or rows[0].round).items()
     ]
     if not rows:
         raise RecipeError(f"--round: {round}, but no run has a record of that round")

@@ -93,7 +93,7 @@ def write_adapter(folder: Path, out: Path, base: str, kind: Kind = "f32") -> Wri
         raise StorageError(f"{folder}: no PEFT adapter: {reason(error)}") from None
     if refused := unsupported(config):
         raise DataError(f"{folder}: {refused}; GGUF has plain adapters alone")
-    made, tensors = architecture(_config(base)), {}
+    made, tensors = architecture(_config(base, "; name its base model with `base`")), {}
     keys = adapter_keys(stored, str(folder)).stored
     found = {key.removeprefix(PREFIX): stored[name] for key, name in keys.items()}
     first, second = (f".{name}" for name in NAMES[False])
@@ -127,13 +127,14 @@ def _padded(name: str, tensor: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, 0, 0, more) if a else (0, more))
 
 
-def _config(name: str) -> Any:
+def _config(name: str, remedy: str = "") -> Any:
     from transformers import AutoConfig  # noqa: PLC0415 (takes seconds)
 
     try:
         return AutoConfig.from_pretrained(locate(name))
     except (OSError, ValueError) as error:
-        raise DataError(f"{name}: its config cannot be read: {error}") from None
+        why = str(error).partition("\n")[0]
+        raise DataError(f"{name}: its config cannot be read{remedy}: {why}") from None
 
 
 def _written(writer: gguf.GGUFWriter, tensors: Tensors, out: Path, kind: Kind) -> Written:
