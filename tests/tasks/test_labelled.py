@@ -13,6 +13,7 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn import functional
 from transformers import Trainer
 
 from fedex_lora.engines.training import LabelledTrainer, quick_collections, training_arguments
@@ -235,6 +236,16 @@ class OwnLossForCausalLM(transformers.LlamaForCausalLM):
         return output
 
 
+class UnshiftedForCausalLM(transformers.LlamaForCausalLM):
+    """As BART's decoder: labels are those of the next tokens already."""
+
+    def forward(self, *args: Any, labels: Any = None, **inputs: Any) -> Any:
+        output = super().forward(*args, **inputs)
+        if labels is not None:
+            output.loss = functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+        return output
+
+
 class OwnHeadForCausalLM(transformers.LlamaForCausalLM):
     def forward(self, *args: Any, **inputs: Any) -> Any:
         output = super().forward(*args, **inputs)
@@ -258,6 +269,20 @@ def test_where_it_does_not_apply_the_trainers_way_is_gone(kind, reason, tmp_path
     assert len(said) == 1 and reason in said[0] and kind.__name__ in said[0]
     own = gradients(Trainer, model, tmp_path)
     assert found[0] == own[0] and all(found[1][n].equal(own[1][n]) for n in own[1])
+
+
+def test_a_model_whose_labels_are_not_shifted_learns_the_next_token(tmp_path):
+    losses = []
+    for kind, trainer in (
+        (transformers.LlamaForCausalLM, Trainer),
+        (UnshiftedForCausalLM, LabelledTrainer),
+    ):
+        torch.manual_seed(0)
+        losses.append(gradients(trainer, kind(transformers.LlamaConfig(**GROUPED)), tmp_path))
+    (own_loss, own), (loss, found) = losses
+    assert loss == pytest.approx(own_loss, rel=1e-5)
+    for name, gradient in own.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=name)
 
 
 def test_experts_that_add_a_loss_of_theirs_are_left_to_the_trainer(tmp_path, chunks):
