@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from results import model_name
 from results_why import REFERENCE
 
@@ -89,14 +91,17 @@ def draw(found: Mapping[Kind, Mapping[str, Sequence[dev.Deviation]]], svg: Path)
         1, len(models), figsize=(4.2 * len(models), 3.8), layout="constrained", squeeze=False
     )
     for axes, model in zip(panels[0], models, strict=True):
-        alike = [kind for kind in found if kind[0] == model and kind[3] == "alike"]
-        for i, kind in enumerate(alike):
+        first: dict[str, dict[str, Sequence[dev.Deviation]]] = {}  # however many rounds followed
+        for (name, rows, rank, dealt, epochs, _), samples in found.items():
+            if name == model and dealt == "alike":
+                first.setdefault(f"r {rank}, {epochs} epochs, {rows} rows", {}).update(samples)
+        for i, (label, samples) in enumerate(first.items()):
             for matrix, line in zip(dev.QUERY_VALUE, ("-", "--"), strict=True):
-                curve = dev.across_layers([*found[kind].values()], matrix, "absolute")
-                means = [sum(values) / len(values) for values in curve.values()]
-                label = f"{matrix}, r {kind[2]}, {kind[4]} epochs, {kind[1]} rows, {kind[5]} rounds"
-                axes.plot([*curve], means, line, color=f"C{i}", label=label)
+                curve = dev.across_layers([*samples.values()], matrix, "absolute")
+                means = [fmean(values) for values in curve.values()]
+                axes.plot([*curve], means, line, color=f"C{i}", label=f"{matrix}, {label}")
         axes.set(title=model, xlabel="layer", yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize="xx-small")
     panels[0][0].set_ylabel("‖ideal − averaged‖")
     figure.savefig(svg, metadata={"Date": None})
