@@ -142,9 +142,11 @@ def _rows_apart(
     if model not in _apart:
         longer = [*prompt, *[prompt[-1]] * min(3, room - 1)]
         with evaluating(model) as device, _without_own_settings(model):
-            for given in ([prompt], [prompt, longer]):
-                _generate(model, tokenizer, given, Decoding(2), device, custom_generate=look)
-        _apart[model] = not found or _alike(*found)  # it may have a `generate` of its own
+            _generate(model, tokenizer, [prompt], Decoding(2), device, custom_generate=look)
+            if found:  # a model may have a `generate` of its own
+                both = [prompt, longer]
+                _generate(model, tokenizer, both, Decoding(2), device, custom_generate=look)
+        _apart[model] = not found or _alike(*found)
         if not _apart[model]:
             logger.warning("the model's answers change in a batch: one prompt at a time")
     return _apart[model]
