@@ -174,3 +174,16 @@ def test_rows_are_as_long_as_their_task_has_them(place):
     for kind, length in kinds.items():
         found = first_recipe("x", "model", {"kind": kind}, "fedex", files, None)
         assert found["task"]["max_length"] == length
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_column_that_is_not_read_is_told(pair, place, tmp_path, command):
+    for name in ("ann", "bob"):
+        (tmp_path / f"{name}.csv").write_text("text,other,label\n" + "a,b,0.5\n" * 20)
+    data = [part for name in ("ann", "bob") for part in ("--data", tmp_path / f"{name}.csv")]
+    sets = ("--set", "task.text_pair_column=other") if pair else ()
+    given = ("--model", place / "model", "--task", "text-regression", "--method", "fedex")
+    code, said, err = command("new", tmp_path / "my.yaml", *given, *data, *sets)
+    assert code == 0, err
+    told = "Not read: other. A second text is named by task.text_pair_column"
+    assert (told in said) is not pair

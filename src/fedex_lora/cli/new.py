@@ -191,6 +191,10 @@ def _task(kind: str, files: list[Path], sets: list[str]) -> dict[str, Any]:
         column = form[-1] if form else "label_column"
         name = block.get(column, spec.model_fields[column].default)
         block["labels"] = labels_of(sample, name, bool(form))
+    fields = {key: f.default for key, f in spec.model_fields.items() if key.endswith("_column")}
+    unread = [name for name in columns if name not in (fields | block).values()]
+    if unread and "text_pair_column" in fields.keys() - block.keys():
+        say(f"Not read: {some(unread)}. A second text is named by task.text_pair_column")
     return block
 
 
