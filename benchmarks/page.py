@@ -31,13 +31,13 @@ MISSED: Mapping[str, str] = {
     "language": (
         "Of a step of these four layers of Llama 3.2 1B half is below the output layer, and that "
         "is as it was; with all sixteen it is more, so that there memory is what is gained. With "
-        "Gemma's 6 labels a row, layers below take nearly all of what is left: 2.51 and 2.47 in "
-        "two series."
+        "Gemma's 6 labels a row (24 of 380 positions) nine tenths of what is left are below the "
+        "output layer, by the row with all positions; 2.51 and 2.47 in two series."
     ),
     "turns": (
-        "Seeding as transformers does and a walk over the model in search of a device map took a "
-        "millisecond of the 6.1 that this was before. Of what is left, garbage collection before "
-        "each training, the optimizer's and the loader's making and reading the row are most."
+        "Seeding as transformers does and a walk over the model in search of a device map took "
+        "0.9 ms of the 6.1 that this was before. Of what is left, 2 ms are garbage collection "
+        "before each training, the optimizer's and the loader's making, and reading the row."
     ),
     "residual": (
         "What is left above the least time: each factor is read, subtracted, averaged and written "

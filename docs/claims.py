@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib.pyplot as plt
-from layers import layers
+from layers import dealt, is_plain, layers
 from results import claims, difference, environments, further_metrics, model_name, setting
 from results_why import EXACT, REFERENCE, share_missed
 from scipy import stats
@@ -140,16 +140,15 @@ def groups(runs: Sequence[Run]) -> dict[str, Study]:
 
 def condition(run: Run) -> str:
     r = run.recipe
-    dealt = "alike" if r.federation.partition.kind == "iid" else "uneven"
     length = f"{r.federation.rounds} × {r.training.get('num_train_epochs')} epochs"
-    return f"{model_name(r.model.name)}, {r.data.train_examples} rows, clients {dealt}, {length}"
+    return (
+        f"{model_name(r.model.name)}, {r.data.train_examples} rows, clients {dealt(run)}, {length}"
+    )
 
 
 def is_tested(run: Run) -> bool:
     """Whether it is of a method of the claims, with none of the options that go with any."""
-    spec = run.recipe.federation
-    plain = spec.mean == "weighted" and not spec.align and spec.server_optimizer is None
-    return plain and run.recipe.method.name in (EXACT, REFERENCE, *BESIDE)
+    return is_plain(run) and run.recipe.method.name in (EXACT, REFERENCE, *BESIDE)
 
 
 def named(part: Study) -> Study:

@@ -34,24 +34,32 @@ RATIOS: tuple[Callable[[Sequence[dev.Deviation], dev.Scaling], float | None], ..
 Kind = tuple[str, str, int, str, int, int]
 
 
-def kind_of(run: Run) -> Kind:
+def is_plain(run: Run) -> bool:
+    """Whether it has none of the options that go with any method."""
+    spec = run.recipe.federation
+    return spec.mean == "weighted" and not spec.align and spec.server_optimizer is None
+
+
+def dealt(run: Run) -> str:
+    return "alike" if run.recipe.federation.partition.kind == "iid" else "uneven"
+
+
+def kind(run: Run) -> Kind:
     """Runs of one kind are taken together."""
     r = run.recipe
-    dealt = "alike" if r.federation.partition.kind == "iid" else "uneven"
     epochs, rounds = int(r.training.get("num_train_epochs", 1)), r.federation.rounds
     rows = r.data.train_examples
-    return model_name(r.model.name), str(rows or "all"), r.lora.r, dealt, epochs, rounds
+    return model_name(r.model.name), str(rows or "all"), r.lora.r, dealt(run), epochs, rounds
 
 
 def grouped(runs: Sequence[Run]) -> dict[Kind, dict[str, list[dev.Deviation]]]:
     """The deviations of every run that averages factors, by kind and by task and seed."""
     found: dict[Kind, dict[str, list[dev.Deviation]]] = {}
     for run in runs:
-        spec = run.recipe.federation
-        plain = spec.mean == "weighted" and not spec.align and spec.server_optimizer is None
-        if plain and run.recipe.method.name == REFERENCE and (rows := dev.deviations(run)):
+        averages = is_plain(run) and run.recipe.method.name == REFERENCE
+        if averages and (rows := dev.deviations(run)):
             sample = f"{run.recipe.name}, seed {run.recipe.seed}"
-            found.setdefault(kind_of(run), {})[sample] = rows
+            found.setdefault(kind(run), {})[sample] = rows
     return dict(sorted(found.items()))
 
 
@@ -76,9 +84,8 @@ def layers(runs: Sequence[Run], svg: Path) -> Iterator[str]:
     header = ["model", "rows", "r", "clients", "epochs", "rounds", "runs"]
     header += ["deeper / other half", "Q / V", "last / first round"]
     rows = [
-        [*map(str, kind), str(len(samples))]
-        + [ratio([*samples.values()], trend) for trend in RATIOS]
-        for kind, samples in found.items()
+        [*map(str, of), str(len(samples))] + [ratio([*samples.values()], trend) for trend in RATIOS]
+        for of, samples in found.items()
     ]
     yield markdown_table(header, rows)
     draw(found, svg)
@@ -86,14 +93,14 @@ def layers(runs: Sequence[Run], svg: Path) -> Iterator[str]:
 
 def draw(found: Mapping[Kind, Mapping[str, Sequence[dev.Deviation]]], svg: Path) -> None:
     """A panel a model: the deviation by layer after round 1, of Q and V."""
-    models = [*dict.fromkeys(kind[0] for kind in found)]
+    models = [*dict.fromkeys(of[0] for of in found)]
     figure, panels = plt.subplots(
         1, len(models), figsize=(4.2 * len(models), 3.8), layout="constrained", squeeze=False
     )
     for axes, model in zip(panels[0], models, strict=True):
         first: dict[str, dict[str, Sequence[dev.Deviation]]] = {}  # however many rounds followed
-        for (name, rows, rank, dealt, epochs, _), samples in found.items():
-            if name == model and dealt == "alike":
+        for (name, rows, rank, clients, epochs, _), samples in found.items():
+            if name == model and clients == "alike":
                 first.setdefault(f"r {rank}, {epochs} epochs, {rows} rows", {}).update(samples)
         for i, (label, samples) in enumerate(first.items()):
             for matrix, line in zip(dev.QUERY_VALUE, ("-", "--"), strict=True):

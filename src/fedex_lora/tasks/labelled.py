@@ -281,8 +281,8 @@ def _tried(model: Any, tokens: Tensor) -> Head | str:
             module.training = mode
     if not torch.allclose(logits.float(), own.logits[0].float(), rtol=1e-3, atol=1e-4):
         return "its logits are not those of its output layer on the last hidden states"
-    # decoders made for translation leave it to labels to be those of the next token: theirs would
-    # be of the token itself, and is never asked for
+    # decoders made for translation take labels of the next tokens, so that of ours their loss would
+    # be that of the token itself
     z, asked = own.logits[0].float(), tokens[0]
     usual = functional.cross_entropy(z[:-1], asked[1:]), functional.cross_entropy(z, asked)
     if not any(torch.allclose(loss, own.loss.float(), rtol=1e-5) for loss in usual):
