@@ -99,6 +99,31 @@ def test_the_base_is_enlarged_with_the_adapters_own_rows(name, made, tmp_path):
     assert f"tokenizer is that of {tmp_path}/a0" in " ".join(done.notes)
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "q_proj"])
+def test_what_the_config_ties_and_the_files_do_not(target, made, tmp_path):
+    """transformers then takes both as they are; so do the merges, and nothing goes from one to
+    the other."""
+    model = made(tie=True, size=64, targets=[target])
+    file = tmp_path / "base" / "model.safetensors"
+    held = load_file(file)
+    head = torch.randn(
+        64, len(held["model.norm.weight"]), generator=torch.Generator().manual_seed(3)
+    )
+    save_file(held | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    for i in (0, 1):  # PEFT saved copies of the head that was tied
+        saved = load_file(tmp_path / f"a{i}" / WEIGHTS)
+        kept = {k: t for k, t in saved.items() if "lora_" in k or "lm_head" not in k}
+        save_file(kept, tmp_path / f"a{i}" / WEIGHTS)
+    merge_adapters(planned(tmp_path), tmp_path / "adapter")
+    by_peft = peft.PeftModel.from_pretrained(reload(model, tmp_path / "base"), tmp_path / "adapter")
+    merge_into_base(planned(tmp_path), str(tmp_path / "base"), tmp_path / "out")
+    written = reload(model, tmp_path / "out")
+    assert off(logits(written, WIDE.clamp(max=63)), logits(by_peft, WIDE.clamp(max=63))) < 1e-6
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name, before in {**held, "lm_head.weight": head}.items():
+        assert torch.equal(after[name], before) == (target not in name), name
+
+
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("size", [64, TOKENS])
 def test_tokens_that_were_trained_by_themselves(tie, size, made, command, tmp_path):

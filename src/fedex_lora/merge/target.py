@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -78,10 +79,21 @@ class Target:
         by_id: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.net.named_parameters(remove_duplicate=False):
             by_id[id(parameter)].append(name)
-        return {name: names for names in by_id.values() for name in names}
+        return {
+            name: [name] if self._differ(names) else names
+            for names in by_id.values()
+            for name in names
+        }
+
+    def _differ(self, names: Sequence[str]) -> bool:
+        """Whether the files hold values of their own for these: transformers then ties nothing,
+        whatever the config says."""
+        kept = [self.stored[self.names.direct[n]] for n in names if n in self.names.direct]
+        return any(not torch.equal(kept[0].read(), other.read()) for other in kept[1:])
 
     def tied(self, name: str) -> list[str]:
-        """All names of the parameter called `name`, that one included."""
+        """All names of the parameter called `name`, that one included; those alone that transformers
+        ties when it loads the files."""
         return self._tied.get(name, [name])
 
     def source(self, name: str) -> str | None:
