@@ -93,6 +93,24 @@ def test_named_templates_teach_both_answers_and_what_ends_them(tokenizer, name):
         )
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_that_nothing_precedes_is_learned_without_what_the_template_writes_before_it(
+    tokenizer, name
+):
+    try:
+        (row,) = chat(tokenizer, name, [{"messages": MESSAGES[2:]}])
+    except UserError as error:
+        assert "refuses a conversation (assistant, user, assistant)" in str(error)
+        return
+    assert parts(tokenizer, row) == LEARNED[name]
+
+
+def test_a_default_system_prompt_before_the_first_answer_is_not_learned(tokenizer, tmp_path):
+    text = "<|system|>Be brief.<e>\n" + THINKS  # as Qwen 2.5's template has one
+    (row,) = chat(tokenizer, from_file(tmp_path, text), [{"messages": MESSAGES[4:]}])
+    assert parts(tokenizer, row) == ["The lazy dog.<e>\n"]
+
+
 def test_a_thought_that_only_the_last_answer_has_is_learned_there(tokenizer, tmp_path, caplog):
     (row,) = chat(tokenizer, from_file(tmp_path, THINKS), [{"messages": MESSAGES}])
     assert parts(tokenizer, row) == ["The fox.<e>\n", "<think></think>The lazy dog.<e>\n"]

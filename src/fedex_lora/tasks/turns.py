@@ -98,7 +98,7 @@ class Renderer:
             UserError: As of the whole.
         """
         self(conversation, row)
-        return self._text(conversation.turns[:-1], ask=True)
+        return self._asked(conversation.turns, len(conversation.turns) - 1)
 
     def _text(self, turns: Sequence[Turn], ask: bool = False) -> str:
         if not turns:
@@ -109,6 +109,18 @@ class Renderer:
             tokenize=False,
             add_generation_prompt=ask,
         )
+
+    def _asked(self, turns: Sequence[Turn], i: int) -> str:
+        """The prompt for the answer `turns[i]`. No template is asked about no turns: of an answer
+        that nothing precedes it is what stands before its content, and of blanks there those that
+        prompts end with."""
+        if i:
+            return self._text(turns[:i], ask=True)
+        mark = "turn-1-of-1."
+        opening = self._text([{**turns[0], "content": mark}]).partition(mark)[0]
+        words = opening.rstrip()
+        asked = self._text([{"role": "user", "content": mark}], ask=True)
+        return opening if asked.endswith(opening[len(words) :]) else words
 
     def _check(self, roles: tuple[str, ...], row: int) -> None:
         lost = self._lost(roles)
@@ -131,7 +143,7 @@ class Renderer:
         It begins where the prompt for it ends; what of the prompt the whole text lacks (an opened
         thought) is part of the answer there. None where the texts disagree.
         """
-        before, asked = self._text(turns[:i]), self._text(turns[:i], ask=True)
+        before, asked = self._text(turns[:i]), self._asked(turns, i)
         if not text.startswith(before):
             return None
         prompt = asked[len(before) :] if asked.startswith(before) else ""
