@@ -99,6 +99,18 @@ def test_walking_once_and_counting_once_change_nothing(federation):
         assert trained() == quick
 
 
+def test_a_compiled_model_learns_what_it_does_otherwise(federation):
+    given = {**federation.recipe.trainer_arguments, "num_train_epochs": 1}
+    turn = next(iter(turns(federation)))
+    (plain,) = HFTrainer(federation.task, given)(federation.model, [turn])
+    compiled = {**given, "torch_compile": True, "torch_compile_backend": "eager"}
+    (found,) = HFTrainer(federation.task, compiled)(federation.model, [turn])
+    assert found.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-5)
+    expected = flat(plain.end)
+    for name, value in flat(found.end).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_turn_of_another_rank_than_the_one_before_is_trained(federation):
     model, (turn, *_) = federation.model, turns(federation)
     wider = fresh({name: s.at_rank(s.rank + 2) for name, s in model.layers.items()}, 0)

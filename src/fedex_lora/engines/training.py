@@ -131,6 +131,12 @@ def training_arguments(
         raise UserError(f"training: transformers.TrainingArguments says: {error}") from None
 
 
+def _compiles(training: Mapping[str, Any]) -> bool:
+    """Whether torch.compile looks into the module, which takes no methods but a class's own."""
+    keys = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+    return any(training.get(key) for key in keys)
+
+
 @contextmanager
 def quick_collections() -> Iterator[None]:
     """accelerate collects garbage after every turn. What is there already (libraries, the model,
@@ -188,7 +194,8 @@ class HFTrainer:
         if turn.gradients:
             return self._first_gradients(model, turn)
         model.write(turn.start)
-        with walked_once(model.module):  # not before: what is written may replace parameters
+        # not before: what is written may replace parameters
+        with nullcontext() if _compiles(self.training) else walked_once(model.module):
             model.freeze(turn.trained, turn.head)
             log = self.log.turn(turn.client, turn.round) if self.log else None
             on_step = partial(self.on_step, turn) if self.on_step else None
