@@ -59,6 +59,20 @@ def test_damaged_or_missing_weights_are_refused(tmp_path):
         load(folder)
 
 
+def test_what_stands_for_a_file_is_called_what_it_is(tmp_path):
+    folder = tiny("bert", tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    with pytest.raises(UserError, match=r"model\.safetensors is a pointer of Git LFS"):
+        load(folder)
+    weights.unlink()
+    weights.symlink_to("../../blobs/4d")
+    with pytest.raises(
+        UserError, match=r"model\.safetensors is a link to .*4d, which is not there"
+    ):
+        load(folder)
+
+
 def test_an_unknown_hub_name_is_refused(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"'no-such/model' cannot be loaded .* a hub id"):

@@ -61,6 +61,22 @@ def reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def stands_for(path: Path) -> str:
+    """What a file is in place of the one that its name says: a pointer that Git LFS left, or a
+    link to nothing, as in a part of the hub's cache; "" if it is neither."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {path.readlink()}, which is not there; download it again"
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return ""
+    return "a pointer of Git LFS; get the file itself with `git lfs pull`" if pointer else ""
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes a new file, fsyncs it, renames it onto `path`, fsyncs the directory.
 

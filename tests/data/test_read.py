@@ -17,6 +17,7 @@ from fedex_lora.data import json_file
 from fedex_lora.data.read import line_of, read
 from fedex_lora.errors import UserError
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 ROWS = {"text": ["None", "a, b", "two\nlines"], "label": [0, 1, 0]}
 
 
@@ -81,12 +82,24 @@ def test_lines_of_rows(tmp_path):
         ("x.json", "[]", r"x\.json: no rows"),
         ("x.parquet", "no parquet", r"x\.parquet: cannot be read"),
         ("x.jsonl", "", r"x\.jsonl: the file is empty"),
+        *((f"x.{s}", POINTER, r"Git LFS; .*git lfs pull") for s in ("csv", "parquet", "jsonl")),
         ("x.txt", "hello", r"x\.txt: unknown kind of file; expected one of \.jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message):
         read(write(tmp_path, name, text))
+
+
+def test_a_parquet_file_s_columns_that_cannot_be_read_are_named(tmp_path):
+    words, file = pa.array(["a", "b"]), tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_arrays([words, words, words], names=["a", "b", "a"]), file)
+    with pytest.raises(UserError, match=r"x\.parquet: two columns are named 'a'; rename one"):
+        read(file)
+    counts = pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int32()))
+    pq.write_table(pa.table({"a": words, "counts": counts}), file)
+    with pytest.raises(UserError, match=r"x\.parquet: column 'counts' .* map<.* leave it out"):
+        read(file)
 
 
 @pytest.mark.parametrize("name", ["a[0-9]/x.jsonl", "[1]/x[!a].csv", "*/?.parquet"])

@@ -4,6 +4,7 @@ import glob
 import gzip
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
@@ -11,15 +12,16 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import logging
+from pyarrow import parquet
 
 from fedex_lora.data.csv_file import csv_records, read_csv
 from fedex_lora.data.json_file import json_records, read_json
 from fedex_lora.data.stored import folder
 from fedex_lora.data.text_file import TEXTS, check_text, kind
-from fedex_lora.disk import reason
+from fedex_lora.disk import reason, stands_for
 from fedex_lora.errors import DataError, StorageError
 
 SUFFIXES = (*TEXTS, ".parquet")
@@ -42,6 +44,8 @@ def read(file: Path, on_disk: bool = False) -> Dataset:
             f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}, or one of the "
             "texts among them with .gz. Save a spreadsheet as CSV."
         )
+    if told := stands_for(file):
+        raise StorageError(f"{file}: this is {told}.")
     if not file.is_file():
         raise StorageError(f"{file}: no such file.")
     try:
@@ -69,6 +73,7 @@ def line_of(file: Path, row: int) -> int:
 
 
 def _read_parquet(file: Path, on_disk: bool) -> Dataset:
+    _check_columns(file)
     try:
         # a cache of its own, thrown away: a file that was changed is always read again
         with _cache(on_disk) as cache, quiet():
@@ -82,6 +87,24 @@ def _read_parquet(file: Path, on_disk: bool) -> Dataset:
         if NO_ROWS in cause:
             return Dataset.from_dict({})
         raise StorageError(f"{file}: cannot be read: {cause}") from error
+
+
+def _check_columns(file: Path) -> None:
+    """That columns differ in name and have types that datasets knows."""
+    try:
+        schema = parquet.read_schema(file)
+    except (OSError, ValueError, pa.ArrowException):  # which reading the rows says as well
+        return
+    if twice := sorted(name for name, n in Counter(schema.names).items() if n > 1):
+        raise DataError(f"{file}: two columns are named {twice[0]!r}; rename one of them.")
+    for column in schema:
+        try:
+            Features.from_arrow_schema(pa.schema([column]))
+        except (ValueError, TypeError, pa.ArrowException):
+            raise DataError(
+                f"{file}: column {column.name!r} is of Arrow's type {column.type}, which datasets "
+                "does not read; leave it out or save it as a text."
+            ) from None
 
 
 def _cache(on_disk: bool) -> AbstractContextManager[str]:

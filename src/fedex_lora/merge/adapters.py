@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import LayerShape
-from fedex_lora.disk import reason
+from fedex_lora.disk import reason, stands_for
 from fedex_lora.errors import DataError, StorageError, some
 from fedex_lora.merge.experts import Form, forms
 from fedex_lora.merge.factors import Term, finite
@@ -205,6 +205,11 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _all_of(value: Any, *kinds: type) -> bool:
+    """Whether that has values of these kinds alone, by name."""
+    return not value or (isinstance(value, dict) and all(type(n) in kinds for n in value.values()))
+
+
 _FORMS = (
     (
         ("modules_to_save", "target_parameters"),
@@ -217,14 +222,17 @@ _FORMS = (
         lambda value: isinstance(value, str),
     ),
     (("auto_mapping",), "an object", lambda value: isinstance(value, dict)),
-    (("r", "lora_alpha"), "a number", lambda value: type(value) in (int, float)),
+    (("r",), "a whole number", lambda value: type(value) is int),
+    (("lora_alpha",), "a number", lambda value: type(value) in (int, float)),
     (
-        ("rank_pattern", "alpha_pattern"),
+        ("rank_pattern",),
+        "numbers by the names of layers, whole ones",
+        lambda value: _all_of(value, int),
+    ),
+    (
+        ("alpha_pattern",),
         "numbers by the names of layers",
-        lambda value: (
-            not value
-            or (isinstance(value, dict) and all(type(n) in (int, float) for n in value.values()))
-        ),
+        lambda value: _all_of(value, int, float),
     ),
 )
 
@@ -240,6 +248,8 @@ def _weights(folder: Path, allow_pickle: bool) -> Path:
             f"{pickled} is a pickle, which may run code; save the adapter as safetensors, or trust "
             "it with `allow_pickle` (it is still read as plain tensors only)"
         )
+    if told := stands_for(folder / WEIGHTS):
+        raise StorageError(f"{folder / WEIGHTS} is {told}")
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     there = f"; there is {some(others, 3)}" if others else ""
     raise StorageError(f"{folder}: there is no {WEIGHTS}; expected it beside {CONFIG}{there}")
@@ -339,4 +349,5 @@ _UNREADABLE += (pickle.UnpicklingError,)
 
 def _damaged(file: Path, name: str, error: Exception) -> StorageError:
     why = reason(error).strip().splitlines()[0]
-    return StorageError(f"{name}: {file} cannot be read ({why}); it is truncated or damaged")
+    told = stands_for(file) or "truncated or damaged"
+    return StorageError(f"{name}: {file} cannot be read ({why}); it is {told}")

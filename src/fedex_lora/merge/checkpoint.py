@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedex_lora.disk import reason
+from fedex_lora.disk import reason, stands_for
 from fedex_lora.errors import DataError, StorageError
 from fedex_lora.merge.quantised import Packed, packed_parts
 from fedex_lora.merge.tensor_file import DTYPES
@@ -66,9 +66,8 @@ def checkpoint(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Stor
                     if key not in taken:
                         found[key] = _stored(file, key, f.get_slice(key), parts.get(key))
         except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"{file} cannot be read ({reason(error)}); it is missing, truncated or damaged"
-            ) from None
+            told = stands_for(file) or "missing, truncated or damaged"
+            raise StorageError(f"{file} cannot be read ({reason(error)}); it is {told}") from None
     return found
 
 
@@ -90,6 +89,9 @@ def _shards(folder: Path) -> Sequence[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
+        for file in (folder / SINGLE, folder / INDEX):
+            if told := stands_for(file):
+                raise StorageError(f"{file} is {told}")
         raise DataError(
             f"{folder} has no {SINGLE} and no {INDEX}; expected a model saved as safetensors"
         )

@@ -285,8 +285,10 @@ def _settings(
 
 def _base(name: Any) -> Any:
     """A local folder by its place, whatever way leads to it."""
-    exists = isinstance(name, str) and Path(name).expanduser().is_dir()
-    return str(Path(name).expanduser().resolve()) if exists else name
+    if not isinstance(name, str) or not name:
+        return name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name.rstrip("/")
 
 
 def _check_shapes(adapters: Sequence[Adapter]) -> None:

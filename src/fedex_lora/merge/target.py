@@ -92,8 +92,8 @@ class Target:
         return any(not torch.equal(kept[0].read(), other.read()) for other in kept[1:])
 
     def tied(self, name: str) -> list[str]:
-        """All names of the parameter called `name`, that one included; those alone that transformers
-        ties when it loads the files."""
+        """All names of the parameter called `name`, that one included, as it is once transformers
+        has loaded the files."""
         return self._tied.get(name, [name])
 
     def source(self, name: str) -> str | None:

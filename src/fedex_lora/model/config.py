@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fedex_lora.disk import reason
+from fedex_lora.disk import reason, stands_for
 from fedex_lora.errors import DataError, RecipeError, StorageError
 from fedex_lora.model.keys import NAMES, PREFIX
 from fedex_lora.model.plain import configured
@@ -31,7 +31,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError) as error:
-        raise StorageError(f"{folder / CONFIG}: cannot be read: {reason(error)}") from None
+        told = stands_for(folder / CONFIG)
+        why = f"it is {told}" if told else reason(error)
+        raise StorageError(f"{folder / CONFIG}: cannot be read: {why}") from None
     if not isinstance(config, dict):
         raise DataError(f"{folder / CONFIG}: not what PEFT writes: expected a JSON object")
     return config

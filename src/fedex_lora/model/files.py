@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedex_lora.aggregation.adapter import AdapterState, Factors, LayerShape
+from fedex_lora.disk import stands_for
 from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.model.config import (
     CONFIG,
@@ -124,10 +125,9 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config, stored = read_config(directory), load_file(directory / WEIGHTS)
     except (UserError, OSError, ValueError, SafetensorError) as error:
-        raise RecipeError(
-            f"lora.init: {directory} is no PEFT adapter: {error}; "
-            f"expected a folder with {CONFIG} and {WEIGHTS}"
-        ) from error
+        told = stands_for(directory / WEIGHTS)
+        told = f"{WEIGHTS} is {told}" if told else f"expected a folder with {CONFIG} and {WEIGHTS}"
+        raise RecipeError(f"lora.init: {directory} is no PEFT adapter: {error}; {told}") from error
     name = f"lora.init: {directory}"
     keys = adapter_keys(stored, name).stored
     for original in keys.values():

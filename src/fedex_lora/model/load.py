@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
+from fedex_lora.disk import stands_for
 from fedex_lora.errors import EXTRAS, RecipeError, check_installed, missing
 from fedex_lora.recipe import ModelSpec
 
@@ -92,7 +93,7 @@ def load_base(
                 where, **hub, **kwargs, output_loading_info=True
             )
     except _NO_MODEL as error:
-        raise RecipeError(_cannot_load(spec.name, auto_model, processor, error)) from error
+        raise RecipeError(_cannot_load(spec.name, where, auto_model, processor, error)) from error
     _check_found(model, info["missing_keys"], spec.name)
     if spec.quantisation is None:
         model.to(device)
@@ -130,7 +131,9 @@ def load_processor(spec: ModelSpec, processor: str = TOKENIZER) -> Any:
     except RecipeError:
         raise
     except _NO_MODEL as error:
-        raise RecipeError(_cannot_load(spec.name, processor, processor, error)) from error
+        raise RecipeError(
+            _cannot_load(spec.name, locate(spec.name), processor, processor, error)
+        ) from error
     if processor != IMAGES:
         with_padding(text_tokenizer(found))
     return found
@@ -299,13 +302,20 @@ def _check_found(model: nn.Module, missing: set[str], name: str) -> None:
         )
 
 
-def _cannot_load(name: str, auto_model: str, processor: str, error: Exception) -> str:
+def _cannot_load(name: str, where: str, auto_model: str, processor: str, error: Exception) -> str:
     files = _FILES.get(processor, "the processor's files")
-    return (
-        f"model.name: {name!r} cannot be loaded as {auto_model}: {_first_line(error)} Expected a "
-        "hub id (without a network: one in its cache, and HF_HUB_OFFLINE=1) or a folder with "
-        f"config.json, the weights and {files}"
+    expected = _placeholder(Path(where)) or (
+        "Expected a hub id (without a network: one in its cache, and HF_HUB_OFFLINE=1) or a folder "
+        f"with config.json, the weights and {files}"
     )
+    return f"model.name: {name!r} cannot be loaded as {auto_model}: {_first_line(error)} {expected}"
+
+
+def _placeholder(folder: Path) -> str:
+    """Which of a folder's files stands for another one; "" if none does."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    told = {file: stands_for(file) for file in files if file.is_symlink() or file.is_file()}
+    return next((f"{file} is {what}" for file, what in told.items() if what), "")
 
 
 def _first_line(error: Exception) -> str:
