@@ -1,12 +1,14 @@
 """The command line: what a user sees, above all when something is wrong."""
 
+import io
 import json
+import sys
 
 import pytest
 import yaml
 from small_runs import recipe
 
-from fedex_lora import __version__
+from fedex_lora import __version__, cli
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.errors import QuorumLost
 from fedex_lora.recipe.reader import dump_recipe
@@ -219,6 +221,25 @@ def test_a_full_disk_is_said_and_loses_nothing(command, folder, tmp_path, monkey
     monkeypatch.undo()
     code, _, _ = command("resume", tmp_path / "run")
     assert code == 0
+
+
+def test_a_name_that_is_too_long_is_said(command, folder, tmp_path):
+    out = tmp_path / ("x" * 300)
+    for arguments in (("run", folder / "recipe.yaml"), ("export", out), ("merge", out)):
+        code, _, err = command(*arguments, "--out", out)
+        assert code == 2 and "File name too long" in err, err
+
+
+def test_what_a_terminal_cannot_write_is_escaped(folder, monkeypatch):
+    """As where output goes to a file on Windows, which is then cp1252."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    monkeypatch.setattr("sys.argv", ["fedex-lora", "data", str(folder / "recipe.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    sys.stdout.flush()
+    assert not stop.value.code
+    assert b"A file is opened" in written.getvalue() and b"\\u27e6" in written.getvalue()
 
 
 @pytest.mark.parametrize("name", ["resume", "evaluate", "export"])

@@ -100,6 +100,8 @@ def test_targets_that_match_nothing_are_refused_with_what_there_is(path):
         load(path("gpt2"), target_modules=["query"])
     with pytest.raises(UserError, match=f"'c_atn' matches nothing; the model has: {kinds}"):
         load(path("gpt2"), target_modules=["c_fc", "c_atn"])
+    with pytest.raises(UserError, match=r"target_modules: 'score' is trained in full"):
+        load(path("gpt2"), target_modules=["c_fc", "score"])
     with pytest.raises(UserError, match=r"modules_to_save: 'klassifier' matches nothing"):
         load(path("bert"), modules_to_save=["klassifier"])
     with pytest.raises(UserError, match=r"exclude_modules: 'qury' matches nothing"):

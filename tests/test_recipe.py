@@ -126,6 +126,7 @@ WRONG = [
     ("seed: true", "seed: expected a whole number of at least 0, got true"),
     ("seed: 1.5", "seed: expected a whole number of at least 0, got 1.5"),
     ("name: 3", "name: expected text, got 3; quote it if text is meant"),
+    ("name: 2024-01-01", 'name: expected text, got "2024-01-01"; quote it if text is meant'),
     ("training: 3", "training: expected a block of keys, got 3"),
     ("training: {output_dir: x}", "training.output_dir: set by the program"),
     ("training: {seed: 1}", "training.seed: set by the program for each round and client; .*"),

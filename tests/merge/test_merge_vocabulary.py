@@ -209,6 +209,23 @@ def test_vocabularies_of_two_sizes(made, command, tmp_path):
     assert shapes == {(66, 16)}
 
 
+def test_a_slash_at_the_end_is_no_other_base_and_no_name_no_folder(made, command, tmp_path):
+    made(size=64)
+    config = tmp_path / "a1" / "adapter_config.json"
+    one = json.loads((tmp_path / "a0" / "adapter_config.json").read_text())
+    (tmp_path / "a0" / "adapter_config.json").write_text(
+        json.dumps(one | {"base_model_name_or_path": "an/id"})
+    )
+    other = json.loads(config.read_text())
+    config.write_text(json.dumps(other | {"base_model_name_or_path": "an/id/"}))
+    both = (tmp_path / "a0", tmp_path / "a1")
+    code, _, err = command(*both, "--out", tmp_path / "out")
+    assert code == 0, err
+    config.write_text(json.dumps(other | {"base_model_name_or_path": ""}))
+    code, _, err = command(*both, "--out", tmp_path / "no")
+    assert code == 2 and f"base model: {both[0]} 'an/id', {both[1]} ''" in err
+
+
 def test_names_of_base_models_alone_can_be_passed_over(made, command, tmp_path):
     made()
     config = tmp_path / "a1" / "adapter_config.json"

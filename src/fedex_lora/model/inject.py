@@ -100,6 +100,7 @@ def inject(
     if isinstance(lora.target_modules, list):
         blocks = " in the blocks of lora.layers_to_transform"
         where = "" if lora.layers_to_transform is None else blocks
+        _check_no_head(lora.target_modules, names, [name for name, _ in heads(model)])
         _check_names("lora.target_modules", lora.target_modules, names, kinds, where)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(lora, field):
@@ -149,11 +150,25 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _check_no_head(wanted: list[str], adapted: list[str], whole: list[str]) -> None:
+    """A module that is trained in full gets no factors as well; PEFT passes it over."""
+    for want in wanted:
+        if not _any_is(want, adapted) and _any_is(want, whole):
+            raise RecipeError(
+                f"lora.target_modules: {want!r} is trained in full (by lora.modules_to_save, or as "
+                "the task's head); leave it out of one of them"
+            )
+
+
+def _any_is(want: str, names: list[str]) -> bool:
+    return any(name == want or name.endswith(f".{want}") for name in names)
+
+
 def _check_names(
     field: str, wanted: list[str] | None, names: list[str], kinds: str = "", where: str = ""
 ) -> None:
     for want in wanted or []:
-        if not any(name == want or name.endswith(f".{want}") for name in names):
+        if not _any_is(want, names):
             has = kinds or ", ".join(dict.fromkeys(_last(n) for n in names if n))
             raise RecipeError(f"{field}: {want!r} matches nothing{where}; the model has: {has}")
 

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -241,7 +242,7 @@ def _wrong(detail: ErrorDetails, raw: Mapping[str, Any], root: type[Part]) -> tu
     if keys[0] == "lora" and keys[-1] in REFUSED_LORA:
         return keys, f"{text}; {REFUSED_LORA[str(keys[-1])]}"
     items = got if isinstance(got, list) else [got]
-    if "text" in text and any(isinstance(item, bool | int | float) for item in items):
+    if "text" in text and any(isinstance(item, bool | int | float | date) for item in items):
         text += "; quote it if text is meant"
     if isinstance(got, str):
         text += did_you_mean(got, [v for v in _literals(field.annotation) if isinstance(v, str)])
