@@ -128,6 +128,17 @@ def test_a_server_without_rows_cannot_evaluate(command, folder, tmp_path):
     assert code == 2 and "no labelled rows" in err
 
 
+def test_a_split_of_another_name_is_shown(command, whole, tmp_path):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for name, to in (("train", "train"), ("validation", "dev")):
+        text = (whole.parent / "data" / f"{name}.jsonl").read_text()
+        (rows / f"{to}.jsonl").write_text(text)
+    sets = ("--set", f"data={{path: {rows}}}")
+    code, _, err = command("run", whole, *sets, "--out", tmp_path / "run")
+    assert code == 2 and "there is: dev.jsonl, train.jsonl; its file is called validation" in err
+
+
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [

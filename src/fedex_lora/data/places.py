@@ -9,7 +9,7 @@ from datasets import Dataset
 from fedex_lora.data.load import file_split, matching
 from fedex_lora.data.read import SUFFIXES
 from fedex_lora.data.text_file import kind
-from fedex_lora.errors import UserError
+from fedex_lora.errors import UserError, some
 from fedex_lora.recipe import DataSpec
 from fedex_lora.recipe.data import several
 from fedex_lora.tasks import Task
@@ -40,6 +40,23 @@ def places(
         return f"row {row + 1}"
 
     return place
+
+
+def no_split(folder: Path | None, splits: Sequence[str]) -> str:
+    """That there are no rows to evaluate on, and what the files with some are called.
+
+    Args:
+        folder: Where splits are looked for.
+        splits: Their names.
+    """
+    there = ""
+    if folder is not None and folder.is_dir():
+        names = some(sorted(file.name for file in folder.iterdir()))
+        there = f" (there is: {names}; its file is called {' or '.join(splits)})"
+    return (
+        "the server has no labelled rows to evaluate on; give a validation split with data.path"
+        f"{there}, or set evaluation.where: clients"
+    )
 
 
 def _common(rows: Dataset, other: Dataset) -> list[str]:

@@ -25,7 +25,7 @@ from fedex_lora.data.load import (
     load_validation,
 )
 from fedex_lora.data.partition import partition, split_validation
-from fedex_lora.data.places import places
+from fedex_lora.data.places import no_split, places
 from fedex_lora.data.read import quiet
 from fedex_lora.data.stored import encoded as encoded_on_disk
 from fedex_lora.engines.fits import check_image, check_length, check_ranks
@@ -315,10 +315,8 @@ def load_rows(recipe: Recipe, task: Task) -> Rows:
     train, validation = _split(recipe, train, data.validation)
     evaluation = data.evaluation if recipe.evaluation.where != "clients" else {}
     if not evaluation and recipe.evaluation.where != "clients":
-        raise RecipeError(
-            f"evaluation.where: {recipe.evaluation.where}, but the server has no labelled rows to "
-            "evaluate on; give a validation split with data.path, or set evaluation.where: clients"
-        )
+        told = no_split(recipe.data.path, task.evaluation_splits)
+        raise RecipeError(f"evaluation.where: {recipe.evaluation.where}, but {told}")
     return Rows(train, validation, evaluation, data.description)
 
 
