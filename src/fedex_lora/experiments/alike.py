@@ -14,7 +14,8 @@ def in_common(recipes: Sequence[Recipe]) -> dict[str, Any]:
 
     Clients in one pass, and bfloat16, give other last bits than clients one by one in float32, from
     which a long training makes another score. A method that can have no such pass would differ by
-    that too from those it is compared with. Runs of one client are no measure: they have no pass.
+    that too from those it is compared with, and by its precision, which is measured pass by pass.
+    Runs of one client are no measure: they have no pass.
 
     Example:
         >>> from fedex_lora.recipe import Recipe
