@@ -14,6 +14,7 @@ from fedex_lora.experiments.compare import compare
 from fedex_lora.experiments.once import Once
 from fedex_lora.runs.reopened import read_round
 from fedex_lora.runs.run import start_run
+from fedex_lora.runs.rundir import RunDir
 from fedex_lora.runs.watch import Silent
 
 METHODS = ["local", "fedit", "fedex", "ffa"]
@@ -96,6 +97,19 @@ def test_what_is_measured_is_measured_once(tmp_path, monkeypatch):
     assert asked == ["fedit", "fedit"]
     text = (tmp_path / "out/fedex-seed0/recipe.yaml").read_text()
     assert "precision: bfloat16" in text
+
+
+def test_what_not_all_can_have_none_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedex_lora.runs.autotune.few_steps", lambda f: 1 / f.recipe.fused)
+    spec = recipe(tmp_path, federation={"rounds": 1}, engine={"fuse": "auto"})
+
+    def fuse(name: str, methods: list[str]) -> list[int | str]:
+        compare(spec, methods, [0], tmp_path / name, lambda *_: Silent(), train_once=True)
+        return [RunDir(tmp_path / name / f"{m}-seed0").recipe().engine.fuse for m in methods]
+
+    assert fuse("able", ["fedex", "fedit", "centralized"]) == [3, 3, 1]
+    assert fuse("mixed", ["fedex", "fedex-keep", "full"]) == [1, 1, 1]
+    assert fuse("able", ["fedex", "fedex-keep", "ffa"]) == [3, 1, 3]  # more, later
 
 
 def test_theverdict_claims_a_difference_only_if_it_is_seen():

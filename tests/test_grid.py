@@ -18,7 +18,7 @@ from fedex_lora.experiments.grid.plan import due, left, plan, standing, told
 from fedex_lora.experiments.grid.spec import is_grid
 from fedex_lora.experiments.grid.table import tables, write_comparison
 from fedex_lora.experiments.grid.work import work
-from fedex_lora.recipe.reader import dump_recipe
+from fedex_lora.recipe.reader import dump_recipe, load_recipe
 from fedex_lora.runs.lock import interrupted_by_signals
 from fedex_lora.runs.rundir import RunDir
 
@@ -65,6 +65,23 @@ def test_overrides_of_the_command_win_and_the_rank_factor_follows_them(folder):
     text = "recipes: [tiny.yaml]\nmethods: [{name: ffa, rank_factor: 3}]\nseeds: [0]\n"
     runs = plan(written(folder, text), ["lora.r=5", "federation.rounds=9"]).runs
     assert [(r.recipe.lora.r, r.recipe.federation.rounds) for r in runs] == [(15, 9)]
+
+
+def test_methods_of_a_choice_are_measured_in_what_all_of_them_can_have(folder):
+    def engines(methods: str, **options: str) -> list[tuple[object, object]]:
+        options = {"engine.fuse": "auto", "engine.precision": "auto", **options}
+        given = ", ".join(f"{key}: {value}" for key, value in options.items())
+        text = f"recipes: [tiny.yaml]\nmethods: [{methods}]\nseeds: [0, 1]\nset: {{{given}}}\n"
+        runs = plan(written(folder, text)).runs[::2]
+        for run in runs:  # what starts the run says the same
+            assert load_recipe(run.file, run.sets).engine == run.recipe.engine
+        return [(run.recipe.engine.fuse, run.recipe.engine.precision) for run in runs]
+
+    private = "privacy.example_level.epsilon: 8, privacy.example_level.delta: 0.01"
+    assert engines("fedit, fedex, centralized") == [("auto", "auto")] * 3
+    assert engines("fedit, fedex-keep, centralized") == [(1, "auto")] * 3
+    assert engines(f"fedit, {{name: ffa, set: {{{private}}}}}") == [(1, "float32")] * 2
+    assert engines("fedit, fedex-keep", **{"engine.fuse": "1"}) == [(1, "auto")] * 2
 
 
 def test_local_copies_take_the_place_of_the_hub(folder, tmp_path):

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fedex_lora.aggregation.methods import METHODS, get_method
 from fedex_lora.disk import write_atomic
 from fedex_lora.errors import RecipeError, number, size
+from fedex_lora.experiments.alike import in_common, settled
 from fedex_lora.experiments.analysis.scores import judged, scores_by_split
 from fedex_lora.experiments.analysis.statistics import Estimate, estimate, spread
 from fedex_lora.experiments.analysis.study import is_exact_average
@@ -64,7 +65,7 @@ def compare(
     """Runs every method with every seed; what is finished is not run again, what was begun resumes.
 
     Writes comparison.json and comparison.md into `out`. What `engine` leaves to be measured
-    ("auto") is measured for the first run and holds for all.
+    ("auto") is measured for the first run and holds for all; what not all can have, none has.
 
     Args:
         train_once: Whether methods take over each other's first round (`Once`): the same bits, and
@@ -77,20 +78,23 @@ def compare(
     known = RunDir(out).comparison()
     results: Results = {m: known.get(m, []) for m in dict.fromkeys([*known, *methods])}
     assemble = Once(out / FOLDER) if train_once else by_kind
-    settled: dict[str, Any] = {}  # what an earlier run has measured in place of "auto"
+    paths = {v: out / f"{v[0].replace(':', '-')}-seed{v[1]}" for v in variants}
+    begun = any(RunDir(path).is_run() for path in paths.values())
+    engine = {} if begun else in_common([*variants.values()])  # in place of "auto"
     for method, seed in sorted(variants, key=lambda v: seeds.index(v[1])):
-        one = variants[method, seed]
-        engine = {k: v for k, v in settled.items() if getattr(one.engine, k) == "auto"}
-        one = one.with_engine(**engine)
-        path = out / f"{method.replace(':', '-')}-seed{seed}"
-        watcher = watcher_for(method, seed)
+        asked, path, watcher = (
+            variants[method, seed],
+            paths[method, seed],
+            watcher_for(method, seed),
+        )
+        one = asked.with_engine(**settled(asked, engine))
         if RunDir(path).is_run():
             result = resume_run(path, one, watcher, assemble)
         else:
             result = start_run(one, path, watcher, assemble)
         named = RunDir(path).recipe()
-        settled |= {"precision": named.engine.precision}
-        settled |= {} if METHODS[named.method.name].pooled else {"fuse": named.engine.fuse}
+        engine |= {"precision": named.engine.precision}
+        engine |= {"fuse": named.engine.fuse} if asked.fused > 1 else {}
         others = [r for r in results[method] if r["seed"] != seed]
         results[method] = sorted([*others, result], key=lambda r: r["seed"])
         save_results(out, results)

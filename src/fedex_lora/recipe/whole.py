@@ -34,6 +34,11 @@ class Recipe(Blocks):
             return 1
         return min(MOST_FUSED, self.federation.sampled)
 
+    @property
+    def autocasts(self) -> bool:
+        """Whether the Trainer trains, whose autocast bfloat16 is."""
+        return self.privacy.example_level is None and self.engine.train is None
+
     def problems(self) -> Iterator[Problem]:
         yield from self._clients()
         yield from self._ranks()

@@ -45,9 +45,7 @@ def settle_precision(federation: Federation) -> tuple[Federation, str]:
     if federation.recipe.engine.precision != "auto":
         return federation, ""
     whole, half = (as_named(federation, precision=name) for name in ("float32", "bfloat16"))
-    recipe, device = federation.recipe, federation.model.device
-    own = recipe.privacy.example_level is not None or recipe.engine.train is not None
-    if own or not _halves(device):  # no Trainer whose autocast it would be
+    if not federation.recipe.autocasts or not _halves(federation.model.device):
         return whole, ""
     chosen, (slow, fast), before = _faster(whole, half)
     told = f"seconds a step: float32 {slow:.3g}, bfloat16 {fast:.3g}"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from fedex_lora.engines.setup import recipe_task
 from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import RecipeError, UserError
+from fedex_lora.experiments.alike import in_common, settled
 from fedex_lora.experiments.grid.spec import RECIPES, Grid, MethodEntry, load_grid, plain_text
 from fedex_lora.recipe import Recipe
 from fedex_lora.recipe.reader import differences, load_recipe, read_draft
@@ -115,15 +116,24 @@ def _first_seeds(grid: Grid, path: Path, sets: Sequence[str], data: Path | None)
         choice = {RECIPES: plain_text(Path(file).stem)}
         choice |= {axis: label for axis, (label, _) in zip(axes, picked)}
         varied: dict[str, Any] = {k: v for _, chosen in picked for k, v in chosen.items()}
+        found = []
         for entry in grid.methods:
             given = {**grid.set, **varied, **entry.overrides()}
             texts = [*(override(k, v) for k, v in given.items()), *sets]
             run = (choice, entry.shown, grid.seeds[0], path.parent / file)
             try:
-                yield Run(*run, *_resolve(path.parent / file, texts, entry, data))
+                found.append(Run(*run, *_resolve(path.parent / file, texts, entry, data)))
             except UserError as error:
                 what = f"{'-'.join(choice.values())}, {entry.shown}"
                 raise RecipeError(f"{path}: {what}:\n{error}") from None
+        engine = in_common([run.recipe for run in found])
+        yield from (_with_engine(run, settled(run.recipe, engine)) for run in found)
+
+
+def _with_engine(run: Run, values: Mapping[str, Any]) -> Run:
+    """The same, its block `engine` naming these values."""
+    sets = [override(f"engine.{key}", value) for key, value in values.items()]
+    return replace(run, sets=(*run.sets, *sets), recipe=run.recipe.with_engine(**values))
 
 
 def _resolve(
