@@ -78,6 +78,7 @@ def test_weights_and_ranks_that_make_no_sense(adapters, refused):
         ("1,inf,1", "inf is no weight"),
         ("0,0,0", "sum is 0"),
         ("1,a,1", "are no numbers"),
+        ("", "'' are no numbers"),
     ):
         refused(*adapters, "--weights", weights, text=text)
     refused(*adapters, "--rank", "0", text="at least 1")

@@ -21,7 +21,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 def merge(
     adapters: Annotated[list[str], typer.Argument(help="PEFT LoRA adapters: folders or hub ids.")],
     out: Annotated[Path, typer.Option("--out", help="New directory to write.")],
-    weights: Annotated[str, typer.Option(help="One each, e.g. 3,1,1; equal by default.")] = "",
+    weights: Annotated[
+        str | None, typer.Option(help="One each, e.g. 3,1,1; equal by default.")
+    ] = None,
     rank: Annotated[str, typer.Option(help="Largest rank of a layer, or auto with --error.")] = "",
     error: RankError = None,
     dtype: Annotated[
@@ -102,13 +104,16 @@ def merge(
     _show_adapter(merged, report)
 
 
-def _weights(text: str) -> list[float] | None:
-    if not text:
+def _weights(text: str | None) -> list[float] | None:
+    if text is None:
         return None
     try:
-        return [float(part) for part in comma_separated(text)]
+        found = [float(part) for part in comma_separated(text)]
     except ValueError:
-        raise RecipeError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1") from None
+        found = []
+    if not found:  # of a shell's empty variable, too
+        raise RecipeError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1")
+    return found
 
 
 def _show_adapter(merged: Merged, report: bool) -> None:
