@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedex_lora.flower import FedExLora
@@ -27,9 +27,10 @@ pytestmark = pytest.mark.usefixtures("identity")
 
 @settings(max_examples=30)
 @given(worlds(), st.integers(1, 4))
+@example(World({"h.0.q": (1, 1, 1)}, [7, 18], 2.0, False, 10), 4)  # terms of 7 leave .003
 def test_the_global_model_is_the_weighted_mean_of_where_the_clients_ended(world, rounds):
     found = FedExLora(world.config).start(world.grid(), world.initial(), num_rounds=rounds)
-    assert close(world.change(found.arrays), world.oracle())
+    assert world.close(world.change(found.arrays))
     w = torch.tensor(world.weights) / sum(world.weights)
     head = f"{P}classifier.weight"
     mean = sum(n * one[head] for n, one in zip(w, world.answers[-1]))

@@ -93,6 +93,23 @@ class World:
             found[name] = g
         return found
 
+    def size(self, name: str) -> float:
+        """What the terms of the oracle's sum come to where none cancels another: rounding is of
+        that size, whatever is left of the sum."""
+        ends = [
+            (n, one[f"{P}{name}.lora_B.weight"].norm() * one[f"{P}{name}.lora_A.weight"].norm())
+            for answers in self.answers
+            for n, one in zip(self.weights, answers)
+        ]
+        return self.scale(name) * sum(n * float(norms) for n, norms in ends) / sum(self.weights)
+
+    def close(self, found: dict[str, torch.Tensor]) -> bool:
+        """Whether a change is the oracle's, to float32's digits of its terms."""
+        return all(
+            torch.linalg.norm(found[n] - g) <= 1e-5 * torch.linalg.norm(g) + 1e-6 * self.size(n)
+            for n, g in self.oracle().items()
+        )
+
     def change(self, arrays: ArrayRecord | RecordDict) -> dict[str, torch.Tensor]:
         """T + s·B·A of what a client or a server receives."""
         tensors, base = received(arrays)
