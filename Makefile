@@ -14,12 +14,13 @@ SMALL_LM ?=
 RESULTS ?= runs/results
 JOBS ?= 1
 
-.PHONY: help setup demo test deployment results bench chaos lint type docs dist installed clean
+.PHONY: help setup demo test deployment slow results bench chaos lint type docs dist installed clean
 
 help:
 	@echo "make demo    set up, then federate a small model over three clients, offline (minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make deployment   set up, then test real Flower processes on this machine (minutes)"
+	@echo "make slow    set up, then the deployments that 'make deployment' leaves out (minutes)"
 	@echo "make chaos   set up, then make clients, network and coordinator fail (a quarter of an hour)"
 	@echo "make results DATA=DIR   the small experiments (hours), then docs/results.md"
 	@echo "make bench DATA=DIR   speed and memory against what one would use instead; DIR: cola, mrpc"
@@ -76,7 +77,11 @@ chaos: setup
 
 # Real Flower processes on this machine, with TLS and keys: minutes.
 deployment: setup
-	$(BIN)/python -m pytest -m deployment tests/engines tests/flower tests/test_docs.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "deployment and not slow" \
+	  tests/engines tests/flower tests/test_docs.py
+
+slow: setup
+	$(BIN)/python -m pytest -m slow tests/engines
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ from fedex_lora.recipe.reader import dump_recipe
 from fedex_lora.runs.run import start_run
 from fedex_lora.runs.watch import Silent
 
-pytestmark = pytest.mark.deployment
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 ADAM = {"name": "fedadam", "learning_rate": 0.01}
 FEDERATION = {"clients": 2, "rounds": 2}
