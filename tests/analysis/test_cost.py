@@ -14,7 +14,8 @@ from safetensors.torch import load
 from small_runs import SIZES, recipe
 
 from fedex_lora.aggregation.methods import METHODS
-from fedex_lora.engines.setup import POOLED, federation_settings, recipe_task
+from fedex_lora.engines.chosen import federation_settings
+from fedex_lora.engines.setup import POOLED, recipe_task
 from fedex_lora.experiments.compare import markdown_table
 from fedex_lora.experiments.cost.cost import costs, reference, shapes
 from fedex_lora.experiments.cost.plot import cost_plot

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from small_runs import recipe
 
 from fedex_lora.data.load import load
-from fedex_lora.engines.setup import client_rows, load_rows, recipe_task
+from fedex_lora.engines.rows import client_rows, load_rows
+from fedex_lora.engines.setup import recipe_task
 from fedex_lora.errors import UserError
 from fedex_lora.recipe import DataSpec, Recipe, task_spec
 from fedex_lora.recipe.reader import dump_recipe, load_recipe

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from engines.test_secure_messages import secured
 from fedex_lora.cli import app
-from fedex_lora.engines.setup import secure_settings
+from fedex_lora.engines.chosen import secure_settings
 from fedex_lora.errors import DeploymentError, ProtocolError
 from fedex_lora.federation.codec import encode_about
 from fedex_lora.federation.header import first_of

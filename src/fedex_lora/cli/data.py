@@ -35,7 +35,8 @@ def data_command(
     """
     from fedex_lora.data.counts import trained_on
     from fedex_lora.data.places import places
-    from fedex_lora.engines.setup import load_rows, recipe_task, surroundings
+    from fedex_lora.engines.rows import load_rows
+    from fedex_lora.engines.setup import recipe_task, surroundings
     from fedex_lora.model.load import load_processor
     from fedex_lora.tasks.base import placed
     from fedex_lora.tasks.preview import pieces

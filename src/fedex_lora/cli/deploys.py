@@ -216,7 +216,8 @@ def client_command(
     if spec.privacy.secure_aggregation is not None and not deployment.insecure:
         _show_roster(own)
     if check:
-        from fedex_lora.engines.setup import client_rows, recipe_task
+        from fedex_lora.engines.rows import client_rows
+        from fedex_lora.engines.setup import recipe_task
 
         client_rows(spec, recipe_task(spec), name, data)
         say("the rows can be used")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,27 +13,23 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from fedex_lora.aggregation.adapter import AdapterState, fresh
-from fedex_lora.aggregation.asynchronous import Asynchronous
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.counts import Counts, scored_on, trained_on
 from fedex_lora.data.load import (
     known_labels,
-    load,
-    load_client,
     load_evaluation,
-    load_validation,
 )
-from fedex_lora.data.partition import partition, split_validation
-from fedex_lora.data.places import no_split, places
+from fedex_lora.data.places import places
 from fedex_lora.data.read import quiet
 from fedex_lora.data.stored import encoded as encoded_on_disk
+from fedex_lora.engines.chosen import federation_settings
 from fedex_lora.engines.fits import check_image, check_length, check_ranks
 from fedex_lora.engines.private.begin import check_model
+from fedex_lora.engines.rows import Rows, client_rows, load_rows
 from fedex_lora.engines.training import try_settings
-from fedex_lora.errors import RecipeError, UserError, Withheld
+from fedex_lora.errors import RecipeError, UserError
 from fedex_lora.federation.checks import check_shares
-from fedex_lora.federation.noise import SumNoise, split
-from fedex_lora.federation.settings import Secure, Settings
+from fedex_lora.federation.settings import Settings
 from fedex_lora.model.adapted import AdaptedModel, load_model
 from fedex_lora.model.architectures import Architecture, architecture
 from fedex_lora.model.load import unheard
@@ -75,17 +70,6 @@ class Federation:
     def examples(self) -> dict[str, int]:
         """Numbers of training examples by client."""
         return {name: len(rows) for name, rows in self.clients.items()}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of all parties before encoding."""
-
-    train: Mapping[str, Dataset]
-    validation: Mapping[str, Dataset]
-    evaluation: Mapping[str, Dataset]
-    description: str
-    files: tuple[Path, ...] = ()  # that the recipe does not name
 
 
 @contextmanager
@@ -152,30 +136,6 @@ def _alike(recipe: Recipe) -> Recipe:
     return recipe.with_engine(
         **{key: value for key, value in able.items() if getattr(recipe.engine, key) == "auto"}
     )
-
-
-def client_rows(recipe: Recipe, task: Task, name: str, file: Path | None = None) -> Rows:
-    """One client's own training and validation rows, as in a run on one machine.
-
-    Raises:
-        Withheld: They cannot be used.
-    """
-    try:
-        if file is not None:
-            mine = {name: load_client(recipe.data, task, recipe.seed, name, file)}
-            held = [n for n in mine if n in recipe.data.validation]
-            own = {n: load_validation(recipe.data, task, recipe.seed, n) for n in held}
-            train, validation = _split(recipe, mine, own)
-            return Rows(train, validation, {}, "", (file,))
-        whole = load_rows(recipe, task)
-    except UserError as error:
-        raise Withheld(str(error)) from error
-    if name not in whole.train:
-        raise RecipeError(f"{name!r} has no share of the data: {', '.join(whole.train)} have")
-    train, validation = (
-        {n: r for n, r in part.items() if n == name} for part in (whole.train, whole.validation)
-    )
-    return Rows(train, validation, {}, "")
 
 
 def roster(recipe: Recipe) -> list[str] | None:
@@ -301,98 +261,3 @@ def architecture_of(recipe: Recipe, task: Task) -> Architecture:
 
 def _lora(recipe: Recipe) -> LoraSpec | None:
     return None if METHODS[recipe.method.name].trains == "all" else recipe.lora
-
-
-def load_rows(recipe: Recipe, task: Task) -> Rows:
-    """Rows by client, dealt out or one file each, and the evaluation splits."""
-    _phase.info("reading rows")
-    data = load(recipe.data, task, recipe.seed)
-    fed = recipe.federation
-    train = data.clients
-    if train is None:
-        assert data.train is not None
-        train = partition(data.train, fed.partition, fed.clients, recipe.seed, task)
-    train, validation = _split(recipe, train, data.validation)
-    evaluation = data.evaluation if recipe.evaluation.where != "clients" else {}
-    if not evaluation and recipe.evaluation.where != "clients":
-        told = no_split(recipe.data.path, task.evaluation_splits)
-        raise RecipeError(f"evaluation.where: {recipe.evaluation.where}, but {told}")
-    return Rows(train, validation, evaluation, data.description)
-
-
-def _split(
-    recipe: Recipe, rows: Mapping[str, Dataset], own: Mapping[str, Dataset]
-) -> tuple[Mapping[str, Dataset], Mapping[str, Dataset]]:
-    """Training rows and validation rows, by client; the latter only if clients evaluate.
-
-    Args:
-        own: Validation rows of clients that have some apart from their training rows.
-    """
-    if recipe.evaluation.where == "server":
-        return rows, {}
-    fraction = recipe.evaluation.client_fraction
-    split = {
-        n: (r, own[n]) if n in own else split_validation(r, fraction, recipe.seed, n)
-        for n, r in rows.items()
-    }
-    return {n: t for n, (t, _) in split.items()}, {n: v for n, (_, v) in split.items()}
-
-
-def federation_settings(
-    recipe: Recipe, model: AdaptedModel | Architecture, clients: list[str]
-) -> Settings:
-    """The settings of the federation; the one client of pooled data has no partners to wait for."""
-    fed, method = recipe.federation, recipe.method.chosen
-    ranks = dict(zip(clients, recipe.lora.ranks or [])) if not method.pooled else {}
-    widest = max(ranks.values(), default=0)
-    layers = {n: s.at_rank(widest) if widest else s for n, s in model.layers.items()}
-    level, of_rows = recipe.privacy.client_level, recipe.privacy.example_level
-    return Settings(
-        method=method,
-        seed=recipe.seed,
-        clients=tuple(sorted(clients)),
-        layers=layers,
-        rounds=fed.rounds,
-        ranks=ranks,
-        rank=recipe.method.rank,
-        carry=recipe.method.carry,
-        flush=recipe.method.flush,
-        weights=fed.weights,
-        server_learning_rate=fed.server_learning_rate,
-        clients_per_round="all" if method.pooled else fed.clients_per_round,
-        min_clients=1 if method.pooled else fed.min_clients,
-        wire_dtype=getattr(torch, fed.wire_dtype),
-        oversample=fed.oversample,
-        max_norm=fed.max_norm,
-        clip=level.clip if level is not None and level.adaptive else None,
-        epsilon=None if of_rows is None else of_rows.epsilon or math.inf,
-        norm_ratio=fed.max_norm_ratio,
-        max_share=fed.max_share,
-        secure=secure_settings(recipe),
-        mean=fed.mean,
-        liars=fed.liars,
-        align=fed.align,
-        optimizer=fed.optimizer,
-        scaffold=fed.scaffold,
-        spectrum=recipe.records.spectrum,
-        asynchronous=fed.asynchronous and Asynchronous(**fed.asynchronous.model_dump()),
-    )
-
-
-def secure_settings(recipe: Recipe) -> Secure | None:
-    """How updates are summed, if only sums are to be seen. By default more than half of a round's
-    clients must stay, by everybody's own recipe: nobody sums over fewer because a server says so.
-    """
-    asked = recipe.privacy.secure_aggregation
-    if asked is None:
-        return None
-    least = asked.threshold or recipe.federation.sampled // 2 + 1
-    noise, level = None, recipe.privacy.client_level
-    if level is not None:
-        of_sum, of_count = level.noise_multiplier, None
-        if level.adaptive:
-            of_sum, of_count = split(level.noise_multiplier, recipe.federation.sampled)
-        seed = recipe.seed if recipe.privacy.rehearsal else None
-        noise = SumNoise(level.clip, of_sum * level.clip, least, seed, of_count)
-    rank = None if asked.rank == "exact" else asked.rank
-    return Secure(least, asked.bits, rank, noise, asked.repeat)

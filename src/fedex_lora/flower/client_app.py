@@ -16,6 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedex_lora.data.partition import client_names
+from fedex_lora.engines.chosen import secure_settings
 from fedex_lora.engines.private.begin import PRIVACY, own_account
 from fedex_lora.engines.remote.asked import run_of
 from fedex_lora.engines.remote.audit import FILE as AUDIT
@@ -32,7 +33,7 @@ from fedex_lora.engines.remote.site import (
     undecided,
 )
 from fedex_lora.engines.remote.summing import Keeper, needs_model
-from fedex_lora.engines.setup import roster, secure_settings, set_up_client, surroundings
+from fedex_lora.engines.setup import roster, set_up_client, surroundings
 from fedex_lora.errors import ProtocolError, show_rows
 from fedex_lora.federation.header import first_of
 from fedex_lora.federation.secure.messages import MESSAGES

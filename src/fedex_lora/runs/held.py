@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.engines.chosen import federation_settings
 from fedex_lora.engines.remote.cache import Cache, Held
-from fedex_lora.engines.setup import federation_settings, recipe_model, recipe_task, roster
+from fedex_lora.engines.setup import recipe_model, recipe_task, roster
 from fedex_lora.errors import RecipeError, StorageError
 from fedex_lora.federation.messages import flat
 from fedex_lora.federation.state import ServerState, own_part

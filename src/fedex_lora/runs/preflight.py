@@ -16,14 +16,10 @@ import psutil
 import torch
 
 from fedex_lora.aggregation.methods import METHODS
+from fedex_lora.engines.chosen import federation_settings
 from fedex_lora.engines.fits import rank_problems
-from fedex_lora.engines.setup import (
-    Federation,
-    architecture_of,
-    federation_settings,
-    load_rows,
-    recipe_task,
-)
+from fedex_lora.engines.rows import load_rows
+from fedex_lora.engines.setup import Federation, architecture_of, recipe_task
 from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import StorageError, UserError
 from fedex_lora.model.architectures import narrowest, plain_model, read_config

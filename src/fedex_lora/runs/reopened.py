@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedex_lora.engines.setup import federation_settings, recipe_model, recipe_task
+from fedex_lora.engines.chosen import federation_settings
+from fedex_lora.engines.setup import recipe_model, recipe_task
 from fedex_lora.engines.stage import Stage
 from fedex_lora.errors import StorageError, UserError
 from fedex_lora.federation.record import Record

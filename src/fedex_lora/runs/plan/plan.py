@@ -9,15 +9,9 @@ import psutil
 
 from fedex_lora.aggregation.methods import METHODS
 from fedex_lora.data.partition import client_names
-from fedex_lora.engines.setup import (
-    POOLED,
-    architecture_of,
-    federation_settings,
-    load_rows,
-    recipe_task,
-    roster,
-    set_up,
-)
+from fedex_lora.engines.chosen import federation_settings
+from fedex_lora.engines.rows import load_rows
+from fedex_lora.engines.setup import POOLED, architecture_of, recipe_task, roster, set_up
 from fedex_lora.federation.settings import Settings
 from fedex_lora.model.architectures import count
 from fedex_lora.model.load import local_folder
