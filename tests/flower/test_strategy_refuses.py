@@ -14,7 +14,7 @@ from peft import LoraConfig
 from fedex_lora.errors import UserError
 from fedex_lora.flower import FedExLora
 from flower.nodes import InProcess, failure, identity, reply, served  # noqa: F401
-from flower.worlds import P, World, close
+from flower.worlds import P, World
 
 pytestmark = pytest.mark.usefixtures("identity")
 
@@ -84,7 +84,7 @@ def test_a_reply_that_cannot_be_aggregated_is_named(world, what, caplog):
     assert "node 11: " in caplog.text and told in caplog.text
     del world.answers[0][1]
     world.weights = [1, 2]
-    assert close(world.change(found.arrays), world.oracle())
+    assert world.close(world.change(found.arrays))
 
     strict = FedExLora(world.config, min_train_nodes=3)
     with pytest.raises(UserError, match="min_train_nodes is 3") as error:
@@ -98,7 +98,7 @@ def test_a_client_that_fails_is_left_out_as_in_fedavg(world):
     found = FedExLora(world.config).start(grid, world.initial(), num_rounds=1)
     del world.answers[0][1]
     world.weights = [1, 2]
-    assert close(world.change(found.arrays), world.oracle())
+    assert world.close(world.change(found.arrays))
 
 
 def _initial(change) -> ArrayRecord:
