@@ -35,14 +35,17 @@ help:
 
 setup: $(STAMP)
 
-# Torch first and alone: resolved together with the rest, pip may fetch several builds of it.
+# Torch first and alone: resolved together with the rest, pip may fetch several builds of it. What
+# is installed is compiled when it is first imported: most of it never is.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed, $(PYTHON) is not." \
 	       "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev,docs]"
+	$(PIP) $(TORCH_ARGS) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e ".[all,dev,docs]"
 	@touch $@
 
 demo: setup
