@@ -68,6 +68,7 @@ def step(
     [
         ("Bert", "SequenceClassification", CLASS, {"num_labels": 3, **STILL}),
         ("Roberta", "SequenceClassification", NUMBER, {"num_labels": 1, **STILL}),
+        ("Roberta", "SequenceClassification", -100.0, {"num_labels": 1, **STILL}),
         ("Llama", "SequenceClassification", CLASS, {"num_labels": 3}),
         (
             "Bert",

@@ -71,6 +71,16 @@ class LabelledTrainer(Trainer):
             len(losses.each) if num_items_in_batch is None else num_items_in_batch
         )
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Of numbers to be predicted all count: −100 is one of them, and no mark of a gap."""
+        counted = [
+            {**batch, "labels": torch.zeros_like(labels)}
+            if isinstance(labels := batch.get("labels"), Tensor) and labels.is_floating_point()
+            else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
     def _share(self, inputs: dict[str, Any], items: Any) -> Any:
         """What part of a step's labels this batch has, where there are more batches to the step."""
         if items is None or self.args.gradient_accumulation_steps == 1:
