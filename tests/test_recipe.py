@@ -21,7 +21,7 @@ from fedex_lora.recipe.reader import (
     load_stored_recipe,
     read_draft,
 )
-from fedex_lora.recipe.refused import REFUSED_LORA, REFUSED_TRAINING
+from fedex_lora.recipe.refused import GONE_TRAINING, REFUSED_LORA, REFUSED_TRAINING
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if not is_grid(path))
@@ -381,6 +381,18 @@ def test_every_lora_option_is_either_allowed_or_refused_with_a_reason() -> None:
 
 def test_refused_training_options_exist() -> None:
     assert set(REFUSED_TRAINING) <= {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_names_that_are_gone_from_the_trainer_say_what_stands_for_them() -> None:
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name, now in GONE_TRAINING.items():
+        assert name not in known
+        ((key, told),) = training_problems({name: 0.1})
+        assert (key, told) == (f"training.{name}", f"unknown key; set {now}")
+    for name in ("reduce_lr_on_plateau", "greedy"):
+        ((key, told),) = training_problems({"lr_scheduler_type": name})
+        assert key == "training.lr_scheduler_type" and told.startswith(f"{name} goes by scores")
+    assert not list(training_problems({"lr_scheduler_type": "cosine"}))
 
 
 def test_unknown_training_keys_are_named_with_their_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -133,6 +134,20 @@ def test_what_is_not_utf_8_is_said(tmp_path, suffix):
     file.write_bytes(b'\n{"a": "caf\xe9"}\n')
     with pytest.raises(UserError, match=rf"x\.{suffix}, line 2: not UTF-8; save it as UTF-8"):
         read(file)
+
+
+def test_other_kinds_of_files_that_are_called_texts(tmp_path):
+    Dataset.from_dict({"a": ["x"]}).to_parquet(tmp_path / "x.csv")
+    with pytest.raises(UserError, match=r"x\.csv: is no text but Parquet; .* end with \.parquet"):
+        read(tmp_path / "x.csv")
+    for content, what in (
+        (gzip.compress(b"a\nx\n"), r"gzip made of one; let its name end with \.gz"),
+        (b"PK\x03\x04\x14\x00", "a ZIP archive, as spreadsheets are"),
+    ):
+        for name in ("x.csv", "x.jsonl"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(UserError, match=rf"{name}: is no text but .*{what}"):
+                read(tmp_path / name)
 
 
 def test_parquet_without_rows(tmp_path):

@@ -101,6 +101,26 @@ def test_a_client_that_fails_is_left_out_as_in_fedavg(world):
     assert world.close(world.change(found.arrays))
 
 
+@pytest.mark.parametrize(("rows", "loss"), [([0, 3, 1], 1.25), ([0, 0, 0], None)])
+def test_clients_without_rows_to_evaluate_on_score_nothing(world, rows, loss):
+    grid = world.grid()
+
+    def scoring(i: int, honest):
+        def answer(message: Message) -> Message:
+            if message.metadata.message_type == "train":
+                return honest(message)
+            return reply(message, {}, num_examples=rows[i], loss=float(i if rows[i] else "nan"))
+
+        return answer
+
+    for i, (node, honest) in enumerate(list(grid.clients.items())):
+        grid.clients[node] = scoring(i, honest)
+    found = FedExLora(world.config).start(grid, world.initial(), num_rounds=2)
+    scores = {n: dict(record) for n, record in found.evaluate_metrics_clientapp.items()}
+    assert scores == ({1: {"loss": loss}, 2: {"loss": loss}} if loss else {})
+    assert close(world.change(found.arrays), world.oracle())
+
+
 def _initial(change) -> ArrayRecord:
     tensors = World({"h.0.q": (20, 31, 3)}, [1, 1]).draw()
     change(tensors)

@@ -79,6 +79,8 @@ def test_weights_and_ranks_that_make_no_sense(adapters, refused):
         ("0,0,0", "sum is 0"),
         ("1,a,1", "are no numbers"),
         ("", "'' are no numbers"),
+        ("3,,1,1", "'3,,1,1' are no numbers"),
+        ("1e308,1e308,1", "sum is 0 or too large"),
     ):
         refused(*adapters, "--weights", weights, text=text)
     refused(*adapters, "--rank", "0", text="at least 1")

@@ -26,7 +26,9 @@ def test_a_config_with_a_byte_order_mark(bert, encoding, tmp_path):
     "fields, message",
     [
         ({"lora_alpha": "16"}, "lora_alpha is '16'; expected a number"),
+        ({"lora_alpha": None}, "lora_alpha is None; expected a number"),
         ({"r": 4.0}, "r is 4.0; expected a whole number"),
+        ({"r": None}, "r is None; expected a whole number"),
         (
             {"rank_pattern": {"query": 2.5}},
             "rank_pattern is .* numbers by the names of layers, whole",

@@ -221,6 +221,12 @@ def test_a_slash_at_the_end_is_no_other_base_and_no_name_no_folder(made, command
     both = (tmp_path / "a0", tmp_path / "a1")
     code, _, err = command(*both, "--out", tmp_path / "out")
     assert code == 0, err
+    cached = (
+        "/home/ann/.cache/huggingface/hub/models--an--id/snapshots/e2da8e2"  # of another machine
+    )
+    config.write_text(json.dumps(other | {"base_model_name_or_path": cached}))
+    code, _, err = command(*both, "--out", tmp_path / "cached")
+    assert code == 0, err
     config.write_text(json.dumps(other | {"base_model_name_or_path": ""}))
     code, _, err = command(*both, "--out", tmp_path / "no")
     assert code == 2 and f"base model: {both[0]} 'an/id', {both[1]} ''" in err

@@ -172,6 +172,8 @@ def test_a_trainer_learns_with_it(folder, tmp_path):
         (["no", "yes"], ["1.0", "0.0"], [1, 0]),
         (["nan", "inf"], [1, 0], [1, 0]),
         (["False", "True"], ["True", "False"], [1, 0]),
+        (["False", "True"], [True, False], [1, 0]),
+        (["true", "false"], [True, False], [0, 1]),
     ],
 )
 def test_labels_are_names_or_numbers(folder, labels, data, expected):

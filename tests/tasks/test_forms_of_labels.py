@@ -141,9 +141,10 @@ def test_numbers_as_labels(tokenizer):
     rows = Dataset.from_dict({"text": ["dog"] * 3, "label": ["7.5", "1e3", "-1"]})
     NUMBER.check(rows, "x")
     assert NUMBER.encode(rows, tokenizer, 9)["labels"][:] == [7.5, 1000.0, -1.0]
-    for bad in ("-2", "high", "", "nan"):
+    for bad in ("-2", "high", "", "nan", "1e39"):
         rows = Dataset.from_dict({"text": ["dog"], "label": [bad]})
-        with pytest.raises(UserError, match=f"label is '{bad}'; expected a number of at least -1"):
+        told = f"label is '{bad}'; expected a number of at least -1 that float32 can hold"
+        with pytest.raises(UserError, match=told):
             NUMBER.check(rows, "x")
     with pytest.raises(ValueError, match=r"minimum.*below maximum \(-3\)"):
         task_spec(kind="text-regression", minimum=0, maximum=-3)

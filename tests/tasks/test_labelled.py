@@ -82,6 +82,7 @@ ROWS = [
     ([9, 9, 2], 1),
 ]
 
+AS_ONE = {"per_device_train_batch_size": len(ROWS), "gradient_accumulation_steps": 1}
 PLAIN: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, pad_token_type_id=0)
 LABELLED = sum(len(ids) - first for ids, first in ROWS)
 
@@ -264,10 +265,10 @@ def test_where_it_does_not_apply_the_trainers_way_is_gone(kind, reason, tmp_path
     torch.manual_seed(0)
     model = kind(transformers.LlamaConfig(**GROUPED))
     with caplog.at_level(logging.WARNING, labelled.logger.name):
-        found = gradients(LabelledTrainer, model, tmp_path)
+        found = gradients(LabelledTrainer, model, tmp_path, **AS_ONE)
     said = [r.getMessage() for r in caplog.records if r.name == labelled.logger.name]
     assert len(said) == 1 and reason in said[0] and kind.__name__ in said[0]
-    own = gradients(Trainer, model, tmp_path)
+    own = gradients(Trainer, model, tmp_path, **AS_ONE)
     assert found[0] == own[0] and all(found[1][n].equal(own[1][n]) for n in own[1])
 
 
@@ -288,7 +289,7 @@ def test_a_model_whose_labels_are_not_shifted_learns_the_next_token(tmp_path):
 def test_experts_that_add_a_loss_of_theirs_are_left_to_the_trainer(tmp_path, chunks):
     model = model_of("Mixtral")
     model.get_base_model().config.output_router_logits = True
-    found, own = (gradients(kind, model, tmp_path) for kind in (LabelledTrainer, Trainer))
+    found, own = (gradients(kind, model, tmp_path, **AS_ONE) for kind in (LabelledTrainer, Trainer))
     assert len(chunks) == 1 and found[0] == own[0]
 
 

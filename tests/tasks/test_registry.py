@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny, tokenizer_of
+from transformers import PreTrainedTokenizerBase
 
 from fedex_lora.aggregation.registry import points
 from fedex_lora.engines.remote.replies import check_scores
@@ -67,6 +70,11 @@ def install(tmp_path, monkeypatch) -> Callable[..., None]:
         points.cache_clear()
 
     return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> PreTrainedTokenizerBase:
+    return tokenizer_of(tiny("bert", tmp_path_factory.mktemp("bert")))
 
 
 class Own(TaskSpec):
@@ -171,6 +179,24 @@ def test_a_task_of_ones_own_is_registered_by_a_call(tmp_path):
     assert refusal(tmp_path, "{kind: glue, name: cola, depth: 5}") == [
         "r.yaml:6: task.depth: a task of kind glue does not use it"
     ]
+
+
+NEEDED = {
+    "glue": {"name": "cola"},
+    "commonsense": {"name": "piqa"},
+    "instruction": {"prompt": "{question}", "response": "{answer}"},
+    "seq2seq": {"prompt": "{question}", "response": "{answer}"},
+    "token-classification": {"labels": ["x", "y"]},
+}
+
+
+@pytest.mark.parametrize("kind", task_kinds())
+def test_what_makes_batches_can_be_given_to_other_processes(kind, tokenizer):
+    """Those that load batches are given it pickled, but where they are forked."""
+    task = build_task(task_spec(kind=kind, **NEEDED.get(kind, {})), ["x", "y"])
+    collate = task.collator(tokenizer)
+    again = pickle.loads(pickle.dumps(collate))
+    assert getattr(again, "func", again) is getattr(collate, "func", collate)
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path, install):

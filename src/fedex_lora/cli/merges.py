@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedex_lora.cli.common import RankError, app, comma_separated, console, rank_option, say
+from fedex_lora.cli.common import RankError, app, console, rank_option, say
 from fedex_lora.cli.display import show_table
 from fedex_lora.errors import RecipeError
 
@@ -107,13 +107,10 @@ def merge(
 def _weights(text: str | None) -> list[float] | None:
     if text is None:
         return None
-    try:
-        found = [float(part) for part in comma_separated(text)]
+    try:  # an empty one, as of a shell's empty variable, is none: the others would move up
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found:  # of a shell's empty variable, too
-        raise RecipeError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1")
-    return found
+        raise RecipeError(f"--weights: {text!r} are no numbers; expected e.g. 3,1,1") from None
 
 
 def _show_adapter(merged: Merged, report: bool) -> None:

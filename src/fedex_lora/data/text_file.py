@@ -18,6 +18,11 @@ _MARKS = {  # what a file may begin with; without a mark it is UTF-8
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_NO_TEXT = {  # what files of other kinds begin with
+    b"\x1f\x8b": "what gzip made of one; let its name end with .gz",
+    b"PK\x03\x04": "a ZIP archive, as spreadsheets are; save it as text",
+    b"PAR1": "Parquet; let its name end with .parquet",
+}
 
 
 def kind(file: Path) -> str:
@@ -56,6 +61,9 @@ def _opened(file: Path) -> BinaryIO:
 def _encoding(file: Path) -> str:
     with _opened(file) as start:
         begins = start.read(4)
+    for mark, told in _NO_TEXT.items():
+        if begins.startswith(mark):
+            raise DataError(f"{file}: is no text but {told}.")
     return next((name for mark, name in _MARKS.items() if begins.startswith(mark)), "utf-8")
 
 

@@ -38,7 +38,13 @@ class Looks:
 
 class LabelledTrainer(Trainer):
     """transformers.Trainer, whose loss of causal language models is computed at labelled positions
-    alone (`tasks.labelled`); it has the gradients that the Trainer's has, up to rounding."""
+    alone (`tasks.labelled`); it has the gradients that the Trainer's has, up to rounding.
+
+    Of several batches a step (`gradient_accumulation_steps`) the loss is the mean over the labels
+    of all of them, as if they were one. The Trainer leaves that to every model that takes further
+    arguments, and many of these (BERT, T5, transformers' general classifiers) return the mean of
+    the batch all the same: the sum of such means is larger by the number of batches.
+    """
 
     def compute_loss(
         self,
@@ -49,11 +55,14 @@ class LabelledTrainer(Trainer):
     ) -> Any:
         labels = inputs.get("labels")
         wrapped = model is not self.model  # compiled, or spread over devices
-        if return_outputs or wrapped or labels is None or not is_causal(model):
+        if return_outputs or labels is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        head = head_of(model, inputs["input_ids"])
+        head = None if wrapped or not is_causal(model) else head_of(model, inputs["input_ids"])
         if head is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            share = self._share(inputs, num_items_in_batch)
+            if share is None:
+                return super().compute_loss(model, inputs, False, num_items_in_batch)
+            return super().compute_loss(model, inputs) * share
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         smoothing = self.args.label_smoothing_factor
         with self.accelerator.autocast():
@@ -61,6 +70,23 @@ class LabelledTrainer(Trainer):
         return losses.total / (
             len(losses.each) if num_items_in_batch is None else num_items_in_batch
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Of numbers to be predicted all count: −100 is one of them, and no mark of a gap."""
+        counted = [
+            {**batch, "labels": torch.zeros_like(labels)}
+            if isinstance(labels := batch.get("labels"), Tensor) and labels.is_floating_point()
+            else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
+    def _share(self, inputs: dict[str, Any], items: Any) -> Any:
+        """What part of a step's labels this batch has, where there are more batches to the step."""
+        if items is None or self.args.gradient_accumulation_steps == 1:
+            return None
+        own: Any = self._get_num_items_in_batch([inputs], self.args.device)
+        return own / items if own.any() else None  # of no labels there is no mean
 
     def prediction_step(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -49,13 +50,14 @@ class Batches:
     def collator(self, tokenizer: Any) -> Collate:
         if self.collate is not None:
             return self.collate
-        single, sequences = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+        return partial(
+            _padded, DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+        )
 
-        def padded(rows: list[dict[str, Any]]) -> Any:
-            listed = isinstance(rows[0].get("labels"), list)
-            return (sequences if listed else single)(rows)
 
-        return padded
+def _padded(single: Collate, sequences: Collate, rows: list[dict[str, Any]]) -> Any:
+    listed = isinstance(rows[0].get("labels"), list)
+    return (sequences if listed else single)(rows)
 
 
 class PrivateTrainer(HFTrainer):

@@ -34,6 +34,7 @@ from fedex_lora.engines.turn import OnTurn, Trained, Turn
 from fedex_lora.errors import UserError, shown
 from fedex_lora.model.adapted import AdaptedModel
 from fedex_lora.recipe import Problem, did_you_mean
+from fedex_lora.recipe.refused import GONE_TRAINING
 from fedex_lora.recipe.wording import in_words
 from fedex_lora.tasks import Task
 from fedex_lora.tasks.base import Collate
@@ -54,6 +55,9 @@ _REFUSED = (
 GRADIENT_BATCHES = 8  # of a client, over which a gradient is taken that factors are made from
 
 
+_BY_SCORES = ("reduce_lr_on_plateau", "greedy")  # schedules
+
+
 def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
     """The key of every name that TrainingArguments does not know and every value that is none."""
     kinds = _kinds()
@@ -62,7 +66,8 @@ def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
         key = f"training.{name}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if name not in names:
-            yield key, "unknown key" + did_you_mean(name, names)
+            now = GONE_TRAINING.get(name)
+            yield key, f"unknown key{f'; set {now}' if now else did_you_mean(name, names)}"
         elif kinds[name] in (int, float) and not is_number:
             yield key, f"expected a number, got {shown(value)}"
         elif is_number and not _of_64_bits(value):
@@ -71,6 +76,11 @@ def training_problems(training: Mapping[str, Any]) -> Iterator[Problem]:
             continue
         elif kinds[name] not in (int, float) and not _is(kinds[name], value):
             yield key, f"expected {in_words(kinds[name])}, got {shown(value)}"
+        elif name == "lr_scheduler_type" and value in _BY_SCORES:
+            yield (
+                key,
+                f"{value} goes by scores that clients do not take; expected another, as cosine",
+            )
 
 
 @cache

@@ -204,6 +204,18 @@ class FedExLora(FedAvg):
         validate_message_reply_consistency(contents, self.weighted_by_key, check_arrayrecord=False)
         return _record(self._sent), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """As FedAvg, of the clients that have rows to evaluate on; None where nobody has any, for
+        which FedAvg would divide by zero and end the run."""
+        found = [m for m in replies if m.has_error() or not self._is_of_no_rows(m)]
+        return super().aggregate_evaluate(server_round, found)
+
+    def _is_of_no_rows(self, message: Message) -> bool:
+        records = message.content.metric_records.values()
+        return [record.get(self.weighted_by_key) for record in records] == [0]
+
     def _begin(self, arrays: ArrayRecord) -> None:
         """Learns the layers from the initial arrays, which may have a T already."""
         tensors, base = wire.split(wire.tensors_of(arrays))

@@ -200,7 +200,8 @@ def _config(folder: Path) -> dict[str, Any]:
     for fields, expected, fits in _FORMS:
         for field in fields:
             value = config.get(field)
-            if not (value is None or fits(value)):
+            absent = value is None and (field not in _NUMBERS or field not in config)
+            if not (absent or fits(value)):
                 raise DataError(f"{folder / CONFIG}: {field} is {value!r}; expected {expected}")
     return config
 
@@ -210,6 +211,7 @@ def _all_of(value: Any, *kinds: type) -> bool:
     return not value or (isinstance(value, dict) and all(type(n) in kinds for n in value.values()))
 
 
+_NUMBERS = ("r", "lora_alpha")  # PEFT has its own where they are left out, and none for null
 _FORMS = (
     (
         ("modules_to_save", "target_parameters"),

@@ -15,6 +15,7 @@ from fedex_lora.errors import DataError, RecipeError, some
 from fedex_lora.merge.adapters import WHERE, Adapter, Shape
 from fedex_lora.merge.factors import Sum, Term, weighted_sum
 from fedex_lora.merge.tokens import of_tokens
+from fedex_lora.model.config import hub_id
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
                 f"`weights`: {weight:g} is negative, and a mean has no negative weights; "
                 "`sum=True` takes them as they are: Σ wᵢ·ΔWᵢ, not divided by their sum"
             )
-    total = math.fsum(weights)
+    total = math.fsum(weights) if math.isfinite(sum(weights)) else math.inf  # fsum cannot say so
     if not (total > 0 and math.isfinite(total)):
         raise RecipeError("`weights`: their sum is 0 or too large; at least one must be above 0")
     return [weight / total for weight in weights]
@@ -284,9 +285,11 @@ def _settings(
 
 
 def _base(name: Any) -> Any:
-    """A local folder by its place, whatever way leads to it."""
+    """A local folder by its place, whatever way leads to it; the hub's cache by the hub's id."""
     if not isinstance(name, str) or not name:
         return name
+    if cached := hub_id(name):
+        return cached
     path = Path(name).expanduser()
     return str(path.resolve()) if path.is_dir() else name.rstrip("/")
 

@@ -59,12 +59,17 @@ def published(name: str) -> str:
     """
     if name.startswith("package:"):
         return name
-    cached = re.search(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)", name)
-    if cached:
-        return f"{cached[1]}/{cached[2]}"
+    if cached := hub_id(name):
+        return cached
     path = Path(name).expanduser()
     local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     return path.resolve().name if local else name
+
+
+def hub_id(name: str) -> str | None:
+    """The id of a model whose folder in the hub's cache that is, on whatever machine."""
+    cached = re.search(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)", name)
+    return f"{cached[1]}/{cached[2]}" if cached else None
 
 
 def with_ranks(

@@ -57,3 +57,14 @@ REFUSED_TRAINING: dict[str, str] = {
     "per_device_eval_batch_size": f"{_PROGRAM}; see `evaluation.batch_size`",
 }  # fmt: skip
 """Fields of transformers' TrainingArguments that a recipe may not set, and why."""
+
+GONE_TRAINING: dict[str, str] = {
+    "group_by_length": "train_sampling_strategy: group_by_length, as it is without it (or random)",
+    "warmup_ratio": "warmup_steps, where a number below 1 is a share of the steps",
+    "adafactor": "optim: adafactor",
+    "no_cuda": "model.device: cpu",
+    "evaluation_strategy": "evaluation.every, of rounds",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "max_seq_length": "task.max_length",
+}
+"""Names that recipes for transformers 4 and TRL have, and what stands for them now."""

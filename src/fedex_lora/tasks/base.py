@@ -146,7 +146,8 @@ class Task:
             of the first row that this task cannot use; `line_of` maps a row's index to its line.
         encode: `encode(rows, tokenizer, max_length)` tokenises once, in memory, without padding:
             columns `input_ids`, `attention_mask`, `labels`, and what else scoring needs.
-        collator: `collator(tokenizer)` makes batches of encoded rows, padded to the longest.
+        collator: `collator(tokenizer)` makes batches of encoded rows, padded to the longest: a
+            function that can be pickled, as processes that load batches are given it.
         evaluate: `evaluate(model, encoded, tokenizer, batch_size, outputs)` gives named numbers,
             `primary` among them, on the model's device, and leaves the model's training mode as it
             was. Tasks that generate texts keep them in `outputs`, if given; all others ignore it.

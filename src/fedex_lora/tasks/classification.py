@@ -32,6 +32,7 @@ from fedex_lora.tasks.logits import Logits, evaluate_logits, tell_logits
 from fedex_lora.tasks.metrics import LOSS, OF_LABELS, Metric
 
 SCORES = (0.0, 5.0)  # of STS-B
+MOST = 3.4028234663852886e38  # float32's largest number, in which models learn
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _expected(columns: Columns) -> str:
         bounds += [f"of at most {high:g}"] if high < math.inf else []
         if len(bounds) == 2:
             return f"a number from {low:g} to {high:g}"
-        return " ".join(["a number", *bounds])
+        return " ".join(["a number", *bounds]) + " that float32 can hold"
     names = f"one of {', '.join(columns.labels)}"
     if any(_number(name) is not None for name in columns.labels):
         return names
@@ -166,6 +167,8 @@ def codes(columns: Columns, rows: Dataset) -> Callable[[Any], int | float | None
         by_number = _by_number(columns.labels)
 
     def code(value: Any) -> int | None:
+        if isinstance(value, bool):  # JSON's, where labels are called so
+            return by_name.get(str(value), by_name.get(str(value).lower()))
         if isinstance(value, str) and value in by_name:
             return by_name[value]
         number = _number(value)
@@ -185,7 +188,8 @@ def _by_number(labels: Sequence[str]) -> dict[float, int]:
 
 def _score(between: tuple[float, float], value: Any) -> float | None:
     number = _number(value)
-    return number if number is not None and between[0] <= number <= between[1] else None
+    low, high = max(between[0], -MOST), min(between[1], MOST)
+    return number if number is not None and low <= number <= high else None
 
 
 def _number(value: Any) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from fedex_lora.errors import RecipeError
@@ -113,21 +114,21 @@ def labelled(prompt: list[int], response: list[int], max_length: int) -> dict[st
 
 def row_collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
     """Batches of rows with a label each."""
-
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        labels = torch.tensor([row["labels"] for row in rows])
-        return {**pad_inputs(rows, tokenizer), "labels": labels}
-
-    return collate
+    return partial(_of_rows, tokenizer)
 
 
 def token_collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
     """Batches of rows with a label for each token."""
+    return partial(_of_tokens, tokenizer)
 
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        return {**pad_inputs(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
 
-    return collate
+def _of_rows(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> Batch:
+    labels = torch.tensor([row["labels"] for row in rows])
+    return {**pad_inputs(rows, tokenizer), "labels": labels}
+
+
+def _of_tokens(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> Batch:
+    return {**pad_inputs(rows, tokenizer), "labels": pad(rows, "labels", IGNORED)}
 
 
 def _begun_twice(

@@ -140,9 +140,9 @@ def _encode(columns: Columns, rows: Dataset, tokenizer: Any, max_length: int) ->
 
 
 def _collator(column: str, tokenizer: Any) -> Collate:
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        images = [row[column] for row in rows]
-        pixels = tokenizer(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+    return partial(_batch, column, tokenizer)
 
-    return collate
+
+def _batch(column: str, processor: Any, rows: list[dict[str, Any]]) -> Batch:
+    pixels = processor([row[column] for row in rows], return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}

@@ -241,7 +241,11 @@ def _prompt(processor: Any, template: str | None, asked: Sequence[Turn], row: in
 
 
 def _collator(column: str, tokenizer: Any) -> Collate:
-    return lambda rows: _batch(column, rows, tokenizer)
+    return partial(_labelled, column, tokenizer)
+
+
+def _labelled(column: str, processor: Any, rows: list[dict[str, Any]]) -> Batch:
+    return _batch(column, rows, processor)
 
 
 def _batch(

@@ -104,17 +104,17 @@ def _collator(probability: float, tokenizer: PreTrainedTokenizerBase) -> Collate
     hide = transformers.DataCollatorForLanguageModeling(
         tokenizer, mlm=True, mlm_probability=probability
     )
+    return partial(_batch, hide, tokenizer)
 
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        if any(row["labels"] != row["input_ids"] for row in rows):  # hidden already
-            return token_collator(tokenizer)(rows)
-        batch = padded(rows, tokenizer)
-        while True:
-            ids, labels = hide.torch_mask_tokens(batch["input_ids"].clone())
-            if (labels != IGNORED).any():  # the mean of no loss is no number
-                return {**batch, "input_ids": ids, "labels": labels}
 
-    return collate
+def _batch(hide: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> Batch:
+    if any(row["labels"] != row["input_ids"] for row in rows):  # hidden already
+        return token_collator(tokenizer)(rows)
+    batch = padded(rows, tokenizer)
+    while True:
+        ids, labels = hide.torch_mask_tokens(batch["input_ids"].clone())
+        if (labels != IGNORED).any():  # the mean of no loss is no number
+            return {**batch, "input_ids": ids, "labels": labels}
 
 
 def _evaluate(

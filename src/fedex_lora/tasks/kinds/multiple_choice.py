@@ -173,17 +173,17 @@ def _encode(
 
 def _collator(tokenizer: PreTrainedTokenizerBase) -> Collate:
     """Inputs of rows × choices × tokens."""
+    return partial(_batch, tokenizer)
 
-    def collate(rows: list[dict[str, Any]]) -> Batch:
-        keys = [key for key in rows[0] if key != "labels"]
-        each = [
-            {key: row[key][i] for key in keys} for row in rows for i in range(len(row["input_ids"]))
-        ]
-        flat = pad_inputs(each, tokenizer)
-        batch = {key: value.reshape(len(rows), -1, value.shape[1]) for key, value in flat.items()}
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
-    return collate
+def _batch(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> Batch:
+    keys = [key for key in rows[0] if key != "labels"]
+    each = [
+        {key: row[key][i] for key in keys} for row in rows for i in range(len(row["input_ids"]))
+    ]
+    flat = pad_inputs(each, tokenizer)
+    batch = {key: value.reshape(len(rows), -1, value.shape[1]) for key, value in flat.items()}
+    return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
 def _scores(rows: Logits, encoded: Dataset) -> dict[str, float]:
