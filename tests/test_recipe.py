@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from fedex_lora.engines.training import training_problems
 from fedex_lora.errors import UserError
 from fedex_lora.experiments.grid.spec import is_grid
-from fedex_lora.recipe import FederationSpec, LoraSpec, Recipe
+from fedex_lora.recipe import FederationSpec, Recipe
 from fedex_lora.recipe.reader import (
     load_recipe,
     load_stored_recipe,
     read_draft,
 )
-from fedex_lora.recipe.refused import GONE_TRAINING, REFUSED_LORA, REFUSED_TRAINING
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if not is_grid(path))
@@ -370,29 +368,6 @@ def test_values_made_in_python_are_checked_too() -> None:
 )
 def test_clients_of_a_round(clients_per_round: Any, sampled: int) -> None:
     assert FederationSpec(clients=10, clients_per_round=clients_per_round).sampled == sampled
-
-
-def test_every_lora_option_is_either_allowed_or_refused_with_a_reason() -> None:
-    options = set(LoraConfig.__dataclass_fields__)
-    assert options - set(LoraSpec.model_fields) - set(REFUSED_LORA) == set()
-    assert set(REFUSED_LORA) <= options
-    assert set(LoraSpec.model_fields) - options == {"init", "ranks"}
-
-
-def test_refused_training_options_exist() -> None:
-    assert set(REFUSED_TRAINING) <= {field.name for field in dataclasses.fields(TrainingArguments)}
-
-
-def test_names_that_are_gone_from_the_trainer_say_what_stands_for_them() -> None:
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for name, now in GONE_TRAINING.items():
-        assert name not in known
-        ((key, told),) = training_problems({name: 0.1})
-        assert (key, told) == (f"training.{name}", f"unknown key; set {now}")
-    for name in ("reduce_lr_on_plateau", "greedy"):
-        ((key, told),) = training_problems({"lr_scheduler_type": name})
-        assert key == "training.lr_scheduler_type" and told.startswith(f"{name} goes by scores")
-    assert not list(training_problems({"lr_scheduler_type": "cosine"}))
 
 
 def test_unknown_training_keys_are_named_with_their_line(tmp_path: Path) -> None:

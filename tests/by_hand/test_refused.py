@@ -183,6 +183,22 @@ def test_a_round_is_closed_once_and_stale_updates_are_refused(copy: Path) -> Non
         close_round(run, turns(copy))
 
 
+def test_a_round_is_not_opened_over_other_weights_and_changed_rows_are_told_at_its_close(
+    copy: Path,
+) -> None:
+    run = copy / "run"
+    close_round(run, turns(copy))
+    file = run / "sources.json"
+    then = json.loads(file.read_text())
+    changed = {"rows": {**then["rows"], "evaluation rows of test": "0"}}
+    file.write_text(json.dumps({**then, **changed}))
+    open_round(run)
+    assert json.loads(file.read_text())["changes"] == []  # nobody was told yet
+    file.write_text(json.dumps({**then, "weights": "0"}))
+    with pytest.raises(UserError, match=r"model\.name: .* has other pretrained weights"):
+        open_round(run)
+
+
 def test_a_turn_s_folder_is_as_it_was_signed(copy: Path) -> None:
     folder, data = copy / "out-run/round-0001/ann", copy / "data/ann.jsonl"
     with pytest.raises(UserError, match=r"not what the coordinator's run is: .*lora_alpha"):

@@ -49,7 +49,7 @@ from fedex_lora.runs.by_hand.signing import fingerprint, public, signer
 from fedex_lora.runs.records import exhausted
 from fedex_lora.runs.rundir import BY_HAND, RunDir
 from fedex_lora.runs.scoring import lacks_scores
-from fedex_lora.runs.sources import keep_sources
+from fedex_lora.runs.sources import check_pretrained
 from fedex_lora.tasks import Task
 
 PRIVATE = "coordinator.key"  # in the run's directory
@@ -128,7 +128,7 @@ def open_round(run: Path, to: str | None = None) -> Opened:
     with surroundings(recipe), directory.held():
         state, extra, _ = directory.newest()
         federation = set_up_server(recipe, extra.get("clients") or names_of(recipe))
-        keep_sources(directory, federation, state.version if state else 0)
+        check_pretrained(directory, recipe, federation.model)  # rows are told of at its close
         settings = federation.settings
         scores, alone = _asked(directory, recipe, extra.get("record"), federation.task)
         state = state or begin(settings, federation.initial)
